@@ -1,0 +1,237 @@
+"""Configuration: the typed schema of the fixed parts, and `build`, which turns a `_target_` node into an object.
+
+In: what Hydra composed from configs/ in the driver. Out: plain dataclasses (fixed parts) and plain dicts (pluggable
+parts, whose constructor is their schema). Nothing below the programs ever sees an OmegaConf object, and every worker
+reads the one frozen file that `freeze` wrote.
+"""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from sepdist import storage
+
+ALLOWED_TARGETS = ("sepdist.", "torch.optim.")
+_T = TypeVar("_T")
+
+
+class ConfigError(ValueError):
+    """The configuration names something that does not exist, is not allowed or does not fit."""
+
+
+@dataclass
+class DataConfig:
+    """Where the samples come from and how they are cut into steps (`sepdist/data/`)."""
+
+    train: str = MISSING  # folder or s3:// prefix that holds a manifest.json
+    validation: str = MISSING
+    num_sources: int = 2  # how many of s1, s2, ... enter the mixture and are targets
+    noise: bool = False  # whether the noise of each sample is part of the mixture
+    crop_seconds: float = 3.0
+    num_virtual_shards: int = 4  # V: fixes the data order and the reduction tree; world sizes 1..V can run it
+    micro_batch: int = 2  # samples per virtual shard and step; global batch = num_virtual_shards * micro_batch
+    cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
+    cache_gigabytes: float = 50.0
+    num_threads: int = 1  # decoding threads per worker
+    prefetch_steps: int = 4
+    max_damaged: int = 0  # damaged samples that may be replaced by the next position before the run stops
+
+
+@dataclass
+class ValidationConfig:
+    """Full-length utterances, always the same ones in the same order."""
+
+    num_mixtures: int = 200  # the first so many of the validation set; 0 = all
+    every_steps: int = 500
+    num_listening: int = 3  # mixtures whose audio and spectrograms go to TensorBoard
+    max_seconds: float = 30.0  # longer mixtures are cut, so that one never exhausts memory
+
+
+@dataclass
+class ScheduleConfig:
+    """Warm-up, then halving on a plateau of the validation SI-SNR, as the papers train."""
+
+    warmup_steps: int = 0
+    factor: float = 0.5
+    patience: int = 5  # validations without improvement before the rate is multiplied by `factor`
+    min_lr: float = 1e-6
+
+
+@dataclass
+class InitConfig:
+    """Hand-off: weights of an earlier stage and the parameters that start afresh."""
+
+    weights: str | None = None  # a run_dir, an export folder or a .safetensors file; None = from scratch
+    reinit: list[str] = field(default_factory=list)  # parameter-name prefixes that keep their fresh values
+
+
+@dataclass
+class TrainingConfig:
+    """The loop."""
+
+    max_steps: int = MISSING
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    keep_best: bool = True
+    early_stop_patience: int = 30  # validations without improvement; 0 = never
+
+
+@dataclass
+class ClusterConfig:
+    """Ray Train: how many workers and what each gets."""
+
+    num_workers: int = 1
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    threads_per_worker: int = 1
+    address: str | None = None  # None: the cluster of the job it runs in, else a local Ray
+    max_failures: int = 3
+    collective_timeout_seconds: int = 600
+
+
+@dataclass
+class TrainConfig:
+    """`configs/train.yaml`: one training stage."""
+
+    name: str = MISSING  # derives the run's identity; never from the time
+    run_dir: str = MISSING
+    seed: int = 0
+    sample_rate: int = 8000
+    num_speakers: int = 2
+    model: Any = MISSING
+    objective: Any = MISSING
+    engine: Any = MISSING
+    optim: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
+class ShardConfig:
+    """`configs/shard.yaml`: tools/shard_data.py."""
+
+    corpus: Any = MISSING
+    split: str = MISSING
+    output: str = MISSING  # folder or s3:// prefix of the one data set to write, verify or describe
+    samples_per_shard: int = 200
+    num_workers: int = 0  # Ray tasks at once; 0 = in this process, -1 = as many as the cluster has CPUs
+    limit: int = 0  # only the first so many records; 0 = all
+
+
+@dataclass
+class EvaluateConfig:
+    """`configs/evaluate.yaml`: python -m sepdist.evaluate."""
+
+    model: str = MISSING  # a run_dir, an export folder or a checkpoint's export
+    data: str = MISSING  # folder or s3:// prefix of the test set
+    output: str = MISSING  # folder or s3:// prefix for results.json, utterances.csv, histogram.png
+    num_sources: int = 2
+    noise: bool = False
+    num_mixtures: int = 0  # the first so many; 0 = all
+    num_workers: int = 1  # Ray tasks; 0 = in this process
+    cache_dir: str = "~/.cache/sepdist"
+
+
+def register_schemas() -> None:
+    """Give Hydra the schemas; the primary configs name them first in their defaults."""
+    store = ConfigStore.instance()
+    for name, node in (
+        ("train_schema", TrainConfig),
+        ("shard_schema", ShardConfig),
+        ("evaluate_schema", EvaluateConfig),
+    ):
+        store.store(name=name, node=node)
+
+
+def config_dir() -> str:
+    """The absolute folder of the shipped YAML: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "configs", package / "configs"):
+        if (folder / "train.yaml").exists():
+            return str(folder)
+    raise ConfigError(f"no configs/ beside or inside {package}: the installation is incomplete")
+
+
+def typed(composed: DictConfig, schema: type[_T]) -> _T:
+    """The composed config as real dataclasses; a mandatory value left at ??? is an error that names it."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"no value given for {', '.join(missing)} (pass {missing[0]}=... on the command line)")
+    result = OmegaConf.to_object(composed)
+    if not isinstance(result, schema):
+        raise TypeError(f"expected a {schema.__name__}, got {type(result).__name__}")
+    return result
+
+
+def to_yaml(config: Any) -> str:
+    """A dataclass as the YAML text that `from_yaml` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def from_yaml(text: str, schema: type[_T]) -> _T:
+    """Read what `to_yaml` wrote, against the schema."""
+    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text))
+    assert isinstance(merged, DictConfig)
+    return typed(merged, schema)
+
+
+def load_frozen(url: str) -> TrainConfig:
+    """The frozen config of a run, from a folder or s3://."""
+    return from_yaml(storage.read_bytes(url).decode(), TrainConfig)
+
+
+def _allowed(name: str) -> bool:
+    return name.startswith(ALLOWED_TARGETS) or any(name + "." == prefix for prefix in ALLOWED_TARGETS)
+
+
+def resolve(target: str) -> Any:
+    """The callable that `_target_` names, if it is defined where targets are allowed to live.
+
+    The name and the place of definition are both checked, so an alias reached through an allowed module is refused.
+    """
+    refusal = f"_target_ {target!r} is not allowed: targets live under {', '.join(ALLOWED_TARGETS)}"
+    if not _allowed(target):
+        raise ConfigError(refusal)
+    module_name, _, attribute = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"_target_ {target!r} does not exist: {error}") from error
+    if not callable(found) or not _allowed(getattr(found, "__module__", "") or ""):
+        raise ConfigError(refusal)
+    return found
+
+
+def build(node: Mapping[str, Any], **runtime: Any) -> Any:
+    """Call the node's `_target_` with its other keys and `runtime`; nested `_target_` nodes are built first."""
+    if "_target_" not in node:
+        raise ConfigError(f"cannot build {dict(node)!r}: it has no _target_")
+    target = resolve(str(node["_target_"]))
+    arguments = {key: _build_nested(value) for key, value in node.items() if key != "_target_"} | runtime
+    try:
+        inspect.signature(target).bind(**arguments)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(target).parameters)
+        raise ConfigError(f"{node['_target_']}: {error}; it takes {known}") from error
+    return target(**arguments)
+
+
+def _build_nested(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return build(value) if "_target_" in value else {key: _build_nested(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_build_nested(item) for item in value]
+    return value

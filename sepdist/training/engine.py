@@ -1,0 +1,282 @@
+"""The engine: batches of one step in, updated weights out. DeepSpeed does ZeRO and the optimizer step.
+
+Reduction is `canonical` (a fixed tree of additions over the virtual shards: the same bits at every world size; see
+reduction.py) or `native` (DeepSpeed's own all-reduce). Precision `bf16` is autocast: weights, optimizer state, SI-SNR
+and PIT stay in fp32, so that a checkpoint is the same thing at either precision.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    logger as deepspeed_logger,
+)
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from sepdist import seeding
+from sepdist.config import ConfigError
+from sepdist.data.order import owned_virtual_shards
+from sepdist.data.records import Batch
+from sepdist.training.checkpoint import OptimizerState
+from sepdist.training.reduction import TreeSum, reduce_canonically
+from sepdist.training.world import World, sum_over_world
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What is minimised. Metrics are 0-d (batch means) or [B] (per item)."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]: ...
+
+
+@dataclass
+class StepResult:
+    """One optimizer step as every rank saw it: `loss`, `means` and `grad_norm` are the same on all ranks."""
+
+    loss: float
+    means: dict[str, float]
+    grad_norm: float
+    applied: bool  # False: the gradient was not finite and the weights are unchanged
+    local_metrics: list[Metrics]  # of this rank's batches, in their order
+
+
+class DeepSpeedEngine:
+    """ZeRO stage 0-3 on one process group. `model` must hold its initial weights already, the same on every rank."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        make_optimizer: Callable[[Any], torch.optim.Optimizer],
+        world: World,
+        *,
+        seed: int,
+        num_virtual_shards: int,
+        micro_batch: int,
+        zero_stage: int = 0,
+        precision: str = "fp32",
+        reduction: str = "canonical",
+        clip_norm: float = 5.0,
+        bucket_elements: int = 1_000_000,
+    ) -> None:
+        check_engine_options(zero_stage, precision, reduction, num_virtual_shards, world.size)
+        self.objective = objective
+        self.world = world
+        self.seed = seed
+        self.num_virtual_shards = num_virtual_shards
+        self.zero_stage = zero_stage
+        self.precision = precision
+        self.canonical = reduction == "canonical"
+        self.clip_norm = clip_norm
+        self.owned = owned_virtual_shards(num_virtual_shards, world.rank, world.size)
+        model.to(world.device)
+        deepspeed_logger.setLevel(logging.WARNING)
+        if world.device.type == "cpu":
+            # Otherwise DeepSpeed compiles a shared-memory communication op for about a minute on first use.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer([p for p in model.parameters() if p.requires_grad]),
+            config={
+                "train_micro_batch_size_per_gpu": micro_batch,
+                "gradient_accumulation_steps": 1 if self.canonical else len(self.owned),
+                "gradient_clipping": 0.0 if self.canonical else clip_norm,
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 2**62,
+                "zero_optimization": {
+                    "stage": zero_stage,
+                    # The defaults are 5e8 elements, 2 GB per worker, 14 times slower on CPU for models of this size.
+                    "reduce_bucket_size": bucket_elements,
+                    "allgather_bucket_size": bucket_elements,
+                    "stage3_prefetch_bucket_size": bucket_elements,
+                    "stage3_param_persistence_threshold": 10_000,
+                },
+            },
+        )
+        self.model: nn.Module = self._engine.module
+        self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if self.canonical:
+            self._engine.enable_backward_allreduce = zero_stage > 0
+            if zero_stage > 0:
+                self._optimizer.gradient_average = False
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self, batches: list[Batch]) -> StepResult:
+        """One optimizer step over the global batch, of which `batches` are this rank's virtual shards; collective."""
+        assert len(batches) == len(self.owned), f"{len(batches)} batches for {len(self.owned)} virtual shards"
+        self.model.train()
+        losses = torch.zeros(self.num_virtual_shards, dtype=torch.float64)
+        local = self._step_canonical(batches, losses) if self.canonical else self._step_native(batches, losses)
+        metrics, grad_norm, applied = local
+        names = sorted(name for name, value in metrics[0].items() if value.is_floating_point())
+        table = torch.zeros(1 + len(names), self.num_virtual_shards, dtype=torch.float64)
+        table[0] = losses
+        for shard, items in zip(self.owned, metrics, strict=True):
+            for row, name in enumerate(names, 1):
+                table[row, shard] = items[name].double().mean()
+        means = sum_over_world(table, self.world).mean(1).tolist()
+        return StepResult(means[0], dict(zip(names, means[1:], strict=True)), grad_norm, applied, metrics)
+
+    def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        # Dropout masks belong to positions, so that they are the same at any world size.
+        torch.manual_seed(seeding.torch_seed(self.seed, "dropout", int(batch.positions[0])))
+        with self.autocast():
+            loss, metrics = self.objective(model, batch.to(self.world.device))
+        return loss, {name: value.detach().cpu() for name, value in metrics.items()}
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision of a forward pass."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+
+    def _step_canonical(self, batches: list[Batch], losses: Tensor) -> tuple[list[Metrics], float, bool]:
+        tree = TreeSum(self.num_virtual_shards)
+        params = [p for _, p in self._named]
+        all_metrics = []
+        for shard, batch in zip(self.owned, batches, strict=True):
+            loss, metrics = self._forward(self.model, batch)
+            # A branch of the model that this batch does not use contributes zeros, never another parameter's gradient.
+            grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+            tree.push((0, shard), torch.cat([grad.reshape(-1).float() for grad in grads]))
+            losses[shard] = loss.detach()
+            all_metrics.append(metrics)
+        total = reduce_canonically(tree, self.world.rank, self.world.size).div_(self.num_virtual_shards)
+        norm = float(torch.linalg.vector_norm(total, dtype=torch.float64))
+        if not torch.isfinite(torch.tensor(norm)):
+            return all_metrics, norm, False
+        if self.clip_norm and norm > self.clip_norm:
+            total.mul_(self.clip_norm / norm)
+        pieces = [
+            piece.view_as(p) for piece, p in zip(total.split([p.numel() for p in params]), params, strict=True)
+        ]
+        if self.zero_stage == 0:
+            for p, piece in zip(params, pieces, strict=True):
+                p.grad = piece
+        else:
+            # A loss whose gradient is exactly `piece` hands the result to ZeRO's own partitioning. Rank 0 gives all of
+            # it and the others zeros, because a sum of one number and zeros is exact in any order.
+            share = 1.0 if self.world.is_main else 0.0
+            self._engine.backward(sum((p * (piece * share)).sum() for p, piece in zip(params, pieces, strict=True)))
+        self._engine.step()
+        return all_metrics, norm, True
+
+    def _step_native(self, batches: list[Batch], losses: Tensor) -> tuple[list[Metrics], float, bool]:
+        all_metrics = []
+        for shard, batch in zip(self.owned, batches, strict=True):
+            loss, metrics = self._forward(self._engine, batch)
+            self._engine.backward(loss)
+            losses[shard] = loss.detach()
+            all_metrics.append(metrics)
+            if shard == self.owned[-1] and self.zero_stage == 0:
+                squares = [p.grad.double().square().sum() for _, p in self._named if p.grad is not None]
+                norm = float(torch.stack(squares).sum().sqrt())
+                if not torch.isfinite(torch.tensor(norm)):
+                    self._engine.zero_grad()
+                    self._engine.micro_steps += 1
+                    return all_metrics, norm, False
+            self._engine.step()
+        if self.zero_stage > 0:
+            norm = float(self._engine.get_global_grad_norm() or 0.0)
+        return all_metrics, norm, True
+
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 weights and buffers by name, on CPU, own memory; collective at ZeRO-3."""
+        if self.zero_stage < 3:
+            return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        weights = {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self._named}
+        return weights | {name: buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's state, gathered to whole parameters, on CPU; collective at ZeRO >= 1."""
+        state = self._torch_optimizer().state
+        if not state:
+            return OptimizerState({}, {})
+        one = next(iter(state.values()))
+        keys = [key for key, value in one.items() if torch.is_tensor(value) and value.ndim > 0]
+        scalars = {key: float(value) for key, value in one.items() if key not in keys}
+        tensors = {}
+        for name, p in self._named:
+            for key in keys:
+                value = state[p][key] if self.zero_stage == 0 else safe_get_full_optimizer_state(p, key)
+                tensors[f"{key}/{name}"] = value.detach().reshape(self._shape(p)).cpu().clone()
+        return OptimizerState(tensors, scalars)
+
+    def load_optimizer_state(self, saved: OptimizerState) -> None:
+        """Put a gathered state back, at any world size and ZeRO stage."""
+        if not saved.tensors:
+            return
+        keys = sorted({name.split("/", 1)[0] for name in saved.tensors})
+        state = self._torch_optimizer().state
+        held = [p for _, p in self._named] if self.zero_stage == 0 else list(self._partitions())
+        for p in held:
+            state[p] = {key: torch.zeros_like(p, dtype=torch.float32) for key in keys}
+            state[p] |= {key: torch.tensor(value) for key, value in saved.scalars.items()}
+        if self.zero_stage in (1, 2):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+        for name, p in self._named:
+            for key in keys:
+                value = saved.tensors[f"{key}/{name}"].to(self.world.device)
+                if self.zero_stage == 0:
+                    state[p][key].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(p, value, key)
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer if self.zero_stage == 0 else self._optimizer.optimizer
+
+    def _partitions(self) -> Iterator[Tensor]:
+        if self.zero_stage == 3:
+            yield from self._optimizer.fp32_partitioned_groups_flat
+        else:
+            yield from self._optimizer.single_partition_of_fp32_groups
+
+    @staticmethod
+    def _shape(p: Tensor) -> torch.Size:
+        return getattr(p, "ds_shape", p.shape)
+
+
+def check_engine_options(
+    zero_stage: int, precision: str, reduction: str, num_virtual_shards: int, world_size: int
+) -> None:
+    """Refuse combinations that cannot work, with what to set instead."""
+    if zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"engine.zero_stage={zero_stage}: choose 0, 1, 2 or 3")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"engine.precision={precision!r}: choose fp32 or bf16")
+    if reduction not in ("canonical", "native"):
+        raise ConfigError(f"engine.reduction={reduction!r}: choose canonical or native")
+    if world_size > num_virtual_shards:
+        raise ConfigError(
+            f"{world_size} workers for data.num_virtual_shards={num_virtual_shards}: at most one worker per virtual "
+            "shard; start fewer workers or raise data.num_virtual_shards"
+        )
+    if reduction == "canonical" and zero_stage == 3:
+        raise ConfigError("engine.zero_stage=3 partitions the weights; it needs engine.reduction=native")
+    if reduction == "native" and num_virtual_shards % world_size:
+        raise ConfigError(
+            f"engine.reduction=native needs a world size that divides data.num_virtual_shards={num_virtual_shards}, "
+            f"not {world_size}; engine.reduction=canonical takes any"
+        )
+
+
+def optimizer_factory(node: Mapping[str, Any], build: Callable[..., Any]) -> Callable[[Any], torch.optim.Optimizer]:
+    """A function from parameters to the optimizer that a config node describes."""
+    return lambda params: build(node, params=params)
