@@ -1,0 +1,254 @@
+"""THE loop: a frozen config in; metrics, pictures and committed checkpoints out. It knows nothing of Ray.
+
+    python -m sepdist.training.loop RUN_DIR/config.yaml                        # one process
+    torchrun --nproc-per-node 2 -m sepdist.training.loop RUN_DIR/config.yaml   # a GPU box without Ray
+
+`sepdist.training.launch` runs the same function in Ray Train workers.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sepdist import config, seeding
+from sepdist.config import TrainConfig
+from sepdist.data.order import Order
+from sepdist.data.records import Batch
+from sepdist.data.stream import Dataset, TrainStream
+from sepdist.metrics.switching import SwitchTracker
+from sepdist.reporting import Reporter
+from sepdist.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    Snapshot,
+    collect_orphans,
+    load_newest,
+    load_weights,
+    read_export,
+)
+from sepdist.training.engine import DeepSpeedEngine, StepResult
+from sepdist.training.meter import Meter, readable
+from sepdist.training.schedule import PlateauSchedule
+from sepdist.training.validation import listen, validate
+from sepdist.training.world import World, gather_objects, join_world
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
+
+
+def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], None] = lambda metrics: None) -> None:
+    """Train until `training.max_steps` or early stop, from the newest committed checkpoint of the run if there is one.
+
+    `report` is called on every rank with the metrics of each validation (Ray Train's report is a barrier).
+    """
+    torch.set_num_threads(cfg.cluster.threads_per_worker)
+
+    # 1. Data: the order is a pure function of the position, so the step number is all the state there is.
+    training_set, validation_set = open_datasets(cfg)
+    stream = TrainStream(
+        training_set,
+        seed=cfg.seed,
+        crop_seconds=cfg.data.crop_seconds,
+        num_virtual_shards=cfg.data.num_virtual_shards,
+        micro_batch=cfg.data.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        num_threads=cfg.data.num_threads,
+        prefetch_steps=cfg.data.prefetch_steps,
+        max_damaged=cfg.data.max_damaged,
+    )
+    order, global_batch = stream.order, cfg.data.num_virtual_shards * cfg.data.micro_batch
+    step_seconds_of_audio = global_batch * cfg.data.crop_seconds
+
+    # 2. Weights: of the newest checkpoint, else of the parent stage, else fresh.
+    torch.manual_seed(seeding.torch_seed(cfg.seed, "weights"))
+    model = config.build(cfg.model)
+    objective = config.build(cfg.objective)
+    snapshot = load_newest(cfg.run_dir)
+    lineage = initialise(model, cfg, snapshot)
+
+    # 3. Engine, schedule and label-switch table, continued from the checkpoint.
+    engine: DeepSpeedEngine = config.build(
+        cfg.engine,
+        model=model,
+        objective=objective,
+        make_optimizer=lambda params: config.build(cfg.optim, params=params),
+        world=world,
+        seed=cfg.seed,
+        num_virtual_shards=cfg.data.num_virtual_shards,
+        micro_batch=cfg.data.micro_batch,
+    )
+    schedule = PlateauSchedule(
+        cfg.optim["lr"],
+        warmup_steps=cfg.schedule.warmup_steps,
+        factor=cfg.schedule.factor,
+        patience=cfg.schedule.patience,
+        min_lr=cfg.schedule.min_lr,
+        early_stop_patience=cfg.training.early_stop_patience,
+    )
+    switches = SwitchTracker()
+    first_step = 0
+    if snapshot is not None:
+        check_same_data(snapshot.state, data_state(cfg, training_set, 0))
+        first_step = snapshot.step
+        engine.load_optimizer_state(snapshot.optimizer)
+        schedule.load_state_dict(snapshot.state["schedule"])
+        switches.load_state_dict(snapshot.state["switches"])
+    reporter = Reporter(cfg.run_dir, resume_step=first_step) if world.is_main else None
+    checkpointer = None
+    if world.is_main:
+        collect_orphans(cfg.run_dir)
+        checkpointer = Checkpointer(
+            cfg.run_dir,
+            model_node=cfg.model,
+            sample_rate=cfg.sample_rate,
+            lineage=lineage,
+            keep_last=cfg.training.keep_last,
+            keep_best=cfg.training.keep_best,
+        )
+    logger.info("training from step %d to %d on %d worker(s)", first_step, cfg.training.max_steps, world.size)
+
+    # 4. The loop.
+    meter = Meter(stream, checkpointer)
+    num_skipped = 0
+    steps = stream.steps(first_step)
+    for step in range(first_step, cfg.training.max_steps):
+        if schedule.should_stop:
+            break
+        engine.set_lr(schedule.lr(step))
+        positions = range(step * global_batch, (step + 1) * global_batch)
+        batches = next(steps)
+        result = engine.step(batches)
+        num_skipped = 0 if result.applied else num_skipped + 1
+        if num_skipped > MAX_SKIPPED_STEPS:
+            raise RuntimeError(f"no finite gradient in {num_skipped} consecutive steps up to step {step}; see metrics.jsonl")
+        rates = track_switches(switches, batches, result, order, positions, world)
+        meter.add(result)
+        done = step + 1
+        last = done == cfg.training.max_steps
+
+        if reporter and rates:
+            reporter.log(done, rates)
+        if reporter and (done % cfg.training.log_every == 0 or last):
+            reporter.log(done, meter.read(step_seconds_of_audio) | {"optim/lr": schedule.lr(step)})
+        score = None
+        if done % cfg.validation.every_steps == 0 or last:
+            with meter.pause():
+                metrics = validate(engine, objective, validation_set, world, cfg.validation)
+                score = metrics["score"]
+                improved = schedule.observe(score)
+                listen(engine, validation_set, reporter, done, cfg.validation)
+            if reporter:
+                reporter.log(done, {f"validation/{name}": value for name, value in metrics.items() if name != "score"})
+                reporter.flush()
+            logger.info("step %d: validation %s%s", done, readable(metrics), " (best so far)" if improved else "")
+            report({"step": float(done)} | metrics)
+        if score is not None or done % cfg.training.checkpoint_every == 0:
+            with meter.checkpointing():
+                weights, optimizer = engine.weights(), engine.optimizer_state()  # collective at ZeRO >= 1
+                switches.merge(gather_objects(switches.state_dict(), world))
+                if checkpointer:
+                    state = data_state(cfg, training_set, done * global_batch)
+                    state |= {"schedule": schedule.state_dict(), "switches": switches.state_dict()}
+                    state |= {"world_size": world.size}
+                    checkpointer.save(Snapshot(done, weights, optimizer, state, score))
+    stream.close()
+    if checkpointer:
+        checkpointer.close()
+    if reporter:
+        reporter.close()
+    logger.info("finished at step %d", cfg.training.max_steps)
+
+
+def open_datasets(cfg: TrainConfig) -> tuple[Dataset, Dataset]:
+    """The training and validation sets; their sample rate must be the run's."""
+    opened = []
+    for url in (cfg.data.train, cfg.data.validation):
+        dataset = Dataset(
+            url,
+            num_sources=cfg.data.num_sources,
+            noise=cfg.data.noise,
+            cache_dir=cfg.data.cache_dir,
+            cache_gigabytes=cfg.data.cache_gigabytes,
+        )
+        if dataset.manifest.sample_rate != cfg.sample_rate:
+            raise config.ConfigError(
+                f"{url} has {dataset.manifest.sample_rate} Hz, sample_rate={cfg.sample_rate}: shard it again at "
+                f"{cfg.sample_rate} Hz, or set sample_rate"
+            )
+        opened.append(dataset)
+    return opened[0], opened[1]
+
+
+def initialise(model: torch.nn.Module, cfg: TrainConfig, snapshot: Snapshot | None) -> dict[str, Any]:
+    """Fill `model` from the checkpoint or the parent stage; returns the lineage that this run's checkpoints carry."""
+    parent: dict[str, Any] | None = None
+    fresh: list[str] = []
+    if cfg.init.weights:
+        weights, _, parent, folder = read_export(cfg.init.weights)
+        fresh = load_weights(model, weights, cfg.init.reinit, source=folder)
+        parent = {"url": folder} | parent
+        logger.info("weights from %s; re-initialised: %s", folder, ", ".join(fresh) or "none")
+    if snapshot is not None:
+        load_weights(model, snapshot.weights, source=f"the checkpoint of step {snapshot.step} in {cfg.run_dir}")
+    return {"run": cfg.name, "run_dir": cfg.run_dir, "parent": parent, "reinitialised": fresh}
+
+
+def data_state(cfg: TrainConfig, training_set: Dataset, samples_seen: int) -> dict[str, Any]:
+    """What fixes the data order, and how far it has been consumed."""
+    return {
+        "samples_seen": samples_seen,
+        "seed": cfg.seed,
+        "num_virtual_shards": cfg.data.num_virtual_shards,
+        "micro_batch": cfg.data.micro_batch,
+        "manifest": training_set.manifest.digest(),
+    }
+
+
+def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to continue a checkpoint on another data order."""
+    names = [name for name in current if name != "samples_seen" and saved[name] != current[name]]
+    if names:
+        changes = ", ".join(f"{name} was {saved[name]}, is {current[name]}" for name in names)
+        raise CheckpointError(f"the run's data changed since its checkpoint ({changes}); start another run_dir")
+
+
+def track_switches(
+    switches: SwitchTracker, batches: list[Batch], result: StepResult, order: Order, positions: range, world: World
+) -> dict[str, float]:
+    """Note the label assignments of this step; where an epoch ends in it, that epoch's switch rate over all ranks."""
+    if "permutation" not in result.local_metrics[0]:
+        return {}
+    items = [
+        (order.epoch(int(position)), id_, int(label))
+        for batch, metrics in zip(batches, result.local_metrics, strict=True)
+        for position, id_, label in zip(batch.positions, batch.ids, metrics["permutation"], strict=True)
+    ]
+    rates = {}
+    for epoch in range(order.epoch(positions.start), order.epoch(positions.stop - 1) + 1):
+        mine = [(id_, label) for item_epoch, id_, label in items if item_epoch == epoch]
+        switches.update([id_ for id_, _ in mine], [label for _, label in mine])
+        if order.epoch(positions.stop) > epoch:
+            switches.merge(gather_objects(switches.state_dict(), world))
+            rate = switches.end_epoch()
+            if rate is not None:
+                rates = {"switching/rate": rate, "switching/epoch": float(epoch)}
+    return rates
+
+
+def main() -> None:
+    """Run the loop in this process, as torchrun starts it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="the frozen config of a run, run_dir/config.yaml (a path or s3://)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    cfg = config.load_frozen(arguments.config)
+    train(cfg, join_world())
+
+
+if __name__ == "__main__":
+    main()
