@@ -1,0 +1,55 @@
+# Two commands on a machine with Python 3.11 and make:  make demo   make test
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := PYTHONPATH=. OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python
+
+.PHONY: help install demo test test-slow lint format bench clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## make .venv with everything the other targets need
+
+$(VENV)/.installed: pyproject.toml
+	@echo "installing into $(VENV) (about 2.5 GB, two minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed ## the main job on generated speech: shard, pre-train, fine-tune, evaluate, separate
+	$(RUN) tools/shard_data.py write corpus=demo split=train output=demo/data/train num_workers=2
+	$(RUN) tools/shard_data.py write corpus=demo split=dev output=demo/data/dev
+	$(RUN) tools/shard_data.py write corpus=demo split=test output=demo/data/test
+	$(RUN) -m sepdist.train experiment=demo/pretrain
+	$(RUN) -m sepdist.train experiment=demo/finetune
+	$(RUN) -m sepdist.evaluate model=demo/runs/finetune data=demo/data/test output=demo/evaluation num_workers=2
+	$(RUN) -m sepdist.separate --model demo/runs/finetune --output demo/separated demo/evaluation/listening/0/mixture.wav
+	@echo
+	@echo "separated voices:   demo/separated/mixture_s1.wav demo/separated/mixture_s2.wav"
+	@echo "TensorBoard:        $(BIN)/tensorboard --logdir demo/runs"
+
+test: $(VENV)/.installed ## the test suite (under 10 minutes on 2 cores)
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.installed ## the tests marked slow
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/.installed ## ruff, ruff format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed ## every benchmark, one JSON line each
+	$(RUN) -m benchmarks.shards
+	$(RUN) -m benchmarks.loader
+	$(RUN) -m benchmarks.conv_tasnet
+	$(RUN) -m benchmarks.step_overhead
+
+clean: ## remove what demo made (not .venv)
+	rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,181 @@
+"""Train one stage: compose the config once, freeze run_dir/config.yaml, run it in Ray Train workers.
+
+    python -m sepdist.train experiment=demo/finetune cluster.num_workers=2
+    ray job submit --working-dir . -- python -m sepdist.train experiment=demo/finetune
+
+Started again with the same config it goes on from the newest checkpoint of its run_dir.
+"""
+
+import json
+import logging
+import os
+import platform
+import sys
+import threading
+from importlib.metadata import version
+from pathlib import Path
+
+import hydra
+import yaml
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sepdist import config, storage
+from sepdist.config import ConfigError, TrainConfig
+from sepdist.training.checkpoint import best_of, find_committed
+
+# What may change between the first start of a run and a later one; anything else makes it another run.
+FREE_TO_CHANGE = ("training", "cluster", "validation", "data.cache", "data.num_threads", "data.prefetch", "engine.zero")
+
+config.register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path=config.config_dir(), config_name="train")
+def main(composed: DictConfig) -> None:
+    """Compose, check, freeze, launch; errors of the user are one line and exit status 1."""
+    from sepdist.training import launch
+
+    console = Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        cfg = freeze(config.typed(composed, TrainConfig))
+        console.print(f"run {cfg.name}: {cfg.run_dir}")
+        with follow(cfg, console):
+            launch.launch(cfg)
+        summarise(cfg, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on from the newest checkpoint in {composed.run_dir}")
+        sys.exit(130)
+    except (ConfigError, OSError, ValueError, launch.TrainingFailedError) as error:
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def freeze(cfg: TrainConfig) -> TrainConfig:
+    """Check the config as far as it can be without a worker, and put it at run_dir/config.yaml.
+
+    Raises:
+        ConfigError: a part does not build, a data set is missing, or run_dir holds a run of another config.
+    """
+    for name in ("run_dir", "data.train", "data.validation", "init.weights"):
+        _make_absolute(cfg, name)
+    from sepdist.training.engine import check_engine_options
+    from sepdist.training.loop import open_datasets
+
+    options = dict(cfg.engine)
+    check_engine_options(
+        options.get("zero_stage", 0),
+        options.get("precision", "fp32"),
+        options.get("reduction", "canonical"),
+        cfg.data.num_virtual_shards,
+        cfg.cluster.num_workers,
+    )
+    config.build(cfg.objective)
+    model = config.build(cfg.model)
+    open_datasets(cfg)
+    if cfg.init.weights:
+        from sepdist.training.checkpoint import load_weights, read_export
+
+        weights, _, _, folder = read_export(cfg.init.weights)
+        load_weights(model, weights, cfg.init.reinit, source=folder)
+    frozen = storage.join(cfg.run_dir, "config.yaml")
+    text = config.to_yaml(cfg)
+    if storage.exists(frozen):
+        changed = _differences(yaml.safe_load(storage.read_bytes(frozen)), yaml.safe_load(text))
+        if changed:
+            raise ConfigError(
+                f"{cfg.run_dir} holds a run of another config: {'; '.join(changed)}. Choose another run_dir (or name), "
+                "or remove the old run"
+            )
+    storage.put_bytes(frozen, text.encode())
+    environment = {name: version(name) for name in ("sepdist", "torch", "ray", "deepspeed", "webdataset", "numpy")}
+    environment |= {"python": platform.python_version(), "platform": platform.platform()}
+    storage.put_bytes(storage.join(cfg.run_dir, "environment.json"), json.dumps(environment, indent=1).encode())
+    return cfg
+
+
+def _make_absolute(cfg: TrainConfig, name: str) -> None:
+    """Workers have another working directory, so local paths are made absolute here."""
+    *path, last = name.split(".")
+    owner = cfg
+    for part in path:
+        owner = getattr(owner, part)
+    value = getattr(owner, last)
+    if value and not storage.is_remote(value):
+        setattr(owner, last, str(Path(value).expanduser().resolve()))
+
+
+def _flatten(value: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def _differences(before: dict, after: dict) -> list[str]:
+    old, new = _flatten(before), _flatten(after)
+    return [
+        f"{name} was {old.get(name)}, is {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(FREE_TO_CHANGE)
+    ]
+
+
+class follow:  # noqa: N801 - a context manager used as a verb
+    """A progress bar over the run, fed from its metrics.jsonl while the workers write it."""
+
+    def __init__(self, cfg: TrainConfig, console: Console) -> None:
+        self.path = storage.join(cfg.run_dir, "metrics.jsonl")
+        self.total = cfg.training.max_steps
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=console,
+        )
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "follow":
+        self.progress.start()
+        self.task = self.progress.add_task(os.path.basename(self.path.rsplit("/", 1)[0]), total=self.total, state="")
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+        self._show()
+        self.progress.stop()
+
+    def _watch(self) -> None:
+        seconds = 5.0 if storage.is_remote(self.path) else 1.0
+        while not self.stopped.wait(seconds):
+            self._show()
+
+    def _show(self) -> None:
+        try:
+            rows = [json.loads(line) for line in storage.read_bytes(self.path).splitlines()[-8:]]
+        except (OSError, ValueError):
+            return  # not written yet, or caught in the middle of a line: the next look sees it
+        shown: dict[str, float] = {}
+        for row in rows:
+            shown |= row
+        names = {"loss/total": "loss {:.2f}", "train/si_snri": "SI-SNRi {:.2f} dB", "validation/si_snri": "val {:.2f} dB"}
+        state = "  ".join(text.format(shown[name]) for name, text in names.items() if shown.get(name) is not None)
+        self.progress.update(self.task, completed=shown.get("step", 0), state=state)
+
+
+def summarise(cfg: TrainConfig, console: Console) -> None:
+    """Say what came out and what to do next."""
+    committed = find_committed(storage.join(cfg.run_dir, "checkpoints"))
+    best = best_of(committed)
+    if best is not None:
+        console.print(f"best validation score {best.score:.2f} at step {best.step}: {best.url}", highlight=False)
+    console.print(f"look at it: tensorboard --logdir {storage.join(cfg.run_dir, 'tensorboard')}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Ray Train: a frozen run in, the same loop in N workers out; a worker that dies is replaced and the run goes on.
+
+The worker function only joins the process group that Ray made and calls `loop.train`; checkpoints are the run's own
+(checkpoint.py), so Ray's storage holds no more than its own bookkeeping.
+"""
+
+import logging
+import os
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from sepdist import storage
+from sepdist.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingFailedError(RuntimeError):
+    """The workers failed more often than `cluster.max_failures` allows; the message is the last worker's own error."""
+
+
+def launch(cfg: TrainConfig) -> None:
+    """Train the run frozen at `cfg.run_dir` in Ray Train workers; returns when it has finished.
+
+    Raises:
+        TrainingFailedError: a worker's error, once the allowed restarts are used up.
+    """
+    # A worker that dies is noticed after this long; a kill just before it would lose what Ray had not polled yet.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
+    started_here = connect(cfg)
+    try:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"config": storage.join(cfg.run_dir, "config.yaml")},
+            scaling_config=ScalingConfig(
+                num_workers=cfg.cluster.num_workers,
+                use_gpu=cfg.cluster.use_gpu,
+                resources_per_worker={"CPU": cfg.cluster.cpus_per_worker}
+                | ({"GPU": 1.0} if cfg.cluster.use_gpu else {}),
+            ),
+            torch_config=TorchConfig(
+                backend="nccl" if cfg.cluster.use_gpu else "gloo", timeout_s=cfg.cluster.collective_timeout_seconds
+            ),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=cfg.run_dir,
+                failure_config=FailureConfig(max_failures=cfg.cluster.max_failures),
+                worker_runtime_env={"env_vars": worker_environment(cfg)},
+            ),
+        )
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingFailedError(root_cause(error)) from error
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def connect(cfg: TrainConfig) -> bool:
+    """Join the cluster this runs in (RAY_ADDRESS, as `ray job submit` sets it), or start a local Ray; whether it did."""
+    if ray.is_initialized():
+        return False
+    address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address)
+        return True
+    needed = int(cfg.cluster.num_workers * cfg.cluster.cpus_per_worker + 0.999)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, needed),  # logical: more workers than cores may share the machine
+        include_dashboard=False,
+        object_store_memory=200_000_000,  # nothing large goes through it
+        logging_level=logging.WARNING,
+    )
+    return True
+
+
+def worker_environment(cfg: TrainConfig) -> dict[str, str]:
+    """Environment of the workers. Credentials are not in it: workers have them from their own machine."""
+    environment = {
+        "OMP_NUM_THREADS": str(cfg.cluster.threads_per_worker),
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if not cfg.cluster.use_gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    from sepdist import config
+    from sepdist.training import loop
+    from sepdist.training.world import join_world
+
+    world = join_world()
+    logging.basicConfig(
+        level=logging.INFO if world.is_main else logging.WARNING,
+        format=f"%(asctime)s rank {world.rank} %(name)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    logging.getLogger("deepspeed").setLevel(logging.WARNING)
+    loop.train(config.load_frozen(arguments["config"]), world, report=ray.train.report)
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost worker error of a Ray failure, in one line with its type."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        innermost: BaseException = failure
+        while isinstance(getattr(innermost, "cause", None), BaseException):
+            innermost = innermost.cause
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
+        lines = [line for line in str(innermost).strip().splitlines() if line.strip()]
+        return lines[-1] if lines else type(innermost).__name__
+    return str(error)
