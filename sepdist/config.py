@@ -135,14 +135,18 @@ class ShardConfig:
 class EvaluateConfig:
     """`configs/evaluate.yaml`: python -m sepdist.evaluate."""
 
-    model: str = MISSING  # a run_dir, an export folder or a checkpoint's export
+    model: str = MISSING  # a run_dir (its best checkpoint is taken) or an export folder
     data: str = MISSING  # folder or s3:// prefix of the test set
-    output: str = MISSING  # folder or s3:// prefix for results.json, utterances.csv, histogram.png
+    output: str = MISSING  # folder or s3:// prefix for results.json, utterances.csv, histogram.png, listening/
     num_sources: int = 2
     noise: bool = False
     num_mixtures: int = 0  # the first so many; 0 = all
+    max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
+    num_listening: int = 3  # mixtures whose audio and spectrograms are put out too
     num_workers: int = 1  # Ray tasks; 0 = in this process
+    use_gpu: bool = False  # one GPU per worker
     cache_dir: str = "~/.cache/sepdist"
+    cache_gigabytes: float = 50.0
 
 
 def register_schemas() -> None:

@@ -7,6 +7,7 @@ and PIT stay in fp32, so that a checkpoint is the same thing at either precision
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -84,6 +85,7 @@ class DeepSpeedEngine:
         self.owned = owned_virtual_shards(num_virtual_shards, world.rank, world.size)
         model.to(world.device)
         deepspeed_logger.setLevel(logging.WARNING)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; Ray and torchrun set it
         if world.device.type == "cpu":
             # Otherwise DeepSpeed compiles a shared-memory communication op for about a minute on first use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,74 @@
+"""Conv-TasNet: mixture [B, T] in, one waveform per speaker [B, S, T] out.
+
+Luo and Mesgarani, "Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech Separation", 2019, with
+gLN, skip connections and ReLU masks. The defaults are the size of paper 1's experiments: 5,050,545 parameters for two
+speakers. Inside, tensors are channels-last [B, N, F] (layers.py).
+
+Shapes: B batch, S speakers, T samples, N frames, F encoder filters.
+"""
+
+from torch import Tensor, nn
+
+from sepdist.models.layers import ConvBlock, NormLinear, apply_masks, cut_frames, overlap_add, widen
+
+
+class ConvTasNet(nn.Module):
+    """Encoder, temporal convolution network that masks the encoded frames, decoder.
+
+    `output_parameters` are the prefixes of the parameters that make particular speakers: the last 1x1 convolution,
+    which a new task starts afresh. `compile=False` runs the same arithmetic without `torch.compile`.
+    """
+
+    output_parameters: tuple[str, ...] = ("mask_conv",)
+
+    def __init__(
+        self,
+        num_speakers: int = 2,
+        num_filters: int = 512,
+        kernel_size: int = 16,
+        stride: int = 8,
+        num_bottleneck: int = 128,
+        num_hidden: int = 512,
+        num_skip: int = 128,
+        num_blocks: int = 8,
+        num_repeats: int = 3,
+        num_taps: int = 3,
+        compile: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 1 <= stride <= kernel_size:
+            raise ValueError(f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size")
+        if num_speakers < 1:
+            raise ValueError(f"num_speakers={num_speakers}: at least one")
+        self.num_speakers, self.num_filters, self.num_skip = num_speakers, num_filters, num_skip
+        self.kernel_size, self.stride = kernel_size, stride
+        self.min_length = kernel_size
+        self.compiled = compile
+        self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
+        self.bottleneck = NormLinear(num_filters, num_bottleneck, compile)
+        self.blocks = nn.ModuleList(
+            ConvBlock(num_bottleneck, num_hidden, num_skip, num_taps, 2**index, compile)
+            for _ in range(num_repeats)
+            for index in range(num_blocks)
+        )
+        self.prelu = nn.PReLU()
+        self.mask_conv = nn.Linear(num_skip, num_speakers * num_filters)
+        self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
+        nn.init.xavier_normal_(self.encoder.weight)
+        nn.init.xavier_normal_(self.decoder.weight)
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        """Estimates [B, S, T] of the speakers, in no particular order."""
+        if mixture_BT.ndim != 2 or mixture_BT.shape[1] < self.min_length:
+            raise ValueError(
+                f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {self.min_length} samples"
+            )
+        num_samples = mixture_BT.shape[1]
+        encoded_BNF = self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride))
+        x = self.bottleneck(encoded_BNF)
+        skip = x.new_zeros(*x.shape[:2], self.num_skip)
+        for block in self.blocks:
+            x, skip = block(x, skip)
+        logits_BNSF = self.mask_conv(self.prelu(skip)).unflatten(-1, (self.num_speakers, self.num_filters))
+        frames = self.decoder(apply_masks(logits_BNSF, encoded_BNF, self.compiled))
+        return overlap_add(widen(frames).transpose(1, 2), self.stride, num_samples)

@@ -1,0 +1,52 @@
+"""Supervised separation: a batch with sources in, the permutation-invariant negative SI-SNR out (uPIT).
+
+Kolbaek et al., "Multitalker Speech Separation with Utterance-level Permutation Invariant Training", 2017; paper 1,
+section 2. Items of a batch have equal lengths; a padded tail counts as silence.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sepdist.data.records import Batch
+from sepdist.metrics.permutation import best_permutation, permutation_rank
+from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
+
+
+class Separation:
+    """Minus the SI-SNR of the best assignment, mean over sources and items, in fp32 whatever the autocast.
+
+    Metrics per item: `si_snr`, `si_snri` (dB, mean over sources) and `permutation`, the rank of the assignment.
+    `threshold`: items whose loss is below it, in dB, are solved already and get no gradient (SepFormer uses -30).
+    """
+
+    def __init__(self, threshold: float | None = None) -> None:
+        self.threshold = threshold
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch; needs `batch.sources`, as many as the model has outputs."""
+        if batch.sources is None:
+            raise ValueError("objective separation needs sources; this data set has mixtures only (try mixit)")
+        estimates_BST = model(batch.mixture)
+        if estimates_BST.shape != batch.sources.shape:
+            raise ValueError(
+                f"the model gives {tuple(estimates_BST.shape)}, the sources are {tuple(batch.sources.shape)} [B, S, T]"
+                ": make model.num_speakers and data.num_sources equal"
+            )
+        with torch.autocast(batch.mixture.device.type, enabled=False):
+            scores_B, order_BS = best_permutation(pairwise_si_snr(estimates_BST.float(), batch.sources))
+            loss = mean_above(-scores_B, self.threshold)
+            before_B = si_snr(batch.mixture.unsqueeze(1), batch.sources).mean(1)
+        return loss, {
+            "si_snr": scores_B.detach(),
+            "si_snri": scores_B.detach() - before_B,
+            "permutation": permutation_rank(order_BS),
+        }
+
+
+def mean_above(losses_B: Tensor, threshold: float | None) -> Tensor:
+    """The mean of the losses above the threshold; zero, with zero gradient, where there is none."""
+    if threshold is None:
+        return losses_B.mean()
+    # `~(<=)` keeps NaN, so that a broken item is seen and not skipped.
+    kept = ~(losses_B <= threshold)
+    return torch.where(kept, losses_B, 0.0).sum() / kept.sum().clamp_min(1)

@@ -1,0 +1,238 @@
+"""What a run says about itself. In: numbers, sound and pictures by step; out: run_dir/metrics.jsonl and TensorBoard.
+
+    run_dir/metrics.jsonl      one JSON object per `log` call: step, seconds, and the metrics by "group/name"; the truth
+    run_dir/tensorboard/       event files: a view of the same numbers, with audio and spectrograms
+
+Groups: loss/*, train/*, si_snri/*, speed/*, optim/*, validation/*. A run_dir on s3:// is written in a local scratch
+folder and put there as whole files, because an object cannot be appended to. Look at it with
+`tensorboard --logdir run_dir/tensorboard`.
+"""
+
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import scipy.signal
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from sepdist import storage
+
+LISTENING_PEAK = 0.9
+DYNAMIC_RANGE_DB = 70.0
+UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl that nobody asked for: how old a progress bar may be
+EVENT_FILE_BYTES = 16_000_000  # on s3://, where a flush puts whole files: what one flush may repeat of the one before
+
+
+class ReportingError(ValueError):
+    """A metrics.jsonl that cannot be continued, or sound that cannot be played."""
+
+
+class Reporter:
+    """Writes the metrics, sound and pictures of one attempt of a run; only the main rank makes one.
+
+    On a resume at `resume_step` the rows of later steps are dropped, since the run is about to make them again, and
+    TensorBoard is told to forget them.
+    """
+
+    def __init__(self, run_dir: str, *, resume_step: int = 0) -> None:
+        self._run_dir = str(run_dir)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        if storage.is_remote(self._run_dir):
+            self._scratch = tempfile.TemporaryDirectory(prefix="sepdist-report-")
+        self._folder = Path(self._scratch.name) if self._scratch else Path(self._run_dir)
+        rows = read_metrics(self._run_dir)
+        kept = [row for row in rows if row["step"] <= resume_step]
+        self._seconds_before = max((row["seconds"] for row in kept), default=0.0)
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        if rows != kept or not self._scratch:
+            storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text.encode())
+        path = self._folder / "metrics.jsonl"
+        if self._scratch:
+            path.write_text(text)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=resume_step + 1)
+        self._uploaded: dict[str, int] = {}  # name below run_dir -> bytes there
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="report") if self._scratch else None
+        self._pending: Future[None] | None = None
+        self._began = self._last_upload = time.monotonic()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row: `metrics` by "group/name", with the seconds the run has taken over all its attempts.
+
+        A value that is not finite is null in metrics.jsonl, because JSON has no NaN, and NaN in TensorBoard.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        assert all("/" in name for name in values), f"metrics are named group/name, not {sorted(values)}"
+        seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
+        row: dict[str, float | None] = {"step": int(step), "seconds": seconds}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        if self._pool and time.monotonic() - self._last_upload > UPLOAD_SECONDS:
+            self._upload(["metrics.jsonl"])
+
+    def audio(self, step: int, name: str, wave: np.ndarray, rate: int) -> None:
+        """Sound [T] at `rate`, its peak brought to 0.9: SI-SNR leaves the level of an estimate open."""
+        self._writer.add_audio(name, torch.from_numpy(for_listening(wave, name))[None], step, sample_rate=rate)
+
+    def spectrogram(self, step: int, name: str, waves: Mapping[str, np.ndarray], rate: int) -> None:
+        """A picture of `spectrogram_figure`."""
+        canvas = FigureCanvasAgg(spectrogram_figure(waves, rate))
+        canvas.draw()
+        picture = np.asarray(canvas.buffer_rgba())[..., :3]
+        self._writer.add_image(f"{name}/spectrogram", picture, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Everything so far is on disk, or on its way to s3://, which `close` waits for.
+
+        Raises:
+            OSError: an upload before this one failed.
+        """
+        self._writer.flush()
+        if not self._pool:
+            return
+        self._upload(["metrics.jsonl"] + [f"tensorboard/{path.name}" for path in self._event_files()])
+        if self._event_files()[-1].stat().st_size > EVENT_FILE_BYTES:
+            self._writer.close()  # the next event opens another file
+
+    def close(self) -> None:
+        """Write what is left and end; nothing can be logged afterwards."""
+        self._writer.close()
+        self._file.close()
+        if self._pool and self._scratch:
+            try:
+                self._upload(["metrics.jsonl"] + [f"tensorboard/{path.name}" for path in self._event_files()])
+                self._wait()
+            finally:
+                self._pool.shutdown()
+                self._scratch.cleanup()
+
+    def _event_files(self) -> list[Path]:
+        return sorted((self._folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+    def _upload(self, names: list[str]) -> None:
+        """Put whole files in the background; the bytes are taken now, because the files go on growing."""
+        assert self._pool is not None
+        self._wait()
+        sizes = {name: (self._folder / name).stat().st_size for name in names}
+        changed = [name for name in names if self._uploaded.get(name) != sizes[name]]
+        contents = {name: (self._folder / name).read_bytes() for name in changed}
+        self._uploaded |= {name: len(data) for name, data in contents.items()}
+        self._last_upload = time.monotonic()
+        self._pending = self._pool.submit(_put_all, self._run_dir, contents)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _put_all(run_dir: str, contents: Mapping[str, bytes]) -> None:
+    for name, data in contents.items():
+        storage.put_bytes(storage.join(run_dir, *name.split("/")), data)
+
+
+def read_metrics(run_dir: str) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl, in the order they were written; [] where there is none.
+
+    A last line that a kill cut short is left out; damage anywhere else is a ReportingError naming the line.
+    """
+    url = storage.join(run_dir, "metrics.jsonl")
+    if not storage.exists(url):
+        return []
+    lines = storage.read_bytes(url).split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
+        try:
+            row = json.loads(line)
+            row["step"], row["seconds"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportingError(f"{url}: line {number} is damaged; mend or move the file") from error
+        rows.append(row)
+    return rows
+
+
+def for_listening(wave: np.ndarray, name: str = "wave") -> np.ndarray:
+    """float32 [T] with its peak at 0.9; silence stays silence.
+
+    Raises:
+        ReportingError: `wave` holds NaN or infinity, which no loudspeaker plays.
+    """
+    wave = np.asarray(wave, dtype=np.float32)
+    assert wave.ndim == 1, f"{name}: a wave is [T], not {wave.shape}"
+    if not np.isfinite(wave).all():
+        raise ReportingError(f"{name}: {np.count_nonzero(~np.isfinite(wave))} of {wave.size} samples are not finite")
+    peak = float(np.abs(wave).max(initial=0.0))
+    return wave * np.float32(LISTENING_PEAK / peak) if peak > 0 else wave
+
+
+def decibel_spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Power in dB below the loudest bin, float32 [F, N]; 32-ms Hann windows every 8 ms. Silence is at the floor."""
+    size = max(int(0.032 * rate), 16)
+    wave = np.pad(np.asarray(wave, dtype=np.float32), (0, max(0, size - len(wave))))
+    _, _, spectrum = scipy.signal.stft(wave, rate, nperseg=size, noverlap=size - size // 4)
+    power = np.abs(spectrum) ** 2
+    loudest = power.max()
+    if loudest == 0:
+        return np.full(power.shape, -DYNAMIC_RANGE_DB, dtype=np.float32)
+    decibels = 10 * np.log10(np.maximum(power / loudest, np.finfo(np.float32).tiny))
+    return np.maximum(decibels, -DYNAMIC_RANGE_DB).astype(np.float32)
+
+
+def spectrogram_figure(waves: Mapping[str, np.ndarray], rate: int) -> Figure:
+    """Spectrograms on one dB scale, a column for each first word of the names, so that source 1 is beside estimate 1.
+
+    Every panel is relative to its own loudest bin, because SI-SNR leaves the level of an estimate open. It draws
+    through matplotlib's object interface and so works in any thread.
+    """
+    columns: dict[str, list[str]] = {}
+    for name in waves:
+        columns.setdefault(name.split()[0], []).append(name)
+    num_rows = max(len(names) for names in columns.values())
+    figure = Figure(figsize=(1.2 + 4.2 * len(columns), 0.8 + 2.4 * num_rows), dpi=80, layout="constrained")
+    axes = figure.subplots(num_rows, len(columns), squeeze=False, sharex=True, sharey=True)
+    image = None
+    for column, names in enumerate(columns.values()):
+        for row in range(num_rows):
+            axis: Axes = axes[row, column]
+            if row >= len(names):
+                axis.set_visible(False)
+                continue
+            wave = np.asarray(waves[names[row]])
+            image = axis.imshow(
+                decibel_spectrogram(wave, rate),
+                origin="lower",
+                aspect="auto",
+                extent=(0.0, len(wave) / rate, 0.0, rate / 2000),
+                vmin=-DYNAMIC_RANGE_DB,
+                vmax=0.0,
+                cmap="magma",
+            )
+            axis.set_title(names[row])
+            if row == len(names) - 1:
+                axis.set_xlabel("time in seconds")
+                axis.tick_params(labelbottom=True)
+            if column == 0:
+                axis.set_ylabel("frequency in kHz")
+    assert image is not None, "a picture needs at least one wave"
+    figure.colorbar(image, ax=axes, label="dB below the loudest of the panel", fraction=0.04)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()

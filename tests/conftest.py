@@ -1,0 +1,64 @@
+"""Fixtures of the whole suite: a real S3 server, started by the first test that asks for it.
+
+`bucket` is what most tests want: the name of a fresh bucket, with the environment set as a user sets it.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3server import ADMIN, S3Server
+
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    for attempt in (1, 2):  # a port may be taken between its choice and its use
+        server = S3Server(tmp_path_factory.mktemp("s3", numbered=True))
+        try:
+            server.start()
+            break
+        except (RuntimeError, TimeoutError):
+            if attempt == 2:
+                raise
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, and the environment that boto3, s3fs, pyarrow (so Ray) and TensorBoard read to find it."""
+    for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    values = {
+        "AWS_ACCESS_KEY_ID": ADMIN[0],
+        "AWS_SECRET_ACCESS_KEY": ADMIN[1],
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3_server.endpoint,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def bucket(s3_env: S3Server) -> Iterator[str]:
+    """The name of a bucket that is empty before the test and gone after it."""
+    client, name = s3_env.client(), f"test-{next(_NUMBERS)}"
+    client.create_bucket(Bucket=name)
+    yield name
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=name):
+        keys = [{"Key": one["Key"]} for one in page.get("Contents", [])]
+        if keys:
+            client.delete_objects(Bucket=name, Delete={"Objects": keys})
+    for upload in client.list_multipart_uploads(Bucket=name).get("Uploads", []):
+        client.abort_multipart_upload(Bucket=name, Key=upload["Key"], UploadId=upload["UploadId"])
+    client.delete_bucket(Bucket=name)

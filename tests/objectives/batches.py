@@ -1,0 +1,46 @@
+"""Batches and models of a few lines for the tests of objectives."""
+
+import torch
+from torch import Tensor, nn
+
+from sepdist.data.records import Batch
+
+
+def batch_of(sources: Tensor, noise: Tensor | None = None) -> Batch:
+    """[B, S, T] sources (and [B, T] noise) as the stream would give them."""
+    count, _, length = sources.shape
+    mixture = sources.sum(1) if noise is None else sources.sum(1) + noise
+    return Batch(
+        ids=[f"utterance{i}" for i in range(count)],
+        positions=torch.arange(count),
+        mixture=mixture,
+        sources=sources,
+        noise=noise,
+        lengths=torch.full((count,), length),
+    )
+
+
+class Fixed(nn.Module):
+    """A model that answers with given estimates, which are its parameters."""
+
+    def __init__(self, estimates: Tensor) -> None:
+        super().__init__()
+        self.estimates = nn.Parameter(estimates.clone())
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        return self.estimates
+
+
+def voices(num_items: int, num_sources: int, num_samples: int, seed: int = 0) -> Tensor:
+    """[B, S, T] sums of harmonics with slow envelopes, each source in its own range of pitch."""
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.arange(num_samples) / 8000
+    sources = torch.zeros(num_items, num_sources, num_samples)
+    for item in range(num_items):
+        for source in range(num_sources):
+            pitch = 100 * 1.7**source * (1 + 0.1 * torch.rand(1, generator=generator))
+            phase = 6.28 * torch.rand(1, generator=generator)
+            envelope = 0.6 + 0.4 * torch.sin(2 * torch.pi * 3 * t + phase)
+            harmonics = sum(torch.sin(2 * torch.pi * k * pitch * t) / k for k in range(1, 8))
+            sources[item, source] = 0.1 * envelope * harmonics
+    return sources

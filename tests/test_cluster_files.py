@@ -1,0 +1,147 @@
+"""Every file of cluster/ that a person applies by hand is held against what can be checked without a cluster."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
+
+from sepdist import config
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "cluster"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RAY_LAUNCHER = ["aws-gpu.yaml", "local.yaml"]
+KUBERAY = ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"]
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def composes(words: list[str]) -> config.TrainConfig:
+    """The config that `python -m sepdist.train WORDS` would run."""
+    config.register_schemas()
+    with initialize_config_dir(config.config_dir(), version_base="1.3"):
+        return config.typed(compose("train", overrides=words), config.TrainConfig)
+
+
+def cluster_spec(name: str) -> dict[str, Any]:
+    spec = read(name)["spec"]
+    return spec.get("rayClusterSpec", spec)
+
+
+def containers(name: str) -> list[dict[str, Any]]:
+    spec = cluster_spec(name)
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    return [container for group in groups for container in group["template"]["spec"]["containers"]]
+
+
+def test_the_folder_holds_the_files_that_these_tests_check() -> None:
+    found = {str(path.relative_to(CLUSTER)) for path in CLUSTER.rglob("*") if path.is_file()}
+    checked = {*RAY_LAUNCHER, *KUBERAY, "README.md", "Dockerfile", "runtime_env.yaml", "slurm/train.sbatch"}
+    assert found == checked
+
+
+@pytest.mark.parametrize("name", RAY_LAUNCHER)
+def test_ray_up_accepts_the_cluster_file(name: str) -> None:
+    validate_config(prepare_config(read(name)))
+
+
+@pytest.mark.parametrize("name", RAY_LAUNCHER)
+def test_ray_up_clusters_ask_for_a_token_and_keep_the_dashboard_on_loopback(name: str) -> None:
+    cluster = read(name)
+    starts = [line for kind in ("head", "worker") for line in cluster[f"{kind}_start_ray_commands"]]
+    starts = [line for line in starts if "ray start" in line]
+    assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in line for line in starts)
+    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+    assert "~/.ray/auth_token" in cluster["file_mounts"]
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_files_run_the_ray_version_of_the_project_with_token_authentication(name: str) -> None:
+    document, spec = read(name), cluster_spec(name)
+    assert document["apiVersion"] == "ray.io/v1" and document["kind"] in ("RayCluster", "RayJob")
+    wanted = next(line for line in PROJECT["dependencies"] if line.startswith("ray["))
+    lowest = re.search(r">=([\d.]+)", wanted)
+    assert lowest is not None and spec["rayVersion"].startswith(lowest[1])
+    assert spec["authOptions"] == {"mode": "token"}
+    assert len({container["image"] for container in containers(name)}) == 1
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_request_what_they_are_limited_to_and_mount_what_they_declare(name: str) -> None:
+    for container in containers(name):
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    for group in cluster_spec(name)["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        pod = group["template"]["spec"]
+        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_entry_point_of_the_ray_job_is_a_command_that_composes_and_fits_its_workers() -> None:
+    program, *words = shlex.split(read("kuberay/rayjob.yaml")["spec"]["entrypoint"])[2:]
+    assert program == "sepdist.train"
+    cfg = composes(words)
+    assert cfg.run_dir.startswith("s3://") and cfg.data.train.startswith("s3://")
+    group = cluster_spec("kuberay/rayjob.yaml")["workerGroupSpecs"][0]
+    offered = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert cfg.cluster.use_gpu and cfg.cluster.num_workers <= group["maxReplicas"] * int(offered["nvidia.com/gpu"])
+    assert cfg.cluster.cpus_per_worker <= int(offered["cpu"])
+
+
+@pytest.mark.parametrize("text", [(CLUSTER / "runtime_env.yaml").read_text(), "rayjob"])
+def test_runtime_environments_are_valid_and_carry_no_credential(text: str) -> None:
+    if text == "rayjob":
+        text = read("kuberay/rayjob.yaml")["spec"]["runtimeEnvYAML"]
+    environment = RuntimeEnv(**yaml.safe_load(text))
+    assert not {"pip", "uv", "conda"} & set(environment)
+    assert not re.search("SECRET|ACCESS_KEY|TOKEN", text)
+
+
+def test_a_job_that_is_submitted_from_the_checkout_takes_all_code_and_configs_along() -> None:
+    excluded = [_get_excludes(ROOT, read("runtime_env.yaml")["excludes"])]
+    excluded += get_excludes_from_ignore_files(ROOT, include_gitignore=True)
+    files = [p for folder in ("sepdist", "configs", "tools") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    needed = [path for path in files if path.suffix in (".py", ".yaml")]
+    assert len(needed) > 20
+    assert [str(path.relative_to(ROOT)) for path in needed if any(leaves_out(path) for leaves_out in excluded)] == []
+    assert any(leaves_out(ROOT / ".git" / "config") for leaves_out in excluded)
+
+
+def test_the_slurm_script_is_valid_shell_and_its_training_command_composes() -> None:
+    path = CLUSTER / "slurm" / "train.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    assert "--exclusive" in text and "--requeue" in text and "RAY_AUTH_MODE=token" in text
+    assert composes(["cluster=gpu", "cluster.num_workers=8", "experiment=demo/finetune"]).cluster.use_gpu
+
+
+def test_the_slurm_script_without_an_experiment_says_how_to_give_one() -> None:
+    result = subprocess.run(
+        ["bash", str(CLUSTER / "slurm" / "train.sbatch")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "no experiment given" in result.stderr
+
+
+def test_what_the_dockerfile_copies_exists() -> None:
+    copies = re.findall(r"^COPY (?:--\S+ )*(.+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    sources = [source for line in copies for source in line.split()[:-1]]
+    assert "pyproject.toml" in sources and "sepdist" in sources
+    assert [source for source in sources if not (ROOT / source).exists()] in ([], ["README.md"])
+
+
+def test_the_commands_of_the_readme_name_files_that_exist() -> None:
+    text = (CLUSTER / "README.md").read_text()
+    named = set(re.findall(r"\bcluster/[\w./-]+\.(?:yaml|sbatch)|cluster/Dockerfile", text))
+    assert len(named) >= 6
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

@@ -1,0 +1,116 @@
+"""Every YAML under configs/ composes and builds, and the count is asserted, so that no file escapes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from sepdist import config
+from sepdist.config import ConfigError
+
+CONFIGS = Path(config.config_dir())
+config.register_schemas()
+
+
+def composed(name: str, *overrides: str) -> object:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def files(group: str) -> list[str]:
+    return sorted(str(p.relative_to(CONFIGS / group).with_suffix("")) for p in (CONFIGS / group).rglob("*.yaml"))
+
+
+def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_composes() -> None:
+    primary = {"train.yaml", "shard.yaml", "evaluate.yaml"}
+    groups = {"model", "objective", "data", "engine", "optim", "cluster", "experiment", "corpus"}
+    found = {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml")}
+    assert primary <= found
+    assert {name for name in found if name not in primary and name.split("/")[0] not in groups} == set()
+    assert len(found) == NUM_CONFIGS
+
+
+NUM_CONFIGS = 21
+
+
+@pytest.mark.parametrize("name", files("model"))
+def test_every_model_builds_a_module(name: str) -> None:
+    cfg = config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig)
+    assert isinstance(config.build(cfg.model), nn.Module)
+
+
+@pytest.mark.parametrize("name", files("objective"))
+def test_every_objective_builds_a_callable(name: str) -> None:
+    cfg = config.typed(composed("train", f"objective={name}", *NEEDED), config.TrainConfig)
+    assert callable(config.build(cfg.objective))
+
+
+@pytest.mark.parametrize("group", ["engine", "optim", "cluster", "data"])
+def test_every_option_of_the_fixed_groups_composes(group: str) -> None:
+    for name in files(group):
+        cfg = config.typed(composed("train", f"{group}={name}", *NEEDED), config.TrainConfig)
+        if group in ("engine", "optim"):
+            config.resolve(getattr(cfg, group)["_target_"])
+
+
+@pytest.mark.parametrize("name", files("experiment"))
+def test_every_experiment_composes_and_its_parts_build(name: str) -> None:
+    cfg = config.typed(composed("train", f"experiment={name}"), config.TrainConfig)
+    assert isinstance(config.build(cfg.model), nn.Module)
+    assert callable(config.build(cfg.objective))
+    assert cfg.name != "???" and cfg.training.max_steps > 0
+
+
+@pytest.mark.parametrize("name", files("corpus"))
+def test_every_corpus_is_a_class_with_records(name: str) -> None:
+    node = yaml.safe_load((CONFIGS / "corpus" / f"{name}.yaml").read_text())
+    assert callable(config.resolve(node["_target_"]).records)
+
+
+NEEDED = ["name=x", "data.train=a", "data.validation=b", "training.max_steps=1"]
+
+
+def test_an_unknown_key_is_an_error_that_names_it() -> None:
+    with pytest.raises(Exception, match="stepz"):
+        composed("train", *NEEDED, "training.stepz=3")
+
+
+def test_a_wrong_type_is_an_error_that_names_the_value() -> None:
+    with pytest.raises(Exception, match="abc"):
+        composed("train", *NEEDED, "training.max_steps=abc")
+
+
+def test_a_missing_value_is_an_error_that_says_how_to_give_it() -> None:
+    with pytest.raises(ConfigError, match=r"training\.max_steps"):
+        config.typed(composed("train", *NEEDED[:3]), config.TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "sepdist.storage.os.system", "builtins.eval", "torch.hub.load", "sepdistx.evil", "sepdist"]
+)
+def test_a_target_outside_the_allow_list_is_refused_even_through_an_alias(target: str) -> None:
+    with pytest.raises(ConfigError, match="_target_"):
+        config.build({"_target_": target})
+
+
+def test_a_nested_target_is_checked_too() -> None:
+    node = {"_target_": "torch.optim.Adam", "params": {"_target_": "os.system", "command": "true"}}
+    with pytest.raises(ConfigError, match=r"os\.system"):
+        config.build(node)
+
+
+def test_a_wrong_argument_of_a_part_names_the_part_and_what_it_takes() -> None:
+    with pytest.raises(ConfigError, match=r"typo.*num_speakers"):
+        config.build({"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "num_speakers": 2, "typo": 1})
+
+
+def test_a_frozen_config_reads_back_equal() -> None:
+    cfg = config.typed(composed("train", *NEEDED), config.TrainConfig)
+    assert config.from_yaml(config.to_yaml(cfg), config.TrainConfig) == cfg
+
+
+def test_the_experiment_wins_over_the_primary_config() -> None:
+    cfg = config.typed(composed("train", "experiment=demo/finetune"), config.TrainConfig)
+    assert cfg.run_dir == "demo/runs/finetune"

@@ -1,0 +1,231 @@
+"""metrics.jsonl is the truth, TensorBoard agrees with it, and a resume leaves no row twice."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sepdist import reporting, storage
+from sepdist.reporting import Reporter, ReportingError, decibel_spectrogram, for_listening, read_metrics, to_png
+
+RATE = 8000
+
+
+def tone(hertz: float, seconds: float = 1.0) -> np.ndarray:
+    return np.sin(2 * np.pi * hertz * np.arange(int(seconds * RATE)) / RATE).astype(np.float32)
+
+
+def board(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "audio": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def next_second() -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second of their creation."""
+    time.sleep(1.001 - time.time() % 1)
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in board(folder).Scalars(name)]
+
+
+def test_a_row_has_step_seconds_and_the_metrics_by_name(tmp_path: Path) -> None:
+    reporter = Reporter(str(tmp_path))
+    reporter.log(20, {"loss/total": 1.5, "speed/steps_per_second": 4})
+    reporter.log(40, {"loss/total": float("nan")})
+    reporter.close()
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first.pop("seconds") <= second["seconds"]
+    assert first == {"step": 20, "loss/total": 1.5, "speed/steps_per_second": 4.0}
+    assert second["loss/total"] is None
+    assert scalars(tmp_path / "tensorboard", "loss/total")[0] == (20, 1.5)
+
+
+def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    reporter = Reporter(str(tmp_path))
+    reporter.log(1, {"loss/total": 2.0})
+    assert read_metrics(str(tmp_path))[0]["loss/total"] == 2.0
+    reporter.close()
+
+
+def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None:
+    reporter = Reporter(str(tmp_path))
+    for step in range(1, 9):
+        reporter.log(step, {"loss/total": 100.0 + step})
+    reporter.flush()  # and then it is killed, having committed a checkpoint at step 5
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "sec')
+    seconds_before = read_metrics(str(tmp_path))[4]["seconds"]
+    next_second()
+    again = Reporter(str(tmp_path), resume_step=5)
+    for step in range(6, 11):
+        again.log(step, {"loss/total": 200.0 + step})
+    again.close()
+    expected = [(step, (100.0 if step <= 5 else 200.0) + step) for step in range(1, 11)]
+    rows = read_metrics(str(tmp_path))
+    assert [(row["step"], row["loss/total"]) for row in rows] == expected
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+    assert rows[5]["seconds"] >= seconds_before
+    assert scalars(tmp_path / "tensorboard", "loss/total") == expected
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_seconds_go_on_from_the_attempt_before(tmp_path: Path) -> None:
+    rows = '{"step": 1, "seconds": 100.0}\n{"step": 2, "seconds": 200.0}\n{"step": 3, "seconds": 300.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    reporter = Reporter(str(tmp_path), resume_step=2)
+    reporter.log(3, {"loss/total": 1.0})
+    reporter.close()
+    assert 200.0 <= read_metrics(str(tmp_path))[-1]["seconds"] < 210.0
+
+
+def test_a_damaged_line_inside_the_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "seconds": 0.1}\n{"step": 2, "sec\n{"step": 3, "seconds": 0.3}\n'
+    )
+    with pytest.raises(ReportingError, match=r"metrics\.jsonl: line 2"):
+        Reporter(str(tmp_path), resume_step=3)
+
+
+def test_sound_is_brought_to_a_listening_level_without_clipping(tmp_path: Path) -> None:
+    for level in (1e-4, 0.3, 50.0):
+        wave = for_listening(level * tone(440))
+        assert np.abs(wave).max() == pytest.approx(0.9)
+        assert np.corrcoef(wave, tone(440))[0, 1] == pytest.approx(1.0)
+    assert not for_listening(np.zeros(100)).any()
+    with pytest.raises(ReportingError, match=r"estimate 1: 1 of 3 samples"):
+        for_listening(np.array([0.0, np.nan, 1.0]), "estimate 1")
+    reporter = Reporter(str(tmp_path))
+    reporter.audio(7, "listen_0/mixture", 50 * tone(440), RATE)
+    reporter.close()
+    [event] = board(tmp_path / "tensorboard").Audio("listen_0/mixture")
+    assert (event.step, event.sample_rate, event.length_frames) == (7, RATE, RATE)
+    assert event.encoded_audio_string[:4] == b"RIFF"
+
+
+def test_a_spectrogram_shows_a_tone_at_its_frequency_and_silence_at_the_floor() -> None:
+    decibels = decibel_spectrogram(tone(1000), RATE)
+    assert decibels.max() == 0
+    bins = decibels.shape[0]
+    middle = decibels[:, decibels.shape[1] // 2]
+    assert np.argmax(middle) * (RATE / 2) / (bins - 1) == pytest.approx(1000, abs=RATE / 2 / (bins - 1))
+    assert (decibel_spectrogram(np.zeros(RATE), RATE) == -70).all()
+    assert (decibel_spectrogram(tone(100, 0.001), RATE) >= -70).all()
+
+
+def test_a_picture_is_drawn_outside_the_main_thread(tmp_path: Path) -> None:
+    waves = {"mixture": tone(300) + tone(1500), "source 1": tone(300), "source 2": tone(1500)}
+    waves |= {"estimate 1": 9 * tone(300), "estimate 2": np.zeros(RATE, dtype=np.float32)}
+    reporter = Reporter(str(tmp_path))
+    thread = threading.Thread(target=reporter.spectrogram, args=(3, "listen_0", waves, RATE))
+    thread.start()
+    thread.join()
+    reporter.close()
+    [event] = board(tmp_path / "tensorboard").Images("listen_0/spectrogram")
+    assert event.step == 3 and event.width > 600 and event.height > 300
+
+
+def test_panels_stand_in_columns_by_kind_on_one_colour_scale() -> None:
+    names = ["mixture", "source 1", "source 2", "estimate 1", "estimate 2"]
+    figure = reporting.spectrogram_figure({name: tone(500) for name in names}, RATE)
+    to_png(figure)
+    shown = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert list(sorted(shown)) == sorted(names)
+    assert {axis.images[0].get_clim() for axis in shown.values()} == {(-70.0, 0.0)}
+    assert shown["source 2"].get_position().y0 == pytest.approx(shown["estimate 2"].get_position().y0)
+    assert shown["source 1"].get_position().x0 == pytest.approx(shown["source 2"].get_position().x0)
+    assert shown["mixture"].get_xlim() == (0.0, 1.0) and shown["mixture"].get_ylim() == (0.0, 4.0)
+
+
+class Objects:
+    """Objects in memory in place of s3://, with every put counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.puts: list[str] = []
+        self.fail = False
+        monkeypatch.setattr(storage, "put_bytes", self.put_bytes)
+        monkeypatch.setattr(storage, "read_bytes", self.objects.__getitem__)
+        monkeypatch.setattr(storage, "exists", self.objects.__contains__)
+
+    def put_bytes(self, url: str, data: bytes) -> None:
+        if self.fail:
+            raise OSError("the store is gone")
+        self.objects[url] = data
+        self.puts.append(url)
+
+    def download(self, prefix: str, folder: Path) -> Path:
+        folder.mkdir()
+        for url, data in self.objects.items():
+            if url.startswith(prefix):
+                (folder / url.removeprefix(prefix).lstrip("/")).write_bytes(data)
+        return folder
+
+
+def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(tmp_path: Path, bucket: str) -> None:
+    run_dir = f"s3://{bucket}/run"
+    reporter = Reporter(run_dir)
+    scratch = Path(reporter._folder)
+    for step in range(1, 7):
+        reporter.log(step, {"loss/total": 100.0 + step})
+        if step == 4:
+            reporter.flush()
+    reporter.close()
+    assert not scratch.exists()
+    assert storage.list_names(run_dir) == ["metrics.jsonl", "tensorboard"]
+    next_second()
+    again = Reporter(run_dir, resume_step=4)
+    assert len(storage.read_bytes(f"{run_dir}/metrics.jsonl").splitlines()) == 4
+    for step in range(5, 9):
+        again.log(step, {"loss/total": 200.0 + step})
+    again.close()
+    expected = [(step, (100.0 if step <= 4 else 200.0) + step) for step in range(1, 9)]
+    assert [(row["step"], row["loss/total"]) for row in read_metrics(run_dir)] == expected
+    names = storage.list_names(f"{run_dir}/tensorboard")
+    assert len(names) == 2
+    for name in names:
+        storage.fetch_file(f"{run_dir}/tensorboard/{name}", tmp_path / "board" / name)
+    assert scalars(tmp_path / "board", "loss/total") == expected
+
+
+def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "EVENT_FILE_BYTES", 10_000)
+    objects = Objects(monkeypatch)
+    reporter = Reporter("s3://b/run", resume_step=0)
+    for step in range(1, 4):
+        reporter.audio(step, "listen_0/mixture", tone(440), RATE)
+        reporter.log(step, {"loss/total": float(step)})
+        reporter.flush()
+        next_second()
+    reporter.close()
+    events = [url for url in objects.puts if "tensorboard" in url]
+    assert len(set(events)) == 3 and len(events) == 3
+    folder = objects.download("s3://b/run/tensorboard", tmp_path / "board")
+    assert scalars(folder, "loss/total") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [event.step for event in board(folder).Audio("listen_0/mixture")] == [1, 2, 3]
+
+
+def test_an_upload_that_failed_is_an_error_of_the_next_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Objects(monkeypatch)
+    reporter = Reporter("s3://b/run")
+    reporter.log(1, {"loss/total": 1.0})
+    objects.fail = True
+    reporter.flush()
+    with pytest.raises(OSError, match="the store is gone"):
+        reporter.flush()
+    objects.fail = False
+    reporter.close()
+
+
+def test_metrics_without_a_group_are_a_mistake_of_ours(tmp_path: Path) -> None:
+    reporter = Reporter(str(tmp_path))
+    with pytest.raises(AssertionError, match="group/name"):
+        reporter.log(1, {"loss": 1.0})
+    reporter.close()

@@ -1,0 +1,192 @@
+"""One step of the engine is one optimizer step over the global batch, whatever the world size, stage and reduction."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from sepdist.config import ConfigError
+from sepdist.data.order import owned_virtual_shards
+from sepdist.data.records import Batch
+from sepdist.training.checkpoint import OptimizerState
+from sepdist.training.engine import DeepSpeedEngine, check_engine_options
+from sepdist.training.world import World
+
+NUM_SHARDS, MICRO_BATCH, LENGTH = 4, 2, 40
+
+
+class Toy(nn.Module):
+    """A convolution with dropout, and a head that only some batches use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv1d(1, 8, 5, padding=2)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Conv1d(8, 1, 1)
+        self.other = nn.Conv1d(8, 1, 1)
+
+    def forward(self, mixture_BT: Tensor, other: bool = False) -> Tensor:
+        hidden = self.drop(torch.tanh(self.body(mixture_BT[:, None])))
+        return (self.other if other else self.head)(hidden)
+
+
+class SquaredError:
+    """The loss of a batch; `branching` batches use the other head on odd virtual shards."""
+
+    def __init__(self, branching: bool) -> None:
+        self.branching = branching
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        odd = self.branching and (int(batch.positions[0]) // MICRO_BATCH) % 2 == 1
+        error = (model(batch.mixture, other=odd)[:, 0].float() - batch.sources[:, 0]) ** 2
+        return error.mean(), {"error": error.mean(1)}
+
+
+def batch_of(step: int, shard: int) -> Batch:
+    first = (step * NUM_SHARDS + shard) * MICRO_BATCH
+    generator = torch.Generator().manual_seed(first)
+    mixture = torch.randn(MICRO_BATCH, LENGTH, generator=generator)
+    return Batch(
+        ids=[f"utterance-{first + item}" for item in range(MICRO_BATCH)],
+        positions=torch.arange(first, first + MICRO_BATCH),
+        mixture=mixture,
+        sources=torch.roll(mixture, 1, -1)[:, None],
+        noise=None,
+        lengths=torch.full((MICRO_BATCH,), LENGTH),
+    )
+
+
+def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
+    """Steps [first, last) of a run, its state taken from and left in `folder`."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store-{options['key']}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model, saved = Toy(), None
+    if options["first"]:
+        saved = torch.load(f"{folder}/state.pt", weights_only=True)
+        model.load_state_dict(saved["weights"])
+    engine = DeepSpeedEngine(
+        model,
+        SquaredError(options.get("branching", False)),
+        lambda params: torch.optim.Adam(params, lr=1e-2),
+        World(rank, world_size, torch.device("cpu")),
+        seed=0,
+        num_virtual_shards=NUM_SHARDS,
+        micro_batch=MICRO_BATCH,
+        zero_stage=options["stage"],
+        precision=options.get("precision", "fp32"),
+        reduction=options.get("reduction", "canonical"),
+        clip_norm=0.5,
+    )
+    if saved:
+        engine.load_optimizer_state(OptimizerState(saved["tensors"], saved["scalars"]))
+    losses, norms = [], []
+    for step in range(options["first"], options["last"]):
+        engine.set_lr(1e-2 / (1 + step))
+        owned = owned_virtual_shards(NUM_SHARDS, rank, world_size)
+        result = engine.step([batch_of(step, shard) for shard in owned])
+        losses.append(result.loss.hex())
+        norms.append(result.grad_norm)
+    weights, optimizer = engine.weights(), engine.optimizer_state()
+    if rank == 0:
+        state = {"weights": weights, "tensors": optimizer.tensors, "scalars": optimizer.scalars}
+        torch.save(state, f"{folder}/state.pt")
+        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights.values())).hexdigest()
+        text = json.dumps({"losses": losses, "norms": norms, "digest": digest})
+        Path(f"{folder}/{options['key']}.json").write_text(text)
+    dist.destroy_process_group()
+
+
+def run(folder: Path, world_size: int, stage: int, first: int = 0, last: int = 6, **options: object) -> dict:
+    key = f"{world_size}-{stage}-{first}-{last}-{'-'.join(map(str, options.values()))}"
+    arguments = {"key": key, "stage": stage, "first": first, "last": last} | options
+    mp.spawn(run_steps, (world_size, str(folder), arguments), nprocs=world_size)
+    return json.loads((folder / f"{key}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return run(tmp_path_factory.mktemp("reference"), 1, 0)
+
+
+def test_one_step_is_adam_on_the_clipped_mean_gradient(tmp_path: Path) -> None:
+    """Worked out here with plain torch: mean loss over the global batch, clip, Adam."""
+    ours = run(tmp_path, 1, 0, last=3, branching=False)
+    torch.manual_seed(0)
+    model = Toy()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    from sepdist import seeding
+
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        losses = []
+        for shard in range(NUM_SHARDS):
+            batch = batch_of(step, shard)
+            torch.manual_seed(seeding.torch_seed(0, "dropout", int(batch.positions[0])))
+            losses.append(SquaredError(False)(model, batch)[0])
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 0.5)
+        optimizer.step()
+        assert float.fromhex(ours["losses"][step]) == pytest.approx(float(loss), rel=1e-5)
+        assert ours["norms"][step] == pytest.approx(float(norm), rel=1e-4)
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (3, 0), (2, 1), (4, 1), (2, 2)])
+def test_canonical_steps_have_the_same_bits_at_any_world_size_and_stage(
+    world_size: int, stage: int, tmp_path: Path, uninterrupted: dict
+) -> None:
+    assert run(tmp_path, world_size, stage) == uninterrupted
+
+
+def test_a_run_cut_and_continued_at_another_world_size_and_stage_has_the_same_bits(
+    tmp_path: Path, uninterrupted: dict
+) -> None:
+    parts = [run(tmp_path, 2, 1, 0, 2), run(tmp_path, 1, 0, 2, 4), run(tmp_path, 3, 1, 4, 6)]
+    assert [loss for part in parts for loss in part["losses"]] == uninterrupted["losses"]
+    assert parts[-1]["digest"] == uninterrupted["digest"]
+
+
+def test_bf16_has_the_same_bits_at_any_world_size_too(tmp_path: Path, uninterrupted: dict) -> None:
+    one = run(tmp_path, 1, 0, precision="bf16")
+    assert run(tmp_path, 2, 1, precision="bf16") == one
+    assert one["digest"] != uninterrupted["digest"]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_batches_that_take_different_branches_on_different_ranks_never_mix_gradients(
+    stage: int, tmp_path: Path
+) -> None:
+    assert run(tmp_path, 2, stage, branching=True) == run(tmp_path, 1, 0, branching=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_native_reduction_agrees_to_rounding_and_resumes(stage: int, tmp_path: Path, uninterrupted: dict) -> None:
+    whole = run(tmp_path, 2, stage, 0, 3, reduction="native")
+    rest = run(tmp_path, 2, stage, 3, 6, reduction="native")
+    losses = [float.fromhex(loss) for loss in whole["losses"] + rest["losses"]]
+    assert losses == pytest.approx([float.fromhex(loss) for loss in uninterrupted["losses"]], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ((4, "fp32", "native", 4, 1), "choose 0, 1, 2 or 3"),
+        ((0, "fp16", "native", 4, 1), "choose fp32 or bf16"),
+        ((0, "fp32", "ring", 4, 1), "canonical or native"),
+        ((0, "fp32", "canonical", 4, 5), "num_virtual_shards"),
+        ((3, "fp32", "canonical", 4, 2), "reduction=native"),
+        ((0, "fp32", "native", 4, 3), "divides"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_with_what_to_set(options: tuple, advice: str) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        check_engine_options(*options)
