@@ -207,7 +207,7 @@ def resolve(target: str) -> Any:
     The name and the place of definition are both checked, so an alias reached through an allowed module is refused.
     """
     refusal = f"_target_ {target!r} is not allowed: targets live under {', '.join(ALLOWED_TARGETS)}"
-    if not _allowed(target):
+    if not target.startswith(ALLOWED_TARGETS):
         raise ConfigError(refusal)
     module_name, _, attribute = target.rpartition(".")
     try:

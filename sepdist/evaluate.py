@@ -40,7 +40,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from sepdist import __version__, config, storage
+import sepdist
+from sepdist import config, storage
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.data.records import Batch
 from sepdist.data.stream import Dataset
@@ -366,7 +367,7 @@ def summarise(cfg: EvaluateConfig, export: Export, dataset: Dataset, scores: Seq
             "max_seconds": cfg.max_seconds,
         },
         "versions": {name: version(name) for name in ("torch", "numpy", "fast-bss-eval")}
-        | {"sepdist": __version__, "python": platform.python_version()},
+        | {"sepdist": sepdist.__version__, "python": platform.python_version()},
     }
 
 
@@ -405,7 +406,7 @@ def histogram(scores: Sequence[Score]) -> Figure:
 def progress_bar(console: Console, count: int) -> Iterator[Callable[[], None]]:
     """A bar over the utterances; gives the function that moves it on by one."""
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=count)
         yield lambda: progress.advance(task)
 

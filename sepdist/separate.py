@@ -417,7 +417,7 @@ def main() -> None:
     failed = False
     for recording in arguments.recordings:
         try:
-            with Progress(console=console, transient=True) as bar:
+            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
                 task = bar.add_task(PurePosixPath(recording).name, total=None)
                 result = separate_file(
                     model,

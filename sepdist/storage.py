@@ -9,6 +9,7 @@ from half a second), each bounded by SEPDIST_STORAGE_TIMEOUT_SECONDS of silence 
 StorageError that names the url, what was tried and what to do, and never a key.
 """
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 PART_BYTES = 16 * 2**20  # above twice this an upload goes in parts of this size; S3 allows no smaller ones than 5 MiB
+MIN_UPLOAD_BYTES_PER_SECOND = 2**16  # an upload slower than this is given up
 NUM_PARTS_AT_ONCE = 4  # bounds the memory of one upload to NUM_PARTS_AT_ONCE * PART_BYTES
 MAX_PARTS = 10_000  # of one S3 upload
 TEMP_SUFFIX = ".sepdist-tmp"  # of files that are not finished yet; never listed
@@ -330,7 +332,20 @@ def _endpoint() -> str:
 
 
 def _call(url: str | Path, action: str, method: str, **arguments: Any) -> Any:
-    return _retry(url, action, lambda: _filesystem().call_s3(method, **arguments))
+    return _retry(url, action, lambda: _request(method, **arguments))
+
+
+def _request(method: str, **arguments: Any) -> Any:
+    """One S3 request. What s3fs uses bounds only the wait for an answer, not that for a server to take the body."""
+    from fsspec.asyn import sync
+
+    filesystem = _filesystem()
+    seconds = _timeout_seconds() + len(arguments.get("Body", b"")) / MIN_UPLOAD_BYTES_PER_SECOND
+
+    async def bounded() -> Any:
+        return await asyncio.wait_for(filesystem._call_s3(method, **arguments), seconds)
+
+    return sync(filesystem.loop, bounded)
 
 
 def _list_page(url: str | Path, **arguments: Any) -> tuple[list[str], str | None]:
@@ -361,25 +376,21 @@ def _put_object(url: str | Path, length: int, block: Callable[[int, int], bytes]
     bucket, key = _split(url)
     where = {"Bucket": bucket, "Key": key}
     condition = {"IfNoneMatch": "*"} if create_only else {}
-    tries: list[int] = []
+    mark = {"sepdist-put": uuid.uuid4().hex}
 
     def finish(method: str, **arguments: Any) -> None:
-        def once() -> None:
-            tries.append(1)
-            _filesystem().call_s3(method, **where, **condition, **arguments)
-
         try:
-            _retry(url, "write", once)
-        except (FileExistsError, FileNotFoundError):  # the second: of the upload that `finish` has ended already
-            # An earlier try may have arrived and only its answer been lost: then the object that is there is ours.
-            if len(tries) == 1 or not _holds(url, length, block):
+            _call(url, "write", method, **where, **condition, **arguments)
+        except (FileExistsError, FileNotFoundError):  # the second: the upload is not there any more
+            # A request is also sent again, by us or by aiohttp, when it had arrived and only the answer was lost.
+            if _call(url, "look at", "head_object", **where)["Metadata"] != mark:
                 raise
 
     if length <= 2 * PART_BYTES:
-        finish("put_object", Body=block(0, length))
+        finish("put_object", Body=block(0, length), Metadata=mark)
         return
     part_bytes = max(PART_BYTES, -(-length // MAX_PARTS))
-    upload = _call(url, "write", "create_multipart_upload", **where)["UploadId"]
+    upload = _call(url, "write", "create_multipart_upload", **where, Metadata=mark)["UploadId"]
 
     def put_part(number: int) -> dict[str, Any]:
         body = block(number * part_bytes, min((number + 1) * part_bytes, length))
@@ -394,12 +405,6 @@ def _put_object(url: str | Path, length: int, block: Callable[[int, int], bytes]
         with contextlib.suppress(OSError):  # the error under way says more; a lifecycle rule collects leftovers
             _call(url, "abort the upload of", "abort_multipart_upload", **where, UploadId=upload)
         raise
-
-
-def _holds(url: str | Path, length: int, block: Callable[[int, int], bytes]) -> bool:
-    """Whether the object at `url` has these bytes."""
-    parts = [(start, min(start + PART_BYTES, length)) for start in range(0, length, PART_BYTES)]
-    return size(url) == length and all(read_bytes(url, *part) == block(*part) for part in parts)
 
 
 def _retry(url: str | Path, action: str, function: Callable[[], _T]) -> _T:
@@ -433,12 +438,11 @@ def _is_transient(error: BaseException) -> bool:
     import aiohttp
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
-    from fsspec.exceptions import FSTimeoutError
 
     code, status = _code(error)
     if status:
         return status >= 500 or status == 429 or code in _TRANSIENT_CODES
-    no_answer = (boto.HTTPClientError, FSTimeoutError, ConnectionError, TimeoutError)
+    no_answer = (boto.HTTPClientError, boto.ConnectionError, ConnectionError, TimeoutError)
     broken_answer = (boto.IncompleteReadError, aiohttp.ClientError, ResponseParserError)
     return isinstance(error, no_answer + broken_answer)
 

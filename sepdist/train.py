@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sepdist import config, storage
+from sepdist import __version__, config, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.training.checkpoint import best_of, find_committed
 
@@ -89,8 +89,8 @@ def freeze(cfg: TrainConfig) -> TrainConfig:
                 "or remove the old run"
             )
     storage.put_bytes(frozen, text.encode())
-    environment = {name: version(name) for name in ("sepdist", "torch", "ray", "deepspeed", "webdataset", "numpy")}
-    environment |= {"python": platform.python_version(), "platform": platform.platform()}
+    environment = {name: version(name) for name in ("torch", "ray", "deepspeed", "webdataset", "numpy")}
+    environment |= {"sepdist": __version__, "python": platform.python_version(), "platform": platform.platform()}
     storage.put_bytes(storage.join(cfg.run_dir, "environment.json"), json.dumps(environment, indent=1).encode())
     return cfg
 

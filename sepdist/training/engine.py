@@ -12,16 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import deepspeed
 import torch
-from deepspeed.utils import (
-    logger as deepspeed_logger,
-)
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor, nn
 
 from sepdist import seeding
@@ -84,7 +75,10 @@ class DeepSpeedEngine:
         self.clip_norm = clip_norm
         self.owned = owned_virtual_shards(num_virtual_shards, world.rank, world.size)
         model.to(world.device)
-        deepspeed_logger.setLevel(logging.WARNING)
+        import deepspeed  # here, because it takes seconds that a driver need not spend
+
+        self._fragments = deepspeed.utils.tensor_fragment
+        deepspeed.utils.logger.setLevel(logging.WARNING)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; Ray and torchrun set it
         if world.device.type == "cpu":
             # Otherwise DeepSpeed compiles a shared-memory communication op for about a minute on first use.
@@ -203,7 +197,7 @@ class DeepSpeedEngine:
         """The fp32 weights and buffers by name, on CPU, own memory; collective at ZeRO-3."""
         if self.zero_stage < 3:
             return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-        weights = {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self._named}
+        weights = {name: self._fragments.safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self._named}
         return weights | {name: buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
 
     def optimizer_state(self) -> OptimizerState:
@@ -217,7 +211,7 @@ class DeepSpeedEngine:
         tensors = {}
         for name, p in self._named:
             for key in keys:
-                value = state[p][key] if self.zero_stage == 0 else safe_get_full_optimizer_state(p, key)
+                value = state[p][key] if self.zero_stage == 0 else self._fragments.safe_get_full_optimizer_state(p, key)
                 tensors[f"{key}/{name}"] = value.detach().reshape(self._shape(p)).cpu().clone()
         return OptimizerState(tensors, scalars)
 
@@ -238,8 +232,13 @@ class DeepSpeedEngine:
                 value = saved.tensors[f"{key}/{name}"].to(self.world.device)
                 if self.zero_stage == 0:
                     state[p][key].copy_(value)
+                elif self.zero_stage == 3:
+                    # Not by safe_set_full_optimizer_state, which fails on parameters that the world size does not divide.
+                    size = self._fragments.safe_get_local_optimizer_state(p, key).numel()
+                    padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
+                    self._fragments.safe_set_local_optimizer_state(p, padded[self.world.rank * size :][:size], key)
                 else:
-                    safe_set_full_optimizer_state(p, value, key)
+                    self._fragments.safe_set_full_optimizer_state(p, value, key)
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer if self.zero_stage == 0 else self._optimizer.optimizer

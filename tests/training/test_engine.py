@@ -100,6 +100,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights.values())).hexdigest()
         text = json.dumps({"losses": losses, "norms": norms, "digest": digest})
         Path(f"{folder}/{options['key']}.json").write_text(text)
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -62,6 +62,7 @@ def _reduce_in_a_process(rank: int, world_size: int, num_leaves: int, store: str
     for leaf in owned_virtual_shards(num_leaves, rank, world_size):
         part.push((0, leaf), leaves[leaf])
     assert torch.equal(reduce_canonically(part, rank, world_size), tree_sum(leaves))
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,0 +1,86 @@
+"""The data order: a global position in, (shard, sample) out; a pure function of the seed, with no state to save.
+
+Positions count samples from the start of training and run on across epochs. Each epoch is one permutation of the data
+set: the shards are permuted, then samples are permuted within blocks of a few neighbouring shards, so that a worker
+needs only those shards at hand. Step s consumes the positions [s * V * B, (s + 1) * V * B) for V virtual shards of B
+samples (micro-batch), and a rank owns a contiguous block of virtual shards. So at any world size no sample is lost or
+repeated, and a restart at any step costs nothing.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from sepdist.seeding import rng
+
+
+class Order:
+    """Where each position of training lies in a data set whose shards hold `shard_sizes` samples."""
+
+    def __init__(self, seed: int, shard_sizes: tuple[int, ...], block_shards: int = 8) -> None:
+        if not shard_sizes or min(shard_sizes) < 1 or block_shards < 1:
+            raise ValueError(f"no order over shards of sizes {shard_sizes} in blocks of {block_shards}")
+        self.seed = seed
+        self.shard_sizes = shard_sizes
+        self.block_shards = block_shards
+        self.num_samples = sum(shard_sizes)
+        self._epoch_plan = lru_cache(maxsize=4)(self._plan_epoch)
+        self._block_plan = lru_cache(maxsize=8)(self._plan_block)
+
+    def epoch(self, position: int) -> int:
+        """The epoch, from 0, that `position` falls in."""
+        return position // self.num_samples
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(shard number, sample number within the shard) of `position`."""
+        epoch, block, offset = self._find(position)
+        shards, ends, permutation = self._block_plan(epoch, block)
+        flat = int(permutation[offset])
+        which = int(np.searchsorted(ends, flat, side="right"))
+        return shards[which], flat - (int(ends[which - 1]) if which else 0)
+
+    def shards_near(self, position: int, num_blocks: int = 2) -> list[int]:
+        """The shards of the block that holds `position` and of the blocks that follow, in order of first need."""
+        near: list[int] = []
+        for _ in range(num_blocks):
+            epoch, block, offset = self._find(position)
+            shards, ends, _ = self._block_plan(epoch, block)
+            near += [shard for shard in shards if shard not in near]
+            position += int(ends[-1]) - offset
+        return near
+
+    def _find(self, position: int) -> tuple[int, int, int]:
+        if position < 0:
+            raise ValueError(f"position {position}: positions count from 0")
+        epoch, offset = divmod(position, self.num_samples)
+        _, ends = self._epoch_plan(epoch)
+        block = int(np.searchsorted(ends, offset, side="right"))
+        return epoch, block, offset - (int(ends[block - 1]) if block else 0)
+
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the shards, and for each block the number of samples up to its end."""
+        order = rng(self.seed, "shard order", epoch).permutation(len(self.shard_sizes))
+        sizes = np.array(self.shard_sizes)[order]
+        return order, np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), self.block_shards)))
+
+    def _plan_block(self, epoch: int, block: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """A block's shards, the number of samples up to the end of each, and the permutation of its samples."""
+        order, _ = self._epoch_plan(epoch)
+        shards = [int(shard) for shard in order[block * self.block_shards : (block + 1) * self.block_shards]]
+        ends = np.cumsum([self.shard_sizes[shard] for shard in shards])
+        return shards, ends, rng(self.seed, "sample order", epoch, block).permutation(int(ends[-1]))
+
+
+def owned_virtual_shards(num_virtual_shards: int, rank: int, world_size: int) -> range:
+    """The contiguous block of virtual shards of one rank; the first ranks own one more where it does not divide."""
+    if not 0 <= rank < world_size <= num_virtual_shards:
+        raise ValueError(f"rank {rank} of {world_size} with {num_virtual_shards} virtual shards: 1 to that many ranks")
+    each, rest = divmod(num_virtual_shards, world_size)
+    first = rank * each + min(rank, rest)
+    return range(first, first + each + (rank < rest))
+
+
+def positions_of(step: int, virtual_shard: int, num_virtual_shards: int, micro_batch: int) -> range:
+    """The positions that one virtual shard takes in one step."""
+    first = (step * num_virtual_shards + virtual_shard) * micro_batch
+    return range(first, first + micro_batch)
