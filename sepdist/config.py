@@ -96,6 +96,7 @@ class ClusterConfig:
     address: str | None = None  # None: the cluster of the job it runs in, else a local Ray
     max_failures: int = 3
     collective_timeout_seconds: int = 600
+    verbose: bool = False  # show what Ray's processes print, where a local Ray is started
 
 
 @dataclass

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 PART_BYTES = 16 * 2**20  # above twice this an upload goes in parts of this size; S3 allows no smaller ones than 5 MiB
+FIRST_WAIT_SECONDS = 0.5  # before the second try; doubles from try to try, up to 10 s
 MIN_UPLOAD_BYTES_PER_SECOND = 2**16  # an upload slower than this is given up
 NUM_PARTS_AT_ONCE = 4  # bounds the memory of one upload to NUM_PARTS_AT_ONCE * PART_BYTES
 MAX_PARTS = 10_000  # of one S3 upload
@@ -248,7 +249,7 @@ def _sweep(target: Path) -> None:
     """Remove what killed writers of `target` left: their locks ended with them."""
     for name in os.listdir(target.parent):
         if name.startswith(f".{target.name}.") and name.endswith(TEMP_SUFFIX):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError):
                 handle = os.open(target.with_name(name), os.O_RDWR | os.O_CLOEXEC)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -313,6 +314,7 @@ def _connect(pid: int, timeout_seconds: float, variables: int) -> Any:
         },
     )
     filesystem.retries = 1
+    filesystem.connect()  # here, as it takes a second and is no part of a request's time
     return filesystem
 
 
@@ -418,7 +420,7 @@ def _retry(url: str | Path, action: str, function: Callable[[], _T]) -> _T:
             if attempt == attempts or not _is_transient(error):
                 # Without the cause: botocore's exceptions do not survive pickling, and may carry request headers.
                 raise explained from None
-            seconds = min(0.5 * 2 ** (attempt - 1), 10.0) * random.SystemRandom().uniform(0.5, 1.0)
+            seconds = min(FIRST_WAIT_SECONDS * 2 ** (attempt - 1), 10.0) * random.SystemRandom().uniform(0.5, 1.0)
             logger.warning("%s (attempt %d of %d); again in %.1f s", explained, attempt, attempts, seconds)
             time.sleep(seconds)
     raise AssertionError("unreachable")

@@ -39,7 +39,7 @@ def main(composed: DictConfig) -> None:
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING)
     try:
-        cfg = freeze(config.typed(composed, TrainConfig))
+        cfg = freeze(config.typed(composed, TrainConfig), console)
         console.print(f"run {cfg.name}: {cfg.run_dir}")
         with follow(cfg, console):
             launch.launch(cfg)
@@ -52,7 +52,7 @@ def main(composed: DictConfig) -> None:
         sys.exit(1)
 
 
-def freeze(cfg: TrainConfig) -> TrainConfig:
+def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     """Check the config as far as it can be without a worker, and put it at run_dir/config.yaml.
 
     Raises:
@@ -78,7 +78,8 @@ def freeze(cfg: TrainConfig) -> TrainConfig:
         from sepdist.training.checkpoint import load_weights, read_export
 
         weights, _, _, folder = read_export(cfg.init.weights)
-        load_weights(model, weights, cfg.init.reinit, source=folder)
+        fresh = load_weights(model, weights, cfg.init.reinit, source=folder)
+        console.print(f"weights from {folder}; re-initialised: {', '.join(fresh) or 'none'}", highlight=False)
     frozen = storage.join(cfg.run_dir, "config.yaml")
     text = config.to_yaml(cfg)
     if storage.exists(frozen):
@@ -127,6 +128,7 @@ class follow:  # noqa: N801 - a context manager used as a verb
     def __init__(self, cfg: TrainConfig, console: Console) -> None:
         self.path = storage.join(cfg.run_dir, "metrics.jsonl")
         self.total = cfg.training.max_steps
+        self.last_validation = -1
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -157,13 +159,24 @@ class follow:  # noqa: N801 - a context manager used as a verb
 
     def _show(self) -> None:
         try:
-            rows = [json.loads(line) for line in storage.read_bytes(self.path).splitlines()[-8:]]
+            rows = [json.loads(line) for line in storage.read_bytes(self.path).splitlines()]
         except (OSError, ValueError):
             return  # not written yet, or caught in the middle of a line: the next look sees it
         shown: dict[str, float] = {}
-        for row in rows:
+        for row in rows[-8:]:
             shown |= row
-        names = {"loss/total": "loss {:.2f}", "train/si_snri": "SI-SNRi {:.2f} dB", "validation/si_snri": "val {:.2f} dB"}
+        for row in rows:
+            if "validation/loss" in row and row["step"] > self.last_validation:
+                self.last_validation = row["step"]
+                values = "  ".join(
+                    f"{k} {v:.2f}" for k, v in row.items() if k.startswith("validation/") and v is not None
+                )
+                self.progress.console.print(f"step {row['step']}  {values}", highlight=False)
+        names = {
+            "loss/total": "loss {:.2f}",
+            "train/si_snri": "SI-SNRi {:.2f} dB",
+            "validation/si_snri": "val {:.2f} dB",
+        }
         state = "  ".join(text.format(shown[name]) for name, text in names.items() if shown.get(name) is not None)
         self.progress.update(self.task, completed=shown.get("step", 0), state=state)
 
@@ -173,8 +186,12 @@ def summarise(cfg: TrainConfig, console: Console) -> None:
     committed = find_committed(storage.join(cfg.run_dir, "checkpoints"))
     best = best_of(committed)
     if best is not None:
-        console.print(f"best validation score {best.score:.2f} at step {best.step}: {best.url}", highlight=False)
-    console.print(f"look at it: tensorboard --logdir {storage.join(cfg.run_dir, 'tensorboard')}", highlight=False)
+        console.print(
+            f"best validation score {best.score:.2f} at step {best.step}: {best.url}", highlight=False, soft_wrap=True
+        )
+    console.print(
+        f"look at it: tensorboard --logdir {storage.join(cfg.run_dir, 'tensorboard')}", highlight=False, soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ class S3Server:
         ]
 
     def start(self, timeout_seconds: float = 60.0) -> "S3Server":
+        """Start it from a thread that lasts: the server ends with the thread that started it."""
         # A bare environment: weed makes an administrator of AWS_ACCESS_KEY_ID if it sees one.
         environment = {"PATH": os.defpath, "HOME": str(self.root), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         with open(self.root / "weed.log", "ab") as log:

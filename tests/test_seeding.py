@@ -1,5 +1,6 @@
 """Random choices depend on (seed, purpose, position) and on nothing else."""
 
+import itertools
 import subprocess
 import sys
 
@@ -14,12 +15,19 @@ def test_the_same_arguments_give_the_same_numbers_in_another_process() -> None:
 
 
 def test_any_change_of_an_argument_gives_another_stream() -> None:
-    arguments = [(0, "crop", 1), (1, "crop", 1), (0, "mix", 1), (0, "crop", 2), (0, "crop", 1, 0), (0, "crop", "1", "0x")]
+    arguments = [
+        (0, "crop", 1),
+        (1, "crop", 1),
+        (0, "mix", 1),
+        (0, "crop", 2),
+        (0, "crop", 1, 0),
+        (0, "crop", "1", "0x"),
+    ]
     assert len({seeding.derive(*one) for one in arguments}) == len(arguments)
 
 
 def test_neighbouring_positions_are_uncorrelated_uniforms() -> None:
     draws = [seeding.rng(0, "crop", position).random() for position in range(4000)]
     assert abs(sum(draws) / 4000 - 0.5) < 0.02
-    lagged = sum((a - 0.5) * (b - 0.5) for a, b in zip(draws, draws[1:], strict=False)) / 3999
+    lagged = sum((a - 0.5) * (b - 0.5) for a, b in itertools.pairwise(draws)) / 3999
     assert abs(lagged) < 0.01

@@ -13,8 +13,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from sepdist import storage
 from sepdist.data.members import DataError
@@ -34,12 +34,12 @@ class ShardCache:
         self.remote = storage.is_remote(url)
         self.folder = Path(cache_dir).expanduser()
         self.max_bytes = max_bytes
-        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
-        self._pending: dict[int, Future[BinaryIO]] = {}
+        self._open: OrderedDict[int, BufferedReader] = OrderedDict()
+        self._pending: dict[int, Future[BufferedReader]] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="shard")
 
-    def open(self, number: int) -> BinaryIO:
+    def open(self, number: int) -> BufferedReader:
         """The shard as an open file, checked in size and sha256; threads may `os.pread` from it."""
         return self._request(number).result()
 
@@ -52,18 +52,18 @@ class ShardCache:
         """End the background threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _request(self, number: int) -> "Future[BinaryIO]":
+    def _request(self, number: int) -> "Future[BufferedReader]":
         with self._lock:
             if number in self._open:
                 self._open.move_to_end(number)
-                ready: Future[BinaryIO] = Future()
+                ready: Future[BufferedReader] = Future()
                 ready.set_result(self._open[number])
                 return ready
             if number not in self._pending:
                 self._pending[number] = self._pool.submit(self._load, number)
             return self._pending[number]
 
-    def _load(self, number: int) -> BinaryIO:
+    def _load(self, number: int) -> BufferedReader:
         try:
             shard = self.manifest.shards[number]
             file = self._fetched(shard) if self.remote else self._in_place(shard)
@@ -76,7 +76,7 @@ class ShardCache:
             with self._lock:
                 self._pending.pop(number, None)
 
-    def _in_place(self, shard: ShardInfo) -> BinaryIO:
+    def _in_place(self, shard: ShardInfo) -> BufferedReader:
         path = Path(storage.join(self.url, shard.name)).expanduser()
         try:
             file = open(path, "rb")  # noqa: SIM115 - stays open for the readers
@@ -85,7 +85,7 @@ class ShardCache:
         _check(file, shard, str(path))
         return file
 
-    def _fetched(self, shard: ShardInfo) -> BinaryIO:
+    def _fetched(self, shard: ShardInfo) -> BufferedReader:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{shard.sha256}.tar"
         with open(self.folder / f"{shard.sha256}.lock", "w") as lock:
@@ -126,7 +126,7 @@ class ShardCache:
             total -= size
 
 
-def _check(file: BinaryIO, shard: ShardInfo, place: str) -> None:
+def _check(file: BufferedReader, shard: ShardInfo, place: str) -> None:
     size = os.fstat(file.fileno()).st_size
     if size != shard.bytes:
         raise DataError(f"{place}: damaged, {size} bytes where the manifest says {shard.bytes}; write it again")

@@ -111,7 +111,7 @@ def encode(record: Utterance | Mixture, waves: Mapping[str, np.ndarray]) -> dict
 def decode(data: bytes, num_samples: int, start: int, stop: int, place: str) -> np.ndarray:
     """The samples `start` to `stop` of a FLAC member of `num_samples`: float32 [stop - start], full scale 1.0.
 
-    Damage is a DataError that begins with `place`. FLAC's checksums (one per frame) find any flipped bit.
+    Damage is a DataError that begins with `place`. FLAC's checksum of each frame finds a flipped bit.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as stream:

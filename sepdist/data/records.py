@@ -42,7 +42,7 @@ class Mixture:
 
 @dataclass
 class Batch:
-    """What an objective reads. Equal-length items; `lengths` says how much of each row is signal (crops fill it all)."""
+    """What an objective reads: items of equal length, of which `lengths` says how much is signal and not padding."""
 
     ids: list[str]
     positions: Tensor  # int64 [B], the global positions of the items in the data order

@@ -199,6 +199,11 @@ def compiled_stages() -> Stages:
     return Stages(**stages)
 
 
+def _plain(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors without their part in the graph, by which `torch.compile` would tell them apart and recompile."""
+    return tuple(tensor.detach() for tensor in tensors)
+
+
 def stages_for(compiled: bool) -> Stages:
     """Compiled stages where they are wanted and a compiler exists, else eager ones."""
     return compiled_stages() if compiled and has_compiler() else EAGER
@@ -273,7 +278,7 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stages: Stages, dilation: int, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         x, skip, in_weight, in_bias, slope1, gain1, shift1, taps, bias, slope2, gain2, shift2, out_weight, out_bias = (
-            tensors
+            _plain(tensors)
         )
         size = x.shape[1] * in_weight.shape[0]
         y = F.linear(x.to(dtype), in_weight.to(dtype), in_bias.to(dtype))
@@ -284,10 +289,8 @@ class _BlockFunction(torch.autograd.Function):
         mean2, rstd2 = _moments(sums, squares, size)
         both, offset = _folded_product(p, mean2, rstd2, gain2, shift2, out_weight, out_bias, dtype)
         ctx.stages, ctx.dilation, ctx.dtype = stages, dilation, dtype
-        ctx.save_for_backward(
-            x, y, p, mean1, rstd1, mean2, rstd2,
-            in_weight, slope1, gain1, shift1, taps, bias, slope2, gain2, shift2, out_weight,
-        )  # fmt: skip
+        # The parameters themselves, not their plain views: ZeRO-3 frees and refills them between the passes.
+        ctx.save_for_backward(x, y, p, mean1, rstd1, mean2, rstd2, tensors[2], *tensors[4:13])
         return stages.split_outputs(both, rstd2, offset, x, skip)
 
     @staticmethod
@@ -296,7 +299,7 @@ class _BlockFunction(torch.autograd.Function):
         (
             x, y, p, mean1, rstd1, mean2, rstd2,
             in_weight, slope1, gain1, shift1, taps, bias, slope2, gain2, shift2, out_weight,
-        ) = ctx.saved_tensors  # fmt: skip
+        ) = _plain(ctx.saved_tensors)  # fmt: skip
         stages, dilation, dtype = ctx.stages, ctx.dilation, ctx.dtype
         size = x.shape[1] * in_weight.shape[0]
         scale = gain1 * rstd1
@@ -345,7 +348,7 @@ class _NormLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any, stages: Stages, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        mean, rstd = _moments(*stages.row_moments(x, widen(x.new_ones(1))), x.shape[1] * x.shape[2])
+        mean, rstd = _moments(*stages.row_moments(x.detach(), widen(x.new_ones(1))), x.shape[1] * x.shape[2])
         product, offset = _folded_product(x, mean, rstd, gain, shift, weight, bias, x.dtype)
         ctx.save_for_backward(x, mean, rstd, gain, shift, weight)
         return torch.addcmul(offset, widen(product), rstd)
@@ -388,12 +391,12 @@ class _MaskFunction(torch.autograd.Function):
     def forward(ctx: Any, stages: Stages, logits: Tensor, encoded: Tensor) -> Tensor:
         ctx.stages = stages
         ctx.save_for_backward(logits, encoded)
-        return stages.apply_masks(logits, encoded)
+        return stages.apply_masks(logits.detach(), encoded.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dmasked: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.stages.apply_masks_backward(dmasked, *ctx.saved_tensors))
+        return (None, *ctx.stages.apply_masks_backward(dmasked, *_plain(ctx.saved_tensors)))
 
 
 def apply_masks(logits_BNSF: Tensor, encoded_BNF: Tensor, compiled: bool) -> Tensor:

@@ -205,7 +205,9 @@ def collect_orphans(run_dir: str) -> list[str]:
     return orphans
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], reinit: Sequence[str] = (), source: str = "") -> list[str]:
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], reinit: Sequence[str] = (), source: str = ""
+) -> list[str]:
     """Copy `weights` into `model`; returns the names that keep their fresh values, which `reinit` prefixes name.
 
     Raises:
@@ -244,7 +246,9 @@ def find_export(url: str) -> str:
         return url
     committed = find_committed(storage.join(url, "checkpoints"))
     if not committed:
-        raise CheckpointError(f"{url}: neither a folder with model.safetensors nor a run_dir with a finished checkpoint")
+        raise CheckpointError(
+            f"{url}: neither a folder with model.safetensors nor a run_dir with a finished checkpoint"
+        )
     return (best_of(committed) or committed[-1]).url
 
 

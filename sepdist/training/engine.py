@@ -31,7 +31,9 @@ Metrics = dict[str, Tensor]
 class Objective(Protocol):
     """What is minimised. Metrics are 0-d (batch means) or [B] (per item)."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]: ...
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Loss (0-d) and metrics of one batch."""
+        ...
 
 
 @dataclass
@@ -160,9 +162,7 @@ class DeepSpeedEngine:
             return all_metrics, norm, False
         if self.clip_norm and norm > self.clip_norm:
             total.mul_(self.clip_norm / norm)
-        pieces = [
-            piece.view_as(p) for piece, p in zip(total.split([p.numel() for p in params]), params, strict=True)
-        ]
+        pieces = [piece.view_as(p) for piece, p in zip(total.split([p.numel() for p in params]), params, strict=True)]
         if self.zero_stage == 0:
             for p, piece in zip(params, pieces, strict=True):
                 p.grad = piece
@@ -233,7 +233,7 @@ class DeepSpeedEngine:
                 if self.zero_stage == 0:
                     state[p][key].copy_(value)
                 elif self.zero_stage == 3:
-                    # Not by safe_set_full_optimizer_state, which fails on parameters that the world size does not divide.
+                    # safe_set_full_optimizer_state fails on parameters that the world size does not divide.
                     size = self._fragments.safe_get_local_optimizer_state(p, key).numel()
                     padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
                     self._fragments.safe_set_local_optimizer_state(p, padded[self.world.rank * size :][:size], key)

@@ -46,7 +46,7 @@ def launch(cfg: TrainConfig) -> None:
             torch_config=TorchConfig(
                 backend="nccl" if cfg.cluster.use_gpu else "gloo", timeout_s=cfg.cluster.collective_timeout_seconds
             ),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train v1
                 name="ray",
                 storage_path=cfg.run_dir,
                 failure_config=FailureConfig(max_failures=cfg.cluster.max_failures),
@@ -62,7 +62,10 @@ def launch(cfg: TrainConfig) -> None:
 
 
 def connect(cfg: TrainConfig) -> bool:
-    """Join the cluster this runs in (RAY_ADDRESS, as `ray job submit` sets it), or start a local Ray; whether it did."""
+    """Join the cluster this runs in (RAY_ADDRESS, as `ray job submit` sets it), or else start a local Ray.
+
+    Returns whether this call made the connection, and so should end it.
+    """
     if ray.is_initialized():
         return False
     address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
@@ -75,7 +78,9 @@ def connect(cfg: TrainConfig) -> bool:
         num_cpus=max(os.cpu_count() or 1, needed),  # logical: more workers than cores may share the machine
         include_dashboard=False,
         object_store_memory=200_000_000,  # nothing large goes through it
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
+        # Without a dashboard Ray's own actors complain to the driver every second; the run reports by metrics.jsonl.
+        log_to_driver=cfg.cluster.verbose,
     )
     return True
 
@@ -106,19 +111,22 @@ def train_worker(arguments: dict[str, Any]) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
-    logging.getLogger("deepspeed").setLevel(logging.WARNING)
+    for chatty in ("deepspeed", "ray"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     loop.train(config.load_frozen(arguments["config"]), world, report=ray.train.report)
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost worker error of a Ray failure, in one line with its type."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        innermost: BaseException = failure
-        while isinstance(getattr(innermost, "cause", None), BaseException):
-            innermost = innermost.cause
-        while innermost.__cause__ is not None:
-            innermost = innermost.__cause__
-        lines = [line for line in str(innermost).strip().splitlines() if line.strip()]
-        return lines[-1] if lines else type(innermost).__name__
-    return str(error)
+    """The worker's own error behind a Ray failure: of the first rank that did not just lose its peers."""
+    failures = dict(sorted((getattr(error, "worker_failures", None) or {}).items()))
+    messages = {rank: _last_line(failure) for rank, failure in failures.items()}
+    own = {rank: text for rank, text in messages.items() if "Connection closed by peer" not in text} or messages
+    return "; ".join(f"worker {rank}: {text}" for rank, text in list(own.items())[:1]) or str(error)
+
+
+def _last_line(failure: BaseException) -> str:
+    innermost = failure
+    while (cause := getattr(innermost, "cause", None) or innermost.__cause__) is not None:
+        innermost = cause
+    lines = [line for line in str(innermost).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(innermost).__name__

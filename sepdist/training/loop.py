@@ -125,7 +125,9 @@ def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], N
         result = engine.step(batches)
         num_skipped = 0 if result.applied else num_skipped + 1
         if num_skipped > MAX_SKIPPED_STEPS:
-            raise RuntimeError(f"no finite gradient in {num_skipped} consecutive steps up to step {step}; see metrics.jsonl")
+            raise RuntimeError(
+                f"no finite gradient in {num_skipped} consecutive steps up to step {step}; see metrics.jsonl"
+            )
         rates = track_switches(switches, batches, result, order, positions, world)
         meter.add(result)
         done = step + 1
@@ -144,10 +146,11 @@ def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], N
                 listen(engine, validation_set, reporter, done, cfg.validation)
             if reporter:
                 reporter.log(done, {f"validation/{name}": value for name, value in metrics.items() if name != "score"})
-                reporter.flush()
             logger.info("step %d: validation %s%s", done, readable(metrics), " (best so far)" if improved else "")
             report({"step": float(done)} | metrics)
         if score is not None or done % cfg.training.checkpoint_every == 0:
+            if reporter:
+                reporter.flush()  # before the checkpoint: its rows are there when the run goes on from it
             with meter.checkpointing():
                 weights, optimizer = engine.weights(), engine.optimizer_state()  # collective at ZeRO >= 1
                 switches.merge(gather_objects(switches.state_dict(), world))

@@ -1,0 +1,309 @@
+"""The whole road as a user walks it: programs in processes of their own, shards and runs in real object storage."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+import yaml
+
+from sepdist import config, storage
+from sepdist.config import ShardConfig
+from sepdist.reporting import read_metrics
+from sepdist.training.checkpoint import find_committed, load_export, load_newest
+from tools.shard_data import write_data_set
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "model.num_filters=16",
+    "model.num_bottleneck=8",
+    "model.num_hidden=12",
+    "model.num_skip=8",
+    "model.num_blocks=2",
+    "model.num_repeats=1",
+    "model.compile=false",
+    "data.crop_seconds=0.5",
+    "data.micro_batch=1",
+    "data.num_virtual_shards=4",
+    "validation.num_mixtures=3",
+    "validation.num_listening=1",
+    "training.log_every=1",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """10 mixtures to train on and 4 others, of generated speech."""
+    folder = tmp_path_factory.mktemp("data")
+    corpus = {"_target_": "sepdist.corpora.demo.DemoCorpus", "num_train": 10, "num_dev": 4, "num_test": 4}
+    places = {}
+    for split in ("train", "dev"):
+        places[split] = str(folder / split)
+        write_data_set(ShardConfig(corpus=corpus, split=split, output=places[split], samples_per_shard=4))
+    return places
+
+
+def upload(folder: str, url: str) -> str:
+    for path in sorted(Path(folder).rglob("*"), key=lambda p: (p.name == "manifest.json", str(p))):
+        if path.is_file():
+            storage.put_file(path, storage.join(url, str(path.relative_to(folder))))
+    return url
+
+
+def program(*arguments: str, expect: int = 0, **environment: str) -> str:
+    """Run `python arguments...` as a user would; its output, and on the way a check of its exit status."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **environment}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == expect, done.stdout[-6000:]
+    return done.stdout
+
+
+def train_arguments(experiment: str, data: dict[str, str], run_dir: object, *more: str) -> list[str]:
+    places = [f"data.train={data['train']}", f"data.validation={data['dev']}", f"run_dir={run_dir}"]
+    return ["-m", "sepdist.train", f"experiment={experiment}", *places, *TINY, *more]
+
+
+def frozen(data: dict[str, str], run_dir: Path, *more: str) -> str:
+    """The path of a frozen config for `sepdist.training.loop`, which needs no Ray."""
+    from hydra import compose, initialize_config_dir
+
+    overrides = [
+        "experiment=demo/finetune",
+        "init.weights=null",
+        "init.reinit=[]",
+        f"data.train={data['train']}",
+        f"data.validation={data['dev']}",
+        f"run_dir={run_dir}",
+        *TINY,
+        *more,
+    ]
+    config.register_schemas()
+    with initialize_config_dir(config.config_dir(), version_base="1.3"):
+        cfg = config.typed(compose("train", overrides=overrides), config.TrainConfig)
+    path = run_dir / "config.yaml"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.to_yaml(cfg))
+    return str(path)
+
+
+def loop(path: str) -> str:
+    return program("-m", "sepdist.training.loop", path, DS_ACCELERATOR="cpu")
+
+
+def history(run_dir: object) -> dict[int, float]:
+    return {row["step"]: row["loss/total"] for row in read_metrics(str(run_dir)) if "loss/total" in row}
+
+
+def final_hash(run_dir: object) -> str:
+    newest = find_committed(storage.join(str(run_dir), "checkpoints"))[-1]
+    return newest.files["model.safetensors"]["sha256"]
+
+
+def test_a_run_cut_in_an_epoch_and_started_again_ends_with_the_same_bits(tiny_data, tmp_path) -> None:
+    """10 mixtures, 4 a step: epochs end inside steps. The second run stops at 4 of 7 steps and goes on."""
+    every = ["validation.every_steps=2", "training.checkpoint_every=1"]
+    loop(frozen(tiny_data, tmp_path / "whole", "training.max_steps=7", *every))
+    loop(frozen(tiny_data, tmp_path / "cut", "training.max_steps=3", *every))
+    loop(frozen(tiny_data, tmp_path / "cut", "training.max_steps=7", *every))
+    whole, cut = history(tmp_path / "whole"), history(tmp_path / "cut")
+    assert list(whole) == list(cut) == list(range(1, 8))
+    assert whole == cut
+    assert final_hash(tmp_path / "whole") == final_hash(tmp_path / "cut")
+    switching = [row for row in read_metrics(str(tmp_path / "whole")) if "switching/rate" in row]
+    assert [row["switching/epoch"] for row in switching] == [1.0]
+    state = load_newest(str(tmp_path / "whole")).state
+    assert state["samples_seen"] == 28 and state["world_size"] == 1
+
+
+def test_the_whole_road_on_object_storage_with_two_workers_at_zero_1(tiny_data, bucket, tmp_path) -> None:
+    """shards in s3:// -> SE -> hand-off -> PIT -> evaluate -> separate; every run_dir and result in s3:// too."""
+    data = {split: upload(folder, f"s3://{bucket}/data/{split}") for split, folder in tiny_data.items()}
+    common = ["cluster.num_workers=2", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=2"]
+    pretrained, finetuned = f"s3://{bucket}/runs/pre", f"s3://{bucket}/runs/fine"
+    program(*train_arguments("demo/pretrain", data, pretrained, "engine.zero_stage=1", *common))
+    fine = train_arguments("demo/finetune", data, finetuned, "engine.zero_stage=1", *common)
+    output = program(*fine, f"init.weights={pretrained}")
+    assert "re-initialised: mask_conv.bias, mask_conv.weight" in output.replace("\n", "")
+
+    assert storage.exists(f"{finetuned}/config.yaml") and storage.exists(f"{finetuned}/metrics.jsonl")
+    assert any("tfevents" in name for name in storage.list_names(f"{finetuned}/tensorboard"))
+    lineage = load_export(finetuned).lineage
+    assert lineage["reinitialised"] == ["mask_conv.bias", "mask_conv.weight"]
+    assert lineage["parent"]["run"] == "demo-pretrain" and lineage["parent"]["step"] == 2
+    rows = read_metrics(finetuned)
+    wanted = {"loss/total", "train/si_snri", "optim/lr", "optim/grad_norm", "speed/audio_seconds_per_second"}
+    assert wanted | {"speed/data_wait_share", "speed/checkpoint_share"} <= rows[0].keys()
+    assert "validation/si_snri" in {name for row in rows for name in row}
+
+    place = f"s3://{bucket}/evaluation"
+    arguments = [f"model={finetuned}", f"data={data['dev']}", f"output={place}", "num_workers=2"]
+    program("-m", "sepdist.evaluate", *arguments, f"cache_dir={tmp_path / 'cache'}")
+    results = json.loads(storage.read_bytes(f"{place}/results.json"))
+    assert "si_snri" in json.dumps(results) and "sdri" in json.dumps(results)
+
+    time_s = np.arange(9001) / 11025
+    recording = tmp_path / "two.wav"
+    soundfile.write(recording, 0.3 * np.sin(2 * np.pi * 200 * time_s) + 0.3 * np.sin(2 * np.pi * 330 * time_s), 11025)
+    program("-m", "sepdist.separate", "--model", finetuned, "--output", str(tmp_path / "out"), str(recording))
+    for speaker in ("s1", "s2"):
+        wave, rate = soundfile.read(tmp_path / "out" / f"two_{speaker}.wav")
+        assert rate == 11025 and len(wave) == 9001 and np.isfinite(wave).all()
+
+
+def test_two_workers_at_zero_1_and_one_process_without_ray_end_with_the_same_bits(tiny_data, tmp_path) -> None:
+    more = ["training.max_steps=3", "validation.every_steps=2"]
+    loop(frozen(tiny_data, tmp_path / "alone", *more))
+    arguments = train_arguments("demo/finetune", tiny_data, tmp_path / "ray", *more, "engine.zero_stage=1")
+    program(*arguments, "cluster.num_workers=2", "init.weights=null", "init.reinit=[]")
+    assert history(tmp_path / "ray") == history(tmp_path / "alone")
+    assert final_hash(tmp_path / "ray") == final_hash(tmp_path / "alone")
+    # The same run_dir with another model, learning rate or data order is another run, and the old one stays whole.
+    before = final_hash(tmp_path / "ray")
+    refusal = program(*arguments, "init.weights=null", "init.reinit=[]", "optim.lr=0.5", expect=1)
+    assert "optim.lr was 0.002, is 0.5" in refusal.replace("\n", " ") and "Traceback" not in refusal
+    assert final_hash(tmp_path / "ray") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.train=/nosuch/folder", "/nosuch/folder"),
+        ("data.train=s3://nosuch-bucket/x", "nosuch-bucket"),
+        ("model._target_=os.system", "os.system"),
+        ("training.stepz=3", "stepz"),
+        ("init.weights=/nosuch/run", "/nosuch/run"),
+        ("sample_rate=16000", "8000 Hz"),
+        ("cluster.num_workers=9", "num_virtual_shards"),
+        ("experiment=demo/nosuch", "demo/nosuch"),
+        ("engine.zero_stage=3", "reduction=native"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_worker_starts(override, named, tiny_data, tmp_path, s3_env) -> None:
+    arguments = train_arguments("demo/finetune", tiny_data, tmp_path / "run", "init.weights=null", "init.reinit=[]")
+    if override.startswith("experiment="):
+        arguments[2] = override
+        override = "seed=0"
+    output = program(*arguments, override, expect=1)
+    assert named in output.replace("\n", ""), output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_of_another_model_are_refused_with_the_way_out(tiny_data, tmp_path) -> None:
+    loop(frozen(tiny_data, tmp_path / "first", "training.max_steps=1"))
+    arguments = train_arguments("demo/pretrain", tiny_data, tmp_path / "second", f"init.weights={tmp_path / 'first'}")
+    output = program(*arguments, expect=1).replace("\n", " ")
+    assert "mask_conv.bias" in output and "init.reinit=['mask_conv']" in output
+
+
+def test_a_damaged_shard_stops_training_by_name(tiny_data, tmp_path) -> None:
+    data = {"train": str(tmp_path / "train"), "dev": tiny_data["dev"]}
+    shutil.copytree(tiny_data["train"], data["train"])
+    victim = sorted(Path(data["train"]).glob("*.tar"))[1]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
+    arguments = train_arguments("demo/finetune", data, tmp_path / "run", "init.weights=null", "init.reinit=[]")
+    output = program(*arguments, "training.max_steps=3", "cluster.max_failures=0", expect=1)
+    assert victim.name in output.replace("\n", "") and "sha256" in output
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def ray_head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head with a job server and token authentication; its address and the client's environment."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    dashboard = _free_port()
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TMPDIR": folder,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    env = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
+    ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+    command = [ray, "start", "--head", "--block", f"--port={_free_port()}", f"--dashboard-port={dashboard}"]
+    command += ["--dashboard-host=127.0.0.1", "--num-cpus=4", f"--temp-dir={folder}", "--object-store-memory=100000000"]
+    with open(tmp_path / "head.log", "wb") as log:
+        head = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        _wait_for(f"http://127.0.0.1:{dashboard}", head, tmp_path / "head.log")
+        yield f"http://127.0.0.1:{dashboard}", environment
+    finally:
+        family = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
+        for process in family:
+            with_suppressed_kill(process)
+        head.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def with_suppressed_kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return
+
+
+def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(240):
+        assert process.poll() is None, log.read_text()
+        try:
+            opener.open(url, timeout=2).close()
+            return
+        except urllib.error.HTTPError:
+            return  # it answers, and asks for the token
+        except OSError:
+            time.sleep(0.25)
+    raise AssertionError(log.read_text())
+
+
+def test_ray_job_submit_trains_on_a_cluster_with_token_authentication(ray_head, tiny_data, tmp_path) -> None:
+    address, environment = ray_head
+    run_dir = tmp_path / "run"
+    arguments = train_arguments("demo/finetune", tiny_data, run_dir, "init.weights=null", "init.reinit=[]")
+    arguments += ["training.max_steps=2", "cluster.num_workers=2"]
+    ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+    submit = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--"]
+    done = subprocess.run(
+        [*submit, sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "succeeded" in done.stdout
+    assert sorted(history(run_dir)) == [1, 2]
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["cluster"]["num_workers"] == 2
