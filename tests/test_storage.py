@@ -38,7 +38,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "2")
-    monkeypatch.setenv("SEPDIST_STORAGE_TIMEOUT_SECONDS", "0.5")
+    monkeypatch.setenv("SEPDIST_STORAGE_TIMEOUT_SECONDS", "1")
 
 
 def noise(num_bytes: int, seed: int = 0) -> bytes:
@@ -279,9 +279,9 @@ def test_an_endpoint_that_never_answers_ends_in_an_error_within_the_budget(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         for function in (lambda u: storage.fetch_file(u, tmp_path / "x"), lambda u: storage.put_bytes(u, b".")):
             began = time.monotonic()
-            with pytest.raises(StorageError, match=r"no answer within 0.5 s after 2 attempts"):
+            with pytest.raises(StorageError, match=r"no answer within 1 s after 2 attempts"):
                 function("s3://somewhere/x")
-            assert time.monotonic() - began < 6
+            assert time.monotonic() - began < 8
     assert os.listdir(tmp_path) == []
 
 
