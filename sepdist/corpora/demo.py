@@ -49,9 +49,9 @@ class Voice:
         return f"{self.sex}-{self.variant}-{self.accent}-{self.pitch}".lower()
 
 
-# Fundamentals run from 75 to 300 Hz. No variant (the shape of the vocal tract) is in two splits. The variants Reed and
+# No variant (the shape of the vocal tract) is in two splits. The variants Reed and
 # caleb cannot serve: their breath comes from the C library's rand(), which any thread of the process may advance.
-VOICES: dict[str, tuple[Voice, ...]] = {
+_BASE_VOICES: dict[str, tuple[Voice, ...]] = {
     "train": (
         Voice("m", "en-us", "m1", 32, 55, 170),
         Voice("m", "en-gb-x-rp", "m3", 52, 60, 180),
@@ -97,6 +97,24 @@ VOICES: dict[str, tuple[Voice, ...]] = {
 }
 
 
+def _with_siblings(voices: tuple[Voice, ...]) -> tuple[Voice, ...]:
+    """The voices, and of each whose variant occurs once two more, of other pitch, accent and rate."""
+    variants = [voice.variant for voice in voices]
+    accents = sorted({voice.accent for voice in voices})
+    family = list(voices)
+    for voice in voices:
+        if variants.count(voice.variant) == 1:
+            for shift, steps in ((27, 1), (54, 3)):
+                accent = accents[(accents.index(voice.accent) + steps) % len(accents)]
+                pitch = 10 + (voice.pitch - 10 + shift) % 80
+                family.append(Voice(voice.sex, accent, voice.variant, pitch, voice.range, voice.rate - shift // 4))
+    return tuple(family)
+
+
+# A network that hears 24 voices learns those 24; it takes more to serve voices it never heard.
+VOICES = _BASE_VOICES | {"train": _with_siblings(_BASE_VOICES["train"])}
+
+
 class DemoCorpus:
     """Mixtures of two generated voices and noise, `num_<split>` of them per split.
 
@@ -110,7 +128,7 @@ class DemoCorpus:
 
     def __init__(
         self,
-        num_train: int = 1200,
+        num_train: int = 1600,
         num_dev: int = 60,
         num_test: int = 60,
         seed: int = 0,

@@ -24,6 +24,7 @@ class Order:
         self.shard_sizes = shard_sizes
         self.block_shards = block_shards
         self.num_samples = sum(shard_sizes)
+        self._sizes = np.array(shard_sizes)
         self._epoch_plan = lru_cache(maxsize=4)(self._plan_epoch)
         self._block_plan = lru_cache(maxsize=8)(self._plan_block)
 
@@ -34,22 +35,24 @@ class Order:
     def locate(self, position: int) -> tuple[int, int]:
         """(shard number, sample number within the shard) of `position`."""
         epoch, block, offset = self._find(position)
-        shards, ends, permutation = self._block_plan(epoch, block)
-        flat = int(permutation[offset])
-        which = int(np.searchsorted(ends, flat, side="right"))
-        return shards[which], flat - (int(ends[which - 1]) if which else 0)
+        shards, numbers = self._block_plan(epoch, block)
+        return int(shards[offset]), int(numbers[offset])
 
-    def shards_near(self, position: int, num_blocks: int = 2) -> list[int]:
-        """The shards of the block that holds `position` and of the blocks that follow, in order of first need."""
-        near: list[int] = []
-        for _ in range(num_blocks):
+    def upcoming(self, positions: range) -> list[int]:
+        """The shards of `positions`, of the rest of their last block and of one block more, in order of first need."""
+        needed: dict[int, None] = {}
+        position = positions.start
+        while len(needed) < len(self.shard_sizes):
             epoch, block, offset = self._find(position)
-            shards, ends, _ = self._block_plan(epoch, block)
-            near += [shard for shard in shards if shard not in near]
-            position += int(ends[-1]) - offset
-        return near
+            shards, _ = self._block_plan(epoch, block)
+            needed.update(dict.fromkeys(shards[offset:].tolist()))
+            if position >= positions.stop:
+                break
+            position += len(shards) - offset
+        return list(needed)
 
     def _find(self, position: int) -> tuple[int, int, int]:
+        """(epoch, block within it, offset within the block) of `position`."""
         if position < 0:
             raise ValueError(f"position {position}: positions count from 0")
         epoch, offset = divmod(position, self.num_samples)
@@ -59,16 +62,25 @@ class Order:
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the shards, and for each block the number of samples up to its end."""
-        order = rng(self.seed, "shard order", epoch).permutation(len(self.shard_sizes))
-        sizes = np.array(self.shard_sizes)[order]
-        return order, np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), self.block_shards)))
+        shards = _permutation(len(self.shard_sizes), self.seed, "shard order", epoch)
+        firsts = np.arange(0, len(shards), self.block_shards)
+        return shards, np.cumsum(np.add.reduceat(self._sizes[shards], firsts))
 
-    def _plan_block(self, epoch: int, block: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """A block's shards, the number of samples up to the end of each, and the permutation of its samples."""
+    def _plan_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """For every offset within a block, the shard and the sample number within it."""
         order, _ = self._epoch_plan(epoch)
-        shards = [int(shard) for shard in order[block * self.block_shards : (block + 1) * self.block_shards]]
-        ends = np.cumsum([self.shard_sizes[shard] for shard in shards])
-        return shards, ends, rng(self.seed, "sample order", epoch, block).permutation(int(ends[-1]))
+        shards = order[block * self.block_shards : (block + 1) * self.block_shards]
+        ends = np.cumsum(self._sizes[shards])
+        places = _permutation(int(ends[-1]), self.seed, "sample order", epoch, block)
+        which = np.searchsorted(ends, places, side="right")
+        return shards[which], places - (ends - self._sizes[shards])[which]
+
+
+def _permutation(size: int, seed: int, purpose: str, *position: int) -> np.ndarray:
+    # NumPy keeps only the raw stream of a bit generator the same for ever, not what Generator makes of it; a run that
+    # goes on under another NumPy must find its order again.
+    keys = rng(seed, purpose, *position).bit_generator.random_raw(size)
+    return np.argsort(keys, kind="stable")
 
 
 def owned_virtual_shards(num_virtual_shards: int, rank: int, world_size: int) -> range:

@@ -1,0 +1,172 @@
+"""The order of the data: every sample exactly once an epoch, the same at any world size, and late starts are free."""
+
+import hashlib
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sepdist.data import order
+from sepdist.data.order import Order, owned_virtual_shards, positions_of
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12).map(tuple)
+
+
+def every_sample(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(shard, number) for shard, size in enumerate(sizes) for number in range(size)]
+
+
+@given(seed=st.integers(0, 2**63), sizes=SIZES, block_shards=st.integers(1, 5), epoch=st.integers(0, 10**9))
+def test_every_epoch_holds_every_sample_exactly_once(
+    seed: int, sizes: tuple[int, ...], block_shards: int, epoch: int
+) -> None:
+    plan = Order(seed, sizes, block_shards)
+    positions = range(epoch * sum(sizes), (epoch + 1) * sum(sizes))
+    assert sorted(plan.locate(position) for position in positions) == every_sample(sizes)
+    assert {plan.epoch(position) for position in positions} == {epoch}
+
+
+@settings(max_examples=200)
+@given(
+    sizes=SIZES,
+    num_virtual_shards=st.integers(1, 9),
+    micro_batch=st.integers(1, 4),
+    legs=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 7)), min_size=1, max_size=5),
+)
+def test_a_run_cut_anywhere_and_continued_at_any_world_size_consumes_every_position_once(
+    sizes: tuple[int, ...], num_virtual_shards: int, micro_batch: int, legs: list[tuple[int, int]]
+) -> None:
+    consumed: Counter[int] = Counter()
+    located: dict[int, tuple[int, int]] = {}
+    step = 0
+    for wanted_world, num_steps in legs:
+        world_size = min(wanted_world, num_virtual_shards)
+        for rank in range(world_size):
+            plan = Order(3, sizes)  # a new process: nothing is carried over but the number of the step
+            for own_step in range(step, step + num_steps):
+                for virtual_shard in owned_virtual_shards(num_virtual_shards, rank, world_size):
+                    for position in positions_of(own_step, virtual_shard, num_virtual_shards, micro_batch):
+                        consumed[position] += 1
+                        located[position] = plan.locate(position)
+        step += num_steps
+    total = step * num_virtual_shards * micro_batch
+    assert consumed == Counter(range(total))
+    assert located == {position: Order(3, sizes).locate(position) for position in range(total)}
+    visits = Counter(located.values())
+    assert all(total // sum(sizes) <= visits[sample] <= -(-total // sum(sizes)) for sample in every_sample(sizes))
+
+
+@pytest.mark.parametrize("num_virtual_shards", range(1, 17))
+def test_ranks_own_the_blocks_that_array_split_makes(num_virtual_shards: int) -> None:
+    for world_size in range(1, num_virtual_shards + 1):
+        blocks = [list(owned_virtual_shards(num_virtual_shards, rank, world_size)) for rank in range(world_size)]
+        assert blocks == [block.tolist() for block in np.array_split(np.arange(num_virtual_shards), world_size)]
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 5), (0, 0)])
+def test_a_rank_that_would_own_nothing_is_refused(rank: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match=f"rank {rank} of {world_size} with 4 virtual shards"):
+        owned_virtual_shards(4, rank, world_size)
+
+
+def test_positions_of_a_step_are_cut_into_virtual_shards_in_order() -> None:
+    assert [list(positions_of(5, shard, 3, 2)) for shard in range(3)] == [[30, 31], [32, 33], [34, 35]]
+
+
+def test_a_stretch_of_positions_needs_only_one_block_of_shards() -> None:
+    sizes, block_shards = (5,) * 12, 3
+    plan = Order(0, sizes, block_shards)
+    for epoch in range(3):
+        blocks = [
+            {plan.locate(position)[0] for position in range(first, first + 15)}
+            for first in range(epoch * 60, (epoch + 1) * 60, 15)
+        ]
+        assert all(len(block) == block_shards for block in blocks)
+        assert set.union(*blocks) == set(range(12))
+
+
+def test_epochs_and_seeds_differ_and_samples_of_a_block_are_mixed() -> None:
+    sizes = (20,) * 6
+
+    def epoch(seed: int, number: int) -> list[tuple[int, int]]:
+        plan = Order(seed, sizes, block_shards=3)
+        return [plan.locate(position) for position in range(number * 120, (number + 1) * 120)]
+
+    orders = [epoch(seed, number) for seed in range(3) for number in range(3)]
+    assert len({tuple(one) for one in orders}) == 9
+    for one in orders:  # neighbours share a shard by chance only: 1 in 3, and 6 standard deviations more are let pass
+        assert sum(a[0] == b[0] for a, b in itertools.pairwise(one)) < 40 + 6 * 5.2
+
+
+def test_each_shard_and_each_sample_of_a_block_comes_first_as_often_as_chance_has_it() -> None:
+    counts = Counter(Order(seed, (3, 1, 2), block_shards=2).locate(0) for seed in range(3000))
+    # Three pairs of shards, as likely each, may be the first block; any of its 4, 5 or 3 samples comes first.
+    chances = {0: (1 / 4 + 1 / 5) / 3, 1: (1 / 4 + 1 / 3) / 3, 2: (1 / 5 + 1 / 3) / 3}
+    assert set(counts) == set(every_sample((3, 1, 2)))
+    for (shard, _), count in counts.items():
+        assert abs(count - 3000 * chances[shard]) < 5 * (3000 * chances[shard]) ** 0.5
+
+
+def test_the_order_is_the_same_in_every_version_of_numpy_and_of_this_package() -> None:
+    """Written from the definition: sort by the raw Philox stream of the derived key; and the values, for ever."""
+
+    def permutation(size: int, purpose: str, *numbers: int) -> list[int]:
+        text = "\x1f".join(["7", purpose, *map(str, numbers)])
+        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+        raw = np.random.Philox(key=key).random_raw(size).tolist()
+        return sorted(range(size), key=lambda i: raw[i])
+
+    sizes = (2, 4, 3, 1)
+    shards = permutation(4, "shard order", 1)
+    expected = []
+    for block, pair in enumerate((shards[:2], shards[2:])):
+        flat = [(shard, number) for shard in pair for number in range(sizes[shard])]
+        expected += [flat[place] for place in permutation(len(flat), "sample order", 1, block)]
+    plan = Order(7, sizes, block_shards=2)
+    assert [plan.locate(position) for position in range(10, 20)] == expected
+    assert expected == [(1, 3), (1, 2), (1, 0), (0, 0), (0, 1), (1, 1), (2, 2), (2, 1), (2, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("step", [1, 10**6, 10**12])
+def test_a_late_start_takes_as_many_operations_as_an_early_one(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int | str, ...]] = []
+    derive = order.rng
+    monkeypatch.setattr(order, "rng", lambda *arguments: drawn.append(arguments) or derive(*arguments))
+    plan = Order(0, (50,) * 40)
+    for virtual_shard in range(4):
+        for position in positions_of(step, virtual_shard, 4, 8):
+            plan.locate(position)
+    # 32 positions lie in at most two blocks of 400, these in at most two epochs.
+    assert 2 <= len(drawn) <= 4
+    drawn.clear()
+    for position in positions_of(step, 0, 4, 8):
+        plan.locate(position)
+    assert drawn == []
+
+
+@given(sizes=SIZES, block_shards=st.integers(1, 4), start=st.integers(0, 200), length=st.integers(1, 40))
+def test_upcoming_names_what_is_needed_in_order_of_first_need_and_looks_one_block_ahead(
+    sizes: tuple[int, ...], block_shards: int, start: int, length: int
+) -> None:
+    plan = Order(1, sizes, block_shards)
+    upcoming = plan.upcoming(range(start, start + length))
+    needed = list(dict.fromkeys(plan.locate(position)[0] for position in range(start, start + length)))
+    assert upcoming[: len(needed)] == needed
+    assert len(upcoming) == len(set(upcoming)) <= len(sizes)
+    num_blocks = -(-len(sizes) // block_shards)
+    if num_blocks > 2 and length == 1 and start % sum(sizes) == 0:
+        assert len(upcoming) >= 2 * block_shards  # the first block and the next one
+
+
+@pytest.mark.parametrize(("sizes", "block_shards"), [((), 8), ((3, 0), 8), ((3,), 0)])
+def test_an_order_over_nothing_is_refused(sizes: tuple[int, ...], block_shards: int) -> None:
+    with pytest.raises(ValueError, match="no order over shards"):
+        Order(0, sizes, block_shards)
+
+
+def test_a_negative_position_is_refused() -> None:
+    with pytest.raises(ValueError, match="position -1: positions count from 0"):
+        Order(0, (3,)).locate(-1)

@@ -1,0 +1,454 @@
+"""From data sets to batches: every position once with the same audio in any world, faults where they belong."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sepdist.data import order as order_module
+from sepdist.data import stream as stream_module
+from sepdist.data.members import DataError
+from sepdist.data.records import Batch
+from sepdist.data.shards import read_index, read_manifest
+from sepdist.data.stream import Dataset, TrainStream
+from tests.data import toy
+from tests.s3server import FaultyProxy
+
+CROP = 64  # samples; mixtures have 40 to 119
+SIZES = MappingProxyType({"one shard": (7,), "even": (4, 4, 4), "ragged": (1, 5, 2, 1, 3, 1, 1, 2, 4, 1)})
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    places = {name: str(tmp_path_factory.mktemp("sets") / "set") for name in SIZES}
+    for name, sizes in SIZES.items():
+        toy.write(places[name], sizes)
+    return places
+
+
+def open_stream(dataset: Dataset, **changes: object) -> TrainStream:
+    options = {"seed": 5, "crop_seconds": CROP / toy.RATE, "num_virtual_shards": 4, "micro_batch": 2}
+    options |= {"rank": 0, "world_size": 1, "num_threads": 2, "prefetch_steps": 2}
+    return TrainStream(dataset, **(options | changes))  # type: ignore[arg-type]
+
+
+def take(dataset: Dataset, first_step: int, num_steps: int, **changes: object) -> list[list[Batch]]:
+    stream = open_stream(dataset, **changes)
+    steps = stream.steps(first_step)
+    try:
+        return [next(steps) for _ in range(num_steps)]
+    finally:
+        steps.close()
+        stream._decoders.close()
+
+
+def rows(steps: list[list[Batch]]) -> Iterator[tuple[int, str, bytes]]:
+    """(position, id, bits of all audio) of every row."""
+    for batches in steps:
+        for batch in batches:
+            assert batch.sources is not None
+            for i, position in enumerate(batch.positions.tolist()):
+                audio = batch.mixture[i].numpy().tobytes() + batch.sources[i].contiguous().numpy().tobytes()
+                yield position, batch.ids[i], audio
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(SIZES)),
+    num_virtual_shards=st.integers(1, 5),
+    micro_batch=st.integers(1, 3),
+    legs=st.lists(
+        st.tuples(st.integers(1, 5), st.integers(0, 3), st.integers(1, 3), st.integers(0, 3)), min_size=1, max_size=4
+    ),
+)
+def test_every_position_is_delivered_once_with_the_same_audio_at_any_world_size_cut_and_number_of_threads(
+    sets: dict[str, str],
+    name: str,
+    num_virtual_shards: int,
+    micro_batch: int,
+    legs: list[tuple[int, int, int, int]],
+) -> None:
+    dataset = Dataset(sets[name])
+    shape = {"num_virtual_shards": num_virtual_shards, "micro_batch": micro_batch}
+    delivered: list[tuple[int, str, bytes]] = []
+    step = 0
+    for wanted_world, num_steps, num_threads, prefetch_steps in legs:
+        world_size = min(wanted_world, num_virtual_shards)
+        for rank in range(world_size):
+            how = {"num_threads": num_threads, "prefetch_steps": prefetch_steps}
+            delivered += rows(take(dataset, step, num_steps, rank=rank, world_size=world_size, **how, **shape))
+        step += num_steps
+    total = step * num_virtual_shards * micro_batch
+    assert sorted(position for position, _, _ in delivered) == list(range(total))
+    alone = rows(take(dataset, 0, total, num_virtual_shards=1, micro_batch=1, num_threads=1, prefetch_steps=0))
+    assert sorted(delivered) == sorted(alone)
+    dataset.cache.close()
+
+
+def test_a_batch_holds_the_crops_that_the_records_define(sets: dict[str, str]) -> None:
+    dataset = Dataset(sets["ragged"], noise=True)
+    starts: dict[int, set[int]] = {}
+    for batches in take(dataset, 0, 60):
+        assert len(batches) == 4
+        for batch in batches:
+            assert batch.sources is not None and batch.noise is not None
+            assert batch.mixture.shape == (2, CROP) and batch.sources.shape == (2, 2, CROP)
+            assert batch.mixture.dtype == batch.sources.dtype == torch.float32 and batch.lengths.dtype == torch.int64
+            for i in range(2):
+                number, start = toy.identify(float(batch.sources[i, 0, 0]))
+                length = min(CROP, toy.num_samples(number))
+                expected = {
+                    name: toy.as_float(wave[start : start + length]) for name, wave in toy.parts(number).items()
+                }
+                assert batch.ids[i] == f"mix-{number}" and batch.speakers[i] == (f"anna{number}", "bertil")
+                assert int(batch.lengths[i]) == length
+                found = {"s1": batch.sources[i, 0], "s2": batch.sources[i, 1], "noise": batch.noise[i]}
+                for name, wave in found.items():
+                    assert np.array_equal(wave[:length].numpy(), expected[name]), name
+                    assert not wave[length:].any()
+                assert np.array_equal(batch.mixture[i, :length].numpy(), sum(expected.values()))
+                starts.setdefault(number, set()).add(start)
+    assert sorted(starts) == list(range(1, 22))
+    for number, seen in starts.items():
+        spare = max(0, toy.num_samples(number) - CROP)
+        assert seen <= set(range(spare + 1))
+        assert len(seen) > 5 or spare < 20  # about 23 draws each
+    dataset.cache.close()
+
+
+def test_noise_stays_out_unless_it_is_asked_for(sets: dict[str, str]) -> None:
+    dataset = Dataset(sets["even"])
+    batch = dataset.full(3, 1.0)
+    clean = toy.parts(4)["s1"] + toy.parts(4)["s2"]
+    assert batch.noise is None and np.array_equal(batch.mixture[0].numpy(), toy.as_float(clean))
+    one = Dataset(sets["even"], num_sources=1).full(3, 1.0)
+    assert one.sources is not None and one.sources.shape[:2] == (1, 1)
+    assert np.array_equal(one.mixture[0].numpy(), toy.as_float(toy.parts(4)["s1"]))
+
+
+def test_full_items_come_in_the_order_of_the_manifest_and_are_cut_where_asked(sets: dict[str, str]) -> None:
+    dataset = Dataset(sets["ragged"], noise=True)
+    batches = [dataset.full(number, 50 / toy.RATE) for number in range(21)]
+    assert [batch.ids for batch in batches] == [[f"mix-{number + 1}"] for number in range(21)]
+    for number, batch in enumerate(batches):
+        length = min(50, toy.num_samples(number + 1))
+        assert batch.mixture.shape == (1, length) and batch.lengths.tolist() == [length]
+        assert batch.positions.tolist() == [number]
+        assert np.array_equal(
+            batch.mixture[0].numpy(), toy.as_float(sum(w[:length] for w in toy.parts(number + 1).values()))
+        )
+    assert dataset.full(20, 1e6).mixture.shape == (1, toy.num_samples(21))
+    for number in (-1, 21):
+        with pytest.raises(IndexError, match=f"no sample {number}, it has 21"):
+            dataset.full(number, 1.0)
+
+
+def test_a_set_of_mixtures_alone_has_no_sources(tmp_path: Path) -> None:
+    toy.write(tmp_path, (3, 2), names=("mix",))
+    dataset = Dataset(str(tmp_path), num_sources=2, noise=True)
+    batch = take(dataset, 0, 1)[0][0]
+    assert batch.sources is None and batch.noise is None and batch.mixture.shape == (2, CROP)
+    assert toy.identify(float(batch.mixture[0, 0]))[0] == int(batch.ids[0].removeprefix("mix-"))
+
+
+def test_asking_for_parts_that_the_data_set_lacks_says_what_it_has(tmp_path: Path) -> None:
+    toy.write(tmp_path, (2,), names=("s1", "s2"))
+    with pytest.raises(DataError, match=r"has no s3, noise, its samples have s1, s2; change num_sources or noise"):
+        Dataset(str(tmp_path), num_sources=3, noise=True)
+    with pytest.raises(DataError, match="num_sources=0"):
+        Dataset(str(tmp_path), num_sources=0)
+
+
+@pytest.mark.parametrize("changes", [{"crop_seconds": 0.0}, {"micro_batch": 0}, {"rank": 4, "world_size": 4}])
+def test_a_stream_that_could_deliver_nothing_is_refused(sets: dict[str, str], changes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"must be positive|rank 4 of 4"):
+        open_stream(Dataset(sets["even"]), **changes)
+
+
+def test_a_start_at_step_a_million_does_what_a_start_at_step_0_does(
+    sets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, read = order_module.rng, stream_module.read_sample
+    counts = {"rng": 0, "read": 0}
+
+    def count(what: str, function: object) -> object:
+        def counted(*arguments: object) -> object:
+            counts[what] += 1
+            return function(*arguments)  # type: ignore[operator]
+
+        return counted
+
+    monkeypatch.setattr(order_module, "rng", count("rng", draw))
+    monkeypatch.setattr(stream_module, "read_sample", count("read", read))
+    seen = []
+    for first_step in (0, 10**6):
+        counts |= {"rng": 0, "read": 0}
+        dataset = Dataset(sets["ragged"])
+        take(dataset, first_step, 1, prefetch_steps=0, num_threads=1)
+        seen.append(dict(counts))
+        dataset.cache.close()
+    assert seen[0]["read"] == seen[1]["read"] == 8  # the samples of one step and no other
+    # A step of 8 lies in one epoch of 21 or across two, each of one permutation and up to two blocks.
+    assert max(one["rng"] for one in seen) <= 6
+
+
+def test_resuming_at_a_step_gives_what_the_uninterrupted_stream_gives_there(sets: dict[str, str]) -> None:
+    dataset = Dataset(sets["ragged"])
+    whole = list(rows(take(dataset, 0, 12)))
+    assert list(rows(take(dataset, 7, 5))) == whole[7 * 8 :]
+
+
+def test_waiting_for_data_is_measured_and_prefetched_data_is_not_waited_for(
+    sets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, gate = stream_module.read_sample, threading.Event()
+
+    def gated(*arguments: object) -> object:
+        assert gate.wait(30)
+        return read(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream_module, "read_sample", gated)
+    stream = open_stream(Dataset(sets["even"]), prefetch_steps=3)
+    assert stream.seconds_waited == 0.0
+    steps = stream.steps(0)
+    threading.Timer(0.3, gate.set).start()
+    next(steps)
+    assert 0.2 < stream.seconds_waited < 20
+    idle = threading.Event()
+    stream._decoders.submit(lambda: None)
+    while stream._decoders._jobs.qsize():  # until all that was submitted ahead is decoded
+        idle.wait(0.01)
+    gate.clear()  # steps 1 to 3 are there, so these need no further reading
+    before = stream.seconds_waited
+    idle.wait(0.1)
+    next(steps)
+    assert stream.seconds_waited - before < 0.1
+    gate.set()
+    stream.close()
+
+
+def test_an_exception_in_a_thread_reaches_the_consumer_at_the_step_that_needed_it(
+    sets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset(sets["even"])
+    wanted = take(dataset, 3, 1)[0][2].ids[1]
+    read = stream_module.read_sample
+
+    def failing(file: object, sample: object, *rest: object) -> object:
+        if getattr(sample, "key", "") == wanted:
+            raise MemoryError("no memory for this one")
+        return read(file, sample, *rest)  # type: ignore[arg-type]
+
+    first = next(
+        step for step, batches in enumerate(take(dataset, 0, 9)) if any(wanted in batch.ids for batch in batches)
+    )
+    monkeypatch.setattr(stream_module, "read_sample", failing)
+    stream = open_stream(dataset, prefetch_steps=4)
+    steps = stream.steps(0)
+    for _ in range(first):
+        next(steps)
+    with pytest.raises(MemoryError, match="no memory for this one"):
+        next(steps)
+    stream.close()
+
+
+# Damage.
+
+
+def damaged_set(tmp_path: Path, numbers: tuple[int, ...], sizes: tuple[int, ...] = (6, 6)) -> dict[int, int]:
+    """A data set in which s2 of mixtures `numbers` cannot be decoded; returns the byte offsets of these members."""
+    toy.write(tmp_path, sizes)
+    offsets = {}
+    first = 1
+    for shard in read_manifest(tmp_path).shards:
+        for i, sample in enumerate(read_index(tmp_path, shard)):
+            if first + i in numbers:
+                offsets[first + i] = toy.damage(tmp_path / shard.name, sample, "s2")
+        first += shard.num_samples
+    return offsets
+
+
+def test_a_damaged_sample_ends_the_run_and_is_named_with_shard_key_and_byte_offset(tmp_path: Path) -> None:
+    offset = damaged_set(tmp_path, (8,))[8]
+    healthy = tmp_path / "healthy"
+    toy.write(healthy, (6, 6))
+    met = next(
+        step
+        for step, batches in enumerate(take(Dataset(str(healthy)), 0, 3))
+        if any("mix-8" in batch.ids for batch in batches)
+    )
+    for world_size in (1, 3):
+        outcomes = []
+        for rank in range(world_size):
+            stream = open_stream(Dataset(str(tmp_path)), rank=rank, world_size=world_size)
+            steps = stream.steps(0)
+            for _ in range(met):
+                next(steps)  # what comes before it is delivered, however far the threads are ahead
+            try:
+                next(steps)
+                outcomes.append("")
+            except DataError as error:
+                outcomes.append(str(error))
+            stream.close()
+        messages = [one for one in outcomes if one]
+        assert messages  # of the rank that owns the position; where epochs meet in a step, possibly of two
+        for message in messages:
+            assert f"toy-train-000001.tar, mix-8.s2 at byte {offset}: damaged" in message
+            assert str(tmp_path) in message and "data.max_damaged=0 are allowed" in message and "position " in message
+
+
+def test_a_damaged_sample_is_replaced_by_the_next_position_the_same_in_every_world_and_counted(tmp_path: Path) -> None:
+    broken = (2, 8, 9)
+    damaged_set(tmp_path / "broken", broken)
+    toy.write(tmp_path / "healthy", (6, 6))
+    healthy = [id_ for _, id_, _ in rows(take(Dataset(str(tmp_path / "healthy")), 0, 9))]  # 72 positions, 6 epochs
+    by_world = []
+    for world_size in (1, 2, 3):
+        delivered: list[tuple[int, str, bytes]] = []
+        replaced = 0
+        for rank in range(world_size):
+            dataset = Dataset(str(tmp_path / "broken"))
+            stream = open_stream(dataset, rank=rank, world_size=world_size, max_damaged=3)
+            steps = stream.steps(0)
+            delivered += rows([next(steps) for _ in range(8)])
+            replaced = max(replaced, stream.num_damaged)
+            stream.close()
+        assert 1 <= replaced <= 3
+        by_world.append(sorted(delivered))
+    assert by_world[0] == by_world[1] == by_world[2]
+    assert [position for position, _, _ in by_world[0]] == list(range(64))
+    bad = {f"mix-{number}" for number in broken}
+    for position, id_, _ in by_world[0]:
+        assert id_ == next(one for one in healthy[position:] if one not in bad)
+
+
+def test_one_damaged_sample_more_than_allowed_ends_the_run(tmp_path: Path) -> None:
+    damaged_set(tmp_path, (2, 8, 9))
+    stream = open_stream(Dataset(str(tmp_path)), max_damaged=2)
+    steps = stream.steps(0)
+    with pytest.raises(DataError, match=r"3 damaged samples, data\.max_damaged=2 are allowed"):
+        for _ in range(9):
+            next(steps)
+    assert stream.num_damaged == 3
+    stream.close()
+
+
+def test_a_data_set_of_nothing_but_damage_is_an_error_and_not_an_endless_search(tmp_path: Path) -> None:
+    damaged_set(tmp_path, (1, 2), sizes=(2,))
+    stream = open_stream(Dataset(str(tmp_path)), max_damaged=5)
+    with pytest.raises(DataError, match="101 damaged samples in a row"):
+        next(stream.steps(0))
+    stream.close()
+
+
+def test_a_missing_shard_is_never_replaced(tmp_path: Path) -> None:
+    toy.write(tmp_path, (3, 3))
+    (tmp_path / "toy-train-000001.tar").unlink()
+    stream = open_stream(Dataset(str(tmp_path)), max_damaged=100)
+    with pytest.raises(DataError, match=r"toy-train-000001\.tar: the shard is missing"):
+        next(stream.steps(0))
+    stream.close()
+
+
+# Threads.
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "shard"))]
+
+
+def test_close_ends_the_threads_and_a_closed_stream_says_so(sets: dict[str, str]) -> None:
+    before = own_threads()
+    stream = open_stream(Dataset(sets["even"]), num_threads=3, prefetch_steps=8)
+    steps = stream.steps(0)
+    next(steps)
+    assert len(own_threads()) == len(before) + 5
+    stream.close()
+    stream.close()
+    assert own_threads() == before
+    with pytest.raises(RuntimeError, match="threads were closed"):
+        next(stream.steps(0))
+
+
+def test_a_forgotten_stream_ends_its_threads_without_close(sets: dict[str, str]) -> None:
+    before = own_threads()
+    steps = open_stream(Dataset(sets["even"])).steps(0)
+    next(steps)
+    assert len(own_threads()) > len(before)
+    del steps
+    deadline = time.monotonic() + 20
+    while own_threads() != before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert own_threads() == before
+
+
+ABANDON = """
+import sys
+from sepdist.data.stream import Dataset, TrainStream
+dataset = Dataset(sys.argv[1], cache_dir=sys.argv[2])
+stream = TrainStream(dataset, seed=0, crop_seconds=0.008, num_virtual_shards=2, micro_batch=2, rank=0, world_size=1,
+                     num_threads=2, prefetch_steps=50)
+steps = stream.steps(0)
+if sys.argv[3] == "read":
+    next(steps)
+else:
+    import threading
+    threading.Thread(target=next, args=(steps,), daemon=True).start()
+    sys.stdin.readline()  # the test says when the threads hang in a download
+print("leaving", flush=True)
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("url", ["local", "stalled S3"])
+def test_a_process_that_abandons_its_stream_ends_at_once(
+    url: str, sets: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, how, stalled = sets["even"], "read", threading.Event()
+    if url != "local":
+        bucket = request.getfixturevalue("bucket")
+        place, how = f"s3://{bucket}/toy", "hang"
+        toy.write(place, (4, 4))
+        released = threading.Event()
+        request.addfinalizer(released.set)
+
+        def stall(_: int, first_line: str) -> str:
+            if ".tar" in first_line and first_line.startswith("GET"):
+                stalled.set()
+                released.wait(120)
+            return ""
+
+        proxy = FaultyProxy(request.getfixturevalue("s3_server").ports["s3"], stall)
+        request.addfinalizer(proxy.close)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    command = [sys.executable, "-c", ABANDON, place, str(tmp_path / "cache"), how]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
+        if how == "hang":
+            assert stalled.wait(90)
+        began = time.monotonic()
+        output, errors = process.communicate("go\n", timeout=90)
+        assert (process.returncode, output, errors) == (3, "leaving\n", "")
+        assert how == "read" or time.monotonic() - began < 30  # and not the minutes of all retries
+
+
+def test_a_stream_from_object_storage_delivers_what_one_from_disk_does(
+    sets: dict[str, str], bucket: str, tmp_path: Path
+) -> None:
+    remote = f"s3://{bucket}/sets/ragged"
+    toy.write(remote, SIZES["ragged"])
+    there, here = Dataset(remote, cache_dir=str(tmp_path)), Dataset(sets["ragged"])
+    assert there.manifest.digest() == here.manifest.digest()
+    assert list(rows(take(there, 0, 6))) == list(rows(take(here, 0, 6)))
+    for dataset in (there, here):
+        dataset.cache.close()
