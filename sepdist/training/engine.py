@@ -8,7 +8,7 @@ and PIT stay in fp32, so that a checkpoint is the same thing at either precision
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,7 +79,7 @@ class DeepSpeedEngine:
         model.to(world.device)
         import deepspeed  # here, because it takes seconds that a driver need not spend
 
-        self._fragments = deepspeed.utils.tensor_fragment
+        self._fragments = deepspeed.utils
         deepspeed.utils.logger.setLevel(logging.WARNING)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; Ray and torchrun set it
         if world.device.type == "cpu":
@@ -191,19 +191,23 @@ class DeepSpeedEngine:
             self._engine.step()
         if self.zero_stage > 0:
             norm = float(self._engine.get_global_grad_norm() or 0.0)
+            if self._optimizer.overflow:  # ZeRO left the weights alone and calls the norm infinite
+                return all_metrics, norm, False
         return all_metrics, norm, True
 
     def weights(self) -> dict[str, Tensor]:
-        """The fp32 weights and buffers by name, on CPU, own memory; collective at ZeRO-3."""
+        """The fp32 weights and buffers by name, on CPU, own memory: of the main rank; collective at ZeRO-3."""
         if self.zero_stage < 3:
+            if not self.world.is_main:
+                return {}
             return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         weights = {name: self._fragments.safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self._named}
         return weights | {name: buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimizer's state, gathered to whole parameters, on CPU; collective at ZeRO >= 1."""
+        """The optimizer's state, gathered to whole parameters, on CPU: of the main rank; collective at ZeRO >= 1."""
         state = self._torch_optimizer().state
-        if not state:
+        if not state or (self.zero_stage == 0 and not self.world.is_main):
             return OptimizerState({}, {})
         one = next(iter(state.values()))
         keys = [key for key, value in one.items() if torch.is_tensor(value) and value.ndim > 0]
@@ -212,7 +216,8 @@ class DeepSpeedEngine:
         for name, p in self._named:
             for key in keys:
                 value = state[p][key] if self.zero_stage == 0 else self._fragments.safe_get_full_optimizer_state(p, key)
-                tensors[f"{key}/{name}"] = value.detach().reshape(self._shape(p)).cpu().clone()
+                if self.world.is_main:
+                    tensors[f"{key}/{name}"] = value.detach().reshape(self._shape(p)).cpu().clone()
         return OptimizerState(tensors, scalars)
 
     def load_optimizer_state(self, saved: OptimizerState) -> None:
@@ -276,8 +281,3 @@ def check_engine_options(
             f"engine.reduction=native needs a world size that divides data.num_virtual_shards={num_virtual_shards}, "
             f"not {world_size}; engine.reduction=canonical takes any"
         )
-
-
-def optimizer_factory(node: Mapping[str, Any], build: Callable[..., Any]) -> Callable[[Any], torch.optim.Optimizer]:
-    """A function from parameters to the optimizer that a config node describes."""
-    return lambda params: build(node, params=params)

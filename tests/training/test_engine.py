@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,17 @@ class Toy(nn.Module):
 
 
 class SquaredError:
-    """The loss of a batch; `branching` batches use the other head on odd virtual shards."""
+    """`branching` batches use the other head on odd virtual shards; a loss of step `poisoned` is infinite."""
 
-    def __init__(self, branching: bool) -> None:
+    def __init__(self, branching: bool, poisoned: int = -1) -> None:
         self.branching = branching
+        self.poisoned = range(poisoned * NUM_SHARDS * MICRO_BATCH, (poisoned + 1) * NUM_SHARDS * MICRO_BATCH)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         odd = self.branching and (int(batch.positions[0]) // MICRO_BATCH) % 2 == 1
         error = (model(batch.mixture, other=odd)[:, 0].float() - batch.sources[:, 0]) ** 2
+        if int(batch.positions[0]) == self.poisoned[-MICRO_BATCH]:  # on the last rank alone
+            error = error * torch.inf
         return error.mean(), {"error": error.mean(1)}
 
 
@@ -73,7 +77,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         model.load_state_dict(saved["weights"])
     engine = DeepSpeedEngine(
         model,
-        SquaredError(options.get("branching", False)),
+        SquaredError(options.get("branching", False), options.get("poisoned", -1)),
         lambda params: torch.optim.Adam(params, lr=1e-2),
         World(rank, world_size, torch.device("cpu")),
         seed=0,
@@ -86,19 +90,23 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
     )
     if saved:
         engine.load_optimizer_state(OptimizerState(saved["tensors"], saved["scalars"]))
-    losses, norms = [], []
+    losses, norms, applied, changed = [], [], [], []
     for step in range(options["first"], options["last"]):
         engine.set_lr(1e-2 / (1 + step))
         owned = owned_virtual_shards(NUM_SHARDS, rank, world_size)
+        before = engine.weights()
         result = engine.step([batch_of(step, shard) for shard in owned])
         losses.append(result.loss.hex())
         norms.append(result.grad_norm)
+        applied.append(result.applied)
+        after = engine.weights()
+        changed.append(any(not torch.equal(before[name], after[name]) for name in before))
     weights, optimizer = engine.weights(), engine.optimizer_state()
     if rank == 0:
         state = {"weights": weights, "tensors": optimizer.tensors, "scalars": optimizer.scalars}
         torch.save(state, f"{folder}/state.pt")
         digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights.values())).hexdigest()
-        text = json.dumps({"losses": losses, "norms": norms, "digest": digest})
+        text = json.dumps({"losses": losses, "norms": norms, "applied": applied, "changed": changed, "digest": digest})
         Path(f"{folder}/{options['key']}.json").write_text(text)
     dist.barrier()
     dist.destroy_process_group()
@@ -175,6 +183,19 @@ def test_native_reduction_agrees_to_rounding_and_resumes(stage: int, tmp_path: P
     rest = run(tmp_path, 2, stage, 3, 6, reduction="native")
     losses = [float.fromhex(loss) for loss in whole["losses"] + rest["losses"]]
     assert losses == pytest.approx([float.fromhex(loss) for loss in uninterrupted["losses"]], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "reduction"),
+    [(0, "canonical"), (1, "canonical"), (0, "native"), (1, "native"), (2, "native"), (3, "native")],
+)
+def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_weights_of_all_alone_and_the_next_step_is_sound(
+    stage: int, reduction: str, tmp_path: Path
+) -> None:
+    met = run(tmp_path, 2, stage, last=4, reduction=reduction, poisoned=1)
+    assert met["applied"] == [True, False, True, True] == met["changed"]
+    assert not math.isfinite(met["norms"][1])
+    assert all(math.isfinite(float.fromhex(loss)) for loss in met["losses"][2:])
 
 
 @pytest.mark.parametrize(
