@@ -51,5 +51,5 @@ bench: $(VENV)/.installed ## every benchmark, one JSON line each
 	$(RUN) -m benchmarks.conv_tasnet
 	$(RUN) -m benchmarks.step_overhead
 
-clean: ## remove what demo made (not .venv)
-	rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove what demo made and the linters' caches (not .venv, not runs)
+	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -105,26 +105,24 @@ def measure(output: str, with_engines: bool) -> None:
 
 def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    import ray
-    import ray.train
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from sepdist.training.launch import connect, worker_environment
+    from sepdist.cluster import connected
+    from sepdist.training.launch import worker_environment
 
     with tempfile.TemporaryDirectory() as folder:
         measure(f"{folder}/outside.json", with_engines=False)
         cfg = TrainConfig(cluster=ClusterConfig())
-        connect(cfg)
-        TorchTrainer(
-            lambda: measure(f"{folder}/inside.json", with_engines=True),
-            scaling_config=ScalingConfig(num_workers=1),
-            torch_config=TorchConfig(backend="gloo"),
-            run_config=RunConfig(
-                name="bench", storage_path=folder, worker_runtime_env={"env_vars": worker_environment(cfg)}
-            ),
-        ).fit()
-        ray.shutdown()
+        with connected(1):
+            TorchTrainer(
+                lambda: measure(f"{folder}/inside.json", with_engines=True),
+                scaling_config=ScalingConfig(num_workers=1),
+                torch_config=TorchConfig(backend="gloo"),
+                run_config=RunConfig(
+                    name="bench", storage_path=folder, worker_runtime_env={"env_vars": worker_environment(cfg)}
+                ),
+            ).fit()
         outside = json.loads(Path(f"{folder}/outside.json").read_text())["bare"]
         inside = json.loads(Path(f"{folder}/inside.json").read_text())
     result: dict[str, Any] = {

@@ -17,7 +17,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import platform
 import sys
 import time
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 
 import sepdist
 from sepdist import config, storage
+from sepdist.cluster import connected
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.data.records import Batch
 from sepdist.data.stream import Dataset
@@ -267,40 +267,30 @@ def score_on_ray(cfg: EvaluateConfig, count: int, advance: Callable[[], None]) -
     import ray
     from ray.exceptions import RayTaskError
 
-    started_here = not ray.is_initialized()
-    if started_here:
-        address = os.environ.get("RAY_ADDRESS")
-        local: dict[str, Any] = {
-            "num_cpus": max(os.cpu_count() or 1, cfg.num_workers),
-            "include_dashboard": False,
-            "object_store_memory": 200_000_000,  # only scores go through it
-        }
-        ray.init(address=address or "local", logging_level=logging.WARNING, **({} if address else local))
-    if cfg.use_gpu and not ray.cluster_resources().get("GPU"):
-        raise ConfigError("use_gpu=true, but no node of this Ray cluster has a GPU")  # the tasks would wait for ever
-    num_tasks = min(cfg.num_workers, count)
-    task = ray.remote(num_cpus=1, num_gpus=1 if cfg.use_gpu else 0, max_retries=3)(score_remotely)
-    streams: list[Any] = [
-        task.options(num_returns="streaming").remote(cfg, part, count, num_tasks) for part in range(num_tasks)
-    ]
-    rows: dict[int, Score] = {}
-    try:
-        while streams:
-            [stream], _ = ray.wait(streams, num_returns=1)
-            reference = next(cast(Iterator[Any], stream), None)
-            if reference is None:
-                streams.remove(stream)
-                continue
-            index, score = ray.get(reference)
-            rows[index] = score
-            advance()
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
-    finally:
-        for stream in streams:
-            ray.cancel(stream)
-        if started_here:
-            ray.shutdown()
+    with connected(cfg.num_workers):
+        if cfg.use_gpu and not ray.cluster_resources().get("GPU"):
+            raise ConfigError("use_gpu=true, but no node of this Ray cluster has a GPU")  # tasks would wait for ever
+        num_tasks = min(cfg.num_workers, count)
+        task = ray.remote(num_cpus=1, num_gpus=1 if cfg.use_gpu else 0, max_retries=3)(score_remotely)
+        streams: list[Any] = [
+            task.options(num_returns="streaming").remote(cfg, part, count, num_tasks) for part in range(num_tasks)
+        ]
+        rows: dict[int, Score] = {}
+        try:
+            while streams:
+                [stream], _ = ray.wait(streams, num_returns=1)
+                reference = next(cast(Iterator[Any], stream), None)
+                if reference is None:
+                    streams.remove(stream)
+                    continue
+                index, score = ray.get(reference)
+                rows[index] = score
+                advance()
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
+        finally:
+            for stream in streams:
+                ray.cancel(stream)
     return rows
 
 

@@ -13,7 +13,6 @@ on this machine. Stopped and started again it keeps the shards that are finished
 import contextlib
 import inspect
 import itertools
-import logging
 import os
 import signal
 import sys
@@ -34,6 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sepdist import config, storage
+from sepdist.cluster import connected
 from sepdist.config import ConfigError, ShardConfig
 from sepdist.data import shards
 from sepdist.data.records import Mixture, Utterance
@@ -281,57 +281,30 @@ def write_shards_with_ray(jobs: Sequence[ShardJob], num_workers: int) -> Iterato
     """The same as Ray tasks, at most `num_workers` at once; a task whose worker dies is run again."""
     import ray
 
-    started_here = connect(num_workers)
-    try:
+    with connected(max(num_workers, 1)):
         at_once = num_workers if num_workers > 0 else max(int(ray.cluster_resources().get("CPU", 1)), 1)
         task = ray.remote(num_cpus=1, max_retries=3)(_write_in_task)
         waiting = iter(jobs)
         running = {task.remote(job): job.number for job in itertools.islice(waiting, at_once)}
-        while running:
-            finished, _ = ray.wait(list(running), num_returns=1)
-            for reference in finished:
-                number = running.pop(reference)
-                running |= {task.remote(job): job.number for job in itertools.islice(waiting, 1)}
-                yield number, ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError | OSError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.WorkerCrashedError as error:
-        raise OSError(f"a worker died more than three times ({error}); the same command goes on") from error
-    finally:
-        if started_here:
-            ray.shutdown()
+        try:
+            while running:
+                finished, _ = ray.wait(list(running), num_returns=1)
+                for reference in finished:
+                    number = running.pop(reference)
+                    running |= {task.remote(job): job.number for job in itertools.islice(waiting, 1)}
+                    yield number, ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ValueError | OSError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.WorkerCrashedError as error:
+            raise OSError(f"a worker died more than three times ({error}); the same command goes on") from error
 
 
 def _write_in_task(job: ShardJob) -> ShardInfo:
     if os.path.isdir(job.working_dir):  # Ray chooses a working directory of its own
         os.chdir(job.working_dir)
     return write_one(job)
-
-
-def connect(num_workers: int) -> bool:
-    """Join the cluster this runs in (RAY_ADDRESS, as `ray job submit` sets it) or start a local Ray; whether it did."""
-    import ray
-
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
-        return True
-    # Ray protects a local cluster by a token of its own accord, and says so each time.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, num_workers),
-        include_dashboard=False,
-        object_store_memory=100_000_000,  # nothing large goes through it
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
-    return True
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class LibriSpeech:
     Files of a higher rate are resampled to `sample_rate` by soxr; files of a lower rate are an error.
     """
 
-    def __init__(self, root: str, sample_rate: int = 16000) -> None:
+    def __init__(self, root: str, sample_rate: int = 8000) -> None:
         self.name = "librispeech"
         self.root = Path(root).expanduser()
         self.sample_rate = sample_rate

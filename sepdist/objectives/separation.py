@@ -25,7 +25,7 @@ class Separation:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; needs `batch.sources`, as many as the model has outputs."""
         if batch.sources is None:
-            raise ValueError("objective separation needs sources; this data set has mixtures only (try mixit)")
+            raise ValueError("objective separation needs sources; this data set has mixtures only")
         estimates_BST = model(batch.mixture)
         if estimates_BST.shape != batch.sources.shape:
             raise ValueError(

@@ -13,7 +13,6 @@ run_dir (the best one of it), or any folder with model.safetensors and model.yam
 import hashlib
 import json
 import logging
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,7 +91,6 @@ class Checkpointer:
         self.lineage = dict(lineage)
         self.keep_last = keep_last
         self.keep_best = keep_best
-        self.seconds_blocked = 0.0
         self._attempt = uuid.uuid4().hex[:8]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -104,11 +102,9 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Return once the pending checkpoint is committed."""
-        began = time.monotonic()
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-        self.seconds_blocked += time.monotonic() - began
 
     def close(self) -> None:
         """Commit what is pending and end the writer."""

@@ -5,18 +5,17 @@ The worker function only joins the process group that Ray made and calls `loop.t
 """
 
 import logging
+import math
 import os
 from typing import Any
 
-import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sepdist import storage
+from sepdist.cluster import connected
 from sepdist.config import TrainConfig
-
-logger = logging.getLogger(__name__)
 
 
 class TrainingFailedError(RuntimeError):
@@ -32,8 +31,8 @@ def launch(cfg: TrainConfig) -> None:
     # A worker that dies is noticed after this long; a kill just before it would lose what Ray had not polled yet.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
-    started_here = connect(cfg)
-    try:
+    needed = math.ceil(cfg.cluster.num_workers * cfg.cluster.cpus_per_worker)
+    with connected(needed, address=cfg.cluster.address, verbose=cfg.cluster.verbose):
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": storage.join(cfg.run_dir, "config.yaml")},
@@ -53,36 +52,10 @@ def launch(cfg: TrainConfig) -> None:
                 worker_runtime_env={"env_vars": worker_environment(cfg)},
             ),
         )
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise TrainingFailedError(root_cause(error)) from error
-    finally:
-        if started_here:
-            ray.shutdown()
-
-
-def connect(cfg: TrainConfig) -> bool:
-    """Join the cluster this runs in (RAY_ADDRESS, as `ray job submit` sets it), or else start a local Ray.
-
-    Returns whether this call made the connection, and so should end it.
-    """
-    if ray.is_initialized():
-        return False
-    address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address)
-        return True
-    needed = int(cfg.cluster.num_workers * cfg.cluster.cpus_per_worker + 0.999)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, needed),  # logical: more workers than cores may share the machine
-        include_dashboard=False,
-        object_store_memory=200_000_000,  # nothing large goes through it
-        logging_level=logging.ERROR,
-        # Without a dashboard Ray's own actors complain to the driver every second; the run reports by metrics.jsonl.
-        log_to_driver=cfg.cluster.verbose,
-    )
-    return True
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise TrainingFailedError(root_cause(error)) from error
 
 
 def worker_environment(cfg: TrainConfig) -> dict[str, str]:

@@ -113,11 +113,12 @@ def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], N
     logger.info("training from step %d to %d on %d worker(s)", first_step, cfg.training.max_steps, world.size)
 
     # 4. The loop.
-    meter = Meter(stream, checkpointer)
+    meter = Meter(stream, world)
     num_skipped = 0
     steps = stream.steps(first_step)
     for step in range(first_step, cfg.training.max_steps):
         if schedule.should_stop:
+            logger.info("early stop: no better validation for %d of them", cfg.training.early_stop_patience)
             break
         engine.set_lr(schedule.lr(step))
         positions = range(step * global_batch, (step + 1) * global_batch)
@@ -135,8 +136,10 @@ def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], N
 
         if reporter and rates:
             reporter.log(done, rates)
-        if reporter and (done % cfg.training.log_every == 0 or last):
-            reporter.log(done, meter.read(step_seconds_of_audio) | {"optim/lr": schedule.lr(step)})
+        if done % cfg.training.log_every == 0 or last:
+            metrics = meter.read(step_seconds_of_audio) | {"optim/lr": schedule.lr(step)}
+            if reporter:
+                reporter.log(done, metrics)
         score = None
         if done % cfg.validation.every_steps == 0 or last:
             with meter.pause():
@@ -164,7 +167,7 @@ def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], N
         checkpointer.close()
     if reporter:
         reporter.close()
-    logger.info("finished at step %d", cfg.training.max_steps)
+    logger.info("finished")
 
 
 def open_datasets(cfg: TrainConfig) -> tuple[Dataset, Dataset]:

@@ -5,17 +5,19 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 
+import torch
+
 from sepdist.data.stream import TrainStream
-from sepdist.training.checkpoint import Checkpointer
 from sepdist.training.engine import StepResult
+from sepdist.training.world import World, sum_over_world
 
 
 class Meter:
     """Where wall time went: steps, waiting for data, checkpoints; validation is left out of the speed."""
 
-    def __init__(self, stream: TrainStream, checkpointer: Checkpointer | None) -> None:
+    def __init__(self, stream: TrainStream, world: World) -> None:
         self._stream = stream
-        self._checkpointer = checkpointer
+        self._world = world
         self._start()
 
     def _start(self) -> None:
@@ -43,9 +45,16 @@ class Meter:
         self._checkpoint += time.monotonic() - began
 
     def read(self, step_seconds_of_audio: float) -> dict[str, float]:
-        """The metrics of the steps since the last reading, which starts the next interval."""
+        """The metrics of the steps since the last reading, which starts the next interval; collective.
+
+        The share of waiting for data is that of the worker that waited longest, because all wait for that one.
+        """
         results = self._results
         seconds = max(time.monotonic() - self._began - self._paused, 1e-9)
+        by_rank = torch.zeros(2, self._world.size, dtype=torch.float64)
+        by_rank[0, self._world.rank] = (self._stream.seconds_waited - self._data_before) / seconds
+        by_rank[1, self._world.rank] = self._stream.num_damaged
+        data_wait, damaged = sum_over_world(by_rank, self._world)
         applied = [result for result in results if result.applied]
         metrics = {
             "loss/total": _mean([result.loss for result in applied]),
@@ -53,9 +62,9 @@ class Meter:
             "optim/skipped_steps": float(len(results) - len(applied)),
             "speed/steps_per_second": len(results) / seconds,
             "speed/audio_seconds_per_second": len(results) * step_seconds_of_audio / seconds,
-            "speed/data_wait_share": (self._stream.seconds_waited - self._data_before) / seconds,
+            "speed/data_wait_share": float(data_wait.max()),
             "speed/checkpoint_share": self._checkpoint / seconds,
-            "data/damaged_samples": float(self._stream.num_damaged),
+            "data/damaged_samples": float(damaged.sum()),
         }
         for name in results[0].means if results else ():
             metrics[f"train/{name}"] = _mean([result.means[name] for result in applied])
