@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from sepdist.training.engine import DeepSpeedEngine, check_engine_options
 from sepdist.training.world import World
 
 NUM_SHARDS, MICRO_BATCH, LENGTH = 4, 2, 40
+
+multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])  # the ranks start with their imports done
 
 
 class Toy(nn.Module):
@@ -115,7 +118,9 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
 def run(folder: Path, world_size: int, stage: int, first: int = 0, last: int = 6, **options: object) -> dict:
     key = f"{world_size}-{stage}-{first}-{last}-{'-'.join(map(str, options.values()))}"
     arguments = {"key": key, "stage": stage, "first": first, "last": last} | options
-    mp.spawn(run_steps, (world_size, str(folder), arguments), nprocs=world_size)
+    mp.start_processes(
+        run_steps, (world_size, str(folder), arguments), nprocs=world_size, start_method="forkserver"
+    )
     return json.loads((folder / f"{key}.json").read_text())
 
 
