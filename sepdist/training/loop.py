@@ -40,10 +40,17 @@ logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
 
 
-def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], None] = lambda metrics: None) -> None:
+def train(
+    cfg: TrainConfig,
+    world: World,
+    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    preempted: Callable[[], bool] = lambda: False,
+) -> None:
     """Train until `training.max_steps` or early stop, from the newest committed checkpoint of the run if there is one.
 
-    `report` is called on every rank with the metrics of each validation (Ray Train's report is a barrier).
+    `report` is called on every rank with the metrics of each validation (Ray Train's report is a barrier). `preempted`
+    is called on every rank each `cluster.preemption_check_steps` steps and answers the same on all: whether a machine
+    is about to be taken away, so that a checkpoint is committed at once.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
 
@@ -151,7 +158,10 @@ def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], N
                 reporter.log(done, {f"validation/{name}": value for name, value in metrics.items() if name != "score"})
             logger.info("step %d: validation %s%s", done, readable(metrics), " (best so far)" if improved else "")
             report({"step": float(done)} | metrics)
-        if score is not None or done % cfg.training.checkpoint_every == 0:
+        leaving = done % cfg.cluster.preemption_check_steps == 0 and preempted()
+        if leaving:
+            logger.warning("step %d: a machine is about to be taken away; committing a checkpoint", done)
+        if score is not None or done % cfg.training.checkpoint_every == 0 or leaving:
             if reporter:
                 reporter.flush()  # before the checkpoint: its rows are there when the run goes on from it
             with meter.checkpointing():
@@ -162,6 +172,8 @@ def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], N
                     state |= {"schedule": schedule.state_dict(), "switches": switches.state_dict()}
                     state |= {"world_size": world.size}
                     checkpointer.save(Snapshot(done, weights, optimizer, state, score))
+                    if leaving:
+                        checkpointer.wait()
     stream.close()
     if checkpointer:
         checkpointer.close()

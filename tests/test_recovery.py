@@ -1,0 +1,224 @@
+"""Kill anything, and the run goes on to the same bits: each test disturbs a run and compares it with one left alone.
+
+The run left alone is a single process without Ray, so the two share neither the launcher nor the world size.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import pytest
+
+from sepdist.reporting import read_metrics
+from tests import test_system
+from tests.test_system import ROOT, final_hash, frozen, history, loop, train_arguments
+
+tiny_data = test_system.tiny_data
+
+_T = TypeVar("_T")
+QUICK_STEPS, SLOW_STEPS = 40, 600
+OFTEN = ["validation.every_steps=40", "training.checkpoint_every=5", "validation.num_listening=0"]
+FRESH = ["init.weights=null", "init.reinit=[]"]
+
+
+def left_alone(data: dict[str, str], run_dir: Path, steps: int) -> tuple[dict[int, float], str]:
+    """Losses by step and the hash of the last weights of a run in one process without Ray."""
+    loop(frozen(data, run_dir, f"training.max_steps={steps}", *OFTEN))
+    losses = history(run_dir)
+    assert list(losses) == list(range(1, steps + 1))
+    return losses, final_hash(run_dir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data, tmp_path_factory) -> tuple[dict[int, float], str]:
+    return left_alone(tiny_data, tmp_path_factory.mktemp("alone"), SLOW_STEPS)
+
+
+class Run:
+    """A training command in the background, and what can be seen of it from outside."""
+
+    def __init__(self, data: dict[str, str], run_dir: Path, *more: str, steps: int = SLOW_STEPS, **environment: str):
+        self.run_dir = run_dir
+        run_dir.mkdir(exist_ok=True)
+        steps_and_rest = [f"training.max_steps={steps}", *OFTEN, *FRESH, *more]
+        self.command = [sys.executable, *train_arguments("demo/finetune", data, run_dir, *steps_and_rest)]
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        self.log = run_dir / "driver.log"
+        self.start()
+
+    def start(self) -> None:
+        with open(self.log, "ab") as log:
+            self.driver = psutil.Popen(self.command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+
+    def workers(self) -> list[psutil.Process]:
+        """The training workers below the driver (or below this test, where the nodes are its own)."""
+        return train_workers(self.driver)
+
+    def until(self, ready: Callable[[], _T], what: str, seconds: float = 120.0) -> _T:
+        """Wait until `ready()` is true, and return it; a driver that ends meanwhile is an error."""
+        deadline = time.monotonic() + seconds
+        while not (value := ready()):
+            assert self.driver.poll() is None, f"ended before {what}:\n{self.log.read_text()[-6000:]}"
+            assert time.monotonic() < deadline, f"not {what} in {seconds} s:\n{self.log.read_text()[-6000:]}"
+            time.sleep(0.05)
+        return value
+
+    def step(self) -> int:
+        return max(history(self.run_dir), default=0)
+
+    def until_step(self, step: int, seconds: float = 120.0) -> None:
+        self.until(lambda: self.step() >= step, f"at step {step}", seconds)
+
+    def attempt(self) -> int:
+        """Which file metrics.jsonl is: each start of the loop begins it anew."""
+        try:
+            return (self.run_dir / "metrics.jsonl").stat().st_ino
+        except FileNotFoundError:
+            return 0
+
+    def seconds_to_next_step(self, disturb: Callable[[], object], seconds: float = 180.0) -> float:
+        """From the fault to the first step of the workers after it."""
+        before = self.attempt()
+        began = time.monotonic()
+        disturb()
+        self.until(lambda: self.attempt() != before, "started again", seconds)
+        resumed_at = self.step()
+        self.until(lambda: self.step() > resumed_at, "on its way again", seconds)
+        return time.monotonic() - began
+
+    def events(self) -> list[dict]:
+        try:
+            return [json.loads(line) for line in (self.run_dir / "events.jsonl").read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+
+    def finish(self, seconds: float = 300.0) -> None:
+        assert self.driver.wait(seconds) == 0, self.log.read_text()[-6000:]
+
+    def end(self) -> None:
+        """Whatever happened: nothing of this run stays behind."""
+        kill_all([*self._family(), self.driver])
+
+    def _family(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return self.driver.children(recursive=True)
+        return []
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def train_workers(ancestor: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for process in ancestor.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                found.append(process)
+    return sorted(found, key=lambda one: one.pid)
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def start(*arguments, **options) -> Run:
+        runs.append(Run(*arguments, **options))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.end()
+
+
+def same(run: Run, undisturbed: tuple[dict[int, float], str]) -> None:
+    losses, weights = undisturbed
+    assert history(run.run_dir) == losses
+    assert final_hash(run.run_dir) == weights
+    steps = [row["step"] for row in read_metrics(str(run.run_dir)) if "loss/total" in row]
+    assert steps == sorted(set(steps)), "a step is there twice"
+
+
+def told(run: Run) -> list[tuple[str, int]]:
+    return [(event["event"], event["workers"]) for event in run.events()]
+
+
+def test_a_run_that_lost_a_worker_of_two_ends_with_the_bits_of_one_left_alone(tiny_data, tmp_path, started) -> None:
+    run = started(tiny_data, tmp_path / "run", "cluster.num_workers=2", steps=QUICK_STEPS)
+    alone = left_alone(tiny_data, tmp_path / "alone", QUICK_STEPS)
+    run.until_step(12)
+    seconds = run.seconds_to_next_step(lambda: os.kill(run.workers()[1].pid, signal.SIGKILL))
+    run.finish()
+    same(run, alone)
+    assert told(run) == [("started", 2), ("failed", 2), ("started", 2), ("finished", 2)]
+    assert run.events()[1]["error"]
+    print(f"worker killed -> next step: {seconds:.1f} s")
+    assert seconds < 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_stopped_worker_is_taken_for_hung_and_replaced(num_workers, undisturbed, tiny_data, tmp_path, started) -> None:
+    run = started(tiny_data, tmp_path / "run", f"cluster.num_workers={num_workers}")
+    run.until_step(12)
+    seconds = run.seconds_to_next_step(lambda: os.kill(run.workers()[-1].pid, signal.SIGSTOP))
+    print(f"one of {num_workers} workers stopped -> next step: {seconds:.1f} s")
+    run.finish()
+    same(run, undisturbed)
+    assert told(run) == [(event, num_workers) for event in ("started", "failed", "started", "finished")]
+    assert not run.workers()
+    assert seconds < 75
+
+
+@pytest.mark.slow
+def test_a_killed_driver_started_again_goes_on_and_its_old_workers_are_gone(
+    undisturbed, tiny_data, tmp_path, started
+) -> None:
+    run = started(tiny_data, tmp_path / "run", "cluster.num_workers=2")
+    run.until_step(32)
+    left = run._family()
+    workers = run.workers()
+    began = time.monotonic()
+    run.driver.kill()
+    run.driver.wait(10)
+    gone = psutil.wait_procs(workers, timeout=60)
+    print(f"driver killed -> its workers gone: {time.monotonic() - began:.1f} s")
+    assert not gone[1]
+    assert run.step() >= 32
+    run.start()
+    began = time.monotonic()
+    before = run.attempt()
+    run.until(lambda: run.attempt() != before, "started again")
+    assert run.step() >= 30, "it began anew"
+    print(f"started again -> loop: {time.monotonic() - began:.1f} s")
+    run.finish()
+    same(run, undisturbed)
+    assert told(run) == [("started", 2), ("started", 2), ("finished", 2)]
+    assert not psutil.wait_procs(left, timeout=5)[1]
+
+
+@pytest.fixture
+def nodes() -> Iterator["Cluster"]:
+    """A Ray of two nodes with one CPU each on this machine, whose GCS looks after them as cluster/ says."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": HEALTH_CHECKS})
+    try:
+        cluster.head = cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=HEALTH_CHECKS)
+        cluster.second = cluster.add_node(num_cpus=1)
+        yield cluster
+    finally:
+        mine = psutil.Process().children(recursive=True)
+        cluster.shutdown()
+        kill_all(mine)
