@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +17,21 @@ import psutil
 import pytest
 
 from sepdist.reporting import read_metrics
+from sepdist.training.checkpoint import find_committed
 from tests import test_system
 from tests.test_system import ROOT, final_hash, frozen, history, loop, train_arguments
 
 tiny_data = test_system.tiny_data
 
 _T = TypeVar("_T")
-QUICK_STEPS, SLOW_STEPS = 40, 600
+QUICK_STEPS, SLOW_STEPS = 40, 300
+# As cluster/README.md gives them to `ray start --head`.
+HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 5000,
+    "health_check_period_ms": 2000,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 4,
+}
 OFTEN = ["validation.every_steps=40", "training.checkpoint_every=5", "validation.num_listening=0"]
 FRESH = ["init.weights=null", "init.reinit=[]"]
 
@@ -169,7 +176,9 @@ def test_a_run_that_lost_a_worker_of_two_ends_with_the_bits_of_one_left_alone(ti
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_stopped_worker_is_taken_for_hung_and_replaced(num_workers, undisturbed, tiny_data, tmp_path, started) -> None:
+def test_a_stopped_worker_is_taken_for_hung_and_replaced(
+    num_workers, undisturbed, tiny_data, tmp_path, started
+) -> None:
     run = started(tiny_data, tmp_path / "run", f"cluster.num_workers={num_workers}")
     run.until_step(12)
     seconds = run.seconds_to_next_step(lambda: os.kill(run.workers()[-1].pid, signal.SIGSTOP))
@@ -177,7 +186,6 @@ def test_a_stopped_worker_is_taken_for_hung_and_replaced(num_workers, undisturbe
     run.finish()
     same(run, undisturbed)
     assert told(run) == [(event, num_workers) for event in ("started", "failed", "started", "finished")]
-    assert not run.workers()
     assert seconds < 75
 
 
@@ -208,17 +216,98 @@ def test_a_killed_driver_started_again_goes_on_and_its_old_workers_are_gone(
     assert not psutil.wait_procs(left, timeout=5)[1]
 
 
-@pytest.fixture
-def nodes() -> Iterator["Cluster"]:
-    """A Ray of two nodes with one CPU each on this machine, whose GCS looks after them as cluster/ says."""
-    from ray.cluster_utils import Cluster
+class Nodes:
+    """A Ray of two nodes with one CPU each on this machine."""
 
-    cluster = Cluster(head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": HEALTH_CHECKS})
-    try:
-        cluster.head = cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=HEALTH_CHECKS)
-        cluster.second = cluster.add_node(num_cpus=1)
-        yield cluster
-    finally:
-        mine = psutil.Process().children(recursive=True)
-        cluster.shutdown()
-        kill_all(mine)
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster()
+        self.head = self.cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=HEALTH_CHECKS)
+        self.second = self.cluster.add_node(num_cpus=1)
+
+    @property
+    def address(self) -> str:
+        return f"cluster.address={self.cluster.address}"
+
+    def lose_second(self) -> None:
+        self.cluster.remove_node(self.second, allow_graceful=False)
+
+    def join(self) -> None:
+        self.second = self.cluster.add_node(num_cpus=1)
+
+    def drain_second(self, seconds: int) -> None:
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int((time.time() + seconds) * 1000)
+        client = GcsClient(address=self.cluster.address)
+        accepted, why_not = client.drain_node(self.second.node_id, reason, "spot", deadline_ms)
+        assert accepted, why_not
+
+    def end(self) -> None:
+        mine = [one for node in (self.head, self.second) for info in node.all_processes.values() for one in info]
+        family = [psutil.Process(one.process.pid) for one in mine if psutil.pid_exists(one.process.pid)]
+        family += [child for one in family for child in one.children(recursive=True)]
+        with contextlib.suppress(Exception):
+            self.cluster.shutdown()
+        kill_all(family)
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    nodes = Nodes()
+    yield nodes
+    nodes.end()
+
+
+@pytest.mark.slow
+def test_an_elastic_run_survives_the_loss_of_a_node_and_uses_one_that_joins(
+    nodes, undisturbed, tiny_data, tmp_path, started
+) -> None:
+    elastic = ["cluster.num_workers=[1,2]", "cluster.elastic_check_seconds=5", nodes.address]
+    run = started(tiny_data, tmp_path / "run", *elastic)
+    run.until_step(12)
+    assert told(run) == [("started", 2)]
+    seconds = run.seconds_to_next_step(nodes.lose_second)
+    print(f"node lost -> next step: {seconds:.1f} s")
+    assert told(run)[-1] == ("started", 1)
+    joined = run.seconds_to_next_step(nodes.join)
+    print(f"node joined -> step with it: {joined:.1f} s")
+    assert told(run)[-1] == ("started", 2)
+    run.finish()
+    same(run, undisturbed)
+    assert [event for event, _ in told(run)].count("failed") <= 2, run.events()
+    assert seconds < 60 and joined < 90
+
+
+@pytest.mark.slow
+def test_a_preemption_notice_makes_a_checkpoint_and_the_run_goes_on_from_it(
+    nodes, undisturbed, tiny_data, tmp_path, started
+) -> None:
+    """No other checkpoint is due in this run, so what it goes on from is the one of the notice."""
+    seldom = ["training.checkpoint_every=100000", "validation.every_steps=100000"]
+    elastic = ["cluster.num_workers=[1,2]", "cluster.elastic_check_seconds=600", "cluster.preemption_check_steps=5"]
+    run = started(tiny_data, tmp_path / "run", *seldom, *elastic, nodes.address)
+    run.until_step(12)
+    assert not committed_steps(run)
+    began = time.monotonic()
+    nodes.drain_second(15)
+    steps = run.until(lambda: committed_steps(run), "committed")
+    print(f"notice -> checkpoint committed: {time.monotonic() - began:.1f} s")
+    assert len(steps) == 1 and steps[0] % 5 == 0
+    time.sleep(max(0.0, 15 - (time.monotonic() - began)))
+    seconds = run.seconds_to_next_step(nodes.lose_second)
+    print(f"node taken away -> next step: {seconds:.1f} s")
+    assert "resuming from" in run.log.read_text() or run.step() > steps[0]
+    run.finish()
+    same_losses, weights = undisturbed
+    assert history(run.run_dir) == same_losses
+    assert final_hash(run.run_dir) == weights
+    assert told(run)[0] == ("started", 2) and told(run)[-2:] == [("started", 1), ("finished", 1)]
+    assert any("preempt" in event.get("error", "") for event in run.events())
+
+
+def committed_steps(run: Run) -> list[int]:
+    return [one.step for one in find_committed(str(run.run_dir / "checkpoints"))]

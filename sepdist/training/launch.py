@@ -46,6 +46,7 @@ TIMINGS = {
 # How long an elastic group waits for the room it was promised before it asks again: after the loss of a node the
 # promise may be stale. A group of fixed size has nothing else to ask for and keeps Ray's 60 s.
 ELASTIC_START_SECONDS = "10"
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # gloo's words for a worker that is gone
 
 
 class TrainingFailedError(RuntimeError):
@@ -284,7 +285,7 @@ def root_cause(error: BaseException) -> str:
         return one_line(error.controller_failure)
     failures = dict(sorted((getattr(error, "worker_failures", None) or {}).items()))
     messages = {rank: one_line(failure) for rank, failure in failures.items()}
-    own = {rank: text for rank, text in messages.items() if "Connection closed by peer" not in text} or messages
+    own = {rank: text for rank, text in messages.items() if not any(sign in text for sign in LOST_PEER)} or messages
     return "; ".join(f"worker {rank}: {text}" for rank, text in list(own.items())[:1]) or one_line(error)
 
 
@@ -296,6 +297,6 @@ def one_line(failure: BaseException) -> str:
     if isinstance(innermost, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         return "its process died"
     lines = [line.strip() for line in str(innermost).strip().splitlines() if line.strip()]
-    if type(innermost).__name__ == "WorkerHealthCheckTimeoutError":
-        return lines[0]
+    if type(innermost).__name__ in ("WorkerHealthCheckTimeoutError", "WorkerGroupStartupTimeoutError"):
+        return lines[0].partition(" Potential causes")[0]
     return lines[-1] if lines else type(innermost).__name__
