@@ -11,12 +11,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import psutil
 import pytest
+import ray.train
+from hydra import compose, initialize_config_dir
+from ray.train.v2._internal.execution.controller.state import RestartingState
+from ray.train.v2.api.exceptions import PreemptionError
+from rich.console import Console
 
+from sepdist import config, storage
+from sepdist.config import ClusterConfig, ConfigError, TrainConfig
 from sepdist.reporting import read_metrics
+from sepdist.train import freeze
+from sepdist.training import launch
 from sepdist.training.checkpoint import find_committed
 from tests import test_system
 from tests.test_system import ROOT, final_hash, frozen, history, loop, train_arguments
@@ -25,12 +35,11 @@ tiny_data = test_system.tiny_data
 
 _T = TypeVar("_T")
 QUICK_STEPS, SLOW_STEPS = 40, 300
-# As cluster/README.md gives them to `ray start --head`.
+# In the environment of the head, as cluster/README.md says.
 HEALTH_CHECKS = {
-    "health_check_initial_delay_ms": 5000,
-    "health_check_period_ms": 2000,
-    "health_check_timeout_ms": 5000,
-    "health_check_failure_threshold": 4,
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "4",
 }
 OFTEN = ["validation.every_steps=40", "training.checkpoint_every=5", "validation.num_listening=0"]
 FRESH = ["init.weights=null", "init.reinit=[]"]
@@ -161,6 +170,86 @@ def told(run: Run) -> list[tuple[str, int]]:
     return [(event["event"], event["workers"]) for event in run.events()]
 
 
+@pytest.mark.parametrize(("given", "range_"), [("2", (2, 2)), ("[1,4]", (1, 4)), ("[3,3]", (3, 3))])
+def test_the_number_of_workers_is_a_number_or_a_range_also_after_freezing(given, range_) -> None:
+    config.register_schemas()
+    with initialize_config_dir(config.config_dir(), version_base="1.3"):
+        places = ["data.train=a", "data.validation=b", "name=n", "run_dir=r", "training.max_steps=1"]
+        composed = compose("train", overrides=[*places, f"cluster.num_workers={given}"])
+    cfg = config.typed(composed, TrainConfig)
+    assert config.worker_range(cfg.cluster) == range_
+    assert config.worker_range(config.from_yaml(config.to_yaml(cfg), TrainConfig).cluster) == range_
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "two", None, [], [1], [2, 1], [0, 2], [1, 2, 3], [1, "x"], {}])
+def test_any_other_number_of_workers_is_refused_with_what_to_give(wrong) -> None:
+    with pytest.raises(ConfigError, match=r"cluster.num_workers=.*\[min, max\]"):
+        config.worker_range(ClusterConfig(num_workers=wrong))
+
+
+def test_an_elastic_run_that_native_reduction_cannot_take_is_refused_before_it_starts(tiny_data, tmp_path) -> None:
+    path = frozen(tiny_data, tmp_path / "run", "training.max_steps=1", "engine.reduction=native")
+    cfg = config.load_frozen(path)
+    for fits in ([1, 2], 4):
+        cfg.cluster.num_workers = fits
+        freeze(cfg, Console(quiet=True))
+    cfg.cluster.num_workers = [1, 4]
+    with pytest.raises(ConfigError, match=r"native needs a world size that divides .*, not 3"):
+        freeze(cfg, Console(quiet=True))
+
+
+def test_a_notice_is_acted_on_once_and_a_second_one_again(monkeypatch) -> None:
+    """Ray goes on answering with the same notice until the workers end."""
+    one, two = {"node a": [0]}, {"node a": [0], "node b": [1]}
+    answers = iter([None, one, one, two, two])
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: next(answers))
+    preempted = launch.preemption_notice()
+    assert [preempted() for _ in range(5)] == [False, True, False, True, False]
+
+
+def restarting(text: str) -> RestartingState:
+    return RestartingState(ray.train.WorkerGroupError(text, {0: ValueError(text)}))
+
+
+def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_starts_the_count_afresh(tmp_path) -> None:
+    recovery = launch.Recovery(str(tmp_path), 2, elastic=False)
+    before = SimpleNamespace()
+    for step in range(10):  # ten failures, each after a new checkpoint
+        folder = tmp_path / "checkpoints" / f"step-{step:09d}-x"
+        folder.mkdir(parents=True)
+        (folder / "COMMIT").write_text(json.dumps({"format": 1, "step": step, "score": None, "files": {}}))
+        recovery.after_controller_state_update(before, restarting("a fault"))
+    recovery.after_controller_state_update(before, restarting("a bug"))
+    taken = PreemptionError(SimpleNamespace(preempted_ranks=[0]))
+    recovery.after_controller_state_update(before, RestartingState(taken))  # does not count
+    with pytest.raises(launch.TrainingFailedError, match="worker 0: a bug"):
+        recovery.after_controller_state_update(before, restarting("a bug"))
+
+
+def test_events_go_on_in_the_file_of_an_earlier_controller_and_outlast_storage_that_is_away(
+    tmp_path, monkeypatch
+) -> None:
+    def log(*events: str) -> launch.EventLog:
+        written = launch.EventLog(str(tmp_path))
+        for event in events:
+            written._record(event)
+        written.after_controller_finish(None)
+        return written
+
+    log("started", "failed")
+    later = log("started")
+    put = storage.put_bytes
+    monkeypatch.setattr(storage, "put_bytes", lambda *_, **__: (_ for _ in ()).throw(storage.StorageError("away")))
+    later._record("failed")
+    later.after_controller_finish(None)
+    monkeypatch.setattr(storage, "put_bytes", put)
+    later._record("finished")
+    later.after_controller_finish(None)
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["started", "failed", "started", "failed", "finished"]
+    assert all(abs(line["time"] - time.time()) < 60 for line in lines)
+
+
 def test_a_run_that_lost_a_worker_of_two_ends_with_the_bits_of_one_left_alone(tiny_data, tmp_path, started) -> None:
     run = started(tiny_data, tmp_path / "run", "cluster.num_workers=2", steps=QUICK_STEPS)
     alone = left_alone(tiny_data, tmp_path / "alone", QUICK_STEPS)
@@ -181,7 +270,9 @@ def test_a_stopped_worker_is_taken_for_hung_and_replaced(
 ) -> None:
     run = started(tiny_data, tmp_path / "run", f"cluster.num_workers={num_workers}")
     run.until_step(12)
-    seconds = run.seconds_to_next_step(lambda: os.kill(run.workers()[-1].pid, signal.SIGSTOP))
+    victim = run.workers()[-1]
+    seconds = run.seconds_to_next_step(lambda: os.kill(victim.pid, signal.SIGSTOP))
+    assert not victim.is_running(), "it could wake up and write"
     print(f"one of {num_workers} workers stopped -> next step: {seconds:.1f} s")
     run.finish()
     same(run, undisturbed)
@@ -223,7 +314,7 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self.cluster = Cluster()
-        self.head = self.cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=HEALTH_CHECKS)
+        self.head = self.cluster.add_node(num_cpus=1, include_dashboard=False)
         self.second = self.cluster.add_node(num_cpus=1)
 
     @property
@@ -256,7 +347,9 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes() -> Iterator[Nodes]:
+def nodes(monkeypatch) -> Iterator[Nodes]:
+    for name, value in HEALTH_CHECKS.items():
+        monkeypatch.setenv(name, value)
     nodes = Nodes()
     yield nodes
     nodes.end()
@@ -293,20 +386,18 @@ def test_a_preemption_notice_makes_a_checkpoint_and_the_run_goes_on_from_it(
     run.until_step(12)
     assert not committed_steps(run)
     began = time.monotonic()
-    nodes.drain_second(15)
+    nodes.drain_second(8)
     steps = run.until(lambda: committed_steps(run), "committed")
     print(f"notice -> checkpoint committed: {time.monotonic() - began:.1f} s")
     assert len(steps) == 1 and steps[0] % 5 == 0
-    time.sleep(max(0.0, 15 - (time.monotonic() - began)))
     seconds = run.seconds_to_next_step(nodes.lose_second)
     print(f"node taken away -> next step: {seconds:.1f} s")
-    assert "resuming from" in run.log.read_text() or run.step() > steps[0]
+    assert run.step() > steps[0]
     run.finish()
     same_losses, weights = undisturbed
     assert history(run.run_dir) == same_losses
     assert final_hash(run.run_dir) == weights
     assert told(run)[0] == ("started", 2) and told(run)[-2:] == [("started", 1), ("finished", 1)]
-    assert any("preempt" in event.get("error", "") for event in run.events())
 
 
 def committed_steps(run: Run) -> list[int]:

@@ -39,7 +39,7 @@ TIMINGS = {
     # compilation is Python, which gives the lock up, or a process of its own. Ray's default is 10 minutes.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",
     # What a dying group may take to say goodbye, where one of its workers is stopped or unreachable; Ray's is 30 s.
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
     # A cloud gives between 30 s (a pod, Google) and 120 s (AWS) of notice.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
 }
