@@ -34,7 +34,7 @@ from tests.test_system import ROOT, final_hash, frozen, history, loop, train_arg
 tiny_data = test_system.tiny_data
 
 _T = TypeVar("_T")
-QUICK_STEPS, SLOW_STEPS = 40, 300
+QUICK_STEPS, SLOW_STEPS, ELASTIC_STEPS = 40, 300, 1000
 # In the environment of the head, as cluster/README.md says.
 HEALTH_CHECKS = {
     "RAY_health_check_period_ms": "2000",
@@ -357,10 +357,11 @@ def nodes(monkeypatch) -> Iterator[Nodes]:
 
 @pytest.mark.slow
 def test_an_elastic_run_survives_the_loss_of_a_node_and_uses_one_that_joins(
-    nodes, undisturbed, tiny_data, tmp_path, started
+    nodes, tiny_data, tmp_path, started
 ) -> None:
+    """Long, because Ray looks for new nodes every 20 s only."""
     elastic = ["cluster.num_workers=[1,2]", "cluster.elastic_check_seconds=5", nodes.address]
-    run = started(tiny_data, tmp_path / "run", *elastic)
+    run = started(tiny_data, tmp_path / "run", *elastic, steps=ELASTIC_STEPS)
     run.until_step(12)
     assert told(run) == [("started", 2)]
     seconds = run.seconds_to_next_step(nodes.lose_second)
@@ -370,7 +371,7 @@ def test_an_elastic_run_survives_the_loss_of_a_node_and_uses_one_that_joins(
     print(f"node joined -> step with it: {joined:.1f} s")
     assert told(run)[-1] == ("started", 2)
     run.finish()
-    same(run, undisturbed)
+    same(run, left_alone(tiny_data, tmp_path / "alone", ELASTIC_STEPS))
     assert [event for event, _ in told(run)].count("failed") <= 2, run.events()
     assert seconds < 60 and joined < 90
 
