@@ -83,6 +83,11 @@ class TrainingConfig:
     keep_last: int = 2
     keep_best: bool = True
     early_stop_patience: int = 30  # validations without improvement; 0 = never
+    spike_factor: float = 100.0  # skip a step whose gradient norm is so many times the median; 0 = only if not finite
+    max_skipped: int = (
+        20  # skipped steps in a row that send the run back to its newest checkpoint, to go on without them
+    )
+    max_rollbacks: int = 3
 
 
 @dataclass
@@ -96,6 +101,10 @@ class ClusterConfig:
     address: str | None = None  # None: the cluster of the job it runs in, else a local Ray
     max_failures: int = 3
     collective_timeout_seconds: int = 600
+    hang_seconds: float = (
+        30.0  # a worker without progress for so long ends itself; more where steps are slow; 0 = never
+    )
+    startup_seconds: float = 600.0  # the same for the first step and the first validation, which compile
     verbose: bool = False  # show what Ray's processes print, where a local Ray is started
 
 

@@ -118,9 +118,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
 def run(folder: Path, world_size: int, stage: int, first: int = 0, last: int = 6, **options: object) -> dict:
     key = f"{world_size}-{stage}-{first}-{last}-{'-'.join(map(str, options.values()))}"
     arguments = {"key": key, "stage": stage, "first": first, "last": last} | options
-    mp.start_processes(
-        run_steps, (world_size, str(folder), arguments), nprocs=world_size, start_method="forkserver"
-    )
+    mp.start_processes(run_steps, (world_size, str(folder), arguments), nprocs=world_size, start_method="forkserver")
     return json.loads((folder / f"{key}.json").read_text())
 
 
