@@ -48,6 +48,10 @@ class StepResult:
     local_metrics: list[Metrics]  # of this rank's batches, in their order
 
 
+class BranchError(RuntimeError):
+    """Ranks took different branches of the model where DeepSpeed's reduction would mix their gradients."""
+
+
 class DeepSpeedEngine:
     """ZeRO stage 0-3 on one process group. `model` must hold its initial weights already, the same on every rank."""
 
@@ -187,6 +191,8 @@ class DeepSpeedEngine:
         all_metrics = []
         for shard, batch in zip(self.owned, batches, strict=True):
             loss, metrics = self._forward(self._engine, batch)
+            if self.zero_stage > 0 and self.world.size > 1:
+                self._check_same_branch(loss)
             self._engine.backward(loss)
             losses[shard] = loss.detach()
             all_metrics.append(metrics)
@@ -203,6 +209,25 @@ class DeepSpeedEngine:
             if self._optimizer.overflow:  # ZeRO left the weights alone and calls the norm infinite
                 return all_metrics, norm, False
         return all_metrics, norm, True
+
+    def _check_same_branch(self, loss: Tensor) -> None:
+        """Refuse ranks whose losses reach different parameters; collective.
+
+        ZeRO reduces gradients in the order they arrive, so it would add up those of different parameters, silently.
+        """
+        used = used_parameters(loss, [p for _, p in self._named])
+        num_ranks = sum_over_world(used.double(), self.world)
+        differing = [
+            name
+            for (name, _), count in zip(self._named, num_ranks.tolist(), strict=True)
+            if 0 < count < self.world.size
+        ]
+        if differing:
+            raise BranchError(
+                f"some ranks use {differing[0]} and {len(differing) - 1} more parameters in this step and others do "
+                f"not: engine.reduction=native at ZeRO {self.zero_stage} would mix their gradients with those of other "
+                "parameters; set engine.reduction=canonical or engine.zero_stage=0"
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weights and buffers by name, on CPU, own memory: of the main rank; collective at ZeRO-3."""
@@ -266,6 +291,24 @@ class DeepSpeedEngine:
     @staticmethod
     def _shape(p: Tensor) -> torch.Size:
         return getattr(p, "ds_shape", p.shape)
+
+
+def used_parameters(loss: Tensor, params: list[Tensor]) -> Tensor:
+    """Bool [P]: which of `params` the graph of `loss` reaches."""
+    numbers = {id(p): number for number, p in enumerate(params)}
+    used = torch.zeros(len(params), dtype=torch.bool)
+    seen: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        number = numbers.get(id(getattr(node, "variable", None)))
+        if number is not None:
+            used[number] = True
+        waiting.extend(following for following, _ in node.next_functions)
+    return used
 
 
 def check_engine_options(
