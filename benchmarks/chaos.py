@@ -17,11 +17,12 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from sepdist.audit import audit
 from sepdist.config import ShardConfig
 from sepdist.reporting import read_metrics
 from tests.disturb import Nodes, Run, left_alone
-from tests.runs import ROOT
+from tests.runs import ROOT, final_hash, history
 from tools.shard_data import write_data_set
 
 KINDS = ("kill", "stop", "livelock", "node", "preempt", "driver")
@@ -67,21 +68,18 @@ class Chaos:
     def inflict(self, kind: str) -> float:
         return getattr(self, kind)()
 
-    def _signal(self, name: str) -> float:
-        import signal
-
-        return self.run.seconds_to_next_step(
-            lambda: os.kill(self.chance.choice(self.run.workers()).pid, getattr(signal, name))
-        )
+    def _signal(self, number: int) -> float:
+        worker = self.chance.choice(self.run.workers())
+        return self.run.seconds_to_next_step(lambda: worker.send_signal(number))
 
     def kill(self) -> float:
-        return self._signal("SIGKILL")
+        return self._signal(signal.SIGKILL)
 
     def stop(self) -> float:
-        return self._signal("SIGSTOP")
+        return self._signal(signal.SIGSTOP)
 
     def livelock(self) -> float:
-        return self._signal("SIGUSR1")
+        return self._signal(signal.SIGUSR1)
 
     def node(self) -> float:
         self._ensure_second()
@@ -136,6 +134,10 @@ def disturb(data: dict[str, str], folder: Path, steps: int, faults: Sequence[str
     return {"wall_seconds": round(time.monotonic() - began, 1), "recovery_seconds": recovered}
 
 
+def in_short(values: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 1), "max": round(max(values), 1)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,13 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         losses, weights = left_alone(data, folder / "alone", steps, SETTINGS)
         result = disturb(data, folder, steps, faults, given.seed)
         found, rows = audit(str(folder / "run")), read_metrics(str(folder / "run"))
-        run = Run.results(folder / "run")
+        run = history(folder / "run"), final_hash(folder / "run")
     recovery: dict[str, list[float]] = result.pop("recovery_seconds")
     together = [seconds for values in recovery.values() for seconds in values]
-    summary: Callable[[list[float]], dict[str, float]] = lambda values: {  # noqa: E731
-        "median": round(statistics.median(values), 1),
-        "max": round(max(values), 1),
-    }
     last = [row for row in rows if "goodput/share" in row][-1]
     verdict = {
         "same_losses": run[0] == losses,
@@ -176,8 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {"benchmark": "chaos", "seed": given.seed, "steps": steps, "faults": len(together)}
             | verdict
             | {"weights_sha256": run[1], "last_loss": losses[steps].hex()}
-            | {"steps_by_workers": found.world_sizes, "recovery_seconds": summary(together)}
-            | {"by_kind": {kind: {"count": len(values)} | summary(values) for kind, values in recovery.items()}}
+            | {"steps_by_workers": found.world_sizes, "recovery_seconds": in_short(together)}
+            | {"by_kind": {kind: {"count": len(values)} | in_short(values) for kind, values in recovery.items()}}
             | {"goodput": {name.removeprefix("goodput/"): value for name, value in last.items() if "goodput/" in name}}
             | result
         )

@@ -94,12 +94,14 @@ class TrainingConfig:
 class ClusterConfig:
     """Ray Train: how many workers and what each gets."""
 
-    num_workers: int = 1
+    num_workers: Any = 1  # a number, or [min, max]: as many of these as the cluster has room for, see `worker_range`
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1
     address: str | None = None  # None: the cluster of the job it runs in, else a local Ray
-    max_failures: int = 3
+    max_failures: int = 5  # in a row, without a new checkpoint between them; preemptions do not count; -1 = no limit
+    elastic_check_seconds: float = 60.0  # with [min, max]: how often a running group looks for room for more workers
+    preemption_check_steps: int = 10  # steps between two looks for a notice that a node is about to be taken away
     collective_timeout_seconds: int = 600
     hang_seconds: float = (
         30.0  # a worker without progress for so long ends itself; more where steps are slow; 0 = never
@@ -157,6 +159,17 @@ class EvaluateConfig:
     use_gpu: bool = False  # one GPU per worker
     cache_dir: str = "~/.cache/sepdist"
     cache_gigabytes: float = 50.0
+
+
+def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
+    """The least and the greatest number of workers that `cluster.num_workers` allows; equal where it is one number."""
+    value = cluster.num_workers
+    pair = value if isinstance(value, list | tuple) else [value, value]
+    if len(pair) != 2 or any(type(number) is not int for number in pair) or not 1 <= pair[0] <= pair[1]:
+        raise ConfigError(
+            f"cluster.num_workers={value!r}: give a number of workers from 1 up, or [min, max] with 1 <= min <= max"
+        )
+    return pair[0], pair[1]
 
 
 def register_schemas() -> None:

@@ -64,13 +64,17 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     from sepdist.training.loop import open_datasets
 
     options = dict(cfg.engine)
-    check_engine_options(
-        options.get("zero_stage", 0),
-        options.get("precision", "fp32"),
-        options.get("reduction", "canonical"),
-        cfg.data.num_virtual_shards,
-        cfg.cluster.num_workers,
-    )
+    fewest, most = config.worker_range(cfg.cluster)
+    for world_size in (most, *range(fewest, most)):  # an elastic run may come to any of them
+        check_engine_options(
+            options.get("zero_stage", 0),
+            options.get("precision", "fp32"),
+            options.get("reduction", "canonical"),
+            cfg.data.num_virtual_shards,
+            world_size,
+        )
+    if cfg.cluster.preemption_check_steps < 1:
+        raise ConfigError(f"cluster.preemption_check_steps={cfg.cluster.preemption_check_steps}: at least 1")
     config.build(cfg.objective)
     model = config.build(cfg.model)
     open_datasets(cfg)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sepdist import config, storage
@@ -44,12 +45,14 @@ def program(*arguments: str, expect: int = 0, **environment: str) -> str:
     return done.stdout
 
 
-def train_arguments(experiment: str, data: dict[str, str], run_dir: object, *more: str) -> list[str]:
+def train_arguments(
+    experiment: str, data: dict[str, str], run_dir: object, *more: str, settings: Sequence[str] = TINY
+) -> list[str]:
     places = [f"data.train={data['train']}", f"data.validation={data['dev']}", f"run_dir={run_dir}"]
-    return ["-m", "sepdist.train", f"experiment={experiment}", *places, *TINY, *more]
+    return ["-m", "sepdist.train", f"experiment={experiment}", *places, *settings, *more]
 
 
-def frozen(data: dict[str, str], run_dir: Path, *more: str) -> str:
+def frozen(data: dict[str, str], run_dir: Path, *more: str, settings: Sequence[str] = TINY) -> str:
     """The path of a frozen config for `sepdist.training.loop`, which needs no Ray."""
     from hydra import compose, initialize_config_dir
 
@@ -60,7 +63,7 @@ def frozen(data: dict[str, str], run_dir: Path, *more: str) -> str:
         f"data.train={data['train']}",
         f"data.validation={data['dev']}",
         f"run_dir={run_dir}",
-        *TINY,
+        *settings,
         *more,
     ]
     config.register_schemas()

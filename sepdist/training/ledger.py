@@ -19,7 +19,7 @@ from sepdist.data.records import Batch
 
 Entry = list[Any]  # [step, what became of it, [[start, stop], ...]], or after `merge` a list of such ranges per rank
 
-LEFT_OUT = "left out"  # by a rollback: the positions count as consumed, nobody fetched them
+LEFT_OUT = "left out"  # by a rollback: the positions count as consumed, nobody trains on them
 SKIPPED = "skipped"  # fetched, but the gradient was not applied
 APPLIED = "applied"
 

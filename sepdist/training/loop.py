@@ -45,10 +45,17 @@ logger = logging.getLogger(__name__)
 GOODPUT_FILE = "goodput.json"
 
 
-def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], None] = lambda metrics: None) -> None:
+def train(
+    cfg: TrainConfig,
+    world: World,
+    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    preempted: Callable[[], bool] = lambda: False,
+) -> None:
     """Train until `training.max_steps` or early stop, from the newest committed checkpoint of the run if there is one.
 
-    `report` is called on every rank with the metrics of each validation (Ray Train's report is a barrier).
+    `report` is called on every rank with the metrics of each validation (Ray Train's report is a barrier). `preempted`
+    is called on every rank each `cluster.preemption_check_steps` steps and answers the same on all: whether a machine
+    is about to be taken away, so that a checkpoint is committed at once.
 
     Raises:
         RuntimeError: steps went wrong again after `training.max_rollbacks` rollbacks.
@@ -59,7 +66,7 @@ def train(cfg: TrainConfig, world: World, report: Callable[[dict[str, float]], N
     try:
         while True:
             try:
-                attempt(cfg, world, report, watchdog, left_out)
+                attempt(cfg, world, report, preempted, watchdog, left_out)
                 return
             except Rollback as rollback:  # on all ranks alike
                 left_out.append([rollback.first, rollback.stop])
@@ -73,6 +80,7 @@ def attempt(
     cfg: TrainConfig,
     world: World,
     report: Callable[[dict[str, float]], None],
+    preempted: Callable[[], bool],
     watchdog: Watchdog,
     left_out: list[list[int]],
 ) -> None:
@@ -203,12 +211,17 @@ def attempt(
                     reporter.log(done, {f"validation/{name}": v for name, v in metrics.items() if name != "score"})
                 logger.info("step %d: validation %s%s", done, readable(metrics), " (best so far)" if improved else "")
                 report({"step": float(done)} | metrics)
-            due = score is not None or done % cfg.training.checkpoint_every == 0
+            leaving = done % cfg.cluster.preemption_check_steps == 0 and preempted()
+            if leaving:
+                logger.warning("step %d: a machine is about to be taken away; committing a checkpoint", done)
+            due = score is not None or leaving or done % cfg.training.checkpoint_every == 0
             if last or (due and not guard.num_in_a_row):  # in a bad spell the checkpoint before it may be wanted
                 if reporter:
                     reporter.flush()  # before the checkpoint: its rows are there when the run goes on from it
                 watchdog.expect_slow()
                 with meter.checkpointing():
+                    if checkpointer:
+                        checkpointer.wait()  # here, where the others wait in a collective that may take its time
                     weights, optimizer = engine.weights(), engine.optimizer_state()  # collective at ZeRO >= 1
                     switches.merge(gather_objects(switches.state_dict(), world))
                     consumed = merge(gather_objects(ledger.take(), world))
@@ -217,6 +230,10 @@ def attempt(
                         state |= {"schedule": schedule.state_dict(), "switches": switches.state_dict()}
                         state |= {"guard": guard.state_dict(), "left_out": left_out, "world_size": world.size}
                         checkpointer.save(Snapshot(done, weights, optimizer, state, score, consumed))
+                    if leaving:
+                        if checkpointer:
+                            checkpointer.wait()
+                        gather_objects(None, world)
                 watchdog.beat()
     finally:
         watchdog.expect_slow()
