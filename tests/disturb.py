@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import psutil
 
 from tests.runs import ROOT, final_hash, frozen, history, loop, train_arguments
+from tests.s3server import free_ports
 
 _T = TypeVar("_T")
 # As cluster/README.md gives them to `ray start --head`.
@@ -143,11 +144,16 @@ class Nodes:
     """A Ray of two nodes on this machine, with so many logical CPUs each."""
 
     def __init__(self, num_cpus: tuple[int, int] = (1, 1)) -> None:
+        import ray.util
         from ray.cluster_utils import Cluster
 
         self.num_cpus = num_cpus
         self.cluster = Cluster()
-        self.head = self.cluster.add_node(num_cpus=num_cpus[0], include_dashboard=False, _system_config=HEALTH_CHECKS)
+        # Processes of this Ray must find it beside other ones on the machine: some of Ray's own actors look for it.
+        address = f"{ray.util.get_node_ip_address()}:{free_ports(1)[0]}"
+        os.environ["RAY_ADDRESS"] = address
+        head = {"num_cpus": num_cpus[0], "include_dashboard": False, "_system_config": HEALTH_CHECKS}
+        self.head = self.cluster.add_node(port=int(address.rpartition(":")[2]), **head)
         self.second = self.cluster.add_node(num_cpus=num_cpus[1])
 
     @property
@@ -177,6 +183,7 @@ class Nodes:
         assert accepted, why_not
 
     def end(self) -> None:
+        os.environ.pop("RAY_ADDRESS", None)
         mine = [one for node in (self.head, self.second) for info in node.all_processes.values() for one in info]
         family = [psutil.Process(one.process.pid) for one in mine if psutil.pid_exists(one.process.pid)]
         family += [child for one in family for child in one.children(recursive=True)]
