@@ -41,14 +41,14 @@ MODEL = {
 }
 
 
-def batches() -> list[Batch]:
+def batches(micro_batch: int = MICRO_BATCH, seconds: float = SECONDS) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     made = []
     for shard in range(NUM_SHARDS):
-        sources = torch.randn(MICRO_BATCH, 2, int(SECONDS * 8000), generator=generator) * 0.05
-        positions = torch.arange(MICRO_BATCH) + shard * MICRO_BATCH
+        sources = torch.randn(micro_batch, 2, int(seconds * 8000), generator=generator) * 0.05
+        positions = torch.arange(micro_batch) + shard * micro_batch
         ids = [str(int(position)) for position in positions]
-        lengths = torch.full((MICRO_BATCH,), sources.shape[-1])
+        lengths = torch.full((micro_batch,), sources.shape[-1])
         made.append(Batch(ids, positions, sources.sum(1), sources, None, lengths))
     return made
 

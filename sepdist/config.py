@@ -83,6 +83,11 @@ class TrainingConfig:
     keep_last: int = 2
     keep_best: bool = True
     early_stop_patience: int = 30  # validations without improvement; 0 = never
+    spike_factor: float = 100.0  # skip a step whose gradient norm is so many times the median; 0 = only if not finite
+    max_skipped: int = (
+        20  # skipped steps in a row that send the run back to its newest checkpoint, to go on without them
+    )
+    max_rollbacks: int = 3
 
 
 @dataclass
@@ -98,6 +103,10 @@ class ClusterConfig:
     elastic_check_seconds: float = 60.0  # with [min, max]: how often a running group looks for room for more workers
     preemption_check_steps: int = 10  # steps between two looks for a notice that a node is about to be taken away
     collective_timeout_seconds: int = 600
+    hang_seconds: float = (
+        30.0  # a worker without progress for so long ends itself; more where steps are slow; 0 = never
+    )
+    startup_seconds: float = 600.0  # the same for the first step and the first validation, which compile
     verbose: bool = False  # show what Ray's processes print, where a local Ray is started
 
 

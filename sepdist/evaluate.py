@@ -77,6 +77,8 @@ class Score:
     sdr_mixture: float
     sdr: float
     sdri: float
+    si_snr_mixture_by_source: tuple[float, ...]
+    si_snr_by_source: tuple[float, ...]
     permutation: str  # for source 1, 2, ... the number (from 1) of the estimate with the best mean SI-SNR
 
 
@@ -236,18 +238,20 @@ def score_utterance(estimates: Tensor, batch: Batch, rate: int) -> Score:
     _, order = best_permutation(pairwise_si_snr(wide[None], sources[None]))
     best = wide[order[0]]
     as_estimates = (mixture / mixture.std()).expand_as(sources)
-    before, after = float(si_snr(as_estimates, sources).mean()), float(si_snr(best, sources).mean())
+    before, after = si_snr(as_estimates, sources), si_snr(best, sources)
     sdr_before, sdr_after = _sdr(as_estimates, sources), _sdr(wide, sources)
     score = Score(
         id=name,
         length_seconds=mixture.numel() / rate,
         speakers="+".join(batch.speakers[0]) if batch.speakers else "",
-        si_snr_mixture=before,
-        si_snr=after,
-        si_snri=after - before,
+        si_snr_mixture=float(before.mean()),
+        si_snr=float(after.mean()),
+        si_snri=float((after - before).mean()),
         sdr_mixture=sdr_before,
         sdr=sdr_after,
         sdri=sdr_after - sdr_before,
+        si_snr_mixture_by_source=tuple(before.tolist()),
+        si_snr_by_source=tuple(after.tolist()),
         permutation=" ".join(str(int(i) + 1) for i in order[0]),
     )
     for metric in METRICS:
@@ -368,13 +372,18 @@ def to_csv(scores: Sequence[Score]) -> str:
     writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
     for score in scores:
-        row = dataclasses.asdict(score)
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({name: _cell(value) for name, value in dataclasses.asdict(score).items()})
     return stream.getvalue()
 
 
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(_cell(one) for one in value)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def histogram(scores: Sequence[Score]) -> Figure:
-    """Left: how SI-SNRi is distributed. Right: SI-SNR of the output over that of the input, one dot per utterance."""
+    """Left: how SI-SNRi is distributed. Right: SI-SNR of the output over that of the input, one dot per source."""
     gained = np.array([score.si_snri for score in scores])
     figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -383,11 +392,16 @@ def histogram(scores: Sequence[Score]) -> Figure:
     left.axvline(float(np.median(gained)), color="tab:red", linestyle="--", label=f"median {np.median(gained):.2f} dB")
     left.set(xlabel="SI-SNRi in dB", ylabel="utterances", title=f"{len(gained)} utterances")
     left.legend()
-    before, after = [s.si_snr_mixture for s in scores], [s.si_snr for s in scores]
+    before = [value for score in scores for value in score.si_snr_mixture_by_source]
+    after = [value for score in scores for value in score.si_snr_by_source]
     right.scatter(before, after, s=12, alpha=0.6, linewidths=0)
     ends = [min(before + after), max(before + after)]
     right.plot(ends, ends, color="grey", linestyle=":", label="no improvement")
-    right.set(xlabel="SI-SNR of the mixture in dB", ylabel="SI-SNR of the estimates in dB", title="output over input")
+    right.set(
+        xlabel="SI-SNR of the mixture in dB",
+        ylabel="SI-SNR of the estimate in dB",
+        title="output over input, by source",
+    )
     right.legend()
     return figure
 

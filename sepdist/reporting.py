@@ -41,7 +41,7 @@ class Reporter:
     """Writes the metrics, sound and pictures of one attempt of a run; only the main rank makes one.
 
     On a resume at `resume_step` the rows of later steps are dropped, since the run is about to make them again, and
-    TensorBoard is told to forget them.
+    TensorBoard is told to forget them; `kept` are the others.
     """
 
     def __init__(self, run_dir: str, *, resume_step: int = 0) -> None:
@@ -61,6 +61,8 @@ class Reporter:
             path.write_text(text)
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=resume_step + 1)
+        self.kept = kept
+        self._notes: dict[str, bytes] = {}  # small files that go to s3:// with the next upload
         self._uploaded: dict[str, int] = {}  # name below run_dir -> bytes there
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="report") if self._scratch else None
         self._pending: Future[None] | None = None
@@ -82,6 +84,13 @@ class Reporter:
             self._writer.add_scalar(name, value, step)
         if self._pool and time.monotonic() - self._last_upload > UPLOAD_SECONDS:
             self._upload(["metrics.jsonl"])
+
+    def note(self, name: str, text: str) -> None:
+        """A small file `name` in run_dir, replaced whole; on s3:// with the next upload."""
+        if self._pool:
+            self._notes[name] = text.encode()
+        else:
+            storage.put_bytes(storage.join(self._run_dir, name), text.encode())
 
     def audio(self, step: int, name: str, wave: np.ndarray, rate: int) -> None:
         """Sound [T] at `rate`, its peak brought to 0.9: SI-SNR leaves the level of an estimate open."""
@@ -130,6 +139,8 @@ class Reporter:
         changed = [name for name in names if self._uploaded.get(name) != sizes[name]]
         contents = {name: (self._folder / name).read_bytes() for name in changed}
         self._uploaded |= {name: len(data) for name, data in contents.items()}
+        contents |= self._notes
+        self._notes = {}
         self._last_upload = time.monotonic()
         self._pending = self._pool.submit(_put_all, self._run_dir, contents)
 

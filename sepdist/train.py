@@ -83,7 +83,9 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
 
         weights, _, _, folder = read_export(cfg.init.weights)
         fresh = load_weights(model, weights, cfg.init.reinit, source=folder)
-        console.print(f"weights from {folder}; re-initialised: {', '.join(fresh) or 'none'}", highlight=False)
+        console.print(
+            f"weights from {folder}; re-initialised: {', '.join(fresh) or 'none'}", highlight=False, soft_wrap=True
+        )
     frozen = storage.join(cfg.run_dir, "config.yaml")
     text = config.to_yaml(cfg)
     if storage.exists(frozen):
@@ -175,7 +177,7 @@ class follow:  # noqa: N801 - a context manager used as a verb
                 values = "  ".join(
                     f"{k} {v:.2f}" for k, v in row.items() if k.startswith("validation/") and v is not None
                 )
-                self.progress.console.print(f"step {row['step']}  {values}", highlight=False)
+                self.progress.console.print(f"step {row['step']}  {values}", highlight=False, soft_wrap=True)
         names = {
             "loss/total": "loss {:.2f}",
             "train/si_snri": "SI-SNRi {:.2f} dB",

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sepdist.config import ShardConfig
 from tests.s3server import ADMIN, S3Server
+from tools.shard_data import write_data_set
 
 _NUMBERS = itertools.count()
 
@@ -76,3 +78,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs is not permitted here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """10 mixtures to train on and 4 others, of generated speech."""
+    folder = tmp_path_factory.mktemp("data")
+    corpus = {"_target_": "sepdist.corpora.demo.DemoCorpus", "num_train": 10, "num_dev": 4, "num_test": 4}
+    places = {}
+    for split in ("train", "dev"):
+        places[split] = str(folder / split)
+        write_data_set(ShardConfig(corpus=corpus, split=split, output=places[split], samples_per_shard=4))
+    return places

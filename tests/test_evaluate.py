@@ -77,7 +77,9 @@ def test_scores_agree_with_oracles_and_the_permutation_is_solved() -> None:
     mixture = sources.sum(0)
     assert score.permutation == "2 1"
     assert (score.id, score.length_seconds, score.speakers) == ("talk-7", 0.5, "anna+bert")
-    after = (oracle_si_snr(estimates[1], sources[0]) + oracle_si_snr(estimates[0], sources[1])) / 2
+    by_source = [oracle_si_snr(estimates[1], sources[0]), oracle_si_snr(estimates[0], sources[1])]
+    assert score.si_snr_by_source == pytest.approx(by_source, abs=1e-3)
+    after = sum(by_source) / 2
     before = (oracle_si_snr(mixture, sources[0]) + oracle_si_snr(mixture, sources[1])) / 2
     assert score.si_snr == pytest.approx(after, abs=1e-3)
     assert score.si_snr_mixture == pytest.approx(before, abs=1e-3)

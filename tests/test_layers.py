@@ -5,14 +5,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    **dict.fromkeys(("config", "storage", "audio", "seeding", "reporting"), 0),
+    **dict.fromkeys(("config", "storage", "audio", "seeding", "reporting", "cluster"), 0),
     **dict.fromkeys(("data", "corpora", "models", "objectives", "metrics"), 1),
     "training": 2,
-    **dict.fromkeys(("train", "evaluate", "separate", "pipeline"), 3),
+    **dict.fromkeys(("train", "evaluate", "separate", "audit"), 3),
 }
 SIDEWAYS = {("objectives", "metrics"), ("corpora", "data"), ("objectives", "data")}
 HOMES = {
-    "ray": {"training/launch.py", "train.py", "evaluate.py"},
+    "ray": {"cluster.py", "training/launch.py", "evaluate.py"},
     "deepspeed": {"training/engine.py"},
     "s3fs": {"storage.py"},
 }

@@ -3,16 +3,12 @@
 The run left alone is a single process without Ray, so the two share neither the launcher nor the world size.
 """
 
-import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
 
 import psutil
 import pytest
@@ -28,121 +24,16 @@ from sepdist.reporting import read_metrics
 from sepdist.train import freeze
 from sepdist.training import launch
 from sepdist.training.checkpoint import find_committed
-from tests import test_system
-from tests.test_system import ROOT, final_hash, frozen, history, loop, train_arguments
+from tests.disturb import Nodes, Run, left_alone
+from tests.runs import TINY, final_hash, frozen, history
 
-tiny_data = test_system.tiny_data
-
-_T = TypeVar("_T")
 QUICK_STEPS, SLOW_STEPS, ELASTIC_STEPS = 40, 300, 1000
-# In the environment of the head, as cluster/README.md says.
-HEALTH_CHECKS = {
-    "RAY_health_check_period_ms": "2000",
-    "RAY_health_check_timeout_ms": "5000",
-    "RAY_health_check_failure_threshold": "4",
-}
-OFTEN = ["validation.every_steps=40", "training.checkpoint_every=5", "validation.num_listening=0"]
-FRESH = ["init.weights=null", "init.reinit=[]"]
-
-
-def left_alone(data: dict[str, str], run_dir: Path, steps: int) -> tuple[dict[int, float], str]:
-    """Losses by step and the hash of the last weights of a run in one process without Ray."""
-    loop(frozen(data, run_dir, f"training.max_steps={steps}", *OFTEN))
-    losses = history(run_dir)
-    assert list(losses) == list(range(1, steps + 1))
-    return losses, final_hash(run_dir)
+OFTEN = [*TINY, "validation.every_steps=40", "training.checkpoint_every=5", "validation.num_listening=0"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_data, tmp_path_factory) -> tuple[dict[int, float], str]:
-    return left_alone(tiny_data, tmp_path_factory.mktemp("alone"), SLOW_STEPS)
-
-
-class Run:
-    """A training command in the background, and what can be seen of it from outside."""
-
-    def __init__(self, data: dict[str, str], run_dir: Path, *more: str, steps: int = SLOW_STEPS, **environment: str):
-        self.run_dir = run_dir
-        run_dir.mkdir(exist_ok=True)
-        steps_and_rest = [f"training.max_steps={steps}", *OFTEN, *FRESH, *more]
-        self.command = [sys.executable, *train_arguments("demo/finetune", data, run_dir, *steps_and_rest)]
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-        self.log = run_dir / "driver.log"
-        self.start()
-
-    def start(self) -> None:
-        with open(self.log, "ab") as log:
-            self.driver = psutil.Popen(self.command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
-
-    def workers(self) -> list[psutil.Process]:
-        """The training workers below the driver (or below this test, where the nodes are its own)."""
-        return train_workers(self.driver)
-
-    def until(self, ready: Callable[[], _T], what: str, seconds: float = 120.0) -> _T:
-        """Wait until `ready()` is true, and return it; a driver that ends meanwhile is an error."""
-        deadline = time.monotonic() + seconds
-        while not (value := ready()):
-            assert self.driver.poll() is None, f"ended before {what}:\n{self.log.read_text()[-6000:]}"
-            assert time.monotonic() < deadline, f"not {what} in {seconds} s:\n{self.log.read_text()[-6000:]}"
-            time.sleep(0.05)
-        return value
-
-    def step(self) -> int:
-        return max(history(self.run_dir), default=0)
-
-    def until_step(self, step: int, seconds: float = 120.0) -> None:
-        self.until(lambda: self.step() >= step, f"at step {step}", seconds)
-
-    def attempt(self) -> int:
-        """Which file metrics.jsonl is: each start of the loop begins it anew."""
-        try:
-            return (self.run_dir / "metrics.jsonl").stat().st_ino
-        except FileNotFoundError:
-            return 0
-
-    def seconds_to_next_step(self, disturb: Callable[[], object], seconds: float = 180.0) -> float:
-        """From the fault to the first step of the workers after it."""
-        before = self.attempt()
-        began = time.monotonic()
-        disturb()
-        self.until(lambda: self.attempt() != before, "started again", seconds)
-        resumed_at = self.step()
-        self.until(lambda: self.step() > resumed_at, "on its way again", seconds)
-        return time.monotonic() - began
-
-    def events(self) -> list[dict]:
-        try:
-            return [json.loads(line) for line in (self.run_dir / "events.jsonl").read_text().splitlines()]
-        except FileNotFoundError:
-            return []
-
-    def finish(self, seconds: float = 300.0) -> None:
-        assert self.driver.wait(seconds) == 0, self.log.read_text()[-6000:]
-
-    def end(self) -> None:
-        """Whatever happened: nothing of this run stays behind."""
-        kill_all([*self._family(), self.driver])
-
-    def _family(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return self.driver.children(recursive=True)
-        return []
-
-
-def kill_all(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=10)
-
-
-def train_workers(ancestor: psutil.Process) -> list[psutil.Process]:
-    found = []
-    for process in ancestor.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
-                found.append(process)
-    return sorted(found, key=lambda one: one.pid)
+    return left_alone(tiny_data, tmp_path_factory.mktemp("alone"), SLOW_STEPS, OFTEN)
 
 
 @pytest.fixture
@@ -150,7 +41,7 @@ def started() -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
     def start(*arguments, **options) -> Run:
-        runs.append(Run(*arguments, **options))
+        runs.append(Run(*arguments, **({"settings": OFTEN, "steps": SLOW_STEPS} | options)))
         return runs[-1]
 
     yield start
@@ -252,7 +143,7 @@ def test_events_go_on_in_the_file_of_an_earlier_controller_and_outlast_storage_t
 
 def test_a_run_that_lost_a_worker_of_two_ends_with_the_bits_of_one_left_alone(tiny_data, tmp_path, started) -> None:
     run = started(tiny_data, tmp_path / "run", "cluster.num_workers=2", steps=QUICK_STEPS)
-    alone = left_alone(tiny_data, tmp_path / "alone", QUICK_STEPS)
+    alone = left_alone(tiny_data, tmp_path / "alone", QUICK_STEPS, OFTEN)
     run.until_step(12)
     seconds = run.seconds_to_next_step(lambda: os.kill(run.workers()[1].pid, signal.SIGKILL))
     run.finish()
@@ -286,7 +177,7 @@ def test_a_killed_driver_started_again_goes_on_and_its_old_workers_are_gone(
 ) -> None:
     run = started(tiny_data, tmp_path / "run", "cluster.num_workers=2")
     run.until_step(32)
-    left = run._family()
+    left = run.family()
     workers = run.workers()
     began = time.monotonic()
     run.driver.kill()
@@ -307,49 +198,8 @@ def test_a_killed_driver_started_again_goes_on_and_its_old_workers_are_gone(
     assert not psutil.wait_procs(left, timeout=5)[1]
 
 
-class Nodes:
-    """A Ray of two nodes with one CPU each on this machine."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        self.cluster = Cluster()
-        self.head = self.cluster.add_node(num_cpus=1, include_dashboard=False)
-        self.second = self.cluster.add_node(num_cpus=1)
-
-    @property
-    def address(self) -> str:
-        return f"cluster.address={self.cluster.address}"
-
-    def lose_second(self) -> None:
-        self.cluster.remove_node(self.second, allow_graceful=False)
-
-    def join(self) -> None:
-        self.second = self.cluster.add_node(num_cpus=1)
-
-    def drain_second(self, seconds: int) -> None:
-        from ray._raylet import GcsClient
-        from ray.core.generated import autoscaler_pb2
-
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline_ms = int((time.time() + seconds) * 1000)
-        client = GcsClient(address=self.cluster.address)
-        accepted, why_not = client.drain_node(self.second.node_id, reason, "spot", deadline_ms)
-        assert accepted, why_not
-
-    def end(self) -> None:
-        mine = [one for node in (self.head, self.second) for info in node.all_processes.values() for one in info]
-        family = [psutil.Process(one.process.pid) for one in mine if psutil.pid_exists(one.process.pid)]
-        family += [child for one in family for child in one.children(recursive=True)]
-        with contextlib.suppress(Exception):
-            self.cluster.shutdown()
-        kill_all(family)
-
-
 @pytest.fixture
-def nodes(monkeypatch) -> Iterator[Nodes]:
-    for name, value in HEALTH_CHECKS.items():
-        monkeypatch.setenv(name, value)
+def nodes() -> Iterator[Nodes]:
     nodes = Nodes()
     yield nodes
     nodes.end()
@@ -371,7 +221,7 @@ def test_an_elastic_run_survives_the_loss_of_a_node_and_uses_one_that_joins(
     print(f"node joined -> step with it: {joined:.1f} s")
     assert told(run)[-1] == ("started", 2)
     run.finish()
-    same(run, left_alone(tiny_data, tmp_path / "alone", ELASTIC_STEPS))
+    same(run, left_alone(tiny_data, tmp_path / "alone", ELASTIC_STEPS, OFTEN))
     assert [event for event, _ in told(run)].count("failed") <= 2, run.events()
     assert seconds < 60 and joined < 90
 

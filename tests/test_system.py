@@ -18,40 +18,11 @@ import pytest
 import soundfile
 import yaml
 
-from sepdist import config, storage
-from sepdist.config import ShardConfig
+from sepdist import storage
+from sepdist.audit import audit
 from sepdist.reporting import read_metrics
-from sepdist.training.checkpoint import find_committed, load_export, load_newest
-from tools.shard_data import write_data_set
-
-ROOT = Path(__file__).parent.parent
-TINY = [
-    "model.num_filters=16",
-    "model.num_bottleneck=8",
-    "model.num_hidden=12",
-    "model.num_skip=8",
-    "model.num_blocks=2",
-    "model.num_repeats=1",
-    "model.compile=false",
-    "data.crop_seconds=0.5",
-    "data.micro_batch=1",
-    "data.num_virtual_shards=4",
-    "validation.num_mixtures=3",
-    "validation.num_listening=1",
-    "training.log_every=1",
-]
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """10 mixtures to train on and 4 others, of generated speech."""
-    folder = tmp_path_factory.mktemp("data")
-    corpus = {"_target_": "sepdist.corpora.demo.DemoCorpus", "num_train": 10, "num_dev": 4, "num_test": 4}
-    places = {}
-    for split in ("train", "dev"):
-        places[split] = str(folder / split)
-        write_data_set(ShardConfig(corpus=corpus, split=split, output=places[split], samples_per_shard=4))
-    return places
+from sepdist.training.checkpoint import load_export, load_newest
+from tests.runs import ROOT, final_hash, frozen, history, loop, program, train_arguments
 
 
 def upload(folder: str, url: str) -> str:
@@ -59,64 +30,6 @@ def upload(folder: str, url: str) -> str:
         if path.is_file():
             storage.put_file(path, storage.join(url, str(path.relative_to(folder))))
     return url
-
-
-def program(*arguments: str, expect: int = 0, **environment: str) -> str:
-    """Run `python arguments...` as a user would; its output, and on the way a check of its exit status."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **environment}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == expect, done.stdout[-6000:]
-    return done.stdout
-
-
-def train_arguments(experiment: str, data: dict[str, str], run_dir: object, *more: str) -> list[str]:
-    places = [f"data.train={data['train']}", f"data.validation={data['dev']}", f"run_dir={run_dir}"]
-    return ["-m", "sepdist.train", f"experiment={experiment}", *places, *TINY, *more]
-
-
-def frozen(data: dict[str, str], run_dir: Path, *more: str) -> str:
-    """The path of a frozen config for `sepdist.training.loop`, which needs no Ray."""
-    from hydra import compose, initialize_config_dir
-
-    overrides = [
-        "experiment=demo/finetune",
-        "init.weights=null",
-        "init.reinit=[]",
-        f"data.train={data['train']}",
-        f"data.validation={data['dev']}",
-        f"run_dir={run_dir}",
-        *TINY,
-        *more,
-    ]
-    config.register_schemas()
-    with initialize_config_dir(config.config_dir(), version_base="1.3"):
-        cfg = config.typed(compose("train", overrides=overrides), config.TrainConfig)
-    path = run_dir / "config.yaml"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.to_yaml(cfg))
-    return str(path)
-
-
-def loop(path: str) -> str:
-    return program("-m", "sepdist.training.loop", path, DS_ACCELERATOR="cpu")
-
-
-def history(run_dir: object) -> dict[int, float]:
-    return {row["step"]: row["loss/total"] for row in read_metrics(str(run_dir)) if "loss/total" in row}
-
-
-def final_hash(run_dir: object) -> str:
-    newest = find_committed(storage.join(str(run_dir), "checkpoints"))[-1]
-    return newest.files["model.safetensors"]["sha256"]
 
 
 def test_a_run_cut_in_an_epoch_and_started_again_ends_with_the_same_bits(tiny_data, tmp_path) -> None:
@@ -129,6 +42,7 @@ def test_a_run_cut_in_an_epoch_and_started_again_ends_with_the_same_bits(tiny_da
     assert list(whole) == list(cut) == list(range(1, 8))
     assert whole == cut
     assert final_hash(tmp_path / "whole") == final_hash(tmp_path / "cut")
+    assert audit(str(tmp_path / "cut")).sound
     switching = [row for row in read_metrics(str(tmp_path / "whole")) if "switching/rate" in row]
     assert [row["switching/epoch"] for row in switching] == [1.0]
     state = load_newest(str(tmp_path / "whole")).state
@@ -177,6 +91,8 @@ def test_two_workers_at_zero_1_and_one_process_without_ray_end_with_the_same_bit
     program(*arguments, "cluster.num_workers=2", "init.weights=null", "init.reinit=[]")
     assert history(tmp_path / "ray") == history(tmp_path / "alone")
     assert final_hash(tmp_path / "ray") == final_hash(tmp_path / "alone")
+    found = audit(str(tmp_path / "ray"))
+    assert found.sound and found.positions == 12 and found.world_sizes == {2: 3}
     # The same run_dir with another model, learning rate or data order is another run, and the old one stays whole.
     before = final_hash(tmp_path / "ray")
     refusal = program(*arguments, "init.weights=null", "init.reinit=[]", "optim.lr=0.5", expect=1)

@@ -3,7 +3,7 @@
     run_dir/checkpoints/step-000000500-<attempt>/
         model.safetensors   fp32 weights            model.yaml     what builds the model, and its sample rate
         optimizer.safetensors  whole tensors        lineage.json   run, step, hash, and the parent's lineage
-        state.json          counters                COMMIT         sizes and sha256 of the others, put last
+        state.json          counters, ledger        COMMIT         sizes and sha256 of the others, put last
 
 A folder without COMMIT does not exist for any reader. Tensors are stored whole, not by rank, so a checkpoint loads at
 any world size and ZeRO stage; no file is a pickle. A checkpoint is also an export: `load_export` takes it, or its
@@ -16,7 +16,7 @@ import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -24,6 +24,7 @@ import yaml
 from torch import Tensor, nn
 
 from sepdist import config, storage
+from sepdist.training.ledger import Entry, Link, put_segment
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Snapshot:
     optimizer: OptimizerState
     state: dict[str, Any]
     score: float | None = None  # validation score, higher is better; None where none was taken at this step
+    ledger: list[Entry] = field(default_factory=list)  # what all ranks consumed since the snapshot before
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,17 @@ class Checkpointer:
         lineage: Mapping[str, Any],
         keep_last: int,
         keep_best: bool,
+        previous: Link | None = None,
     ) -> None:
+        self.run_dir = run_dir
         self.folder = storage.join(run_dir, "checkpoints")
         self.model_yaml = yaml.safe_dump({"model": dict(model_node), "sample_rate": sample_rate}, sort_keys=False)
         self.lineage = dict(lineage)
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._attempt = uuid.uuid4().hex[:8]
+        self._previous = previous  # the ledger segment of the newest commit
+        self._consumed: list[Entry] = []  # since then
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -114,10 +120,14 @@ class Checkpointer:
             self._pool.shutdown()
 
     def _write(self, snapshot: Snapshot) -> None:
-        url = storage.join(self.folder, f"step-{snapshot.step:09d}-{self._attempt}")
+        name = f"step-{snapshot.step:09d}-{self._attempt}"
+        url = storage.join(self.folder, name)
+        self._consumed += snapshot.ledger
+        ledger = put_segment(self.run_dir, name, self._consumed, self._previous)
         weights = safetensors.torch.save({name: value.contiguous() for name, value in snapshot.weights.items()})
         lineage = self.lineage | {"step": snapshot.step, "sha256": hashlib.sha256(weights).hexdigest()}
-        state = {"step": snapshot.step, "optimizer_scalars": snapshot.optimizer.scalars} | snapshot.state
+        state = {"step": snapshot.step, "optimizer_scalars": snapshot.optimizer.scalars, "ledger": asdict(ledger)}
+        state = snapshot.state | state
         contents = {
             "model.safetensors": weights,
             "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
@@ -130,6 +140,7 @@ class Checkpointer:
         files = {name: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in contents.items()}
         commit = {"format": 1, "step": snapshot.step, "score": snapshot.score, "files": files}
         storage.put_bytes(storage.join(url, COMMIT), json.dumps(commit).encode(), create_only=True)
+        self._previous, self._consumed = ledger, []
         self._prune()
 
     def _prune(self) -> None:

@@ -7,6 +7,7 @@ and PIT stay in fp32, so that a checkpoint is the same thing at either precision
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,8 +44,12 @@ class StepResult:
     loss: float
     means: dict[str, float]
     grad_norm: float
-    applied: bool  # False: the gradient was not finite and the weights are unchanged
+    applied: bool  # False: the gradient was not finite or above the limit, and the weights are unchanged
     local_metrics: list[Metrics]  # of this rank's batches, in their order
+
+
+class BranchError(RuntimeError):
+    """Ranks took different branches of the model where DeepSpeed's reduction would mix their gradients."""
 
 
 class DeepSpeedEngine:
@@ -116,13 +121,19 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self, batches: list[Batch]) -> StepResult:
-        """One optimizer step over the global batch, of which `batches` are this rank's virtual shards; collective."""
+    def step(self, batches: list[Batch], norm_limit: float = math.inf) -> StepResult:
+        """One optimizer step over the global batch, of which `batches` are this rank's virtual shards; collective.
+
+        A combined gradient that is not finite is not applied, nor, in canonical reduction, one whose norm is above
+        `norm_limit`.
+        """
         assert len(batches) == len(self.owned), f"{len(batches)} batches for {len(self.owned)} virtual shards"
         self.model.train()
         losses = torch.zeros(self.num_virtual_shards, dtype=torch.float64)
-        local = self._step_canonical(batches, losses) if self.canonical else self._step_native(batches, losses)
-        metrics, grad_norm, applied = local
+        if self.canonical:
+            metrics, grad_norm, applied = self._step_canonical(batches, losses, norm_limit)
+        else:
+            metrics, grad_norm, applied = self._step_native(batches, losses)
         names = sorted(name for name, value in metrics[0].items() if value.is_floating_point())
         table = torch.zeros(1 + len(names), self.num_virtual_shards, dtype=torch.float64)
         table[0] = losses
@@ -145,7 +156,9 @@ class DeepSpeedEngine:
             return contextlib.nullcontext()
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
 
-    def _step_canonical(self, batches: list[Batch], losses: Tensor) -> tuple[list[Metrics], float, bool]:
+    def _step_canonical(
+        self, batches: list[Batch], losses: Tensor, norm_limit: float
+    ) -> tuple[list[Metrics], float, bool]:
         tree = TreeSum(self.num_virtual_shards)
         params = [p for _, p in self._named]
         all_metrics = []
@@ -158,7 +171,7 @@ class DeepSpeedEngine:
             all_metrics.append(metrics)
         total = reduce_canonically(tree, self.world.rank, self.world.size).div_(self.num_virtual_shards)
         norm = float(torch.linalg.vector_norm(total, dtype=torch.float64))
-        if not torch.isfinite(torch.tensor(norm)):
+        if not math.isfinite(norm) or norm > norm_limit:
             return all_metrics, norm, False
         if self.clip_norm and norm > self.clip_norm:
             total.mul_(self.clip_norm / norm)
@@ -178,13 +191,15 @@ class DeepSpeedEngine:
         all_metrics = []
         for shard, batch in zip(self.owned, batches, strict=True):
             loss, metrics = self._forward(self._engine, batch)
+            if self.zero_stage > 0 and self.world.size > 1:
+                self._check_same_branch(loss)
             self._engine.backward(loss)
             losses[shard] = loss.detach()
             all_metrics.append(metrics)
             if shard == self.owned[-1] and self.zero_stage == 0:
                 squares = [p.grad.double().square().sum() for _, p in self._named if p.grad is not None]
                 norm = float(torch.stack(squares).sum().sqrt())
-                if not torch.isfinite(torch.tensor(norm)):
+                if not math.isfinite(norm):
                     self._engine.zero_grad()
                     self._engine.micro_steps += 1
                     return all_metrics, norm, False
@@ -194,6 +209,25 @@ class DeepSpeedEngine:
             if self._optimizer.overflow:  # ZeRO left the weights alone and calls the norm infinite
                 return all_metrics, norm, False
         return all_metrics, norm, True
+
+    def _check_same_branch(self, loss: Tensor) -> None:
+        """Refuse ranks whose losses reach different parameters; collective.
+
+        ZeRO reduces gradients in the order they arrive, so it would add up those of different parameters, silently.
+        """
+        used = used_parameters(loss, [p for _, p in self._named])
+        num_ranks = sum_over_world(used.double(), self.world)
+        differing = [
+            name
+            for (name, _), count in zip(self._named, num_ranks.tolist(), strict=True)
+            if 0 < count < self.world.size
+        ]
+        if differing:
+            raise BranchError(
+                f"some ranks use {differing[0]} and {len(differing) - 1} more parameters in this step and others do "
+                f"not: engine.reduction=native at ZeRO {self.zero_stage} would mix their gradients with those of other "
+                "parameters; set engine.reduction=canonical or engine.zero_stage=0"
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weights and buffers by name, on CPU, own memory: of the main rank; collective at ZeRO-3."""
@@ -257,6 +291,24 @@ class DeepSpeedEngine:
     @staticmethod
     def _shape(p: Tensor) -> torch.Size:
         return getattr(p, "ds_shape", p.shape)
+
+
+def used_parameters(loss: Tensor, params: list[Tensor]) -> Tensor:
+    """Bool [P]: which of `params` the graph of `loss` reaches."""
+    numbers = {id(p): number for number, p in enumerate(params)}
+    used = torch.zeros(len(params), dtype=torch.bool)
+    seen: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        number = numbers.get(id(getattr(node, "variable", None)))
+        if number is not None:
+            used[number] = True
+        waiting.extend(following for following, _ in node.next_functions)
+    return used
 
 
 def check_engine_options(

@@ -8,12 +8,13 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sepdist import config, seeding
+from sepdist import config, seeding, storage
 from sepdist.config import TrainConfig
 from sepdist.data.order import Order
 from sepdist.data.records import Batch
@@ -30,14 +31,18 @@ from sepdist.training.checkpoint import (
     read_export,
 )
 from sepdist.training.engine import DeepSpeedEngine, StepResult
+from sepdist.training.goodput import Goodput
+from sepdist.training.guard import GradientGuard, Rollback
+from sepdist.training.ledger import APPLIED, LEFT_OUT, SKIPPED, Ledger, Link, merge
 from sepdist.training.meter import Meter, readable
 from sepdist.training.schedule import PlateauSchedule
 from sepdist.training.validation import listen, validate
+from sepdist.training.watchdog import Watchdog
 from sepdist.training.world import World, gather_objects, join_world
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPPED_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
+GOODPUT_FILE = "goodput.json"
 
 
 def train(
@@ -51,9 +56,39 @@ def train(
     `report` is called on every rank with the metrics of each validation (Ray Train's report is a barrier). `preempted`
     is called on every rank each `cluster.preemption_check_steps` steps and answers the same on all: whether a machine
     is about to be taken away, so that a checkpoint is committed at once.
+
+    Raises:
+        RuntimeError: steps went wrong again after `training.max_rollbacks` rollbacks.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
+    watchdog = Watchdog(cfg.cluster.hang_seconds, cfg.cluster.startup_seconds)
+    left_out: list[list[int]] = []
+    try:
+        while True:
+            try:
+                attempt(cfg, world, report, preempted, watchdog, left_out)
+                return
+            except Rollback as rollback:  # on all ranks alike
+                left_out.append([rollback.first, rollback.stop])
+                logger.warning("%s: going back to the newest checkpoint, to go on without them", rollback)
+                watchdog.expect_slow()
+    finally:
+        watchdog.close()
 
+
+def attempt(
+    cfg: TrainConfig,
+    world: World,
+    report: Callable[[dict[str, float]], None],
+    preempted: Callable[[], bool],
+    watchdog: Watchdog,
+    left_out: list[list[int]],
+) -> None:
+    """Train from the newest checkpoint to the end, without the steps `left_out` ([first, stop) each).
+
+    Raises:
+        Rollback: `training.max_skipped` steps in a row had no usable gradient.
+    """
     # 1. Data: the order is a pure function of the position, so the step number is all the state there is.
     training_set, validation_set = open_datasets(cfg)
     stream = TrainStream(
@@ -78,7 +113,7 @@ def train(
     snapshot = load_newest(cfg.run_dir)
     lineage = initialise(model, cfg, snapshot)
 
-    # 3. Engine, schedule and label-switch table, continued from the checkpoint.
+    # 3. Engine, schedule, guard and label-switch table, continued from the checkpoint.
     engine: DeepSpeedEngine = config.build(
         cfg.engine,
         model=model,
@@ -97,17 +132,29 @@ def train(
         min_lr=cfg.schedule.min_lr,
         early_stop_patience=cfg.training.early_stop_patience,
     )
+    guard = GradientGuard(spike_factor=cfg.training.spike_factor, max_skipped=cfg.training.max_skipped)
     switches = SwitchTracker()
-    first_step = 0
+    ledger = Ledger()
+    first_step, previous = 0, None
     if snapshot is not None:
         check_same_data(snapshot.state, data_state(cfg, training_set, 0))
         first_step = snapshot.step
         engine.load_optimizer_state(snapshot.optimizer)
         schedule.load_state_dict(snapshot.state["schedule"])
+        guard.load_state_dict(snapshot.state["guard"])
         switches.load_state_dict(snapshot.state["switches"])
-    reporter = Reporter(cfg.run_dir, resume_step=first_step) if world.is_main else None
-    checkpointer = None
+        previous = Link(**snapshot.state["ledger"])
+        windows = {(first, stop) for first, stop in (*left_out, *snapshot.state["left_out"])}
+        left_out[:] = [[first, stop] for first, stop in sorted(windows)]
+    if len(left_out) > cfg.training.max_rollbacks:
+        raise RuntimeError(
+            f"steps {left_out[-1][0]} to {left_out[-1][1] - 1} have no usable gradient either, after "
+            f"{cfg.training.max_rollbacks} rollbacks: lower optim.lr, or look at optim/grad_norm in metrics.jsonl"
+        )
+    reporter = goodput = checkpointer = None
     if world.is_main:
+        reporter = Reporter(cfg.run_dir, resume_step=first_step)
+        goodput = continue_goodput(reporter, cfg.run_dir)
         collect_orphans(cfg.run_dir)
         checkpointer = Checkpointer(
             cfg.run_dir,
@@ -116,70 +163,96 @@ def train(
             lineage=lineage,
             keep_last=cfg.training.keep_last,
             keep_best=cfg.training.keep_best,
+            previous=previous,
         )
     logger.info("training from step %d to %d on %d worker(s)", first_step, cfg.training.max_steps, world.size)
 
     # 4. The loop.
-    meter = Meter(stream, world)
-    num_skipped = 0
+    meter = Meter(stream, world, goodput)
     steps = stream.steps(first_step)
-    for step in range(first_step, cfg.training.max_steps):
-        if schedule.should_stop:
-            logger.info("early stop: no better validation for %d of them", cfg.training.early_stop_patience)
-            break
-        engine.set_lr(schedule.lr(step))
-        positions = range(step * global_batch, (step + 1) * global_batch)
-        batches = next(steps)
-        result = engine.step(batches)
-        num_skipped = 0 if result.applied else num_skipped + 1
-        if num_skipped > MAX_SKIPPED_STEPS:
-            raise RuntimeError(
-                f"no finite gradient in {num_skipped} consecutive steps up to step {step}; see metrics.jsonl"
-            )
-        rates = track_switches(switches, batches, result, order, positions, world)
-        meter.add(result)
-        done = step + 1
-        last = done == cfg.training.max_steps
+    try:
+        for step in range(first_step, cfg.training.max_steps):
+            if schedule.should_stop:
+                logger.info("early stop: no better validation for %d of them", cfg.training.early_stop_patience)
+                break
+            positions = range(step * global_batch, (step + 1) * global_batch)
+            batches = next(steps)
+            rates: dict[str, float] = {}
+            if any(first <= step < stop for first, stop in left_out):
+                ledger.record(step, LEFT_OUT)
+            else:
+                engine.set_lr(schedule.lr(step))
+                result = engine.step(batches, guard.limit)
+                ledger.record(step, APPLIED if result.applied else SKIPPED, batches)
+                guard.observe(step, result.grad_norm, result.applied)
+                rates = track_switches(switches, batches, result, order, positions, world)
+                meter.add(result)
+            watchdog.beat()
+            done = step + 1
+            last = done == cfg.training.max_steps
 
-        if reporter and rates:
-            reporter.log(done, rates)
-        if done % cfg.training.log_every == 0 or last:
-            metrics = meter.read(step_seconds_of_audio) | {"optim/lr": schedule.lr(step)}
-            if reporter:
-                reporter.log(done, metrics)
-        score = None
-        if done % cfg.validation.every_steps == 0 or last:
-            with meter.pause():
-                metrics = validate(engine, objective, validation_set, world, cfg.validation)
-                score = metrics["score"]
-                improved = schedule.observe(score)
-                listen(engine, validation_set, reporter, done, cfg.validation)
-            if reporter:
-                reporter.log(done, {f"validation/{name}": value for name, value in metrics.items() if name != "score"})
-            logger.info("step %d: validation %s%s", done, readable(metrics), " (best so far)" if improved else "")
-            report({"step": float(done)} | metrics)
-        leaving = done % cfg.cluster.preemption_check_steps == 0 and preempted()
-        if leaving:
-            logger.warning("step %d: a machine is about to be taken away; committing a checkpoint", done)
-        if score is not None or done % cfg.training.checkpoint_every == 0 or leaving:
-            if reporter:
-                reporter.flush()  # before the checkpoint: its rows are there when the run goes on from it
-            with meter.checkpointing():
-                weights, optimizer = engine.weights(), engine.optimizer_state()  # collective at ZeRO >= 1
-                switches.merge(gather_objects(switches.state_dict(), world))
-                if checkpointer:
-                    state = data_state(cfg, training_set, done * global_batch)
-                    state |= {"schedule": schedule.state_dict(), "switches": switches.state_dict()}
-                    state |= {"world_size": world.size}
-                    checkpointer.save(Snapshot(done, weights, optimizer, state, score))
+            if reporter and rates:
+                reporter.log(done, rates)
+            if done % cfg.training.log_every == 0 or last:
+                metrics = meter.read(step_seconds_of_audio) | {"optim/lr": schedule.lr(step)}
+                metrics |= {"optim/rollbacks": float(len(left_out))}
+                if reporter and goodput:
+                    reporter.log(done, metrics)
+                    reporter.note(GOODPUT_FILE, goodput.note(time.time()))
+            score = None
+            if done % cfg.validation.every_steps == 0 or last:
+                watchdog.expect_slow()
+                with meter.pause():
+                    metrics = validate(engine, objective, validation_set, world, cfg.validation, watchdog.beat)
+                    score = metrics["score"]
+                    improved = schedule.observe(score)
+                    listen(engine, validation_set, reporter, done, cfg.validation)
+                if reporter:
+                    reporter.log(done, {f"validation/{name}": v for name, v in metrics.items() if name != "score"})
+                logger.info("step %d: validation %s%s", done, readable(metrics), " (best so far)" if improved else "")
+                report({"step": float(done)} | metrics)
+            leaving = done % cfg.cluster.preemption_check_steps == 0 and preempted()
+            if leaving:
+                logger.warning("step %d: a machine is about to be taken away; committing a checkpoint", done)
+            due = score is not None or leaving or done % cfg.training.checkpoint_every == 0
+            if last or (due and not guard.num_in_a_row):  # in a bad spell the checkpoint before it may be wanted
+                if reporter:
+                    reporter.flush()  # before the checkpoint: its rows are there when the run goes on from it
+                watchdog.expect_slow()
+                with meter.checkpointing():
+                    if checkpointer:
+                        checkpointer.wait()  # here, where the others wait in a collective that may take its time
+                    weights, optimizer = engine.weights(), engine.optimizer_state()  # collective at ZeRO >= 1
+                    switches.merge(gather_objects(switches.state_dict(), world))
+                    consumed = merge(gather_objects(ledger.take(), world))
+                    if checkpointer:
+                        state = data_state(cfg, training_set, done * global_batch)
+                        state |= {"schedule": schedule.state_dict(), "switches": switches.state_dict()}
+                        state |= {"guard": guard.state_dict(), "left_out": left_out, "world_size": world.size}
+                        checkpointer.save(Snapshot(done, weights, optimizer, state, score, consumed))
                     if leaving:
-                        checkpointer.wait()
-    stream.close()
-    if checkpointer:
-        checkpointer.close()
-    if reporter:
-        reporter.close()
+                        if checkpointer:
+                            checkpointer.wait()
+                        gather_objects(None, world)
+                watchdog.beat()
+    finally:
+        watchdog.expect_slow()
+        stream.close()
+        if checkpointer:
+            checkpointer.close()
+        if reporter:
+            reporter.close()
     logger.info("finished")
+
+
+def continue_goodput(reporter: Reporter, run_dir: str) -> Goodput:
+    """The account of wall time, continued from the attempt before; what that one lost is noted at once."""
+    url = storage.join(run_dir, GOODPUT_FILE)
+    last = storage.read_bytes(url).decode() if storage.exists(url) else None
+    now = time.time()
+    goodput = Goodput(reporter.kept, last, now)
+    storage.put_bytes(url, goodput.note(goodput.sign_of_life).encode())
+    return goodput
 
 
 def open_datasets(cfg: TrainConfig) -> tuple[Dataset, Dataset]:

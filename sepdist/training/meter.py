@@ -9,15 +9,21 @@ import torch
 
 from sepdist.data.stream import TrainStream
 from sepdist.training.engine import StepResult
+from sepdist.training.goodput import Goodput
 from sepdist.training.world import World, sum_over_world
 
 
 class Meter:
-    """Where wall time went: steps, waiting for data, checkpoints; validation is left out of the speed."""
+    """Where wall time went: steps, waiting for data, checkpoints; validation is left out of the speed.
 
-    def __init__(self, stream: TrainStream, world: World) -> None:
+    The attempt's first step, which compiles the model, counts as start-up. `goodput` is None but on the main worker.
+    """
+
+    def __init__(self, stream: TrainStream, world: World, goodput: Goodput | None) -> None:
         self._stream = stream
         self._world = world
+        self._goodput = goodput
+        self._first = True
         self._start()
 
     def _start(self) -> None:
@@ -28,6 +34,11 @@ class Meter:
 
     def add(self, result: StepResult) -> None:
         """Count one step."""
+        if self._first:
+            self._first = False
+            self._start()
+            if self._goodput:
+                self._goodput.started(time.time())
         self._results.append(result)
 
     @contextlib.contextmanager
@@ -51,8 +62,9 @@ class Meter:
         """
         results = self._results
         seconds = max(time.monotonic() - self._began - self._paused, 1e-9)
+        waited = self._stream.seconds_waited - self._data_before
         by_rank = torch.zeros(2, self._world.size, dtype=torch.float64)
-        by_rank[0, self._world.rank] = (self._stream.seconds_waited - self._data_before) / seconds
+        by_rank[0, self._world.rank] = waited / seconds
         by_rank[1, self._world.rank] = self._stream.num_damaged
         data_wait, damaged = sum_over_world(by_rank, self._world)
         applied = [result for result in results if result.applied]
@@ -68,6 +80,10 @@ class Meter:
         }
         for name in results[0].means if results else ():
             metrics[f"train/{name}"] = _mean([result.means[name] for result in applied])
+        if self._goodput:
+            work = {"data_wait": waited, "checkpoint": self._checkpoint, "validation": self._paused}
+            self._goodput.add(work | {"step": max(seconds - waited - self._checkpoint, 0.0)})
+            metrics |= self._goodput.read()
         self._start()
         return metrics
 

@@ -1,5 +1,7 @@
 """Validation: the model as it is and fixed full-length mixtures in; means, and audio and pictures to listen to, out."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,17 @@ from sepdist.training.world import World, sum_over_world
 
 
 def validate(
-    engine: DeepSpeedEngine, objective: Objective, dataset: Dataset, world: World, options: ValidationConfig
+    engine: DeepSpeedEngine,
+    objective: Objective,
+    dataset: Dataset,
+    world: World,
+    options: ValidationConfig,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Means of the objective's metrics over the first `num_mixtures` full-length mixtures; the same at any world size.
 
-    "score" is the SI-SNR where the objective measures one, else minus the loss: higher is better. Collective.
+    "score" is the SI-SNR where the objective measures one, else minus the loss: higher is better. `beat` is called
+    after every mixture. Collective.
     """
     total = dataset.manifest.num_samples
     count = min(options.num_mixtures or total, total)
@@ -34,6 +42,7 @@ def validate(
             row = rows.setdefault(name, torch.zeros(count, dtype=torch.float64))
             if index < count:
                 row[index] = value.double().mean().cpu()
+        beat()
     names = sorted(rows)
     summed = sum_over_world(torch.stack([rows[name] for name in names]), world)
     means = {name: float(row.mean()) for name, row in zip(names, summed, strict=True)}

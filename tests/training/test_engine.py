@@ -40,14 +40,14 @@ class Toy(nn.Module):
 
 
 class SquaredError:
-    """`branching` batches use the other head on odd virtual shards; a loss of step `poisoned` is infinite."""
+    """Every second `branching` virtual shards use the other head; a loss of step `poisoned` is infinite."""
 
-    def __init__(self, branching: bool, poisoned: int = -1) -> None:
+    def __init__(self, branching: int, poisoned: int = -1) -> None:
         self.branching = branching
         self.poisoned = range(poisoned * NUM_SHARDS * MICRO_BATCH, (poisoned + 1) * NUM_SHARDS * MICRO_BATCH)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        odd = self.branching and (int(batch.positions[0]) // MICRO_BATCH) % 2 == 1
+        odd = self.branching and int(batch.positions[0]) // MICRO_BATCH // self.branching % 2 == 1
         error = (model(batch.mixture, other=odd)[:, 0].float() - batch.sources[:, 0]) ** 2
         if int(batch.positions[0]) == self.poisoned[-MICRO_BATCH]:  # on the last rank alone
             error = error * torch.inf
@@ -80,7 +80,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         model.load_state_dict(saved["weights"])
     engine = DeepSpeedEngine(
         model,
-        SquaredError(options.get("branching", False), options.get("poisoned", -1)),
+        SquaredError(options.get("branching", 0), options.get("poisoned", -1)),
         lambda params: torch.optim.Adam(params, lr=1e-2),
         World(rank, world_size, torch.device("cpu")),
         seed=0,
@@ -129,7 +129,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_one_step_is_adam_on_the_clipped_mean_gradient(tmp_path: Path) -> None:
     """Worked out here with plain torch: mean loss over the global batch, clip, Adam."""
-    ours = run(tmp_path, 1, 0, last=3, branching=False)
+    ours = run(tmp_path, 1, 0, last=3, branching=0)
     torch.manual_seed(0)
     model = Toy()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -142,7 +142,7 @@ def test_one_step_is_adam_on_the_clipped_mean_gradient(tmp_path: Path) -> None:
         for shard in range(NUM_SHARDS):
             batch = batch_of(step, shard)
             torch.manual_seed(seeding.torch_seed(0, "dropout", int(batch.positions[0])))
-            losses.append(SquaredError(False)(model, batch)[0])
+            losses.append(SquaredError(0)(model, batch)[0])
         loss = torch.stack(losses).mean()
         optimizer.zero_grad(set_to_none=False)
         loss.backward()
@@ -177,7 +177,20 @@ def test_bf16_has_the_same_bits_at_any_world_size_too(tmp_path: Path, uninterrup
 def test_batches_that_take_different_branches_on_different_ranks_never_mix_gradients(
     stage: int, tmp_path: Path
 ) -> None:
-    assert run(tmp_path, 2, stage, branching=True) == run(tmp_path, 1, 0, branching=True)
+    assert run(tmp_path, 2, stage, branching=2) == run(tmp_path, 1, 0, branching=2)
+
+
+def test_native_reduction_without_zero_is_right_where_ranks_take_different_branches(tmp_path: Path) -> None:
+    ours = run(tmp_path, 2, 0, last=3, reduction="native", branching=2)
+    expected = run(tmp_path, 1, 0, last=3, branching=2)
+    losses = [float.fromhex(loss) for loss in ours["losses"]]
+    assert losses == pytest.approx([float.fromhex(loss) for loss in expected["losses"]], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_native_reduction_refuses_branches_whose_gradients_zero_would_mix(stage: int, tmp_path: Path) -> None:
+    with pytest.raises(mp.ProcessRaisedException, match=r"(head|other)\.\w+ and .*engine\.reduction=canonical"):
+        run(tmp_path, 2, stage, last=1, reduction="native", branching=2)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
