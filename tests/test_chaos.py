@@ -1,0 +1,13 @@
+"""Three faults of three kinds at random steps on a small Ray; the benchmark takes twenty of all kinds."""
+
+import json
+
+from tests.runs import program
+
+
+def test_a_run_through_three_faults_ends_with_the_bits_of_one_left_alone() -> None:
+    output = program("-m", "benchmarks.chaos", "--faults", "3", "--steps", "45", "--kinds", "kill,livelock,driver")
+    found = json.loads(output.strip().splitlines()[-1])
+    assert found["same_losses"] and found["same_weights"]
+    assert (found["lost"], found["repeated"]) == (0, 0)
+    assert {kind: told["count"] for kind, told in found["by_kind"].items()} == {"kill": 1, "livelock": 1, "driver": 1}
