@@ -82,6 +82,7 @@ class TrainingConfig:
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_best: bool = True
+    max_failed_checkpoints: int = 3  # in a row, that storage would not take, before the run ends
     early_stop_patience: int = 30  # validations without improvement; 0 = never
     spike_factor: float = 100.0  # skip a step whose gradient norm is so many times the median; 0 = only if not finite
     max_skipped: int = (

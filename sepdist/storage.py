@@ -34,6 +34,7 @@ FIRST_WAIT_SECONDS = 0.5  # before the second try; doubles from try to try, up t
 MIN_UPLOAD_BYTES_PER_SECOND = 2**16  # an upload slower than this is given up
 NUM_PARTS_AT_ONCE = 4  # bounds the memory of one upload to NUM_PARTS_AT_ONCE * PART_BYTES
 MAX_PARTS = 10_000  # of one S3 upload
+REMOVAL_TRIES = 10  # of a folder that others write to or remove from meanwhile
 TEMP_SUFFIX = ".sepdist-tmp"  # of files that are not finished yet; never listed
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TRANSIENT_CODES = {
@@ -157,14 +158,10 @@ def fetch_file(url: str | Path, local: str | Path) -> None:
 
 
 def remove(url: str | Path) -> None:
-    """Remove a file or a whole folder; what is not there is fine."""
+    """Remove a file or a whole folder; what is not there is fine, and so is another process that removes it too."""
     if not is_remote(url):
-        path = _path(url)
-        with _local(url, "remove"), contextlib.suppress(FileNotFoundError):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        with _local(url, "remove"):
+            _remove_path(_path(url))
         return
     bucket, key = _split(url)
     names, folders = [key], {key + "/"}
@@ -223,7 +220,7 @@ def disk_error(url: str | Path, action: str, error: OSError) -> StorageError:
 def _temp_beside(target: Path) -> Iterator[Path]:
     """A new empty file in the folder of `target`, locked while in use and gone afterwards."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
     except FileExistsError as error:  # would read as if the target existed
         raise disk_error(target, "write", error) from None
     _sweep(target)
@@ -233,6 +230,39 @@ def _temp_beside(target: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
         temp.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make it and its parents; after this they survive a crash of the machine."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        _flush_folder(one.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Names made in and removed from `folder` so far survive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_path(path: Path) -> None:
+    for tries_left in reversed(range(REMOVAL_TRIES)):
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            _flush_folder(path.parent)
+            return
+        except OSError as error:  # something in it was gone already, or was added meanwhile
+            if error.errno == errno.ENOENT and not os.path.lexists(path):
+                return
+            if not tries_left or error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
 
 
 def _create_locked(target: Path) -> tuple[Path, int]:
@@ -272,11 +302,7 @@ def _publish(temp: Path, target: Path, create_only: bool) -> None:
         os.link(temp, target)  # atomic, and unlike a rename refuses to replace
     else:
         os.replace(temp, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _flush_folder(target.parent)
 
 
 # Object storage.

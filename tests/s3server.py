@@ -166,7 +166,9 @@ class FaultyProxy:
     """Forwards HTTP requests to a server and spoils the ones that `fault(number, request)` names.
 
     `fault` gets the number of the request (0, 1, ...) and its first line, and returns "" (forward), "reset" (close
-    without an answer), "lose" (forward, but never give the answer), "cut" (give half of the answer) or "503".
+    without an answer), "lose" (forward, but never give the answer), "cut" (give half of the answer), "503",
+    "delay:SECONDS" (forward later), "kill:PID" (end that process instead of forwarding), "kill-half:PID" (forward the
+    first half) or "kill-after:PID" (forward, and end the process before it gets the answer).
     """
 
     def __init__(self, server_port: int, fault: Callable[[int, str], str]) -> None:
@@ -199,11 +201,20 @@ class FaultyProxy:
                 self.requests.append(f"{first} {fault}".strip())
             if fault == "503":
                 body = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
+                body = b"" if first.startswith("HEAD") else body
                 connection.sendall(
                     b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Type: application/xml\r\n"
                     b"Content-Length: %d\r\n\r\n" % len(body) + body
                 )
+            elif fault.startswith("kill"):
+                kind, _, pid = fault.partition(":")
+                if kind != "kill":
+                    with contextlib.suppress(OSError):
+                        self._forward(request, half=kind == "kill-half")
+                os.kill(int(pid), signal.SIGKILL)
             elif fault != "reset":
+                if fault.startswith("delay:"):
+                    time.sleep(float(fault.partition(":")[2]))
                 answer = self._forward(request)
                 if fault == "cut":
                     head, _, body = answer.partition(b"\r\n\r\n")
@@ -211,12 +222,15 @@ class FaultyProxy:
                 if fault != "lose":
                     connection.sendall(answer)
 
-    def _forward(self, request: bytes) -> bytes:
+    def _forward(self, request: bytes, half: bool = False) -> bytes:
         # One request a connection, so that the answer ends where the server closes.
         head, _, body = request.partition(b"\r\n\r\n")
         lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
         with socket.create_connection(("127.0.0.1", self.server_port)) as server:
-            server.sendall(b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body)
+            message = b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body
+            server.sendall(message[: len(message) // 2] if half else message)
+            if half:
+                return b""
             return b"".join(iter(lambda: server.recv(2**16), b""))
 
 

@@ -27,6 +27,7 @@ from sepdist.training.checkpoint import (
     Snapshot,
     collect_orphans,
     load_newest,
+    load_snapshot,
     load_weights,
     read_export,
 )
@@ -110,7 +111,7 @@ def attempt(
     torch.manual_seed(seeding.torch_seed(cfg.seed, "weights"))
     model = config.build(cfg.model)
     objective = config.build(cfg.objective)
-    snapshot = load_newest(cfg.run_dir)
+    snapshot = agree_on_newest(cfg.run_dir, world)
     lineage = initialise(model, cfg, snapshot)
 
     # 3. Engine, schedule, guard and label-switch table, continued from the checkpoint.
@@ -163,6 +164,7 @@ def attempt(
             lineage=lineage,
             keep_last=cfg.training.keep_last,
             keep_best=cfg.training.keep_best,
+            max_failed=cfg.training.max_failed_checkpoints,
             previous=previous,
         )
     logger.info("training from step %d to %d on %d worker(s)", first_step, cfg.training.max_steps, world.size)
@@ -221,7 +223,7 @@ def attempt(
                 watchdog.expect_slow()
                 with meter.checkpointing():
                     if checkpointer:
-                        checkpointer.wait()  # here, where the others wait in a collective that may take its time
+                        checkpointer.settle()  # here, where the others wait in a collective that may take its time
                     weights, optimizer = engine.weights(), engine.optimizer_state()  # collective at ZeRO >= 1
                     switches.merge(gather_objects(switches.state_dict(), world))
                     consumed = merge(gather_objects(ledger.take(), world))
@@ -232,7 +234,7 @@ def attempt(
                         checkpointer.save(Snapshot(done, weights, optimizer, state, score, consumed))
                     if leaving:
                         if checkpointer:
-                            checkpointer.wait()
+                            checkpointer.settle()
                         gather_objects(None, world)
                 watchdog.beat()
     finally:
@@ -243,6 +245,13 @@ def attempt(
         if reporter:
             reporter.close()
     logger.info("finished")
+
+
+def agree_on_newest(run_dir: str, world: World) -> Snapshot | None:
+    """The newest whole checkpoint as the main rank finds it: an older attempt may still be writing one."""
+    snapshot = load_newest(run_dir) if world.is_main else None
+    url = gather_objects(snapshot.url if snapshot else "", world)[0]
+    return load_snapshot(url) if url and snapshot is None else snapshot
 
 
 def continue_goodput(reporter: Reporter, run_dir: str) -> Goodput:
