@@ -153,7 +153,8 @@ class Nodes:
         address = f"{ray.util.get_node_ip_address()}:{free_ports(1)[0]}"
         os.environ["RAY_ADDRESS"] = address
         head = {"num_cpus": num_cpus[0], "include_dashboard": False, "_system_config": HEALTH_CHECKS}
-        self.head = self.cluster.add_node(port=int(address.rpartition(":")[2]), **head)
+        self.head = self.cluster.add_node(gcs_server_port=int(address.rpartition(":")[2]), **head)
+        assert self.cluster.address == address
         self.second = self.cluster.add_node(num_cpus=num_cpus[1])
 
     @property
