@@ -3,6 +3,7 @@
 The run left alone is a single process without Ray, so the two share neither the launcher nor the world size.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -108,7 +109,9 @@ def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_starts_the_co
     for step in range(10):  # ten failures, each after a new checkpoint
         folder = tmp_path / "checkpoints" / f"step-{step:09d}-x"
         folder.mkdir(parents=True)
-        (folder / "COMMIT").write_text(json.dumps({"format": 1, "step": step, "score": None, "files": {}}))
+        commit = {"format": 1, "step": step, "score": None, "files": {}}
+        commit["sha256"] = hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
+        (folder / "COMMIT").write_text(json.dumps(commit))
         recovery.after_controller_state_update(before, restarting("a fault"))
     recovery.after_controller_state_update(before, restarting("a bug"))
     taken = PreemptionError(SimpleNamespace(preempted_ranks=[0]))
