@@ -112,7 +112,8 @@ def disturb(data: dict[str, str], folder: Path, steps: int, faults: Sequence[str
     nodes = Nodes(num_cpus=(2, 2))
     run = Run(data, folder / "run", "cluster.num_workers=[1,4]", nodes.address, settings=SETTINGS, steps=steps)
     recovered: dict[str, list[float]] = {kind: [] for kind in dict.fromkeys(faults)}
-    due = sorted(chance.sample(range(8, steps - 8), len(faults)))
+    # In the first half: the run must not end while a fault waits for a node to be used.
+    due = sorted(chance.sample(range(8, steps // 2), len(faults)))
     chaos = Chaos(run, nodes, chance)
     began = time.monotonic()
     try:
@@ -143,11 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--faults", "--kills", type=int, default=20, metavar="N")
-    parser.add_argument("--steps", type=int, default=0, help="default: 20 for every fault")
+    parser.add_argument("--steps", type=int, default=0, help="default: 150 for every fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS), help="default: %(default)s")
     given = parser.parse_args(arguments)
-    steps = given.steps or 20 * given.faults
+    steps = given.steps or 150 * given.faults
     kinds = given.kinds.split(",")
     faults = [kinds[number % len(kinds)] for number in range(given.faults)]
     random.Random(given.seed).shuffle(faults)
