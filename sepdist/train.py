@@ -26,7 +26,10 @@ from sepdist.config import ConfigError, TrainConfig
 from sepdist.training.checkpoint import best_of, find_committed
 
 # What may change between the first start of a run and a later one; anything else makes it another run.
-FREE_TO_CHANGE = ("training", "cluster", "validation", "data.cache", "data.num_threads", "data.prefetch", "engine.zero")
+# data_root: data.train and data.validation hold what came of it.
+FREE_TO_CHANGE = tuple(
+    "training cluster validation engine.zero data_root data.cache data.prefetch data.num_threads".split()
+)
 
 config.register_schemas()
 
@@ -39,17 +42,28 @@ def main(composed: DictConfig) -> None:
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING)
     try:
-        cfg = freeze(config.typed(composed, TrainConfig), console)
-        console.print(f"run {cfg.name}: {cfg.run_dir}")
-        with follow(cfg, console):
-            launch.launch(cfg)
-        summarise(cfg, console)
+        run(config.typed(composed, TrainConfig), console)
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on from the newest checkpoint in {composed.run_dir}")
         sys.exit(130)
     except (ConfigError, OSError, ValueError, launch.TrainingFailedError) as error:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def run(cfg: TrainConfig, console: Console) -> None:
+    """Freeze a stage, train it in Ray Train workers and show how it goes; returns when it has finished.
+
+    Raises:
+        TrainingFailedError: a worker's error, once the allowed restarts are used up.
+    """
+    from sepdist.training import launch
+
+    cfg = freeze(cfg, console)
+    console.print(f"run {cfg.name}: {cfg.run_dir}")
+    with follow(cfg, console):
+        launch.launch(cfg)
+    summarise(cfg, console)
 
 
 def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
@@ -89,7 +103,7 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     frozen = storage.join(cfg.run_dir, "config.yaml")
     text = config.to_yaml(cfg)
     if storage.exists(frozen):
-        changed = _differences(yaml.safe_load(storage.read_bytes(frozen)), yaml.safe_load(text))
+        changed = config.differences(yaml.safe_load(storage.read_bytes(frozen)), yaml.safe_load(text), FREE_TO_CHANGE)
         if changed:
             raise ConfigError(
                 f"{cfg.run_dir} holds a run of another config: {'; '.join(changed)}. Choose another run_dir (or name), "
@@ -111,21 +125,6 @@ def _make_absolute(cfg: TrainConfig, name: str) -> None:
     value = getattr(owner, last)
     if value and not storage.is_remote(value):
         setattr(owner, last, str(Path(value).expanduser().resolve()))
-
-
-def _flatten(value: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}
-
-
-def _differences(before: dict, after: dict) -> list[str]:
-    old, new = _flatten(before), _flatten(after)
-    return [
-        f"{name} was {old.get(name)}, is {new.get(name)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.startswith(FREE_TO_CHANGE)
-    ]
 
 
 class follow:  # noqa: N801 - a context manager used as a verb

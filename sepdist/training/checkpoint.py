@@ -95,6 +95,7 @@ class Checkpointer:
         lineage: Mapping[str, Any],
         keep_last: int,
         keep_best: bool,
+        keep_every: int = 0,
         max_failed: int = 3,
         previous: Link | None = None,
     ) -> None:
@@ -104,6 +105,7 @@ class Checkpointer:
         self.lineage = dict(lineage)
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.keep_every = keep_every
         self._previous = previous  # the ledger segment of the newest commit
         self._consumed: list[Entry] = []  # since then
         self.max_failed = max_failed
@@ -197,7 +199,7 @@ class Checkpointer:
             logger.warning("%s; what is to go is tried again after the next checkpoint", error)
 
     def _prune(self, written: Committed) -> None:
-        """Remove what `keep_last` and `keep_best` do not name; `written` stays, and so does any of a later step.
+        """Remove what `keep_last`, `keep_best` and `keep_every` do not name; `written` and later steps stay.
 
         Later steps are what another attempt left; they may be damaged, so they take no place among the last.
         """
@@ -207,6 +209,8 @@ class Checkpointer:
             raise CheckpointError(f"{written.url} was removed by another attempt of this run: {todo}")
         until_now = [one for one in committed if one.step <= written.step and one.url != written.url]
         keep = {written.url} | {one.url for one in [*until_now, written][-self.keep_last :]}
+        if self.keep_every:
+            keep |= {one.url for one in committed if one.step % self.keep_every == 0}
         if self.keep_best and (best := best_of(committed)) is not None:
             keep.add(best.url)
         for url in set(self._unfinished) - {one.url for one in committed}:

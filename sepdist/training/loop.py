@@ -164,6 +164,7 @@ def attempt(
             lineage=lineage,
             keep_last=cfg.training.keep_last,
             keep_best=cfg.training.keep_best,
+            keep_every=cfg.training.keep_every,
             max_failed=cfg.training.max_failed_checkpoints,
             previous=previous,
         )
