@@ -82,8 +82,10 @@ def label(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     by_step: dict[int, Labels] = {one.step: {} for one in checkpoints}
     with progress_bar(console, count * len(checkpoints)) as advance:
         calls = [(cfg, one.url, one.step, count) for one in checkpoints]
-        here = (item for call in calls for item in label_by(*call))
-        for step, id_, rank in on_ray(cfg, label_by, calls) if cfg.num_workers else here:
+        found: Iterator[tuple[int, str, int]] = (item for call in calls for item in label_by(*call))
+        if cfg.num_workers:
+            found = on_ray(cfg, label_by, calls)
+        for step, id_, rank in found:
             by_step[step][id_] = rank
             advance()
     order = sorted(by_step[checkpoints[0].step])

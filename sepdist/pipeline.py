@@ -38,9 +38,8 @@ from sepdist.reporting import read_metrics
 
 MARKER = "stage.json"
 # What may differ from the config of a finished stage without making its result another one.
-FREE_TO_CHANGE = tuple(
-    "cluster engine.zero data_root data.cache data.prefetch data.num_threads num_workers use_gpu cache".split()
-)
+FREE_TO_CHANGE: tuple[str, ...] = ("cluster", "engine.zero", "data_root", "data.cache", "data.prefetch")
+FREE_TO_CHANGE += ("data.num_threads", "num_workers", "use_gpu", "cache")
 
 config.register_schemas()
 

@@ -27,9 +27,8 @@ from sepdist.training.checkpoint import best_of, find_committed
 
 # What may change between the first start of a run and a later one; anything else makes it another run.
 # data_root: data.train and data.validation hold what came of it.
-FREE_TO_CHANGE = tuple(
-    "training cluster validation engine.zero data_root data.cache data.prefetch data.num_threads".split()
-)
+FREE_TO_CHANGE: tuple[str, ...] = ("training", "cluster", "validation", "engine.zero", "data_root")
+FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads")
 
 config.register_schemas()
 
