@@ -82,10 +82,7 @@ def label(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     by_step: dict[int, Labels] = {one.step: {} for one in checkpoints}
     with progress_bar(console, count * len(checkpoints)) as advance:
         calls = [(cfg, one.url, one.step, count) for one in checkpoints]
-        found: Iterator[tuple[int, str, int]] = (item for call in calls for item in label_by(*call))
-        if cfg.num_workers:
-            found = on_ray(cfg, label_by, calls)
-        for step, id_, rank in found:
+        for step, id_, rank in on_ray(cfg, label_by, calls) if cfg.num_workers else label_here(calls):
             by_step[step][id_] = rank
             advance()
     order = sorted(by_step[checkpoints[0].step])
@@ -99,6 +96,12 @@ def label(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     rates = ", ".join(f"{100 * row['rate']:.1f}" for row in results["rates"])
     console.print(f"labels switched, % from checkpoint to checkpoint: {rates}", highlight=False, soft_wrap=True)
     return results
+
+
+def label_here(calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """The same as on Ray, in this process."""
+    for call in calls:
+        yield from label_by(*call)
 
 
 def label_by(cfg: EvaluateConfig, url: str, step: int, count: int) -> Iterator[tuple[int, str, int]]:

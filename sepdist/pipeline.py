@@ -204,8 +204,8 @@ def is_done(stage: Stage) -> bool:
     Raises:
         ConfigError: it did, with another config.
     """
-    if not storage.exists(storage.join(stage.folder, MARKER)):
-        return False
+    if stage.kind == "figure" or not storage.exists(storage.join(stage.folder, MARKER)):
+        return False  # a figure takes no time, and may have got another run to show
     marker, wanted = _marker(stage), dataclasses.asdict(stage.config)
     changed = [] if marker["sha256"] == digest(wanted) else config.differences(marker["config"], wanted, FREE_TO_CHANGE)
     if changed:

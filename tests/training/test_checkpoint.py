@@ -157,6 +157,13 @@ def test_a_damaged_checkpoint_of_a_later_step_takes_no_place_among_the_last(tmp_
     assert steps_of(tmp_path) == [5]
 
 
+def test_checkpoints_at_multiples_of_keep_every_stay_for_good(tmp_path: Path) -> None:
+    save(tmp_path, *(snapshot(step, score=-step) for step in range(3, 8)), keep_last=1, keep_every=3)
+    assert steps_of(tmp_path) == [3, 6, 7]
+    save(tmp_path, snapshot(8), keep_last=1, keep_best=False)
+    assert steps_of(tmp_path) == [8]
+
+
 def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path: Path, monkeypatch, caplog) -> None:
     def refuse(url: str) -> None:
         raise storage.StorageError(f"cannot remove {url}: read-only")
