@@ -82,26 +82,21 @@ def label(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     by_step: dict[int, Labels] = {one.step: {} for one in checkpoints}
     with progress_bar(console, count * len(checkpoints)) as advance:
         calls = [(cfg, one.url, one.step, count) for one in checkpoints]
-        for step, id_, rank in on_ray(cfg, label_by, calls) if cfg.num_workers else label_here(calls):
+        here = itertools.chain.from_iterable(itertools.starmap(label_by, calls))
+        for step, id_, rank in on_ray(cfg, label_by, calls) if cfg.num_workers else here:
             by_step[step][id_] = rank
             advance()
     order = sorted(by_step[checkpoints[0].step])
     for step, labels in by_step.items():
         table = {id_: labels[id_] for id_ in order}
         storage.put_bytes(storage.join(cfg.output, f"step-{step:09d}.csv"), to_csv(table).encode())
-    results = {"run": cfg.model, "data": cfg.data, "num_utterances": count} | compare(
+    results: dict[str, Any] = {"run": cfg.model, "data": cfg.data, "num_utterances": count} | compare(
         by_step, read_metrics(cfg.model), {one.step: labels_while_training(one) for one in checkpoints}
     )
     storage.put_bytes(storage.join(cfg.output, "switching.json"), json.dumps(results, indent=1).encode())
     rates = ", ".join(f"{100 * row['rate']:.1f}" for row in results["rates"])
     console.print(f"labels switched, % from checkpoint to checkpoint: {rates}", highlight=False, soft_wrap=True)
     return results
-
-
-def label_here(calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """The same as on Ray, in this process."""
-    for call in calls:
-        yield from label_by(*call)
 
 
 def label_by(cfg: EvaluateConfig, url: str, step: int, count: int) -> Iterator[tuple[int, str, int]]:
