@@ -15,7 +15,7 @@ from sepdist.models.layers import num_frames
 
 
 class ContextModel(nn.Module):
-    """`separator` needs `features(mixture_BT)`, [B, frames, num_features], and `kernel_size` and `stride` of the frames.
+    """`separator` has `features(mixture_BT)`, [B, frames, num_features], and the `kernel_size` and `stride` of frames.
 
     Without frames to hide the model is the separator, so that whatever takes a model takes this one.
     """

@@ -11,6 +11,7 @@ from tests.objectives.test_contrastive import tiny_context
 
 def test_at_full_size_three_seconds_are_750_frames() -> None:
     model = ContextModel(ConvTasNet(1, compile=False), num_layers=2)
+    assert sum(p.numel() for p in model.parameters()) == 28_434_865
     assert model.num_frames(24000) == 750
     mixture = torch.randn(1, 4001)
     features, predictions = model(mixture, torch.zeros(1, model.num_frames(4001), dtype=torch.bool))
