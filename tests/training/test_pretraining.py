@@ -43,6 +43,7 @@ def test_masked_and_contrastive_runs_hand_their_separator_to_a_separation_run(
     inside = [setting.replace("model.", "model.separator.") for setting in TINY]
     partitioned = ["engine.zero_stage=3", "engine.reduction=native"]
     separation = ["num_speakers=2", "init.reinit=[mask_conv]", "training.max_steps=1", "optim.lr=0"]
+    separation.append("validation.num_listening=0")
     files = [
         frozen(tiny_data, masked, *ONE_PERSON, "objective=masked", "model.masking=false"),
         frozen(tiny_data, contrastive, *CONTEXT, *ONE_PERSON, *partitioned, settings=inside),
