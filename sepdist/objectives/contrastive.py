@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sepdist.data.records import Batch
-from sepdist.objectives.spans import choose, generators, noisy, span_starts
+from sepdist.objectives.spans import generators, noisy, span_starts
 
 
 class Contrastive:
@@ -80,5 +80,6 @@ class Contrastive:
     def _negatives(self, draw: np.random.Generator, num_targets: int) -> Tensor:
         """For each target the numbers of the other targets that it is compared with, int64 [K, M]."""
         count = self.num_negatives if self.num_negatives < num_targets else num_targets // 2
-        rows = [choose(draw, num_targets - 1, count) for _ in range(num_targets)]
-        return torch.from_numpy(np.stack([row + (row >= target) for target, row in enumerate(rows)]))
+        keys = draw.bit_generator.random_raw(num_targets * (num_targets - 1)).reshape(num_targets, -1)
+        others = np.argsort(keys, axis=1, kind="stable")[:, :count]
+        return torch.from_numpy(others + (others >= np.arange(num_targets)[:, None]))

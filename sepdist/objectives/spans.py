@@ -22,18 +22,16 @@ def uniform(generator: np.random.Generator) -> float:
     return (int(generator.bit_generator.random_raw()) >> 11) * 2.0**-53
 
 
-def choose(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """`count` different numbers below `size` in random order, int64."""
-    return np.argsort(generator.bit_generator.random_raw(size), kind="stable")[:count]
-
-
 def span_starts(generator: np.random.Generator, length: int, span: int, share: float, least: int = 1) -> np.ndarray:
-    """Where round(length * share / span) spans begin, but at least `least`: different starts, overlap allowed."""
+    """Where round(length * share / span) spans begin, or `least`: int64, different starts, overlap allowed."""
     count = max(least, round(length * share / span))
     room = max(0, length - span + 1)
     if count > room:
         raise ValueError(f"an item of length {length} has room for {room} spans of {span}, {count} are to be masked")
-    return choose(generator, room, count)
+    starts: dict[int, None] = {}
+    while len(starts) < count:
+        starts.setdefault(int(generator.bit_generator.random_raw()) % room)
+    return np.array(list(starts))
 
 
 def noisy(batch: Batch, draws: list[np.random.Generator], probability: float, gain: float) -> tuple[Tensor, Tensor]:

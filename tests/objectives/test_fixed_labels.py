@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from sepdist import config
 from sepdist.metrics.si_snr import si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.fixed_labels import FixedLabels
 from sepdist.objectives.separation import Separation
 from tests.objectives.batches import Fixed, batch_of, voices
+from tests.runs import frozen
 
 
 def table(folder: Path, *ranks: object) -> str:
@@ -47,7 +49,7 @@ def test_in_evaluation_it_is_pit_and_needs_no_label(tmp_path: Path) -> None:
 
 def test_some_hundred_steps_learn_the_assignment_of_the_table(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    batch = batch_of(voices(2, 2, 3000))
+    batch = batch_of(voices(2, 2, 2000))
     model = ConvTasNet(2, 64, 20, 10, 24, 48, 24, num_blocks=4, num_repeats=1, compile=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     objective = FixedLabels(table(tmp_path, 1, 1))
@@ -58,6 +60,23 @@ def test_some_hundred_steps_learn_the_assignment_of_the_table(tmp_path: Path) ->
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
     assert float(metrics["si_snri"].min()) > 8 and metrics["permutation"].tolist() == [1, 1]
+
+
+def test_a_relative_path_of_the_table_is_made_absolute_for_workers_elsewhere(
+    tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from sepdist.train import freeze
+
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path, 0)
+    cfg = config.load_frozen(
+        frozen(tiny_data, tmp_path / "composed", "objective=fixed_labels", "objective.labels=labels.csv")
+    )
+    cfg.run_dir = str(tmp_path / "run")
+    freeze(cfg, Console(quiet=True))
+    assert config.load_frozen(f"{tmp_path}/run/config.yaml").objective["labels"] == str(tmp_path / "labels.csv")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_cold_it_is_pit_and_hot_the_mean_over_assignments() -> None:
     pit = float(Separation()(Fixed(estimates), batch_of(sources))[0].detach())
     mean = -float(pairwise_si_snr(estimates, sources).mean())
     by_temperature = [float(SoftPit(t)(Fixed(estimates), batch_of(sources))[0].detach()) for t in (1e-3, 1, 10, 1e4)]
-    assert by_temperature[0] == pytest.approx(pit, abs=2e-3) and by_temperature[-1] == pytest.approx(mean, abs=1e-2)
+    assert by_temperature[0] == pytest.approx(pit, abs=2e-3) and by_temperature[-1] == pytest.approx(mean, abs=5e-2)
     assert by_temperature == sorted(by_temperature)
 
 
@@ -56,7 +56,7 @@ def test_each_assignment_has_the_gradient_of_its_probability() -> None:
 
 def test_some_hundred_steps_on_one_batch_learn_it() -> None:
     torch.manual_seed(0)
-    batch = batch_of(voices(2, 2, 3000))
+    batch = batch_of(voices(2, 2, 2000))
     model = ConvTasNet(2, 64, 20, 10, 24, 48, 24, num_blocks=4, num_repeats=1, compile=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(150):
