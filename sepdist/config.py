@@ -70,6 +70,7 @@ class InitConfig:
     """Hand-off: weights of an earlier stage and the parameters that start afresh."""
 
     weights: str | None = None  # a run_dir, an export folder or a .safetensors file; None = from scratch
+    part: str | None = None  # take only the weights below this prefix, without it; None = all
     reinit: list[str] = field(default_factory=list)  # parameter-name prefixes that keep their fresh values
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sepdist import __version__, config, storage
 from sepdist.config import ConfigError, TrainConfig
-from sepdist.training.checkpoint import best_of, find_committed
+from sepdist.training.checkpoint import best_of, find_committed, inherit
 
 # What may change between the first start of a run and a later one; anything else makes it another run.
 # data_root: data.train and data.validation hold what came of it.
@@ -71,7 +72,7 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     Raises:
         ConfigError: a part does not build, a data set is missing, or run_dir holds a run of another config.
     """
-    for name in ("run_dir", "data.train", "data.validation", "init.weights"):
+    for name in ("run_dir", "data.train", "data.validation", "init.weights", "objective.labels"):
         _make_absolute(cfg, name)
     from sepdist.training.engine import check_engine_options
     from sepdist.training.loop import open_datasets
@@ -92,12 +93,11 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     model = config.build(cfg.model)
     open_datasets(cfg)
     if cfg.init.weights:
-        from sepdist.training.checkpoint import load_weights, read_export
-
-        weights, _, _, folder = read_export(cfg.init.weights)
-        fresh = load_weights(model, weights, cfg.init.reinit, source=folder)
+        fresh, parent = inherit(model, cfg.init)
         console.print(
-            f"weights from {folder}; re-initialised: {', '.join(fresh) or 'none'}", highlight=False, soft_wrap=True
+            f"weights from {parent['url']}; re-initialised: {', '.join(fresh) or 'none'}",
+            highlight=False,
+            soft_wrap=True,
         )
     frozen = storage.join(cfg.run_dir, "config.yaml")
     text = config.to_yaml(cfg)
@@ -118,12 +118,13 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
 def _make_absolute(cfg: TrainConfig, name: str) -> None:
     """Workers have another working directory, so local paths are made absolute here."""
     *path, last = name.split(".")
-    owner = cfg
+    owner: Any = cfg
     for part in path:
         owner = getattr(owner, part)
-    value = getattr(owner, last)
+    fields = owner if isinstance(owner, dict) else vars(owner)
+    value = fields.get(last)
     if value and not storage.is_remote(value):
-        setattr(owner, last, str(Path(value).expanduser().resolve()))
+        fields[last] = str(Path(value).expanduser().resolve())
 
 
 class follow:  # noqa: N801 - a context manager used as a verb
@@ -191,7 +192,7 @@ def summarise(cfg: TrainConfig, console: Console) -> None:
     best = best_of(committed)
     if best is not None:
         console.print(
-            f"best validation score {best.score:.2f} at step {best.step}: {best.url}", highlight=False, soft_wrap=True
+            f"best validation score {best.score:.3g} at step {best.step}: {best.url}", highlight=False, soft_wrap=True
         )
     console.print(
         f"look at it: tensorboard --logdir {storage.join(cfg.run_dir, 'tensorboard')}", highlight=False, soft_wrap=True

@@ -32,7 +32,7 @@ def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_comp
     assert len(found) == NUM_CONFIGS
 
 
-NUM_CONFIGS = 34
+NUM_CONFIGS = 40
 
 
 @pytest.mark.parametrize("name", files("model"))
@@ -42,8 +42,12 @@ def test_every_model_builds_a_module(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", files("objective"))
-def test_every_objective_builds_a_callable(name: str) -> None:
-    cfg = config.typed(composed("train", f"objective={name}", *NEEDED), config.TrainConfig)
+def test_every_objective_builds_a_callable(name: str, tmp_path: Path) -> None:
+    given = []
+    if name == "fixed_labels":
+        (tmp_path / "labels.csv").write_text("id,permutation\na,0\n")
+        given.append(f"objective.labels={tmp_path}/labels.csv")
+    cfg = config.typed(composed("train", f"objective={name}", *NEEDED, *given), config.TrainConfig)
     assert callable(config.build(cfg.objective))
 
 

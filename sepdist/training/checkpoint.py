@@ -25,6 +25,7 @@ import yaml
 from torch import Tensor, nn
 
 from sepdist import config, storage
+from sepdist.config import InitConfig
 from sepdist.training.ledger import Entry, Link, put_segment
 
 logger = logging.getLogger(__name__)
@@ -417,6 +418,24 @@ def load_weights(
         raise CheckpointError(f"{source or 'these weights'} are not of this {type(model).__name__}: {shown}{hint}")
     model.load_state_dict({name: weights[name] for name in wanted} | {name: own[name] for name in kept})
     return kept
+
+
+def part_of(weights: Mapping[str, Tensor], part: str, source: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `part.`, without it; CheckpointError, naming what there is, if none does."""
+    prefix = part.rstrip(".") + "."
+    chosen = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if not chosen:
+        there = ", ".join(sorted({name.partition(".")[0] for name in weights}))
+        raise CheckpointError(f"init.part={part}: {source} has no such part, it has {there}")
+    return chosen
+
+
+def inherit(model: nn.Module, init: InitConfig) -> tuple[list[str], dict[str, Any]]:
+    """Fill `model` from the parent stage that `init` names: what stays fresh, and the parent's url and lineage."""
+    weights, _, lineage, folder = read_export(str(init.weights))
+    if init.part:
+        weights = part_of(weights, init.part, folder)
+    return load_weights(model, weights, init.reinit, source=folder), {"url": folder} | lineage
 
 
 def find_export(url: str) -> str:

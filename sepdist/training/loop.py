@@ -26,10 +26,10 @@ from sepdist.training.checkpoint import (
     CheckpointError,
     Snapshot,
     collect_orphans,
+    inherit,
     load_newest,
     load_snapshot,
     load_weights,
-    read_export,
 )
 from sepdist.training.engine import DeepSpeedEngine, StepResult
 from sepdist.training.goodput import Goodput
@@ -290,10 +290,8 @@ def initialise(model: torch.nn.Module, cfg: TrainConfig, snapshot: Snapshot | No
     parent: dict[str, Any] | None = None
     fresh: list[str] = []
     if cfg.init.weights:
-        weights, _, parent, folder = read_export(cfg.init.weights)
-        fresh = load_weights(model, weights, cfg.init.reinit, source=folder)
-        parent = {"url": folder} | parent
-        logger.info("weights from %s; re-initialised: %s", folder, ", ".join(fresh) or "none")
+        fresh, parent = inherit(model, cfg.init)
+        logger.info("weights from %s; re-initialised: %s", parent["url"], ", ".join(fresh) or "none")
     if snapshot is not None:
         load_weights(model, snapshot.weights, source=f"the checkpoint of step {snapshot.step} in {cfg.run_dir}")
     return {"run": cfg.name, "run_dir": cfg.run_dir, "parent": parent, "reinitialised": fresh}
