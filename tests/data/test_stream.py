@@ -20,7 +20,7 @@ from sepdist.data import stream as stream_module
 from sepdist.data.members import DataError
 from sepdist.data.records import Batch
 from sepdist.data.shards import read_index, read_manifest
-from sepdist.data.stream import Dataset, TrainStream
+from sepdist.data.stream import Crops, Dataset, TrainStream
 from tests.data import toy
 from tests.s3server import FaultyProxy
 
@@ -37,9 +37,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def open_stream(dataset: Dataset, **changes: object) -> TrainStream:
-    options = {"seed": 5, "crop_seconds": CROP / toy.RATE, "num_virtual_shards": 4, "micro_batch": 2}
-    options |= {"rank": 0, "world_size": 1, "num_threads": 2, "prefetch_steps": 2}
-    return TrainStream(dataset, **(options | changes))  # type: ignore[arg-type]
+    options = {"seed": 5, "num_virtual_shards": 4, "micro_batch": 2, "rank": 0, "world_size": 1}
+    options |= {"crop_seconds": CROP / toy.RATE, "num_threads": 2, "prefetch_steps": 2} | changes
+    crops = Crops(dataset, seed=options["seed"], crop_seconds=options.pop("crop_seconds"))
+    return TrainStream({"main": crops}, **options)  # type: ignore[arg-type]
 
 
 def take(dataset: Dataset, first_step: int, num_steps: int, **changes: object) -> list[list[Batch]]:
@@ -395,9 +396,9 @@ def test_a_forgotten_stream_ends_its_threads_without_close(sets: dict[str, str])
 
 ABANDON = """
 import sys
-from sepdist.data.stream import Dataset, TrainStream
-dataset = Dataset(sys.argv[1], cache_dir=sys.argv[2])
-stream = TrainStream(dataset, seed=0, crop_seconds=0.008, num_virtual_shards=2, micro_batch=2, rank=0, world_size=1,
+from sepdist.data.stream import Crops, Dataset, TrainStream
+crops = Crops(Dataset(sys.argv[1], cache_dir=sys.argv[2]), seed=0, crop_seconds=0.008)
+stream = TrainStream({"main": crops}, seed=0, num_virtual_shards=2, micro_batch=2, rank=0, world_size=1,
                      num_threads=2, prefetch_steps=50)
 steps = stream.steps(0)
 if sys.argv[3] == "read":
