@@ -14,6 +14,7 @@ import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -58,10 +59,9 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     Raises:
         ConfigError: a part does not build, a data set is missing, or run_dir holds a run of another config.
     """
-    for name in ("run_dir", "data.train", "data.validation", "init.weights"):
-        _make_absolute(cfg, name)
+    _make_absolute(cfg)
+    from sepdist.training.datasets import open_datasets
     from sepdist.training.engine import check_engine_options
-    from sepdist.training.loop import open_datasets
 
     options = dict(cfg.engine)
     fewest, most = config.worker_range(cfg.cluster)
@@ -75,9 +75,11 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
         )
     if cfg.cluster.preemption_check_steps < 1:
         raise ConfigError(f"cluster.preemption_check_steps={cfg.cluster.preemption_check_steps}: at least 1")
-    config.build(cfg.objective)
+    objective = config.build(cfg.objective)
     model = config.build(cfg.model)
-    open_datasets(cfg)
+    feeds, _ = open_datasets(cfg)
+    if absent := set(getattr(objective, "data_sets", ())) - feeds.keys():
+        raise ConfigError(f"objective {cfg.objective['_target_']} needs data.extra of the name {', '.join(absent)}")
     if cfg.init.weights:
         from sepdist.training.checkpoint import load_weights, read_export
 
@@ -102,15 +104,18 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     return cfg
 
 
-def _make_absolute(cfg: TrainConfig, name: str) -> None:
+def _make_absolute(cfg: TrainConfig) -> None:
     """Workers have another working directory, so local paths are made absolute here."""
-    *path, last = name.split(".")
-    owner = cfg
-    for part in path:
-        owner = getattr(owner, part)
-    value = getattr(owner, last)
-    if value and not storage.is_remote(value):
-        setattr(owner, last, str(Path(value).expanduser().resolve()))
+    places: list[tuple[Any, str]] = [(cfg, "run_dir"), (cfg.data, "train"), (cfg.data, "validation")]
+    places += [(cfg.init, "weights"), *((one, "url") for one in cfg.data.extra)]
+    for owner, name in places:
+        setattr(owner, name, _absolute(getattr(owner, name)))
+    if cfg.data.mixing is not None:
+        cfg.data.mixing["noise"] = _absolute(cfg.data.mixing.get("noise"))
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).expanduser().resolve()) if path and not storage.is_remote(path) else path
 
 
 def _flatten(value: object, prefix: str = "") -> dict[str, object]:

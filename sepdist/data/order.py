@@ -118,9 +118,7 @@ class Blend:
         return labels, np.cumsum(own, axis=1) - own
 
 
-def units_per_epoch(
-    num_samples: Sequence[int], weights: Sequence[float | None], micro_batch: int
-) -> tuple[int, ...]:
+def units_per_epoch(num_samples: Sequence[int], weights: Sequence[float | None], micro_batch: int) -> tuple[int, ...]:
     """The units of each data set in an epoch: one pass of it, or its weight times those of the first set's pass."""
     first = max(1, round(num_samples[0] / micro_batch))
     return tuple(
