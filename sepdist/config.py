@@ -28,6 +28,17 @@ class ConfigError(ValueError):
 
 
 @dataclass
+class ExtraConfig:
+    """One more data set to train on: batches of it come between those of `data.train`, with its name on them."""
+
+    name: str = MISSING
+    url: str = MISSING
+    num_sources: int = 1
+    noise: bool = True
+    weight: float | None = None  # batches for each one of data.train; None = by its size, so that an epoch is one pass
+
+
+@dataclass
 class DataConfig:
     """Where the samples come from and how they are cut into steps (`sepdist/data/`)."""
 
@@ -35,6 +46,10 @@ class DataConfig:
     validation: str = MISSING
     num_sources: int = 2  # how many of s1, s2, ... enter the mixture and are targets
     noise: bool = False  # whether the noise of each sample is part of the mixture
+    mixing: Any = (
+        None  # a node that makes new mixtures of data.train's first sources (configs/mixing); None = as stored
+    )
+    extra: list[ExtraConfig] = field(default_factory=list)  # more data sets, for objectives of several tasks
     crop_seconds: float = 3.0
     num_virtual_shards: int = 4  # V: fixes the data order and the reduction tree; world sizes 1..V can run it
     micro_batch: int = 2  # samples per virtual shard and step; global batch = num_virtual_shards * micro_batch

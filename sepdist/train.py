@@ -14,7 +14,6 @@ import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import hydra
 import yaml
@@ -72,10 +71,9 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     Raises:
         ConfigError: a part does not build, a data set is missing, or run_dir holds a run of another config.
     """
-    for name in ("run_dir", "data.train", "data.validation", "init.weights", "objective.labels"):
-        _make_absolute(cfg, name)
+    _make_absolute(cfg)
+    from sepdist.training.datasets import open_datasets
     from sepdist.training.engine import check_engine_options
-    from sepdist.training.loop import open_datasets
 
     options = dict(cfg.engine)
     fewest, most = config.worker_range(cfg.cluster)
@@ -89,9 +87,11 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
         )
     if cfg.cluster.preemption_check_steps < 1:
         raise ConfigError(f"cluster.preemption_check_steps={cfg.cluster.preemption_check_steps}: at least 1")
-    config.build(cfg.objective)
+    objective = config.build(cfg.objective)
     model = config.build(cfg.model)
-    open_datasets(cfg)
+    feeds, _ = open_datasets(cfg)
+    if absent := set(getattr(objective, "data_sets", ())) - feeds.keys():
+        raise ConfigError(f"objective {cfg.objective['_target_']} needs data.extra of the name {', '.join(absent)}")
     if cfg.init.weights:
         fresh, parent = inherit(model, cfg.init)
         console.print(
@@ -115,16 +115,13 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     return cfg
 
 
-def _make_absolute(cfg: TrainConfig, name: str) -> None:
+def _make_absolute(cfg: TrainConfig) -> None:
     """Workers have another working directory, so local paths are made absolute here."""
-    *path, last = name.split(".")
-    owner: Any = cfg
-    for part in path:
-        owner = getattr(owner, part)
-    fields = owner if isinstance(owner, dict) else vars(owner)
-    value = fields.get(last)
-    if value and not storage.is_remote(value):
-        fields[last] = str(Path(value).expanduser().resolve())
+    places = [(vars(cfg), "run_dir"), (vars(cfg.data), "train"), (vars(cfg.data), "validation")]
+    places += [(vars(cfg.init), "weights"), (cfg.objective, "labels"), (cfg.data.mixing or {}, "noise")]
+    for fields, name in [*places, *((vars(one), "url") for one in cfg.data.extra)]:
+        if (value := fields.get(name)) and not storage.is_remote(value):
+            fields[name] = str(Path(value).expanduser().resolve())
 
 
 class follow:  # noqa: N801 - a context manager used as a verb

@@ -93,6 +93,7 @@ class Checkpointer:
         *,
         model_node: Mapping[str, Any],
         sample_rate: int,
+        num_extra_outputs: int = 0,
         lineage: Mapping[str, Any],
         keep_last: int,
         keep_best: bool,
@@ -102,7 +103,8 @@ class Checkpointer:
     ) -> None:
         self.run_dir = run_dir
         self.folder = storage.join(run_dir, "checkpoints")
-        self.model_yaml = yaml.safe_dump({"model": dict(model_node), "sample_rate": sample_rate}, sort_keys=False)
+        card = {"model": dict(model_node), "sample_rate": sample_rate, "num_extra_outputs": num_extra_outputs}
+        self.model_yaml = yaml.safe_dump(card, sort_keys=False)
         self.lineage = dict(lineage)
         self.keep_last = keep_last
         self.keep_best = keep_best
@@ -467,10 +469,15 @@ def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
 
 
 def load_export(url: str) -> Export:
-    """The model that `url` means (see `find_export`), built, loaded and in eval mode."""
+    """The model that `url` means (see `find_export`), built, loaded and in eval mode.
+
+    It gives the speakers alone: outputs of another task that it was trained on are dropped.
+    """
     weights, card, lineage, folder = read_export(url)
-    model = config.build(card["model"])
+    model: nn.Module = config.build(card["model"])
     load_weights(model, weights, source=folder)
+    if num_extra := int(card.get("num_extra_outputs", 0)):
+        model.register_forward_hook(lambda module, inputs, estimates_BST: estimates_BST[:, :-num_extra])
     return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
 
 
