@@ -18,6 +18,7 @@ from rich.console import Console
 
 from sepdist import storage
 from sepdist.config import ConfigError, FigureConfig, load_frozen
+from sepdist.data.order import units_per_epoch
 from sepdist.data.shards import read_manifest
 from sepdist.reporting import read_metrics, to_png
 
@@ -57,10 +58,13 @@ def draw(cfg: FigureConfig, console: Console) -> None:
 
 
 def read_curves(run_dir: str) -> Curves:
-    """The curves of a run; ConfigError where it has no validation yet."""
+    """The curves of a run, over epochs of its main data set; ConfigError where it has no validation yet."""
     rows = read_metrics(run_dir)
-    cfg = load_frozen(storage.join(run_dir, "config.yaml"))
-    epoch_steps = read_manifest(cfg.data.train).num_samples / (cfg.data.num_virtual_shards * cfg.data.micro_batch)
+    data = load_frozen(storage.join(run_dir, "config.yaml")).data
+    urls = [data.train, *(one.url for one in data.extra)]
+    sizes = [read_manifest(url).num_samples for url in urls]
+    units = units_per_epoch(sizes, [None, *(one.weight for one in data.extra)], data.micro_batch)
+    epoch_steps = sizes[0] * sum(units) / units[0] / (data.num_virtual_shards * data.micro_batch)
     si_snr = [(row["step"] / epoch_steps, row["validation/si_snr"]) for row in rows if "validation/si_snr" in row]
     if not si_snr:
         raise ConfigError(f"{run_dir}: its metrics.jsonl has no validation/si_snr; there is nothing to draw")
