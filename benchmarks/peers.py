@@ -1,6 +1,6 @@
 """The published implementations that ours are compared with: how to build one of our size, and its weights as ours.
 
-Read by benchmarks/models.py and by the tests, which skip what is not installed. A peer is a module of the same contract,
+Read by benchmarks/models.py and by the tests, which skip what is not installed. A peer is a module of our contract,
 mixture [B, T] to estimates [B, S, T]; `weights` turns its state_dict into one of our model.
 """
 
