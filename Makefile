@@ -48,7 +48,7 @@ format: $(VENV)/.installed ## let ruff mend what it can
 bench: $(VENV)/.installed ## every benchmark, one JSON line each
 	$(RUN) -m benchmarks.shards
 	$(RUN) -m benchmarks.loader
-	$(RUN) -m benchmarks.conv_tasnet
+	$(RUN) -m benchmarks.models
 	$(RUN) -m benchmarks.step_overhead
 
 clean: ## remove what demo made and the linters' caches (not .venv, not runs)

@@ -70,7 +70,11 @@ def estimates_and_gradient(model: nn.Module, mixture: Tensor) -> tuple[Tensor, T
 
 def differences(ours: nn.Module, peer: nn.Module, mixture: Tensor) -> tuple[float, float]:
     """Relative, of estimates and gradients: ours and the peer's in float64, and ours in fp32 from that."""
-    wide = [estimates_and_gradient(copy.deepcopy(m).double(), mixture.double()) for m in (ours, peer)]
+    copies = [copy.deepcopy(model).double() for model in (ours, peer)]
+    for module in copies[0].modules():
+        if hasattr(module, "compiled"):
+            module.compiled = False
+    wide = [estimates_and_gradient(model, mixture.double()) for model in copies]
     narrow = estimates_and_gradient(ours, mixture)
     return tuple(  # type: ignore[return-value]
         max(float((a - b).norm() / b.norm()) for a, b in zip(got, wide[1], strict=True)) for got in (wide[0], narrow)
