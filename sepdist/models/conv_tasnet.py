@@ -10,7 +10,16 @@ Shapes: B batch, S speakers, T samples, N frames, F encoder filters.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.layers import ConvBlock, NormLinear, apply_masks, cut_frames, overlap_add, widen
+from sepdist.models.layers import (
+    ConvBlock,
+    NormLinear,
+    apply_masks,
+    check_mixture,
+    check_sizes,
+    cut_frames,
+    overlap_add,
+    widen,
+)
 
 
 class ConvTasNet(nn.Module):
@@ -40,10 +49,7 @@ class ConvTasNet(nn.Module):
         compile: bool = True,
     ) -> None:
         super().__init__()
-        if not 1 <= stride <= kernel_size:
-            raise ValueError(f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size")
-        if num_speakers < 1:
-            raise ValueError(f"num_speakers={num_speakers}: at least one")
+        check_sizes(num_speakers, kernel_size, stride)
         self.num_speakers, self.num_filters, self.num_skip = num_speakers, num_filters, num_skip
         self.num_features = num_speakers * num_filters
         self.kernel_size, self.stride = kernel_size, stride
@@ -75,10 +81,7 @@ class ConvTasNet(nn.Module):
 
     def _encode(self, mixture_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The encoded frames [B, N, F] and the network's output [B, N, S * F] before its ReLU."""
-        if mixture_BT.ndim != 2 or mixture_BT.shape[1] < self.min_length:
-            raise ValueError(
-                f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {self.min_length} samples"
-            )
+        check_mixture(mixture_BT, self.min_length)
         encoded_BNF = self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride))
         x = self.bottleneck(encoded_BNF)
         skip = x.new_zeros(*x.shape[:2], self.num_skip)
