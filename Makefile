@@ -30,8 +30,8 @@ demo: $(VENV)/.installed ## the main job on generated speech: shard, pre-train, 
 	@echo "separated voices:   demo/separated/mixture_s1.wav demo/separated/mixture_s2.wav"
 	@echo "TensorBoard:        $(BIN)/tensorboard --logdir demo/runs"
 
-test: $(VENV)/.installed ## the test suite (under 10 minutes on 2 cores)
-	$(RUN) -m pytest
+test: $(VENV)/.installed ## the test suite, in two processes (about 10 minutes on 2 cores)
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 test-slow: $(VENV)/.installed ## the tests marked slow
 	$(RUN) -m pytest -m slow
@@ -45,11 +45,14 @@ format: $(VENV)/.installed ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed ## every benchmark, one JSON line each
+bench: $(VENV)/.installed ## every benchmark, one JSON line each (about 40 minutes)
 	$(RUN) -m benchmarks.shards
 	$(RUN) -m benchmarks.loader
-	$(RUN) -m benchmarks.conv_tasnet
+	$(RUN) -m benchmarks.models
 	$(RUN) -m benchmarks.step_overhead
+	$(RUN) -m benchmarks.reduction
+	$(RUN) -m benchmarks.resume
+	$(RUN) -m benchmarks.chaos
 
 clean: ## remove what demo made and the linters' caches (not .venv, not runs)
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -36,7 +36,7 @@ from tools.shard_data import write_data_set
 KINDS = ("kill", "stop", "livelock", "node", "preempt", "driver")
 NOTICE_SECONDS = 12
 SETTINGS = [
-    "data.crop_seconds=1.0",
+    "data.crop_seconds=0.5",
     "data.micro_batch=1",
     "data.num_virtual_shards=4",
     "validation.every_steps=50",
@@ -44,6 +44,7 @@ SETTINGS = [
     "validation.num_listening=1",
     "training.checkpoint_every=10",
     "training.log_every=1",
+    "training.early_stop_patience=0",
     "cluster.elastic_check_seconds=10",
     "cluster.preemption_check_steps=5",
 ]
@@ -112,7 +113,8 @@ def disturb(data: dict[str, str], folder: Path, steps: int, faults: Sequence[str
     nodes = Nodes(num_cpus=(2, 2))
     run = Run(data, folder / "run", "cluster.num_workers=[1,4]", nodes.address, settings=SETTINGS, steps=steps)
     recovered: dict[str, list[float]] = {kind: [] for kind in dict.fromkeys(faults)}
-    due = sorted(chance.sample(range(8, steps - 8), len(faults)))
+    # In the first half: the run must not end while a fault waits for a node to be used.
+    due = sorted(chance.sample(range(8, steps // 2), len(faults)))
     chaos = Chaos(run, nodes, chance)
     began = time.monotonic()
     try:
@@ -143,11 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--faults", "--kills", type=int, default=20, metavar="N")
-    parser.add_argument("--steps", type=int, default=0, help="default: 20 for every fault")
+    parser.add_argument("--steps", type=int, default=0, help="default: 150 for every fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS), help="default: %(default)s")
     given = parser.parse_args(arguments)
-    steps = given.steps or 20 * given.faults
+    steps = given.steps or 150 * given.faults
     kinds = given.kinds.split(",")
     faults = [kinds[number % len(kinds)] for number in range(given.faults)]
     random.Random(given.seed).shuffle(faults)

@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from tests.runs import program
+
+pytestmark = pytest.mark.xdist_group("ray")  # one after the other: they share two cores and take time
 
 
 def test_a_run_through_three_faults_ends_with_the_bits_of_one_left_alone() -> None:

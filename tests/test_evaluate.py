@@ -210,6 +210,7 @@ def test_the_output_folder_holds_results_rows_pictures_and_sound(work: Path, con
     assert "SI-SNRi" in shown and "toy test: 7 utterances" in shown
 
 
+@pytest.mark.xdist_group("ray")
 def test_two_ray_tasks_give_the_rows_of_this_process(work: Path, console: Console) -> None:
     alone = evaluate.evaluate(options(work, "alone", num_listening=0), console)
     spread = evaluate.evaluate(options(work, "spread", num_listening=0, num_workers=2), console)

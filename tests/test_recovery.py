@@ -28,6 +28,8 @@ from sepdist.training.checkpoint import find_committed
 from tests.disturb import Nodes, Run, left_alone
 from tests.runs import TINY, final_hash, frozen, history
 
+pytestmark = pytest.mark.xdist_group("ray")  # one after the other: they share two cores and take time
+
 QUICK_STEPS, SLOW_STEPS, ELASTIC_STEPS = 40, 300, 1000
 OFTEN = [*TINY, "validation.every_steps=40", "training.checkpoint_every=5", "validation.num_listening=0"]
 

@@ -129,6 +129,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
     assert not (output / "manifest.json").exists()
 
 
+@pytest.mark.xdist_group("ray")
 def test_two_ray_workers_one_of_them_killed_write_the_same_bytes_as_one_process(longer: Path, tmp_path: Path) -> None:
     output = tmp_path / "train"
     process = start(["write", *LONGER, f"output={output}", "num_workers=2"])

@@ -24,6 +24,8 @@ from sepdist.reporting import read_metrics
 from sepdist.training.checkpoint import load_export, load_newest
 from tests.runs import ROOT, final_hash, frozen, history, loop, program, train_arguments
 
+pytestmark = pytest.mark.xdist_group("ray")  # one after the other: they share two cores and take time
+
 
 def upload(folder: str, url: str) -> str:
     for path in sorted(Path(folder).rglob("*"), key=lambda p: (p.name == "manifest.json", str(p))):

@@ -9,7 +9,16 @@ Shapes: B batch, S speakers, T samples, N frames, F encoder filters.
 
 from torch import Tensor, nn
 
-from sepdist.models.layers import ConvBlock, NormLinear, apply_masks, cut_frames, overlap_add, widen
+from sepdist.models.layers import (
+    ConvBlock,
+    NormLinear,
+    apply_masks,
+    check_mixture,
+    check_sizes,
+    cut_frames,
+    overlap_add,
+    widen,
+)
 
 
 class ConvTasNet(nn.Module):
@@ -36,10 +45,7 @@ class ConvTasNet(nn.Module):
         compile: bool = True,
     ) -> None:
         super().__init__()
-        if not 1 <= stride <= kernel_size:
-            raise ValueError(f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size")
-        if num_speakers < 1:
-            raise ValueError(f"num_speakers={num_speakers}: at least one")
+        check_sizes(num_speakers, kernel_size, stride)
         self.num_speakers, self.num_filters, self.num_skip = num_speakers, num_filters, num_skip
         self.kernel_size, self.stride = kernel_size, stride
         self.min_length = kernel_size
@@ -59,10 +65,7 @@ class ConvTasNet(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        if mixture_BT.ndim != 2 or mixture_BT.shape[1] < self.min_length:
-            raise ValueError(
-                f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {self.min_length} samples"
-            )
+        check_mixture(mixture_BT, self.min_length)
         num_samples = mixture_BT.shape[1]
         encoded_BNF = self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride))
         x = self.bottleneck(encoded_BNF)

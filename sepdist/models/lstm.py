@@ -9,6 +9,7 @@ Shapes: R sequences, T steps, F features, H hidden units, 4 gates (input, forget
 
 import ctypes
 import functools
+import logging
 import os
 import shutil
 import subprocess
@@ -23,12 +24,16 @@ from torch.autograd.function import once_differentiable
 
 from sepdist.models.layers import has_compiler, widen
 
+logger = logging.getLogger(__name__)
+
 WIDTH = 16  # as in lstm.cpp
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    """lstm.cpp, built for this very CPU; never kept, because another node may have another one."""
+def _library() -> ctypes.CDLL | None:
+    """lstm.cpp, built for this very CPU, never kept, because another node may have another one; None if that fails."""
+    if not has_compiler():
+        return None
     names = (os.environ.get("CXX"), "g++", "clang++")
     compiler = next(name for name in names if name and shutil.which(name))
     with tempfile.TemporaryDirectory() as folder:
@@ -36,15 +41,20 @@ def _library() -> ctypes.CDLL:
         options = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
         command = [compiler, *options, "-o", str(built), str(Path(__file__).with_name("lstm.cpp"))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr}")
-        return ctypes.CDLL(str(built))
+        try:
+            done.check_returncode()
+            return ctypes.CDLL(str(built))
+        except (subprocess.CalledProcessError, OSError) as error:
+            logger.warning("torch's LSTM is used, about a third slower: %s\n%s", error, done.stderr)
+            return None
 
 
 def _call(name: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
     assert all(x is None or (x.is_contiguous() and x.dtype == torch.float32) for x in tensors)
     numbers = [ctypes.c_long(size) for size in (*sizes, torch.get_num_threads())]
-    getattr(_library(), name)(*numbers, *(ctypes.c_void_p(x.data_ptr() if x is not None else None) for x in tensors))
+    library = _library()
+    assert library is not None
+    getattr(library, name)(*numbers, *(ctypes.c_void_p(x.data_ptr() if x is not None else None) for x in tensors))
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -120,7 +130,7 @@ class BiLSTM(nn.Module):
         parameters = (self.in_weight, self.hidden_weight, self.in_bias, self.hidden_bias)
         autocast = torch.is_autocast_enabled(x_RTF.device.type)
         plain_fp32 = x_RTF.device.type == "cpu" and x_RTF.dtype == torch.float32 and not autocast
-        if self.compiled and plain_fp32 and has_compiler():
+        if self.compiled and plain_fp32 and _library():
             return _LSTMFunction.apply(x_RTF, *parameters)
         x_RTF = widen(x_RTF)
         start = x_RTF.new_zeros(2, x_RTF.shape[0], self.hidden_weight.shape[-1])

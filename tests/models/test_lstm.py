@@ -1,9 +1,12 @@
 """The bidirectional LSTM against torch's own in float64, and what the models rely on."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sepdist.models import lstm
 from sepdist.models.lstm import BiLSTM
 
 
@@ -90,3 +93,18 @@ def test_a_second_backward_pass_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
         loss.backward()
+
+
+def test_a_compiler_that_fails_is_reported_once_and_torch_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, _ = pair(4, 64)
+    x = torch.randn(2, 3, 4)
+    expected = ours(x)
+    monkeypatch.setenv("CXX", "false")
+    lstm._library.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert relative(ours(x), expected) < 1e-6
+        ours(x)
+    lstm._library.cache_clear()
+    assert len([record for record in caplog.records if "torch's LSTM is used" in record.message]) == 1

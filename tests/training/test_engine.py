@@ -54,8 +54,8 @@ class SquaredError:
         return error.mean(), {"error": error.mean(1)}
 
 
-def batch_of(step: int, shard: int) -> Batch:
-    first = (step * NUM_SHARDS + shard) * MICRO_BATCH
+def batch_of(step: int, shard: int, num_shards: int = NUM_SHARDS) -> Batch:
+    first = (step * num_shards + shard) * MICRO_BATCH
     generator = torch.Generator().manual_seed(first)
     mixture = torch.randn(MICRO_BATCH, LENGTH, generator=generator)
     return Batch(
@@ -75,6 +75,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     torch.manual_seed(0)
     model, saved = Toy(), None
+    num_shards = options.get("num_shards", NUM_SHARDS)
     if options["first"]:
         saved = torch.load(f"{folder}/state.pt", weights_only=True)
         model.load_state_dict(saved["weights"])
@@ -84,7 +85,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         lambda params: torch.optim.Adam(params, lr=1e-2),
         World(rank, world_size, torch.device("cpu")),
         seed=0,
-        num_virtual_shards=NUM_SHARDS,
+        num_virtual_shards=num_shards,
         micro_batch=MICRO_BATCH,
         zero_stage=options["stage"],
         precision=options.get("precision", "fp32"),
@@ -96,9 +97,9 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
     losses, norms, applied, changed = [], [], [], []
     for step in range(options["first"], options["last"]):
         engine.set_lr(1e-2 / (1 + step))
-        owned = owned_virtual_shards(NUM_SHARDS, rank, world_size)
+        owned = owned_virtual_shards(num_shards, rank, world_size)
         before = engine.weights()
-        result = engine.step([batch_of(step, shard) for shard in owned])
+        result = engine.step([batch_of(step, shard, num_shards) for shard in owned])
         losses.append(result.loss.hex())
         norms.append(result.grad_norm)
         applied.append(result.applied)
@@ -171,6 +172,16 @@ def test_bf16_has_the_same_bits_at_any_world_size_too(tmp_path: Path, uninterrup
     one = run(tmp_path, 1, 0, precision="bf16")
     assert run(tmp_path, 2, 1, precision="bf16") == one
     assert one["digest"] != uninterrupted["digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_eight_virtual_shards_have_the_same_bits_at_one_to_eight_workers(
+    stage: int, precision: str, tmp_path: Path
+) -> None:
+    runs = [run(tmp_path, size, stage, precision=precision, num_shards=8) for size in (1, 2, 3, 4, 8)]
+    assert all(found == runs[0] for found in runs)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
