@@ -1,4 +1,4 @@
-"""SepFormer against the equations written out, against SpeechBrain's own where it is installed, and as a model here."""
+"""SepFormer against its equations written out, and what the rest of the system relies on; SpeechBrain's: test_peers."""
 
 import pytest
 import torch
@@ -123,76 +123,6 @@ def test_estimates_and_all_gradients_agree_with_the_equations_in_float64(frames:
     assert relative(got, expected) < 1e-6
     for a, b in zip(gradients(model, mixture, got), gradients(model, mixture, expected), strict=True):
         assert relative(a, b) < 1e-5
-
-
-def from_speechbrain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of SpeechBrain's SepformerWrapper under our names and in our shapes."""
-    ours = {
-        "encoder.weight": weights["encoder.conv1d.weight"][:, 0],
-        "decoder.weight": weights["decoder.weight"][:, 0].T,
-        "norm.gain": weights["masknet.norm.weight"],
-        "norm.shift": weights["masknet.norm.bias"],
-        "bottleneck.weight": weights["masknet.conv1d.weight"][..., 0],
-        "prelu.weight": weights["masknet.prelu.weight"],
-        "mask_conv.weight": weights["masknet.conv2d.weight"][..., 0, 0],
-        "mask_conv.bias": weights["masknet.conv2d.bias"],
-        "gate.linear.weight": torch.cat(
-            [weights[f"masknet.{name}.0.weight"][..., 0] for name in ("output", "output_gate")]
-        ),
-        "gate.linear.bias": torch.cat([weights[f"masknet.{name}.0.bias"] for name in ("output", "output_gate")]),
-        "mask_out.weight": weights["masknet.end_conv1x1.weight"][..., 0],
-    }
-    layer_names = {
-        "attention_norm": "norm1.norm",
-        "attention.qkv": "self_att.att.in_proj",
-        "attention.out": "self_att.att.out_proj",
-        "norm": "norm2.norm",
-        "up": "pos_ffn.ffn.0",
-        "down": "pos_ffn.ffn.3",
-    }
-    blocks = {name.split(".")[2] for name in weights if name.startswith("masknet.dual_mdl.")}
-    layers = {name.split(".")[6] for name in weights if ".intra_mdl.mdl.layers." in name}
-    for path in ("intra", "inter"):
-        for block in blocks:
-            theirs = f"masknet.dual_mdl.{block}.{path}"
-            ours[f"{path}.{block}.layer_norm.weight"] = weights[f"{theirs}_mdl.mdl.norm.norm.weight"]
-            ours[f"{path}.{block}.layer_norm.bias"] = weights[f"{theirs}_mdl.mdl.norm.norm.bias"]
-            ours[f"{path}.{block}.global_norm.gain"] = weights[f"{theirs}_norm.weight"]
-            ours[f"{path}.{block}.global_norm.shift"] = weights[f"{theirs}_norm.bias"]
-            for layer in layers:
-                for name, their_name in layer_names.items():
-                    for kind in ("weight", "bias"):
-                        joint = "_" if their_name.endswith("in_proj") else "."
-                        value = weights[f"{theirs}_mdl.mdl.layers.{layer}.{their_name}{joint}{kind}"]
-                        ours[f"{path}.{block}.layers.{layer}.{name}.{kind}"] = value
-    return ours
-
-
-@pytest.mark.parametrize("frames", [97, 100, 104, 105, 109, 3])
-def test_estimates_are_those_of_speechbrain_with_the_same_weights(frames: int) -> None:
-    peer = pytest.importorskip(
-        "speechbrain.lobes.models.dual_path", exc_type=ImportError, reason="speechbrain (with torchaudio) is missing"
-    )
-    torch.manual_seed(0)
-    theirs = peer.SepformerWrapper(
-        encoder_kernel_size=16,
-        encoder_out_nchannels=32,
-        masknet_chunksize=10,
-        intra_numlayers=2,
-        inter_numlayers=2,
-        intra_nhead=4,
-        inter_nhead=4,
-        intra_dffn=48,
-        inter_dffn=48,
-    ).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    ours = SepFormer(2, 32, 16, 8, 10, 2, 2, 4, 48)
-    ours.load_state_dict(from_speechbrain(theirs.state_dict()), strict=True)
-    mixture = torch.randn(3, 16 + 8 * (frames - 1))
-    assert num_parameters(ours) == num_parameters(theirs)
-    assert relative(ours(mixture), theirs(mixture).transpose(1, 2)) < 1e-5
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 5, 6, 10, 15, 16, 99, 100])
