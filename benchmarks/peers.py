@@ -158,9 +158,72 @@ def _dptnet_weights(state: State) -> dict[str, Tensor]:
     return weights | _gated_head(state)
 
 
+def _sepformer(sizes: Mapping[str, Any]) -> nn.Module:
+    from speechbrain.lobes.models.dual_path import SepformerWrapper
+
+    if sizes["kernel_size"] != 2 * sizes["stride"]:
+        raise ValueError("SpeechBrain's stride is half its kernel")
+
+    class Transposed(SepformerWrapper):
+        def forward(self, mix: Tensor) -> Tensor:
+            return super().forward(mix).transpose(1, 2)
+
+    both = {"numlayers": "num_layers", "nhead": "num_heads", "dffn": "num_hidden"}
+    peer = Transposed(
+        encoder_kernel_size=sizes["kernel_size"],
+        encoder_out_nchannels=sizes["num_filters"],
+        masknet_chunksize=sizes["chunk_size"],
+        masknet_numlayers=sizes["num_blocks"],
+        masknet_numspks=sizes["num_speakers"],
+        **{f"{path}_{theirs}": sizes[ours] for path in ("intra", "inter") for theirs, ours in both.items()},
+    )
+    for module in peer.modules():  # as its recipes set them; this constructor cannot
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return peer
+
+
+def _sepformer_weights(state: State) -> dict[str, Tensor]:
+    halves = [_linear(state, f"masknet.{part}.0", "gate.linear") for part in ("output", "output_gate")]
+    weights = {
+        "encoder.weight": state["encoder.conv1d.weight"][:, 0],
+        "decoder.weight": state["decoder.weight"][:, 0].T,
+        "prelu.weight": state["masknet.prelu.weight"],
+        **{name: torch.cat([half[name] for half in halves]) for name in halves[0]},
+        **_linear(state, "masknet.conv1d", "bottleneck"),
+        **_linear(state, "masknet.conv2d", "mask_conv"),
+        **_linear(state, "masknet.end_conv1x1", "mask_out"),
+    }
+    norms = {"masknet.norm": "norm"}
+    layer_names = {"self_att.att.out_proj": "attention.out", "pos_ffn.ffn.0": "up", "pos_ffn.ffn.3": "down"}
+    for index in range(_count(state, "masknet.dual_mdl.")):
+        for path in ("intra", "inter"):
+            theirs, ours = f"masknet.dual_mdl.{index}.{path}_", f"{path}.{index}."
+            norms[f"{theirs}norm"] = f"{ours}global_norm"
+            plain_norms = {f"{theirs}mdl.mdl.norm.norm": f"{ours}layer_norm"}
+            for layer in range(_count(state, f"{theirs}mdl.mdl.layers.")):
+                their_layer, our_layer = f"{theirs}mdl.mdl.layers.{layer}.", f"{ours}layers.{layer}."
+                for their_name, our_name in layer_names.items():
+                    weights |= _linear(state, their_layer + their_name, our_layer + our_name)
+                for part in ("weight", "bias"):
+                    name = f"{our_layer}attention.qkv.{part}"
+                    weights[name] = state[f"{their_layer}self_att.att.in_proj_{part}"]
+                plain_norms[f"{their_layer}norm1.norm"] = f"{our_layer}attention_norm"
+                plain_norms[f"{their_layer}norm2.norm"] = f"{our_layer}norm"
+            for their_name, our_name in plain_norms.items():
+                weights |= {f"{our_name}.{part}": state[f"{their_name}.{part}"] for part in ("weight", "bias")}
+    for their_name, our_name in norms.items():
+        weights |= {f"{our_name}.gain": state[f"{their_name}.weight"], f"{our_name}.shift": state[f"{their_name}.bias"]}
+    return weights
+
+
 ASTEROID = "asteroid asteroid-filterbanks"
+SPEECHBRAIN = "speechbrain hyperpyyaml ruamel.yaml sentencepiece joblib torchaudio"
 PEERS: dict[str, Peer] = {
     "conv_tasnet": Peer(ASTEROID, _conv_tasnet, _conv_tasnet_weights),
     "dprnn": Peer(ASTEROID, _dprnn, _dprnn_weights),
     "dptnet": Peer(ASTEROID, _dptnet, _dptnet_weights),
+    "sepformer": Peer(SPEECHBRAIN, _sepformer, _sepformer_weights),
 }

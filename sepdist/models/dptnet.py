@@ -11,27 +11,10 @@ Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk,
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepdist.models.attention import Attention
 from sepdist.models.dual_path import Gate, GlobalNorm, check_chunk_size, merge, segment, swapped
 from sepdist.models.layers import check_mixture, check_sizes, cut_frames, overlap_add, widen
 from sepdist.models.lstm import BiLSTM
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, [R, L, F] -> [R, L, F] (equations 3 to 5)."""
-
-    def __init__(self, num_features: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(num_features, 3 * num_features)
-        self.out = nn.Linear(num_features, num_features)
-        nn.init.xavier_uniform_(self.qkv.weight)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x_RLF: Tensor) -> Tensor:
-        """Each place's view of its own sequence."""
-        q, k, v = self.qkv(x_RLF).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class PathTransformer(nn.Module):
@@ -78,8 +61,6 @@ class DPTNet(nn.Module):
         super().__init__()
         check_sizes(num_speakers, kernel_size, stride)
         check_chunk_size(chunk_size)
-        if num_filters % num_heads:
-            raise ValueError(f"num_filters={num_filters} in num_heads={num_heads} heads: not a whole number in each")
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
         self.kernel_size, self.stride = kernel_size, stride
         self.min_length = kernel_size

@@ -21,23 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.attention import attend, attention_parameters, sinusoids
-from sepdist.models.dual_path import merge, segment
-from sepdist.models.layers import apply_masks, cut_frames, overlap_add, widen
+from sepdist.models.attention import Attention, sinusoids
+from sepdist.models.dual_path import check_chunk_size, merge, segment, swapped
+from sepdist.models.layers import check_mixture, check_sizes, cut_frames, overlap_add, widen
+from sepdist.models.lstm import BiLSTM
 
 
 class LocalRecurrence(nn.Module):
     """Bi-LSTM along the frames of each chunk, linear, layer norm, residual: [B, C, K, F] -> [B, C, K, F]."""
 
-    def __init__(self, num_features: int, num_hidden: int) -> None:
+    def __init__(self, num_features: int, num_hidden: int, compile: bool) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(num_features, num_hidden, batch_first=True, bidirectional=True)
+        self.lstm = BiLSTM(num_features, num_hidden, compile)
         self.linear = nn.Linear(2 * num_hidden, num_features)
         self.norm = nn.LayerNorm(num_features)
 
     def forward(self, x_BCKF: Tensor) -> Tensor:
         """The next x."""
-        hidden, _ = self.lstm(x_BCKF.flatten(0, 1))
+        hidden = self.lstm(x_BCKF.flatten(0, 1))
         return x_BCKF + self.norm(widen(self.linear(hidden))).view_as(x_BCKF)
 
 
@@ -51,22 +52,19 @@ class GlobalAttention(nn.Module):
         # As torch's depth-wise nn.Conv1d and nn.ConvTranspose1d start.
         for parameter in (self.down_taps, self.up_taps, self.down_bias, self.up_bias):
             nn.init.uniform_(parameter, -(factor**-0.5), factor**-0.5)
-        attention = attention_parameters(num_features, num_heads)
-        self.in_weight, self.in_bias, self.out_weight, self.out_bias = attention
-        self.gain1, self.gain2 = (nn.Parameter(torch.ones(num_features)) for _ in range(2))
-        self.shift1, self.shift2 = (nn.Parameter(torch.zeros(num_features)) for _ in range(2))
-        self.dropout = dropout
+        self.attention_norm = nn.LayerNorm(num_features)
+        self.attention = Attention(num_features, num_heads)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(num_features)
 
     def forward(self, x_BCKF: Tensor) -> Tensor:
         """What is left of x at this block's granularity, with the other chunks in view."""
-        factor, num_features = self.down_taps.shape
+        factor = self.down_taps.shape[0]
         coarse_BCQF = (x_BCKF.unflatten(2, (-1, factor)) * self.down_taps).sum(3) + self.down_bias
-        x = coarse_BCQF.transpose(1, 2).flatten(0, 1)  # [B Q, C, F]
-        x = F.layer_norm(x, (num_features,), self.gain1, self.shift1) + sinusoids(x.shape[1], x)
-        attended = widen(attend(x, self.in_weight, self.in_bias, self.out_weight, self.out_bias))
-        x = x + F.dropout(attended, self.dropout, self.training)
-        x = F.layer_norm(x, (num_features,), self.gain2, self.shift2)
-        coarse_BCQF = x.unflatten(0, (len(x_BCKF), -1)).transpose(1, 2)
+        x = self.attention_norm(swapped(coarse_BCQF).flatten(0, 1))
+        x = x + sinusoids(x.shape[1], x)
+        x = self.norm(x + self.dropout(widen(self.attention(x))))
+        coarse_BCQF = swapped(x.unflatten(0, (len(x_BCKF), -1)))
         return (coarse_BCQF.unsqueeze(3) * self.up_taps + self.up_bias).flatten(2, 3)
 
 
@@ -74,7 +72,7 @@ class Sandglasset(nn.Module):
     """Encoder, blocks of local recurrence and global attention, masks, decoder.
 
     Of `num_blocks` blocks, block b samples down by 4 to the power of min(b, num_blocks - 1 - b). `output_parameters`
-    are the prefixes of the parameters that make particular speakers; `compile` is for the masks only.
+    are the prefixes of the parameters that make particular speakers; `compile=False` runs torch's own LSTM.
     """
 
     output_parameters: tuple[str, ...] = ("mask_conv",)
@@ -94,24 +92,21 @@ class Sandglasset(nn.Module):
         compile: bool = True,
     ) -> None:
         super().__init__()
-        if not 1 <= stride <= kernel_size:
-            raise ValueError(f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size")
-        if num_speakers < 1:
-            raise ValueError(f"num_speakers={num_speakers}: at least one")
+        check_sizes(num_speakers, kernel_size, stride)
+        check_chunk_size(chunk_size)
         factors = [4 ** min(block, num_blocks - 1 - block) for block in range(num_blocks)]
         if num_blocks < 1 or chunk_size % max(factors):
             raise ValueError(
                 f"chunk_size={chunk_size} with num_blocks={num_blocks}: choose a multiple of {max(factors, default=1)}"
                 " and at least one block"
             )
-        self.num_speakers, self.num_filters = num_speakers, num_filters
-        self.kernel_size, self.stride, self.chunk_size = kernel_size, stride, chunk_size
+        self.num_speakers, self.chunk_size = num_speakers, chunk_size
+        self.kernel_size, self.stride = kernel_size, stride
         self.min_length = kernel_size
-        self.compiled = compile
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.norm = nn.LayerNorm(num_filters, elementwise_affine=False)
         self.bottleneck = nn.Linear(num_filters, num_features)
-        self.local = nn.ModuleList(LocalRecurrence(num_features, num_hidden) for _ in factors)
+        self.local = nn.ModuleList(LocalRecurrence(num_features, num_hidden, compile) for _ in factors)
         self.coarse = nn.ModuleList(GlobalAttention(num_features, num_heads, factor, dropout) for factor in factors)
         self.prelu = nn.PReLU()
         self.mask_conv = nn.Linear(num_features, num_speakers * num_filters)
@@ -119,10 +114,7 @@ class Sandglasset(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        if mixture_BT.ndim != 2 or mixture_BT.shape[1] < self.min_length:
-            raise ValueError(
-                f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {self.min_length} samples"
-            )
+        check_mixture(mixture_BT, self.min_length)
         encoded_BNE = F.relu(self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride)))
         x = segment(widen(self.bottleneck(self.norm(widen(encoded_BNE)))), self.chunk_size)
         finer: list[Tensor] = []
@@ -133,8 +125,8 @@ class Sandglasset(nn.Module):
                 finer.append(x)
             elif block > blocks_left:
                 x = x + finer.pop()
-        # Every frame is the sum of two places, and so is the bias: the same as to convolve each place, at half the work.
-        frames_BNF = merge(self.prelu(x), encoded_BNE.shape[1])
-        logits_BNSE = 2 * self.mask_conv(frames_BNF / 2).unflatten(-1, (self.num_speakers, self.num_filters))
-        frames = self.decoder(apply_masks(logits_BNSE, encoded_BNE, self.compiled))
+        # The 1x1 convolution is linear: it may come after the overlap-add, whose every frame is a sum of two places.
+        y = 2 * self.mask_conv(merge(self.prelu(x), encoded_BNE.shape[1]) / 2)
+        masks_BNSE = F.relu(y.unflatten(-1, (self.num_speakers, -1)))
+        frames = self.decoder(masks_BNSE * encoded_BNE.unsqueeze(2))
         return overlap_add(widen(frames).transpose(1, 2), self.stride, mixture_BT.shape[1])

@@ -148,7 +148,7 @@ def test_wrong_shapes_and_sizes_are_refused_with_their_values(kind: type[nn.Modu
 
 
 def test_features_that_do_not_divide_among_the_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_filters=12 in num_heads=5"):
+    with pytest.raises(ValueError, match="12 features in num_heads=5"):
         small(DPTNet, num_heads=5)
 
 

@@ -38,7 +38,15 @@ def textbook(model: Sandglasset, mixture: Tensor) -> Tensor:
     outputs: list[Tensor] = []
     for block, (local, coarse) in enumerate(zip(model.local, model.coarse, strict=True)):
         rows = x.permute(0, 3, 2, 1).flatten(0, 1)
-        rows = local.linear(local.lstm(rows)[0])
+        names = [f"{kind}_{part}_l0" for kind in ("weight", "bias") for part in ("ih", "hh")]
+        lstm_parameters = (local.lstm.in_weight, local.lstm.hidden_weight, local.lstm.in_bias, local.lstm.hidden_bias)
+        replaced = {
+            name + suffix: parameter[direction]
+            for direction, suffix in enumerate(("", "_reverse"))
+            for name, parameter in zip(names, lstm_parameters, strict=True)
+        }
+        lstm = nn.LSTM(features, lstm_parameters[1].shape[-1], batch_first=True, bidirectional=True, dtype=x.dtype)
+        rows = local.linear(torch.func.functional_call(lstm, replaced, (rows,))[0])
         x = x + norm(rows.unflatten(0, (batch, chunks)).permute(0, 3, 2, 1), local.norm.weight, local.norm.bias)
 
         factor = 4 ** min(block, len(model.local) - 1 - block)
@@ -46,19 +54,19 @@ def textbook(model: Sandglasset, mixture: Tensor) -> Tensor:
         rows = x.permute(0, 3, 1, 2).flatten(0, 1)  # [B C, F, K]
         rows = F.conv1d(rows, coarse.down_taps.T[:, None], coarse.down_bias, **sample)
         y = rows.unflatten(0, (batch, chunks)).permute(0, 3, 1, 2).flatten(0, 1)  # [B Q, C, F]
-        y = F.layer_norm(y, (features,), coarse.gain1, coarse.shift1)
+        y = F.layer_norm(y, (features,), coarse.attention_norm.weight, coarse.attention_norm.bias)
         angles = torch.arange(chunks)[:, None] / 10000 ** (torch.arange(0, features, 2) / features)
         y[..., 0::2] += angles.sin()
         y[..., 1::2] += angles.cos()
-        attention = nn.MultiheadAttention(features, coarse.in_weight.shape[1], batch_first=True, dtype=y.dtype)
+        attention = nn.MultiheadAttention(features, coarse.attention.num_heads, batch_first=True, dtype=y.dtype)
         replaced = {
-            "in_proj_weight": coarse.in_weight.flatten(0, 2),
-            "in_proj_bias": coarse.in_bias,
-            "out_proj.weight": coarse.out_weight,
-            "out_proj.bias": coarse.out_bias,
+            "in_proj_weight": coarse.attention.qkv.weight,
+            "in_proj_bias": coarse.attention.qkv.bias,
+            "out_proj.weight": coarse.attention.out.weight,
+            "out_proj.bias": coarse.attention.out.bias,
         }
         attended, _ = torch.func.functional_call(attention, replaced, (y, y, y))
-        y = F.layer_norm(y + attended, (features,), coarse.gain2, coarse.shift2)
+        y = F.layer_norm(y + attended, (features,), coarse.norm.weight, coarse.norm.bias)
         rows = y.unflatten(0, (batch, -1)).permute(0, 2, 3, 1).flatten(0, 1)  # [B C, F, Q]
         rows = F.conv_transpose1d(rows, coarse.up_taps.T[:, None], coarse.up_bias, **sample)
         x = rows.unflatten(0, (batch, chunks)).permute(0, 2, 3, 1)
@@ -145,7 +153,7 @@ def test_a_mixture_of_another_shape_is_refused_with_it(shape: tuple[int, ...]) -
     ("changes", "words"),
     [
         ({"stride": 9}, "stride=9"),
-        ({"num_heads": 5}, "5 heads"),
+        ({"num_heads": 5}, "=5"),
         ({"num_speakers": 0}, "=0"),
         ({"chunk_size": 40}, "chunk_size=40.*16"),
         ({"num_blocks": 0}, "num_blocks=0"),
