@@ -36,7 +36,7 @@ from tools.shard_data import write_data_set
 KINDS = ("kill", "stop", "livelock", "node", "preempt", "driver")
 NOTICE_SECONDS = 12
 SETTINGS = [
-    "data.crop_seconds=1.0",
+    "data.crop_seconds=0.5",
     "data.micro_batch=1",
     "data.num_virtual_shards=4",
     "validation.every_steps=50",
@@ -44,6 +44,7 @@ SETTINGS = [
     "validation.num_listening=1",
     "training.checkpoint_every=10",
     "training.log_every=1",
+    "training.early_stop_patience=0",
     "cluster.elastic_check_seconds=10",
     "cluster.preemption_check_steps=5",
 ]
