@@ -1,5 +1,6 @@
 """Every YAML under configs/ composes and builds, and the count is asserted, so that no file escapes."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_every_option_of_the_fixed_groups_composes(group: str) -> None:
         cfg = config.typed(composed("train", f"{group}={name}", *NEEDED), config.TrainConfig)
         if group in ("engine", "optim"):
             config.resolve(getattr(cfg, group)["_target_"])
+
+
+@pytest.mark.parametrize("name", files("mixing"))
+def test_every_mixing_is_a_node_of_the_data_section_with_known_arguments(name: str) -> None:
+    node = config.typed(composed("train", f"mixing={name}", *NEEDED), config.TrainConfig).data.mixing
+    known = inspect.signature(config.resolve(node["_target_"])).parameters
+    assert {"dataset", "seed", "num_sources", "crop_seconds"} <= known.keys() and node.keys() - {
+        "_target_"
+    } <= known.keys()
 
 
 @pytest.mark.parametrize("name", files("experiment"))
