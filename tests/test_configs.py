@@ -1,5 +1,6 @@
 """Every YAML under configs/ composes and builds, and the count is asserted, so that no file escapes."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_every_pipeline_composes_with_all_its_stages(name: str) -> None:
     assert all(stage.config.data for stage in stages if stage.kind == "evaluate")
     if name.endswith("_mini"):
         assert all(stage.config.cluster.num_workers == 2 for stage in stages if stage.kind == "train")
+
+
+@pytest.mark.parametrize("name", files("mixing"))
+def test_every_mixing_is_a_node_of_the_data_section_with_known_arguments(name: str) -> None:
+    node = config.typed(composed("train", f"mixing={name}", *NEEDED), config.TrainConfig).data.mixing
+    known = inspect.signature(config.resolve(node["_target_"])).parameters
+    assert {"dataset", "seed", "num_sources", "crop_seconds"} <= known.keys() and node.keys() - {
+        "_target_"
+    } <= known.keys()
 
 
 @pytest.mark.parametrize("name", [name for name in files("experiment") if not is_pipeline(name)])

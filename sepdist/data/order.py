@@ -97,12 +97,16 @@ class Blend:
 
     def locate(self, position: int) -> tuple[int, int]:
         """(number of the data set, position within it) of the global `position`."""
+        if len(self.units) == 1:
+            return 0, position
         epoch, index = divmod(position // self.micro_batch, sum(self.units))
         number = int(self._plan(epoch)[0][index])
         return number, self.passed(position, number)
 
     def passed(self, position: int, number: int) -> int:
         """How many samples of data set `number` come before the global `position`."""
+        if len(self.units) == 1:
+            return position
         unit, offset = divmod(position, self.micro_batch)
         epoch, index = divmod(unit, sum(self.units))
         labels, before = self._plan(epoch)
@@ -112,8 +116,7 @@ class Blend:
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """For every unit of an epoch its data set, and [set, unit] how many units of that set come before it."""
         labels = np.repeat(np.arange(len(self.units)), self.units)
-        if len(self.units) > 1:
-            labels = labels[_permutation(len(labels), self.seed, "data set order", epoch)]
+        labels = labels[_permutation(len(labels), self.seed, "data set order", epoch)]
         own = labels == np.arange(len(self.units))[:, None]
         return labels, np.cumsum(own, axis=1) - own
 

@@ -154,7 +154,8 @@ class DeepSpeedEngine:
         for shard, items in zip(self.owned, metrics, strict=True):
             for row, name in enumerate(names, 1):
                 if items[name].numel():
-                    table[:, row, shard] = torch.stack([items[name].double().mean(), torch.ones(())])
+                    table[0, row, shard] = items[name].double().mean()
+                    table[1, row, shard] = 1
         sums, counts = sum_over_world(table, self.world).sum(2).tolist()
         means = {name: total / count for name, total, count in zip(names, sums[1:], counts[1:], strict=True) if count}
         return StepResult(sums[0] / self.num_virtual_shards, means, grad_norm, applied, metrics)
