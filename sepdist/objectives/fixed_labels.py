@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sepdist import storage
 from sepdist.data.records import Batch
-from sepdist.metrics.permutation import all_orders, best_permutation, permutation_rank
+from sepdist.metrics.permutation import all_orders, best_permutation
 from sepdist.objectives.separation import pair_scores, report
 
 
@@ -21,7 +21,8 @@ class FixedLabels:
     """Minus the mean SI-SNR under the assignment of the table; in evaluation mode under the best one, as in PIT.
 
     `labels`: a CSV, on disk or s3://, with the columns `id` and `permutation` (lexicographic rank, as the metric of the
-    separation objective). Metrics as there, of the best assignment, and `agreement`: whether it is the table's.
+    separation objective). Metrics as there, of the best assignment, and in training `agreement`: whether it is
+    the table's.
     """
 
     def __init__(self, labels: str) -> None:
@@ -32,13 +33,12 @@ class FixedLabels:
         """Loss and metrics of one batch; needs `batch.sources`, and in training a label for each of `batch.ids`."""
         scores_BSS = pair_scores(model, batch)
         best_B, order_BS = best_permutation(scores_BSS)
-        agreement_B = best_B.new_ones(len(best_B))
-        given_B = best_B
-        if model.training:
-            given_BS = self._orders(batch.ids, scores_BSS.shape[1]).to(order_BS.device)
-            given_B = scores_BSS.gather(1, given_BS.unsqueeze(1)).squeeze(1).mean(-1)
-            agreement_B = (permutation_rank(given_BS) == permutation_rank(order_BS)).float()
-        return -given_B.mean(), report(best_B, order_BS, batch) | {"agreement": agreement_B}
+        metrics = report(best_B, order_BS, batch)
+        if not model.training:
+            return -best_B.mean(), metrics
+        given_BS = self._orders(batch.ids, scores_BSS.shape[1]).to(order_BS.device)
+        given_B = scores_BSS.gather(1, given_BS.unsqueeze(1)).squeeze(1).mean(-1)
+        return -given_B.mean(), metrics | {"agreement": (given_BS == order_BS).all(1).float()}
 
     def _orders(self, ids: list[str], num_sources: int) -> Tensor:
         missing = [id_ for id_ in ids if id_ not in self.labels]

@@ -42,7 +42,7 @@ def test_in_evaluation_it_is_pit_and_needs_no_label(tmp_path: Path) -> None:
     model = Fixed(sources.flip(1) + 0.1 * torch.randn_like(sources)).eval()
     objective = FixedLabels(table(tmp_path, 0))
     (loss, metrics), (expected, by_pit) = objective(model, batch), Separation()(model, batch)
-    assert torch.equal(loss, expected) and metrics.keys() == by_pit.keys() | {"agreement"}
+    assert torch.equal(loss, expected) and metrics.keys() == by_pit.keys()
     with pytest.raises(ValueError, match=r"labels\.csv has 1 labels, none for other"):
         objective(model.train(), batch)
 
