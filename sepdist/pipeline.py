@@ -13,6 +13,7 @@ so that a mistake in the last one costs nothing. Stopped and started again, trai
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -90,7 +91,7 @@ def run(cfg: PipelineConfig, console: Console) -> None:
             console.rule(f"{title}{' has finished before' if skip else ''}", align="left")
             if not skip:
                 began = time.monotonic()
-                RUNNERS[stage.kind](stage.config, console)
+                RUNNERS[stage.kind](copy.deepcopy(stage.config), console)  # a program may complete its config
                 mark_done(stage, time.monotonic() - began)
     if cfg.table:
         results = table(cfg, stages)

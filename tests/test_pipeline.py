@@ -76,9 +76,13 @@ def tiny(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfig:
     return PipelineConfig(**values | changes)
 
 
-def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(tiny_data, tmp_path: Path, trained) -> None:
+def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(
+    tiny_data, tmp_path: Path, trained, monkeypatch
+) -> None:
     console = Console(quiet=True)
-    cfg = tiny(tiny_data, tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    output = Path(tmp_path.name)  # relative, as people write it
+    cfg = tiny(tiny_data, output)
     pipeline.run(cfg, console)
     assert trained == ["se", "ptft"]
     seed = tmp_path / "seed-0"
@@ -101,10 +105,10 @@ def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(tiny_da
 
     trained.clear()
     before = {p: p.stat().st_mtime_ns for p in seed.rglob("*") if p.is_file() and "figure" not in str(p)}
-    pipeline.run(tiny(tiny_data, tmp_path), console)
+    pipeline.run(tiny(tiny_data, output), console)
     assert trained == [] and before == {p: p.stat().st_mtime_ns for p in before}
 
-    changed = tiny(tiny_data, tmp_path)
+    changed = tiny(tiny_data, output)
     changed.stages["ptft"].overrides.append("optim.lr=0.5")
     with pytest.raises(
         ConfigError, match=r"stage ptft .*optim\.lr was 0\.002, is 0\.5.*another output, or remove .*ptft"
