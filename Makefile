@@ -48,7 +48,7 @@ format: $(VENV)/.installed ## let ruff mend what it can
 bench: $(VENV)/.installed ## every benchmark, one JSON line each (about 40 minutes)
 	$(RUN) -m benchmarks.shards
 	$(RUN) -m benchmarks.loader
-	$(RUN) -m benchmarks.conv_tasnet
+	$(RUN) -m benchmarks.models
 	$(RUN) -m benchmarks.step_overhead
 	$(RUN) -m benchmarks.reduction
 	$(RUN) -m benchmarks.resume

@@ -25,7 +25,7 @@ import webdataset
 
 from sepdist.data import shards
 from sepdist.data.records import Mixture
-from sepdist.data.stream import Dataset, TrainStream
+from sepdist.data.stream import Crops, Dataset, TrainStream
 from sepdist.seeding import rng
 from tests.s3server import ADMIN, S3Server, find_weed
 
@@ -66,9 +66,9 @@ def write(url: str) -> shards.Manifest:
 
 def from_stream(url: str, num_threads: int) -> Iterator[torch.Tensor]:
     with tempfile.TemporaryDirectory() as cache:
-        dataset = Dataset(url, noise=True, cache_dir=cache)
+        crops = Crops(Dataset(url, noise=True, cache_dir=cache), seed=0, crop_seconds=CROP_SECONDS)
         shape = {"num_virtual_shards": 1, "micro_batch": BATCH, "rank": 0, "world_size": 1}
-        stream = TrainStream(dataset, seed=0, crop_seconds=CROP_SECONDS, num_threads=num_threads, **shape)
+        stream = TrainStream({"main": crops}, seed=0, num_threads=num_threads, **shape)
         steps = stream.steps(0)
         for _ in range(NUM_SHARDS * SAMPLES_PER_SHARD // BATCH):
             yield next(steps)[0].mixture

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loader import start_s3, write
-from sepdist.data.stream import Dataset, TrainStream
+from sepdist.data.stream import Crops, Dataset, TrainStream
 from sepdist.reporting import read_metrics
 from tests.s3server import FaultyProxy, S3Server
 
@@ -37,7 +37,8 @@ def seconds_to_first_batch(url: str, share: float) -> float:
         began = time.perf_counter()
         dataset = Dataset(url, noise=True, cache_dir=cache)
         shape = {"num_virtual_shards": 4, "micro_batch": 4, "rank": 0, "world_size": 1}
-        stream = TrainStream(dataset, seed=0, crop_seconds=3.0, prefetch_steps=0, **shape)
+        crops = Crops(dataset, seed=0, crop_seconds=3.0)
+        stream = TrainStream({"main": crops}, seed=0, prefetch_steps=0, **shape)
         next(stream.steps(int(share * dataset.manifest.num_samples) // GLOBAL_BATCH))
         seconds = time.perf_counter() - began
         stream.close()

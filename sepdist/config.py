@@ -28,6 +28,17 @@ class ConfigError(ValueError):
 
 
 @dataclass
+class ExtraConfig:
+    """One more data set to train on: batches of it come between those of `data.train`, with its name on them."""
+
+    name: str = MISSING
+    url: str = MISSING
+    num_sources: int = 1
+    noise: bool = True
+    weight: float | None = None  # batches for each one of data.train; None = by its size, so that an epoch is one pass
+
+
+@dataclass
 class DataConfig:
     """Where the samples come from and how they are cut into steps (`sepdist/data/`)."""
 
@@ -35,6 +46,10 @@ class DataConfig:
     validation: str = MISSING
     num_sources: int = 2  # how many of s1, s2, ... enter the mixture and are targets
     noise: bool = False  # whether the noise of each sample is part of the mixture
+    mixing: Any = (
+        None  # a node that makes new mixtures of data.train's first sources (configs/mixing); None = as stored
+    )
+    extra: list[ExtraConfig] = field(default_factory=list)  # more data sets, for objectives of several tasks
     crop_seconds: float = 3.0
     num_virtual_shards: int = 4  # V: fixes the data order and the reduction tree; world sizes 1..V can run it
     micro_batch: int = 2  # samples per virtual shard and step; global batch = num_virtual_shards * micro_batch
@@ -70,6 +85,7 @@ class InitConfig:
     """Hand-off: weights of an earlier stage and the parameters that start afresh."""
 
     weights: str | None = None  # a run_dir, an export folder or a .safetensors file; None = from scratch
+    part: str | None = None  # take only the weights below this prefix, without it; None = all
     reinit: list[str] = field(default_factory=list)  # parameter-name prefixes that keep their fresh values
 
 
@@ -82,6 +98,7 @@ class TrainingConfig:
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_best: bool = True
+    keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good
     max_failed_checkpoints: int = 3  # in a row, that storage would not take, before the run ends
     early_stop_patience: int = 30  # validations without improvement; 0 = never
     spike_factor: float = 100.0  # skip a step whose gradient norm is so many times the median; 0 = only if not finite
@@ -118,6 +135,7 @@ class TrainConfig:
     name: str = MISSING  # derives the run's identity; never from the time
     run_dir: str = MISSING
     seed: int = 0
+    data_root: str = "data"  # folder or s3:// prefix of the data sets, where an experiment names them by it
     sample_rate: int = 8000
     num_speakers: int = 2
     model: Any = MISSING
@@ -130,6 +148,51 @@ class TrainConfig:
     init: InitConfig = field(default_factory=InitConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
+class StageConfig:
+    """One stage of a pipeline; its folder is output/seed-<seed>/<its name>."""
+
+    kind: str = "train"  # or evaluate, labels, figure
+    experiment: str = ""  # train: a file of configs/experiment
+    label: str = ""  # its name in a figure
+    uses: list[str] = field(default_factory=list)  # earlier stages: initial weights, the model to score, runs to draw
+    overrides: list[str] = field(default_factory=list)  # key=value, of train, of evaluate (labels too) or of a figure
+
+
+@dataclass
+class RowConfig:
+    """One row of a pipeline's table."""
+
+    label: str = MISSING
+    stage: str = ""  # the evaluation; none where the paper quotes a number and nothing is run
+    paper: list[float] = field(default_factory=list)  # SI-SNRi and SDRi in dB
+
+
+@dataclass
+class PipelineConfig:
+    """`configs/pipeline.yaml`: python -m sepdist.pipeline."""
+
+    name: str = MISSING
+    title: str = ""
+    output: str = MISSING  # folder or s3:// prefix
+    data_root: str = "data"  # folder or s3:// prefix of the data sets that the experiments name
+    test_data: str = ""  # what evaluations score, where their overrides name nothing else
+    variant: str = ""  # ends the name of every stage's experiment: _mini
+    seeds: list[int] = field(default_factory=lambda: [0])
+    stages: dict[str, StageConfig] = field(default_factory=dict)  # in the order in which they run
+    overrides: dict[str, list[str]] = field(default_factory=dict)  # by kind, for all its stages, before their own
+    table: list[RowConfig] = field(default_factory=list)
+
+
+@dataclass
+class FigureConfig:
+    """What sepdist/plot.py draws."""
+
+    runs: dict[str, str] = field(default_factory=dict)  # label -> run_dir
+    output: str = MISSING  # the PNG file, local or s3://
+    title: str = ""
 
 
 @dataclass
@@ -180,6 +243,7 @@ def register_schemas() -> None:
         ("train_schema", TrainConfig),
         ("shard_schema", ShardConfig),
         ("evaluate_schema", EvaluateConfig),
+        ("pipeline_schema", PipelineConfig),
     ):
         store.store(name=name, node=node)
 
@@ -214,6 +278,17 @@ def from_yaml(text: str, schema: type[_T]) -> _T:
     merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text))
     assert isinstance(merged, DictConfig)
     return typed(merged, schema)
+
+
+def differences(before: Any, after: Any, free: tuple[str, ...] = (), name: str = "") -> list[str]:
+    """The leaves in which two nested dictionaries differ, as "split was dev, is test"; not those named `free`..."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        inner = [
+            differences(before.get(key), after.get(key), free, f"{name}.{key}".lstrip("."))
+            for key in sorted(before.keys() | after.keys())
+        ]
+        return [line for lines in inner for line in lines]
+    return [] if before == after or name.startswith(free) else [f"{name} was {before}, is {after}"]
 
 
 def load_frozen(url: str) -> TrainConfig:

@@ -103,7 +103,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         ConfigError: model and data do not fit each other.
         EvaluationError: an utterance has no finite score.
     """
-    cfg = _absolute(cfg)
+    cfg = absolute_paths(cfg)
     began = time.monotonic()
     export = load_export(cfg.model)
     dataset = open_dataset(cfg)
@@ -128,7 +128,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     return results
 
 
-def _absolute(cfg: EvaluateConfig) -> EvaluateConfig:
+def absolute_paths(cfg: EvaluateConfig) -> EvaluateConfig:
     """Workers have another working directory, so local paths are made absolute."""
 
     def absolute(path: str) -> str:
@@ -268,18 +268,24 @@ def _sdr(estimates: Tensor, sources: Tensor) -> float:
 
 def score_on_ray(cfg: EvaluateConfig, count: int, advance: Callable[[], None]) -> dict[int, Score]:
     """Scores by index from `num_workers` Ray tasks; task k takes utterances k, k + num_workers, ..."""
+    num_tasks = min(cfg.num_workers, count)
+    rows: dict[int, Score] = {}
+    for index, score in on_ray(cfg, score_remotely, [(cfg, part, count, num_tasks) for part in range(num_tasks)]):
+        rows[index] = score
+        advance()
+    return rows
+
+
+def on_ray(cfg: EvaluateConfig, work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """What the generator `work` yields for each of `calls`, one Ray task each, in the order in which it comes."""
     import ray
     from ray.exceptions import RayTaskError
 
     with connected(cfg.num_workers):
         if cfg.use_gpu and not ray.cluster_resources().get("GPU"):
             raise ConfigError("use_gpu=true, but no node of this Ray cluster has a GPU")  # tasks would wait for ever
-        num_tasks = min(cfg.num_workers, count)
-        task = ray.remote(num_cpus=1, num_gpus=1 if cfg.use_gpu else 0, max_retries=3)(score_remotely)
-        streams: list[Any] = [
-            task.options(num_returns="streaming").remote(cfg, part, count, num_tasks) for part in range(num_tasks)
-        ]
-        rows: dict[int, Score] = {}
+        task = ray.remote(num_cpus=1, num_gpus=1 if cfg.use_gpu else 0, max_retries=3)(work)
+        streams: list[Any] = [task.options(num_returns="streaming").remote(*call) for call in calls]
         try:
             while streams:
                 [stream], _ = ray.wait(streams, num_returns=1)
@@ -287,15 +293,12 @@ def score_on_ray(cfg: EvaluateConfig, count: int, advance: Callable[[], None]) -
                 if reference is None:
                     streams.remove(stream)
                     continue
-                index, score = ray.get(reference)
-                rows[index] = score
-                advance()
+                yield ray.get(reference)
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
         finally:
             for stream in streams:
                 ray.cancel(stream)
-    return rows
 
 
 def score_remotely(cfg: EvaluateConfig, part: int, count: int, num_parts: int) -> Iterator[tuple[int, Score]]:

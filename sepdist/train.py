@@ -23,10 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sepdist import __version__, config, storage
 from sepdist.config import ConfigError, TrainConfig
-from sepdist.training.checkpoint import best_of, find_committed
+from sepdist.training.checkpoint import best_of, find_committed, inherit
 
 # What may change between the first start of a run and a later one; anything else makes it another run.
-FREE_TO_CHANGE = ("training", "cluster", "validation", "data.cache", "data.num_threads", "data.prefetch", "engine.zero")
+# data_root: data.train and data.validation hold what came of it.
+FREE_TO_CHANGE: tuple[str, ...] = ("training", "cluster", "validation", "engine.zero", "data_root")
+FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads")
 
 config.register_schemas()
 
@@ -39,11 +41,7 @@ def main(composed: DictConfig) -> None:
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING)
     try:
-        cfg = freeze(config.typed(composed, TrainConfig), console)
-        console.print(f"run {cfg.name}: {cfg.run_dir}")
-        with follow(cfg, console):
-            launch.launch(cfg)
-        summarise(cfg, console)
+        run(config.typed(composed, TrainConfig), console)
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on from the newest checkpoint in {composed.run_dir}")
         sys.exit(130)
@@ -52,16 +50,30 @@ def main(composed: DictConfig) -> None:
         sys.exit(1)
 
 
+def run(cfg: TrainConfig, console: Console) -> None:
+    """Freeze a stage, train it in Ray Train workers and show how it goes; returns when it has finished.
+
+    Raises:
+        TrainingFailedError: a worker's error, once the allowed restarts are used up.
+    """
+    from sepdist.training import launch
+
+    cfg = freeze(cfg, console)
+    console.print(f"run {cfg.name}: {cfg.run_dir}")
+    with follow(cfg, console):
+        launch.launch(cfg)
+    summarise(cfg, console)
+
+
 def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     """Check the config as far as it can be without a worker, and put it at run_dir/config.yaml.
 
     Raises:
         ConfigError: a part does not build, a data set is missing, or run_dir holds a run of another config.
     """
-    for name in ("run_dir", "data.train", "data.validation", "init.weights"):
-        _make_absolute(cfg, name)
+    _make_absolute(cfg)
+    from sepdist.training.datasets import open_datasets
     from sepdist.training.engine import check_engine_options
-    from sepdist.training.loop import open_datasets
 
     options = dict(cfg.engine)
     fewest, most = config.worker_range(cfg.cluster)
@@ -75,21 +87,22 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
         )
     if cfg.cluster.preemption_check_steps < 1:
         raise ConfigError(f"cluster.preemption_check_steps={cfg.cluster.preemption_check_steps}: at least 1")
-    config.build(cfg.objective)
+    objective = config.build(cfg.objective)
     model = config.build(cfg.model)
-    open_datasets(cfg)
+    feeds, _ = open_datasets(cfg)
+    if absent := set(getattr(objective, "data_sets", ())) - feeds.keys():
+        raise ConfigError(f"objective {cfg.objective['_target_']} needs data.extra of the name {', '.join(absent)}")
     if cfg.init.weights:
-        from sepdist.training.checkpoint import load_weights, read_export
-
-        weights, _, _, folder = read_export(cfg.init.weights)
-        fresh = load_weights(model, weights, cfg.init.reinit, source=folder)
+        fresh, parent = inherit(model, cfg.init)
         console.print(
-            f"weights from {folder}; re-initialised: {', '.join(fresh) or 'none'}", highlight=False, soft_wrap=True
+            f"weights from {parent['url']}; re-initialised: {', '.join(fresh) or 'none'}",
+            highlight=False,
+            soft_wrap=True,
         )
     frozen = storage.join(cfg.run_dir, "config.yaml")
     text = config.to_yaml(cfg)
     if storage.exists(frozen):
-        changed = _differences(yaml.safe_load(storage.read_bytes(frozen)), yaml.safe_load(text))
+        changed = config.differences(yaml.safe_load(storage.read_bytes(frozen)), yaml.safe_load(text), FREE_TO_CHANGE)
         if changed:
             raise ConfigError(
                 f"{cfg.run_dir} holds a run of another config: {'; '.join(changed)}. Choose another run_dir (or name), "
@@ -102,30 +115,13 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     return cfg
 
 
-def _make_absolute(cfg: TrainConfig, name: str) -> None:
+def _make_absolute(cfg: TrainConfig) -> None:
     """Workers have another working directory, so local paths are made absolute here."""
-    *path, last = name.split(".")
-    owner = cfg
-    for part in path:
-        owner = getattr(owner, part)
-    value = getattr(owner, last)
-    if value and not storage.is_remote(value):
-        setattr(owner, last, str(Path(value).expanduser().resolve()))
-
-
-def _flatten(value: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}
-
-
-def _differences(before: dict, after: dict) -> list[str]:
-    old, new = _flatten(before), _flatten(after)
-    return [
-        f"{name} was {old.get(name)}, is {new.get(name)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.startswith(FREE_TO_CHANGE)
-    ]
+    places = [(vars(cfg), "run_dir"), (vars(cfg.data), "train"), (vars(cfg.data), "validation")]
+    places += [(vars(cfg.init), "weights"), (cfg.objective, "labels"), (cfg.data.mixing or {}, "noise")]
+    for fields, name in [*places, *((vars(one), "url") for one in cfg.data.extra)]:
+        if (value := fields.get(name)) and not storage.is_remote(value):
+            fields[name] = str(Path(value).expanduser().resolve())
 
 
 class follow:  # noqa: N801 - a context manager used as a verb
@@ -193,7 +189,7 @@ def summarise(cfg: TrainConfig, console: Console) -> None:
     best = best_of(committed)
     if best is not None:
         console.print(
-            f"best validation score {best.score:.2f} at step {best.step}: {best.url}", highlight=False, soft_wrap=True
+            f"best validation score {best.score:.3g} at step {best.step}: {best.url}", highlight=False, soft_wrap=True
         )
     console.print(
         f"look at it: tensorboard --logdir {storage.join(cfg.run_dir, 'tensorboard')}", highlight=False, soft_wrap=True

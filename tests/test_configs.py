@@ -1,5 +1,6 @@
 """Every YAML under configs/ composes and builds, and the count is asserted, so that no file escapes."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from sepdist import config
+from sepdist import config, pipeline
 from sepdist.config import ConfigError
 
 CONFIGS = Path(config.config_dir())
@@ -24,15 +25,15 @@ def files(group: str) -> list[str]:
 
 
 def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_composes() -> None:
-    primary = {"train.yaml", "shard.yaml", "evaluate.yaml"}
-    groups = {"model", "objective", "engine", "optim", "cluster", "experiment", "corpus"}
+    primary = {"train.yaml", "shard.yaml", "evaluate.yaml", "pipeline.yaml"}
+    groups = {"model", "objective", "engine", "optim", "cluster", "scale", "experiment", "corpus", "mixing"}
     found = {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml")}
     assert primary <= found
     assert {name for name in found if name not in primary and name.split("/")[0] not in groups} == set()
     assert len(found) == NUM_CONFIGS
 
 
-NUM_CONFIGS = 20
+NUM_CONFIGS = 92
 
 
 @pytest.mark.parametrize("name", files("model"))
@@ -42,20 +43,50 @@ def test_every_model_builds_a_module(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", files("objective"))
-def test_every_objective_builds_a_callable(name: str) -> None:
-    cfg = config.typed(composed("train", f"objective={name}", *NEEDED), config.TrainConfig)
+def test_every_objective_builds_a_callable(name: str, tmp_path: Path) -> None:
+    given = []
+    if name == "fixed_labels":
+        (tmp_path / "labels.csv").write_text("id,permutation\na,0\n")
+        given.append(f"objective.labels={tmp_path}/labels.csv")
+    cfg = config.typed(composed("train", f"objective={name}", *NEEDED, *given), config.TrainConfig)
     assert callable(config.build(cfg.objective))
 
 
-@pytest.mark.parametrize("group", ["engine", "optim", "cluster"])
+@pytest.mark.parametrize("group", ["engine", "optim", "cluster", "scale"])
 def test_every_option_of_the_fixed_groups_composes(group: str) -> None:
     for name in files(group):
-        cfg = config.typed(composed("train", f"{group}={name}", *NEEDED), config.TrainConfig)
+        choice = f"{'+' if group == 'scale' else ''}{group}={name}"
+        cfg = config.typed(composed("train", choice, *NEEDED), config.TrainConfig)
         if group in ("engine", "optim"):
             config.resolve(getattr(cfg, group)["_target_"])
 
 
-@pytest.mark.parametrize("name", files("experiment"))
+def is_pipeline(name: str) -> bool:
+    """Whether an experiment is one of several stages; a twin says so in the file that it starts from."""
+    text = (CONFIGS / "experiment" / f"{name.removesuffix('_mini')}.yaml").read_text()
+    return "stages" in yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("name", [name for name in files("experiment") if is_pipeline(name)])
+def test_every_pipeline_composes_with_all_its_stages(name: str) -> None:
+    cfg = config.typed(composed("pipeline", f"experiment={name}"), config.PipelineConfig)
+    stages = pipeline.plan(cfg)
+    assert len({stage.folder for stage in stages}) == len(stages) == len(cfg.stages)
+    assert all(stage.config.data for stage in stages if stage.kind == "evaluate")
+    if name.endswith("_mini"):
+        assert all(stage.config.cluster.num_workers == 2 for stage in stages if stage.kind == "train")
+
+
+@pytest.mark.parametrize("name", files("mixing"))
+def test_every_mixing_is_a_node_of_the_data_section_with_known_arguments(name: str) -> None:
+    node = config.typed(composed("train", f"mixing={name}", *NEEDED), config.TrainConfig).data.mixing
+    known = inspect.signature(config.resolve(node["_target_"])).parameters
+    assert {"dataset", "seed", "num_sources", "crop_seconds"} <= known.keys() and node.keys() - {
+        "_target_"
+    } <= known.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in files("experiment") if not is_pipeline(name)])
 def test_every_experiment_composes_and_its_parts_build(name: str) -> None:
     given = [] if name.startswith("demo/") else ["data.train=a", "data.validation=b"]
     if name == "two_cores/finetune":
@@ -64,6 +95,7 @@ def test_every_experiment_composes_and_its_parts_build(name: str) -> None:
     assert isinstance(config.build(cfg.model), nn.Module)
     assert callable(config.build(cfg.objective))
     assert cfg.name != "???" and cfg.training.max_steps > 0
+    assert cfg.cluster.num_workers == 2 or not name.endswith("_mini")
 
 
 @pytest.mark.parametrize("name", files("corpus"))

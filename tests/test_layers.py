@@ -8,7 +8,9 @@ LAYERS = {
     **dict.fromkeys(("config", "storage", "audio", "seeding", "reporting", "cluster"), 0),
     **dict.fromkeys(("data", "corpora", "models", "objectives", "metrics"), 1),
     "training": 2,
-    **dict.fromkeys(("train", "evaluate", "separate", "audit"), 3),
+    **dict.fromkeys(("train", "evaluate", "separate", "audit", "plot"), 3),
+    "labels": 4,
+    "pipeline": 5,
 }
 SIDEWAYS = {("objectives", "metrics"), ("corpora", "data"), ("objectives", "data")}
 HOMES = {

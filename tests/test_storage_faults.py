@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sepdist import storage
-from sepdist.data.stream import Dataset, TrainStream
+from sepdist.data.stream import Crops, Dataset, TrainStream
 from sepdist.storage import StorageError
 from sepdist.training import checkpoint
 from sepdist.training.checkpoint import Checkpointer, collect_orphans, find_committed, load_newest
@@ -247,8 +247,9 @@ def batches(url: str, cache_dir: Path, during: Callable[[], None] = lambda: None
     def read() -> None:
         try:
             dataset = Dataset(url, noise=True, cache_dir=str(cache_dir), cache_gigabytes=1e-6)
-            options = {"seed": 5, "crop_seconds": 64 / toy.RATE, "num_virtual_shards": 2, "micro_batch": 2}
-            stream = TrainStream(dataset, rank=0, world_size=1, num_threads=2, prefetch_steps=1, **options)  # type: ignore[arg-type]
+            feeds = {"main": Crops(dataset, seed=5, crop_seconds=64 / toy.RATE)}
+            options = {"seed": 5, "num_virtual_shards": 2, "micro_batch": 2, "rank": 0, "world_size": 1}
+            stream = TrainStream(feeds, num_threads=2, prefetch_steps=1, **options)  # type: ignore[arg-type]
             steps = stream.steps(0)
             try:
                 for _ in range(NUM_STEPS):

@@ -246,21 +246,11 @@ def check_source(cfg: ShardConfig, *, claim: bool) -> None:
         with contextlib.suppress(FileExistsError):  # by an earlier start, or by another one a moment ago
             storage.put_bytes(url, yaml.safe_dump(wanted, sort_keys=True).encode(), create_only=True)
     if storage.exists(url):
-        changed = differences(yaml.safe_load(storage.read_bytes(url)), wanted)
+        changed = config.differences(yaml.safe_load(storage.read_bytes(url)), wanted)
         if changed:
             raise ConfigError(
                 f"{cfg.output} holds shards of other settings: {'; '.join(changed)}. Choose another output"
             )
-
-
-def differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """The leaves in which two nested dictionaries differ, as "split was dev, is test"."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = sorted(before.keys() | after.keys())
-        return [
-            line for key in keys for line in differences(before.get(key), after.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    return [] if before == after else [f"{name} was {before}, is {after}"]
 
 
 def write_shards(jobs: Sequence[ShardJob], num_workers: int) -> Iterator[tuple[int, ShardInfo]]:

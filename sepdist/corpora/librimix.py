@@ -8,6 +8,7 @@ by LibriMix's rules from any LibriSpeech-shaped tree and any noise folders. Out:
 """
 
 import csv
+import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,11 @@ def read_recipes(path: Path, num_sources: int) -> list[Recipe]:
     return recipes
 
 
+def speaker_place(speaker: str) -> float:
+    """Where a speaker stands in [0, 1): a hash of the id, the same whoever else is in the corpus."""
+    return int.from_bytes(hashlib.sha256(speaker.encode()).digest()[:4]) / 2**32
+
+
 def load_generated(paths: tuple[tuple[str, str], ...], sample_rate: int) -> dict[str, np.ndarray]:
     """The generated parts of one mixture, (member, path) each, float32 [T]; unequal lengths are an AudioError."""
     parts: dict[str, np.ndarray] = {}
@@ -91,7 +97,8 @@ class LibriMix:
     `metadata` and `draw` need `speech_root` (the folder that holds the CSV's paths: LibriSpeech's) and, with `noise`,
     `noise_root` (wham_noise). A split is that of the CSV, folder or tree: train-clean-100, train-100 or train. `draw`
     makes `num_mixtures` from `seed`, uses utterances of at least `min_seconds` (LibriMix: 3), noise of `noise_split`
-    (None: the split's own name, else tr, cv, tt for train*, dev*, test*) and writes CSVs to `metadata_out` if given.
+    (None: the split's own name, else tr, cv, tt for train*, dev*, test*), only the `speakers` whose `speaker_place` is
+    in [from, to), so that two data sets of a split can have disjoint ones, and writes CSVs to `metadata_out` if given.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class LibriMix:
         seed: int = 0,
         noise_split: str | None = None,
         min_seconds: float = 3.0,
+        speakers: Sequence[float] = (0.0, 1.0),
         metadata_out: str | None = None,
     ) -> None:
         ways = [name for name, given in (("metadata", metadata), ("generated", generated), ("draw", draw)) if given]
@@ -123,6 +131,8 @@ class LibriMix:
             raise ValueError(f"LibriMix: {ways[0]} needs speech_root, and noise_root unless noise=false")
         if draw and num_mixtures < 1:
             raise ValueError("LibriMix: draw needs num_mixtures, at least 1")
+        if len(speakers) != 2 or not 0 <= speakers[0] < speakers[1] <= 1:
+            raise ValueError(f"LibriMix: speakers is [from, to) with 0 <= from < to <= 1, not {list(speakers)}")
         self.name = f"libri{num_speakers}mix"
         self.sample_rate = sample_rate
         self.num_speakers = num_speakers
@@ -137,6 +147,7 @@ class LibriMix:
         self.seed = seed
         self.noise_split = noise_split
         self.min_seconds = min_seconds
+        self.speakers = tuple(speakers)
         self.metadata_out = Path(metadata_out).expanduser() if metadata_out else None
 
     def records(self, split: str) -> Iterator[Mixture]:
@@ -177,7 +188,8 @@ class LibriMix:
             return read_recipes(self.metadata / file_name, self.num_mixed)
         speakers: dict[str, list[Path]] = defaultdict(list)
         for path in utterance_paths(self.speech_root, split):
-            if audio.duration_seconds(path) >= self.min_seconds:
+            chosen = self.speakers[0] <= speaker_place(speaker_of(path)) < self.speakers[1]
+            if chosen and audio.duration_seconds(path) >= self.min_seconds:
                 speakers[speaker_of(path)].append(path)
         recipes = draw(
             speakers,

@@ -7,7 +7,7 @@ Follows LibriMix (Cosentino et al. 2020, "LibriMix: An Open-Source Dataset for G
 Shapes: T samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import cpu_count
@@ -230,11 +230,31 @@ class _Measured:
         return self._speech[path]
 
 
-def _gains(choice: Choice, measured: _Measured) -> list[float]:
-    """The gains of a drawn mixture, noise last: target loudness, then LibriMix's two guards against clipping.
+def guarded_gains(
+    targets: Sequence[float],
+    loudnesses: Sequence[float],
+    peaks: Sequence[float],
+    waves: Callable[[], Sequence[np.ndarray]],
+) -> list[float]:
+    """The gains that bring parts from their loudness to the targets, with LibriMix's two guards against clipping.
 
-    A part that would reach full scale is put at a peak of 0.9 instead, and all are lowered together if the mixture in
-    max mode would peak above 0.9. The noise is measured as it is heard: cut or extended to the longest source.
+    A part that would reach full scale is put at a peak of 0.9 instead, and all are lowered together if the sum of
+    `waves()` would peak above 0.9; these peak at `peaks` at most.
+    """
+    gains = [audio.db_to_gain(target - now) for target, now in zip(targets, loudnesses, strict=True)]
+    gains = [gain if gain * peak < 1.0 else MAX_PEAK / peak for gain, peak in zip(gains, peaks, strict=True)]
+    # The sum of the peaks bounds the peak of the sum, so most mixtures need no second look at their audio.
+    if sum(gain * peak for gain, peak in zip(gains, peaks, strict=True)) > MAX_PEAK:
+        peak = audio.peak_of_sum(waves(), gains)
+        if peak > MAX_PEAK:
+            gains = [gain * MAX_PEAK / peak for gain in gains]
+    return gains
+
+
+def _gains(choice: Choice, measured: _Measured) -> list[float]:
+    """The gains of a drawn mixture in max mode, noise last.
+
+    The noise is measured as it is heard: cut or extended to the longest source.
     LibriMix's scripts measure sources padded to the longest: on real speech their gains differ by 1e-7 dB in the median
     and at most 0.2 dB, and only this way is an utterance measured once for all its mixtures.
     """
@@ -256,15 +276,10 @@ def _gains(choice: Choice, measured: _Measured) -> list[float]:
         loudnesses.append(audio.loudness(noise, rate, str(choice.noise)))
         peaks.append(float(np.max(np.abs(noise))))
         targets.append(choice.noise_level)
-    gains = [audio.db_to_gain(target - now) for target, now in zip(targets, loudnesses, strict=True)]
-    gains = [gain if gain * peak < 1.0 else MAX_PEAK / peak for gain, peak in zip(gains, peaks, strict=True)]
-    # The sum of the peaks bounds the peak of the sum, so most mixtures need no second look at their audio.
-    if sum(gain * peak for gain, peak in zip(gains, peaks, strict=True)) > MAX_PEAK:
-        waves = [measured.wave(path)[0] for path in choice.sources] + ([noise] if noise is not None else [])
-        peak = audio.peak_of_sum(waves, gains)
-        if peak > MAX_PEAK:
-            gains = [gain * MAX_PEAK / peak for gain in gains]
-    return gains
+    noises = [] if noise is None else [noise]
+    return guarded_gains(
+        targets, loudnesses, peaks, lambda: [*(measured.wave(path)[0] for path in choice.sources), *noises]
+    )
 
 
 def draw(

@@ -1,12 +1,16 @@
-"""The data order: a global position in, (shard, sample) out; a pure function of the seed, with no state to save.
+"""The data order: a global position in, (data set, shard, sample) out; a pure function of the seed, no state to save.
 
 Positions count samples from the start of training and run on across epochs. Each epoch is one permutation of the data
 set: the shards are permuted, then samples are permuted within blocks of a few neighbouring shards, so that a worker
 needs only those shards at hand. Step s consumes the positions [s * V * B, (s + 1) * V * B) for V virtual shards of B
 samples (micro-batch), and a rank owns a contiguous block of virtual shards. So at any world size no sample is lost or
 repeated, and a restart at any step costs nothing.
+
+Where several data sets are trained on together, `Blend` says which of them a position takes its sample from, and which
+position of that set's own `Order` it is.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -74,6 +78,56 @@ class Order:
         places = _permutation(int(ends[-1]), self.seed, "sample order", epoch, block)
         which = np.searchsorted(ends, places, side="right")
         return shards[which], places - (ends - self._sizes[shards])[which]
+
+
+class Blend:
+    """Which data set each position of training takes its sample from: all `micro_batch` of a unit from the same one.
+
+    An epoch holds `units[i]` units of data set i, permuted. Each set goes through its own positions 0, 1, 2, ... for
+    ever, so that it neither loses nor repeats a sample, however the epochs of blend and set meet.
+    """
+
+    def __init__(self, seed: int, units: tuple[int, ...], micro_batch: int) -> None:
+        if not units or min(units) < 1 or micro_batch < 1:
+            raise ValueError(f"no blend of {units} units per epoch, of {micro_batch} samples each")
+        self.seed = seed
+        self.units = units
+        self.micro_batch = micro_batch
+        self._plan = lru_cache(maxsize=4)(self._plan_epoch)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(number of the data set, position within it) of the global `position`."""
+        if len(self.units) == 1:
+            return 0, position
+        epoch, index = divmod(position // self.micro_batch, sum(self.units))
+        number = int(self._plan(epoch)[0][index])
+        return number, self.passed(position, number)
+
+    def passed(self, position: int, number: int) -> int:
+        """How many samples of data set `number` come before the global `position`."""
+        if len(self.units) == 1:
+            return position
+        unit, offset = divmod(position, self.micro_batch)
+        epoch, index = divmod(unit, sum(self.units))
+        labels, before = self._plan(epoch)
+        whole_units = epoch * self.units[number] + int(before[number, index])
+        return whole_units * self.micro_batch + (offset if labels[index] == number else 0)
+
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """For every unit of an epoch its data set, and [set, unit] how many units of that set come before it."""
+        labels = np.repeat(np.arange(len(self.units)), self.units)
+        labels = labels[_permutation(len(labels), self.seed, "data set order", epoch)]
+        own = labels == np.arange(len(self.units))[:, None]
+        return labels, np.cumsum(own, axis=1) - own
+
+
+def units_per_epoch(num_samples: Sequence[int], weights: Sequence[float | None], micro_batch: int) -> tuple[int, ...]:
+    """The units of each data set in an epoch: one pass of it, or its weight times those of the first set's pass."""
+    first = max(1, round(num_samples[0] / micro_batch))
+    return tuple(
+        max(1, round(size / micro_batch if weight is None else weight * first))
+        for size, weight in zip(num_samples, weights, strict=True)
+    )
 
 
 def _permutation(size: int, seed: int, purpose: str, *position: int) -> np.ndarray:

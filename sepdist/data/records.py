@@ -7,11 +7,13 @@ Shapes: B batch, S sources, T samples (audio frames).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+MAIN = "main"  # the data set of the task that validation measures, `data.train`
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Batch:
     noise: Tensor | None  # float32 [B, T]; None where none was added
     lengths: Tensor  # int64 [B]
     speakers: list[tuple[str, ...]] = field(default_factory=list)
+    data_set: str = MAIN  # all items of a batch come from one
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -58,12 +61,6 @@ class Batch:
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device, non_blocking=True)
 
-        return Batch(
-            ids=self.ids,
-            positions=self.positions,
-            mixture=self.mixture.to(device, non_blocking=True),
-            sources=move(self.sources),
-            noise=move(self.noise),
-            lengths=self.lengths,
-            speakers=self.speakers,
+        return replace(
+            self, mixture=self.mixture.to(device, non_blocking=True), sources=move(self.sources), noise=move(self.noise)
         )

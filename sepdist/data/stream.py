@@ -1,7 +1,8 @@
-"""From a finished data set to batches: positions in, decoded crops in the canonical order out.
+"""From finished data sets to batches: positions in, decoded crops in the canonical order out.
 
 `Dataset` reads single full-length items (validation, test); `TrainStream` yields, for every step, one Batch for each
-virtual shard this rank owns, decoded ahead by threads. Everything random derives from the position.
+virtual shard this rank owns, decoded ahead by threads. What it trains on are feeds: `Crops` of the samples as they are
+stored, or mixtures made on the way (`dynamic.DynamicMixing`). Everything random derives from the position.
 
 Shapes: B batch, S sources, T samples.
 """
@@ -9,9 +10,11 @@ Shapes: B batch, S sources, T samples.
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +22,9 @@ import torch
 from sepdist.data.background import Background
 from sepdist.data.cache import OpenShard, ShardCache
 from sepdist.data.members import DataError
-from sepdist.data.order import Order, owned_virtual_shards, positions_of
-from sepdist.data.records import Batch
-from sepdist.data.shards import Sample, read_manifest, read_sample
+from sepdist.data.order import Blend, Order, owned_virtual_shards, positions_of, units_per_epoch
+from sepdist.data.records import MAIN, Batch
+from sepdist.data.shards import read_manifest, read_sample
 from sepdist.seeding import rng
 
 logger = logging.getLogger(__name__)
@@ -31,20 +34,49 @@ MAX_REPLACEMENTS = 100  # positions tried in a row for one damaged sample
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a batch: a sample, and float32 [T] of each member that matters, all of the same T."""
+    """One row of a batch: float32 [T] of each member of the mixture, all of the same T."""
 
-    position: int
-    sample: Sample
-    members: dict[str, np.ndarray]
+    id: str
+    speakers: tuple[str, ...]
+    members: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A damaged sample that the stream met, and the position that it should have filled."""
+    """A damaged sample that a feed met, and the position of its order that it should have filled."""
 
+    url: str
     position: int
     key: str
     error: DataError
+
+
+class Feed(Protocol):
+    """What a TrainStream takes from one data set; positions are the data set's own."""
+
+    @property
+    def url(self) -> str:
+        """The data set, for messages."""
+
+    @property
+    def num_samples(self) -> int:
+        """The positions of an epoch."""
+
+    @property
+    def crop_samples(self) -> int:
+        """The length of a batch; items may be shorter."""
+
+    def item(self, position: int, damages: list[Damage]) -> Item:
+        """The item at `position`, in any thread; damaged samples that others replace are added to `damages`."""
+
+    def prefetch(self, positions: range) -> None:
+        """Get the shards of the coming positions in the background."""
+
+    def digest(self) -> str:
+        """What identifies the data."""
+
+    def close(self) -> None:
+        """End the threads."""
 
 
 class Dataset:
@@ -62,7 +94,6 @@ class Dataset:
         self.url = url
         self.manifest = read_manifest(url)
         self.members = self._choose_members(num_sources, noise)
-        self.num_sources = 0 if self.members == ("mix",) else num_sources
         self.cache = ShardCache(url, self.manifest, cache_dir, int(cache_gigabytes * 1e9))
         self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
 
@@ -91,7 +122,8 @@ class Dataset:
         within = number - (int(self._ends[which - 1]) if which else 0)
         sample = shard.samples[within]
         stop = min(sample.num_samples, int(max_seconds * self.manifest.sample_rate))
-        return self.collate([Item(number, sample, self.read(shard, within, 0, stop))], stop)
+        item = Item(sample.key, sample.speakers, self.read(shard, within, 0, stop))
+        return collate([item], range(number, number + 1), stop)
 
     def read(self, shard: OpenShard, number: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """The members that matter of sample `number` of a shard, samples `start` to `stop`, float32 [stop - start].
@@ -102,36 +134,106 @@ class Dataset:
             raise DataError(shard.damaged[number])
         return read_sample(shard.file, shard.samples[number], self.members, start, stop)
 
-    def collate(self, items: Sequence[Item], length: int) -> Batch:
-        """The items as one batch of `length`, shorter ones padded with zeros at the end."""
-        waves = np.zeros((len(items), len(self.members), length), dtype=np.float32)
-        for row, item in zip(waves, items, strict=True):
-            for part, name in zip(row, self.members, strict=True):
-                part[: len(item.members[name])] = item.members[name]
-        mixture = waves[:, 0].copy()
-        for column in range(1, len(self.members)):  # one by one: the same bits whatever the shape of the batch
-            mixture += waves[:, column]
-        parts = torch.from_numpy(waves)
-        return Batch(
-            ids=[item.sample.key for item in items],
-            positions=torch.tensor([item.position for item in items]),
-            mixture=torch.from_numpy(mixture),
-            sources=parts[:, : self.num_sources] if self.num_sources else None,
-            noise=parts[:, -1] if "noise" in self.members else None,
-            lengths=torch.tensor([len(item.members[self.members[0]]) for item in items]),
-            speakers=[item.sample.speakers for item in items],
-        )
+
+def collate(items: Sequence[Item], positions: range, length: int, data_set: str = MAIN) -> Batch:
+    """The items as one batch of `length`, shorter ones padded with zeros at the end."""
+    names = list(items[0].members)
+    waves = np.zeros((len(items), len(names), length), dtype=np.float32)
+    for row, item in zip(waves, items, strict=True):
+        for part, name in zip(row, names, strict=True):
+            part[: len(item.members[name])] = item.members[name]
+    mixture = waves[:, 0].copy()
+    for column in range(1, len(names)):  # one by one: the same bits whatever the shape of the batch
+        mixture += waves[:, column]
+    parts = torch.from_numpy(waves)
+    num_sources = len([name for name in names if name not in ("mix", "noise")])
+    return Batch(
+        ids=[item.id for item in items],
+        positions=torch.tensor(positions),
+        mixture=torch.from_numpy(mixture),
+        sources=parts[:, :num_sources] if num_sources else None,
+        noise=parts[:, -1] if "noise" in names else None,
+        lengths=torch.tensor([len(item.members[names[0]]) for item in items]),
+        speakers=[item.speakers for item in items],
+        data_set=data_set,
+    )
+
+
+def crop_length(crop_seconds: float, sample_rate: int) -> int:
+    """Samples in a crop."""
+    if round(crop_seconds * sample_rate) < 1:
+        raise ValueError(f"crop_seconds={crop_seconds} at {sample_rate} Hz: it must be positive")
+    return round(crop_seconds * sample_rate)
+
+
+def beyond_replacing(damages: Sequence[Damage]) -> DataError:
+    """The error of a position for which no sound sample was found."""
+    last = damages[-1]
+    return DataError(f"{last.url}: {last.error} (position {last.position}; {len(damages)} damaged samples in a row)")
+
+
+class Crops:
+    """The samples of one data set as they are stored, each cut to `crop_seconds` at a place drawn for its position."""
+
+    def __init__(self, dataset: Dataset, *, seed: int, crop_seconds: float) -> None:
+        self.dataset = dataset
+        self.url = dataset.url
+        self.order = Order(seed, tuple(shard.num_samples for shard in dataset.manifest.shards))
+        self.num_samples = self.order.num_samples
+        self.seed = seed
+        self.crop_samples = crop_length(crop_seconds, dataset.manifest.sample_rate)
+
+    def item(self, position: int, damages: list[Damage]) -> Item:
+        """The crop at `position`; where its sample is damaged, one of the next position's sample that is not."""
+        met: list[Damage] = []
+        for candidate in range(position, position + 1 + MAX_REPLACEMENTS):
+            shard_number, number = self.order.locate(candidate)
+            shard = self.dataset.cache.open(shard_number)
+            sample = shard.samples[number]
+            start, stop = self._crop(position, sample.num_samples)
+            try:
+                item = Item(sample.key, sample.speakers, self.dataset.read(shard, number, start, stop))
+            except DataError as error:
+                met.append(Damage(self.url, candidate, sample.key, error))
+                continue
+            damages += met
+            return item
+        raise beyond_replacing(met) from met[-1].error
+
+    def _crop(self, position: int, num_samples: int) -> tuple[int, int]:
+        """Where the crop at `position` begins and ends in a sample of `num_samples`."""
+        spare = num_samples - self.crop_samples
+        if spare <= 0:
+            return 0, num_samples
+        # The raw stream of the bit generator, because that one never changes between versions of NumPy.
+        start = int(rng(self.seed, "crop", position).bit_generator.random_raw()) % (spare + 1)
+        return start, start + self.crop_samples
+
+    def prefetch(self, positions: range) -> None:
+        """Get the shards of `positions` and of the block after them in the background."""
+        self.dataset.cache.prefetch(self.order.upcoming(positions))
+
+    def digest(self) -> str:
+        """The sha256 of the data set."""
+        return self.dataset.manifest.digest()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.dataset.cache.close()
 
 
 class TrainStream:
-    """The crops of one rank, step by step. `seconds_waited` counts the time the consumer had to wait for data."""
+    """What one rank trains on, step by step. `seconds_waited` counts the time the consumer had to wait for data.
+
+    `feeds` are the data sets by name, the main one first. Of those with a weight an epoch holds so many batches per
+    batch of the main one, of the others one pass.
+    """
 
     def __init__(
         self,
-        dataset: Dataset,
+        feeds: Mapping[str, Feed],
         *,
         seed: int,
-        crop_seconds: float,
         num_virtual_shards: int,
         micro_batch: int,
         rank: int,
@@ -139,20 +241,21 @@ class TrainStream:
         num_threads: int = 1,
         prefetch_steps: int = 4,
         max_damaged: int = 0,
+        weights: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        self.dataset = dataset
-        self.order = Order(seed, tuple(shard.num_samples for shard in dataset.manifest.shards))
-        self.seed = seed
-        self.crop_samples = round(crop_seconds * dataset.manifest.sample_rate)
-        if self.crop_samples < 1 or micro_batch < 1:
-            raise ValueError(f"crop_seconds={crop_seconds}, micro_batch={micro_batch}: both must be positive")
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch={micro_batch}: it must be positive")
+        self.names, self.feeds = list(feeds), list(feeds.values())
+        sizes = [feed.num_samples for feed in self.feeds]
+        units = units_per_epoch(sizes, [weights.get(name) for name in self.names], micro_batch)
+        self.blend = Blend(seed, units, micro_batch)
         self.num_virtual_shards = num_virtual_shards
         self.micro_batch = micro_batch
         self.owned = owned_virtual_shards(num_virtual_shards, rank, world_size)
         self.prefetch_steps = max(0, prefetch_steps)
         self.max_damaged = max_damaged
         self.seconds_waited = 0.0
-        self._damaged: set[str] = set()
+        self._damaged: set[tuple[str, str]] = set()
         self._decoders = Background(max(1, num_threads), "decode")
 
     @property
@@ -160,18 +263,28 @@ class TrainStream:
         """Different damaged samples that this rank has replaced."""
         return len(self._damaged)
 
+    def main_epoch(self, position: int) -> int:
+        """The epoch, from 0, of the main data set's first sample at or after the global `position`."""
+        return self.blend.passed(position, 0) // self.feeds[0].num_samples
+
+    def digest(self) -> str:
+        """What identifies the data: all sets, and how many units an epoch has of each where there are several."""
+        if len(self.feeds) == 1:
+            return self.feeds[0].digest()
+        parts = zip(self.names, self.blend.units, self.feeds, strict=True)
+        return " + ".join(f"{units} {name} {feed.digest()}" for name, units, feed in parts)
+
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """For every step from `first_step` on, for ever, one Batch per owned virtual shard; any start costs the same.
 
         An error of a decoding thread is raised here, at the step that needed the sample.
         """
-        global_batch = self.num_virtual_shards * self.micro_batch
         ahead: deque[list[Future[tuple[Batch, list[Damage]]]]] = deque()
         step = first_step
         try:
             while True:
                 submitted, end = step + len(ahead), step + self.prefetch_steps + 1
-                self.dataset.cache.prefetch(self.order.upcoming(range(step * global_batch, end * global_batch)))
+                self._prefetch(step, end)
                 for later in range(submitted, end):
                     ahead.append([self._decoders.submit(self._batch, later, shard) for shard in self.owned])
                 began = time.monotonic()
@@ -187,50 +300,32 @@ class TrainStream:
 
     def close(self) -> None:
         """End the threads."""
-        self.dataset.cache.close()
+        for feed in self.feeds:
+            feed.close()
         self._decoders.close()
+
+    def _prefetch(self, step: int, end: int) -> None:
+        """Announce the positions of the steps [step, end) to the feeds."""
+        global_batch = self.num_virtual_shards * self.micro_batch
+        for number, feed in enumerate(self.feeds):
+            first, stop = (self.blend.passed(at * global_batch, number) for at in (step, end))
+            feed.prefetch(range(first, stop))
 
     def _batch(self, step: int, virtual_shard: int) -> tuple[Batch, list[Damage]]:
         damages: list[Damage] = []
         positions = positions_of(step, virtual_shard, self.num_virtual_shards, self.micro_batch)
-        items = [self._item(position, damages) for position in positions]
-        return self.dataset.collate(items, self.crop_samples), damages
-
-    def _item(self, position: int, damages: list[Damage]) -> Item:
-        """The crop at `position`; where its sample is damaged, one of the next position's sample that is not."""
-        for candidate in range(position, position + 1 + MAX_REPLACEMENTS):
-            shard_number, number = self.order.locate(candidate)
-            shard = self.dataset.cache.open(shard_number)
-            sample = shard.samples[number]
-            start, stop = self._crop(position, sample.num_samples)
-            try:
-                return Item(position, sample, self.dataset.read(shard, number, start, stop))
-            except DataError as error:
-                damages.append(Damage(candidate, sample.key, error))
-                if self.max_damaged == 0:
-                    break
-        last = damages[-1]
-        raise DataError(
-            f"{self.dataset.url}: {last.error} (position {last.position}; {len(damages)} damaged samples in a row, "
-            f"data.max_damaged={self.max_damaged} are allowed)"
-        ) from last.error
-
-    def _crop(self, position: int, num_samples: int) -> tuple[int, int]:
-        """Where the crop at `position` begins and ends in a sample of `num_samples`."""
-        spare = num_samples - self.crop_samples
-        if spare <= 0:
-            return 0, num_samples
-        # The raw stream of the bit generator, because that one never changes between versions of NumPy.
-        start = int(rng(self.seed, "crop", position).bit_generator.random_raw()) % (spare + 1)
-        return start, start + self.crop_samples
+        number, first = self.blend.locate(positions.start)
+        feed = self.feeds[number]
+        items = [feed.item(own, damages) for own in range(first, first + self.micro_batch)]
+        return collate(items, positions, feed.crop_samples, self.names[number]), damages
 
     def _count(self, damages: list[Damage]) -> None:
         # In the consumer and not in the threads, so that the run ends at the same step however far they are ahead.
         for damage in damages:
-            if damage.key in self._damaged:
+            if (damage.url, damage.key) in self._damaged:
                 continue
-            self._damaged.add(damage.key)
-            what = f"{self.dataset.url}: {damage.error} (position {damage.position}"
+            self._damaged.add((damage.url, damage.key))
+            what = f"{damage.url}: {damage.error} (position {damage.position}"
             if len(self._damaged) > self.max_damaged:
                 allowed = f"data.max_damaged={self.max_damaged} are allowed"
                 raise DataError(f"{what}; {len(self._damaged)} damaged samples, {allowed})") from damage.error

@@ -44,15 +44,20 @@ def permutation_rank(order_BS: Tensor) -> Tensor:
 
 
 @functools.cache
-def _all_orders(num_sources: int) -> Tensor:
+def all_orders(num_sources: int) -> Tensor:
+    """All permutations, int64 [S!, S], each at its lexicographic rank."""
     return torch.tensor(list(itertools.permutations(range(num_sources))))
 
 
-def _exhaustive(scores_BSS: Tensor) -> Tensor:
+def total_scores(scores_BSS: Tensor) -> Tensor:
+    """The summed score of each of the S! assignments, [B, S!], differentiable, in the order of `all_orders`."""
     num_sources = scores_BSS.shape[1]
-    orders_PS = _all_orders(num_sources).to(scores_BSS.device)
-    totals_BP = scores_BSS[:, orders_PS, torch.arange(num_sources, device=scores_BSS.device)].sum(-1)
-    return orders_PS[totals_BP.argmax(1)]
+    orders_PS = all_orders(num_sources).to(scores_BSS.device)
+    return scores_BSS[:, orders_PS, torch.arange(num_sources, device=scores_BSS.device)].sum(-1)
+
+
+def _exhaustive(scores_BSS: Tensor) -> Tensor:
+    return all_orders(scores_BSS.shape[1]).to(scores_BSS.device)[total_scores(scores_BSS).argmax(1)]
 
 
 def _hungarian(scores_BSS: Tensor) -> Tensor:

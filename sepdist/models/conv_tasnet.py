@@ -7,16 +7,28 @@ speakers. Inside, tensors are channels-last [B, N, F] (layers.py).
 Shapes: B batch, S speakers, T samples, N frames, F encoder filters.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.layers import ConvBlock, NormLinear, apply_masks, cut_frames, overlap_add, widen
+from sepdist.models.layers import (
+    ConvBlock,
+    NormLinear,
+    apply_masks,
+    check_mixture,
+    check_sizes,
+    cut_frames,
+    overlap_add,
+    widen,
+)
 
 
 class ConvTasNet(nn.Module):
     """Encoder, temporal convolution network that masks the encoded frames, decoder.
 
     `output_parameters` are the prefixes of the parameters that make particular speakers: the last 1x1 convolution,
-    which a new task starts afresh. `compile=False` runs the same arithmetic without `torch.compile`.
+    which a new task starts afresh. `compile=False` runs the same arithmetic without `torch.compile`. With
+    `masking=False` the network's output is decoded itself instead of being multiplied by the encoded frames, which are
+    zero where the input is: so masked input can be filled in (MAMA). The parameters are the same.
     """
 
     output_parameters: tuple[str, ...] = ("mask_conv",)
@@ -33,17 +45,16 @@ class ConvTasNet(nn.Module):
         num_blocks: int = 8,
         num_repeats: int = 3,
         num_taps: int = 3,
+        masking: bool = True,
         compile: bool = True,
     ) -> None:
         super().__init__()
-        if not 1 <= stride <= kernel_size:
-            raise ValueError(f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size")
-        if num_speakers < 1:
-            raise ValueError(f"num_speakers={num_speakers}: at least one")
+        check_sizes(num_speakers, kernel_size, stride)
         self.num_speakers, self.num_filters, self.num_skip = num_speakers, num_filters, num_skip
+        self.num_features = num_speakers * num_filters
         self.kernel_size, self.stride = kernel_size, stride
         self.min_length = kernel_size
-        self.compiled = compile
+        self.masking, self.compiled = masking, compile
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.bottleneck = NormLinear(num_filters, num_bottleneck, compile)
         self.blocks = nn.ModuleList(
@@ -52,23 +63,28 @@ class ConvTasNet(nn.Module):
             for index in range(num_blocks)
         )
         self.prelu = nn.PReLU()
-        self.mask_conv = nn.Linear(num_skip, num_speakers * num_filters)
+        self.mask_conv = nn.Linear(num_skip, self.num_features)
         self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
         nn.init.xavier_normal_(self.encoder.weight)
         nn.init.xavier_normal_(self.decoder.weight)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        if mixture_BT.ndim != 2 or mixture_BT.shape[1] < self.min_length:
-            raise ValueError(
-                f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {self.min_length} samples"
-            )
-        num_samples = mixture_BT.shape[1]
+        encoded_BNF, logits_BNF = self._encode(mixture_BT)
+        logits_BNSF = logits_BNF.unflatten(-1, (self.num_speakers, self.num_filters))
+        made_BNSF = apply_masks(logits_BNSF, encoded_BNF, self.compiled) if self.masking else F.relu(logits_BNSF)
+        return overlap_add(widen(self.decoder(made_BNSF)).transpose(1, 2), self.stride, mixture_BT.shape[1])
+
+    def features(self, mixture_BT: Tensor) -> Tensor:
+        """What the network makes of each frame before masks and decoder, [B, N, num_features]."""
+        return F.relu(self._encode(mixture_BT)[1])
+
+    def _encode(self, mixture_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoded frames [B, N, F] and the network's output [B, N, S * F] before its ReLU."""
+        check_mixture(mixture_BT, self.min_length)
         encoded_BNF = self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride))
         x = self.bottleneck(encoded_BNF)
         skip = x.new_zeros(*x.shape[:2], self.num_skip)
         for block in self.blocks:
             x, skip = block(x, skip)
-        logits_BNSF = self.mask_conv(self.prelu(skip)).unflatten(-1, (self.num_speakers, self.num_filters))
-        frames = self.decoder(apply_masks(logits_BNSF, encoded_BNF, self.compiled))
-        return overlap_add(widen(frames).transpose(1, 2), self.stride, num_samples)
+        return encoded_BNF, self.mask_conv(self.prelu(skip))

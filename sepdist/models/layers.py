@@ -27,6 +27,20 @@ logger = logging.getLogger(__name__)
 EPS = 1e-8
 
 
+def check_sizes(num_speakers: int, kernel_size: int, stride: int) -> None:
+    """Refuse sizes that no mask network can have."""
+    if not 1 <= stride <= kernel_size:
+        raise ValueError(f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size")
+    if num_speakers < 1:
+        raise ValueError(f"num_speakers={num_speakers}: at least one")
+
+
+def check_mixture(mixture_BT: Tensor, min_length: int) -> None:
+    """Refuse what is not [B, T] with T >= `min_length`."""
+    if mixture_BT.ndim != 2 or mixture_BT.shape[1] < min_length:
+        raise ValueError(f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {min_length} samples")
+
+
 def num_frames(num_samples: int, kernel_size: int, stride: int) -> int:
     """How many frames cover `num_samples` samples, the last one zero-padded."""
     return 1 + max(0, -(-(num_samples - kernel_size) // stride))

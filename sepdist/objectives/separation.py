@@ -24,23 +24,31 @@ class Separation:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; needs `batch.sources`, as many as the model has outputs."""
-        if batch.sources is None:
-            raise ValueError("objective separation needs sources; this data set has mixtures only")
-        estimates_BST = model(batch.mixture)
-        if estimates_BST.shape != batch.sources.shape:
-            raise ValueError(
-                f"the model gives {tuple(estimates_BST.shape)}, the sources are {tuple(batch.sources.shape)} [B, S, T]"
-                ": make model.num_speakers and data.num_sources equal"
-            )
-        with torch.autocast(batch.mixture.device.type, enabled=False):
-            scores_B, order_BS = best_permutation(pairwise_si_snr(estimates_BST.float(), batch.sources))
-            loss = mean_above(-scores_B, self.threshold)
-            before_B = si_snr(batch.mixture.unsqueeze(1), batch.sources).mean(1)
-        return loss, {
-            "si_snr": scores_B.detach(),
-            "si_snri": scores_B.detach() - before_B,
-            "permutation": permutation_rank(order_BS),
-        }
+        scores_BSS = pair_scores(model, batch)
+        best_B, order_BS = best_permutation(scores_BSS)
+        return mean_above(-best_B, self.threshold), report(best_B, order_BS, batch)
+
+
+def pair_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """The SI-SNR [B, S, S] in dB of each estimate (axis 1) against each source, in fp32 whatever the autocast."""
+    if batch.sources is None:
+        raise ValueError("this objective needs sources; this data set has mixtures only")
+    estimates_BST = model(batch.mixture)
+    if estimates_BST.shape != batch.sources.shape:
+        raise ValueError(
+            f"the model gives {tuple(estimates_BST.shape)}, the sources are {tuple(batch.sources.shape)} [B, S, T]"
+            ": make model.num_speakers and data.num_sources equal"
+        )
+    with torch.autocast(batch.mixture.device.type, enabled=False):
+        return pairwise_si_snr(estimates_BST.float(), batch.sources)
+
+
+def report(best_B: Tensor, order_BS: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """The metrics of the best assignment: `si_snr`, `si_snri` (dB, mean over sources) and `permutation`."""
+    assert batch.sources is not None
+    before_B = si_snr(batch.mixture.unsqueeze(1), batch.sources).mean(1)
+    scores_B = best_B.detach()
+    return {"si_snr": scores_B, "si_snri": scores_B - before_B, "permutation": permutation_rank(order_BS)}
 
 
 def mean_above(losses_B: Tensor, threshold: float | None) -> Tensor:

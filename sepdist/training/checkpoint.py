@@ -25,6 +25,7 @@ import yaml
 from torch import Tensor, nn
 
 from sepdist import config, storage
+from sepdist.config import InitConfig
 from sepdist.training.ledger import Entry, Link, put_segment
 
 logger = logging.getLogger(__name__)
@@ -92,18 +93,22 @@ class Checkpointer:
         *,
         model_node: Mapping[str, Any],
         sample_rate: int,
+        num_extra_outputs: int = 0,
         lineage: Mapping[str, Any],
         keep_last: int,
         keep_best: bool,
+        keep_every: int = 0,
         max_failed: int = 3,
         previous: Link | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.folder = storage.join(run_dir, "checkpoints")
-        self.model_yaml = yaml.safe_dump({"model": dict(model_node), "sample_rate": sample_rate}, sort_keys=False)
+        card = {"model": dict(model_node), "sample_rate": sample_rate, "num_extra_outputs": num_extra_outputs}
+        self.model_yaml = yaml.safe_dump(card, sort_keys=False)
         self.lineage = dict(lineage)
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.keep_every = keep_every
         self._previous = previous  # the ledger segment of the newest commit
         self._consumed: list[Entry] = []  # since then
         self.max_failed = max_failed
@@ -197,7 +202,7 @@ class Checkpointer:
             logger.warning("%s; what is to go is tried again after the next checkpoint", error)
 
     def _prune(self, written: Committed) -> None:
-        """Remove what `keep_last` and `keep_best` do not name; `written` stays, and so does any of a later step.
+        """Remove what `keep_last`, `keep_best` and `keep_every` do not name; `written` and later steps stay.
 
         Later steps are what another attempt left; they may be damaged, so they take no place among the last.
         """
@@ -207,6 +212,8 @@ class Checkpointer:
             raise CheckpointError(f"{written.url} was removed by another attempt of this run: {todo}")
         until_now = [one for one in committed if one.step <= written.step and one.url != written.url]
         keep = {written.url} | {one.url for one in [*until_now, written][-self.keep_last :]}
+        if self.keep_every:
+            keep |= {one.url for one in committed if one.step % self.keep_every == 0}
         if self.keep_best and (best := best_of(committed)) is not None:
             keep.add(best.url)
         for url in set(self._unfinished) - {one.url for one in committed}:
@@ -415,6 +422,24 @@ def load_weights(
     return kept
 
 
+def part_of(weights: Mapping[str, Tensor], part: str, source: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `part.`, without it; CheckpointError, naming what there is, if none does."""
+    prefix = part.rstrip(".") + "."
+    chosen = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if not chosen:
+        there = ", ".join(sorted({name.partition(".")[0] for name in weights}))
+        raise CheckpointError(f"init.part={part}: {source} has no such part, it has {there}")
+    return chosen
+
+
+def inherit(model: nn.Module, init: InitConfig) -> tuple[list[str], dict[str, Any]]:
+    """Fill `model` from the parent stage that `init` names: what stays fresh, and the parent's url and lineage."""
+    weights, _, lineage, folder = read_export(str(init.weights))
+    if init.part:
+        weights = part_of(weights, init.part, folder)
+    return load_weights(model, weights, init.reinit, source=folder), {"url": folder} | lineage
+
+
 def find_export(url: str) -> str:
     """The folder of model.safetensors that `url` means: itself, or the best (else newest) checkpoint of a run_dir."""
     if storage.exists(storage.join(url, "model.safetensors")):
@@ -444,10 +469,15 @@ def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
 
 
 def load_export(url: str) -> Export:
-    """The model that `url` means (see `find_export`), built, loaded and in eval mode."""
+    """The model that `url` means (see `find_export`), built, loaded and in eval mode.
+
+    It gives the speakers alone: outputs of another task that it was trained on are dropped.
+    """
     weights, card, lineage, folder = read_export(url)
-    model = config.build(card["model"])
+    model: nn.Module = config.build(card["model"])
     load_weights(model, weights, source=folder)
+    if num_extra := int(card.get("num_extra_outputs", 0)):
+        model.register_forward_hook(lambda module, inputs, estimates_BST: estimates_BST[:, :-num_extra])
     return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
 
 

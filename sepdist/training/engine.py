@@ -30,7 +30,11 @@ Metrics = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """What is minimised. Metrics are 0-d (batch means) or [B] (per item)."""
+    """What is minimised. Metrics are 0-d (batch means), [B] (per item) or [0] (nothing to measure in this batch).
+
+    `num_extra_outputs`, if there is one, says how many of the model's outputs, the last ones, are no speakers: of
+    another task, they are dropped where speakers are wanted.
+    """
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """Loss (0-d) and metrics of one batch."""
@@ -39,13 +43,21 @@ class Objective(Protocol):
 
 @dataclass
 class StepResult:
-    """One optimizer step as every rank saw it: `loss`, `means` and `grad_norm` are the same on all ranks."""
+    """One optimizer step as every rank saw it: `loss`, `means` and `grad_norm` are the same on all ranks.
+
+    `means` are over the batches that have something to measure, and lack a metric that none of them has.
+    """
 
     loss: float
     means: dict[str, float]
     grad_norm: float
     applied: bool  # False: the gradient was not finite or above the limit, and the weights are unchanged
     local_metrics: list[Metrics]  # of this rank's batches, in their order
+
+
+def num_extra_outputs(objective: Objective) -> int:
+    """How many of the model's outputs are no speakers."""
+    return getattr(objective, "num_extra_outputs", 0)
 
 
 class BranchError(RuntimeError):
@@ -135,13 +147,18 @@ class DeepSpeedEngine:
         else:
             metrics, grad_norm, applied = self._step_native(batches, losses)
         names = sorted(name for name, value in metrics[0].items() if value.is_floating_point())
-        table = torch.zeros(1 + len(names), self.num_virtual_shards, dtype=torch.float64)
-        table[0] = losses
+        table = torch.zeros(
+            2, 1 + len(names), self.num_virtual_shards, dtype=torch.float64
+        )  # values, and 1 where there is one
+        table[0, 0] = losses
         for shard, items in zip(self.owned, metrics, strict=True):
             for row, name in enumerate(names, 1):
-                table[row, shard] = items[name].double().mean()
-        means = sum_over_world(table, self.world).mean(1).tolist()
-        return StepResult(means[0], dict(zip(names, means[1:], strict=True)), grad_norm, applied, metrics)
+                if items[name].numel():
+                    table[0, row, shard] = items[name].double().mean()
+                    table[1, row, shard] = 1
+        sums, counts = sum_over_world(table, self.world).sum(2).tolist()
+        means = {name: total / count for name, total, count in zip(names, sums[1:], counts[1:], strict=True) if count}
+        return StepResult(sums[0] / self.num_virtual_shards, means, grad_norm, applied, metrics)
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         # Dropout masks belong to positions, so that they are the same at any world size.

@@ -16,9 +16,8 @@ import torch
 
 from sepdist import config, seeding, storage
 from sepdist.config import TrainConfig
-from sepdist.data.order import Order
-from sepdist.data.records import Batch
-from sepdist.data.stream import Dataset, TrainStream
+from sepdist.data.records import MAIN, Batch
+from sepdist.data.stream import TrainStream
 from sepdist.metrics.switching import SwitchTracker
 from sepdist.reporting import Reporter
 from sepdist.training.checkpoint import (
@@ -26,12 +25,13 @@ from sepdist.training.checkpoint import (
     CheckpointError,
     Snapshot,
     collect_orphans,
+    inherit,
     load_newest,
     load_snapshot,
     load_weights,
-    read_export,
 )
-from sepdist.training.engine import DeepSpeedEngine, StepResult
+from sepdist.training.datasets import open_datasets
+from sepdist.training.engine import DeepSpeedEngine, StepResult, num_extra_outputs
 from sepdist.training.goodput import Goodput
 from sepdist.training.guard import GradientGuard, Rollback
 from sepdist.training.ledger import APPLIED, LEFT_OUT, SKIPPED, Ledger, Link, merge
@@ -91,11 +91,10 @@ def attempt(
         Rollback: `training.max_skipped` steps in a row had no usable gradient.
     """
     # 1. Data: the order is a pure function of the position, so the step number is all the state there is.
-    training_set, validation_set = open_datasets(cfg)
+    feeds, validation_set = open_datasets(cfg)
     stream = TrainStream(
-        training_set,
+        feeds,
         seed=cfg.seed,
-        crop_seconds=cfg.data.crop_seconds,
         num_virtual_shards=cfg.data.num_virtual_shards,
         micro_batch=cfg.data.micro_batch,
         rank=world.rank,
@@ -103,8 +102,9 @@ def attempt(
         num_threads=cfg.data.num_threads,
         prefetch_steps=cfg.data.prefetch_steps,
         max_damaged=cfg.data.max_damaged,
+        weights={one.name: one.weight for one in cfg.data.extra if one.weight is not None},
     )
-    order, global_batch = stream.order, cfg.data.num_virtual_shards * cfg.data.micro_batch
+    global_batch = cfg.data.num_virtual_shards * cfg.data.micro_batch
     step_seconds_of_audio = global_batch * cfg.data.crop_seconds
 
     # 2. Weights: of the newest checkpoint, else of the parent stage, else fresh.
@@ -138,7 +138,7 @@ def attempt(
     ledger = Ledger()
     first_step, previous = 0, None
     if snapshot is not None:
-        check_same_data(snapshot.state, data_state(cfg, training_set, 0))
+        check_same_data(snapshot.state, data_state(cfg, stream, 0))
         first_step = snapshot.step
         engine.load_optimizer_state(snapshot.optimizer)
         schedule.load_state_dict(snapshot.state["schedule"])
@@ -161,9 +161,11 @@ def attempt(
             cfg.run_dir,
             model_node=cfg.model,
             sample_rate=cfg.sample_rate,
+            num_extra_outputs=num_extra_outputs(objective),
             lineage=lineage,
             keep_last=cfg.training.keep_last,
             keep_best=cfg.training.keep_best,
+            keep_every=cfg.training.keep_every,
             max_failed=cfg.training.max_failed_checkpoints,
             previous=previous,
         )
@@ -187,7 +189,7 @@ def attempt(
                 result = engine.step(batches, guard.limit)
                 ledger.record(step, APPLIED if result.applied else SKIPPED, batches)
                 guard.observe(step, result.grad_norm, result.applied)
-                rates = track_switches(switches, batches, result, order, positions, world)
+                rates = track_switches(switches, batches, result, stream, positions, world)
                 meter.add(result)
             watchdog.beat()
             done = step + 1
@@ -208,7 +210,7 @@ def attempt(
                     metrics = validate(engine, objective, validation_set, world, cfg.validation, watchdog.beat)
                     score = metrics["score"]
                     improved = schedule.observe(score)
-                    listen(engine, validation_set, reporter, done, cfg.validation)
+                    listen(engine, objective, validation_set, reporter, done, cfg.validation)
                 if reporter:
                     reporter.log(done, {f"validation/{name}": v for name, v in metrics.items() if name != "score"})
                 logger.info("step %d: validation %s%s", done, readable(metrics), " (best so far)" if improved else "")
@@ -228,7 +230,7 @@ def attempt(
                     switches.merge(gather_objects(switches.state_dict(), world))
                     consumed = merge(gather_objects(ledger.take(), world))
                     if checkpointer:
-                        state = data_state(cfg, training_set, done * global_batch)
+                        state = data_state(cfg, stream, done * global_batch)
                         state |= {"schedule": schedule.state_dict(), "switches": switches.state_dict()}
                         state |= {"guard": guard.state_dict(), "left_out": left_out, "world_size": world.size}
                         checkpointer.save(Snapshot(done, weights, optimizer, state, score, consumed))
@@ -264,48 +266,26 @@ def continue_goodput(reporter: Reporter, run_dir: str) -> Goodput:
     return goodput
 
 
-def open_datasets(cfg: TrainConfig) -> tuple[Dataset, Dataset]:
-    """The training and validation sets; their sample rate must be the run's."""
-    opened = []
-    for url in (cfg.data.train, cfg.data.validation):
-        dataset = Dataset(
-            url,
-            num_sources=cfg.data.num_sources,
-            noise=cfg.data.noise,
-            cache_dir=cfg.data.cache_dir,
-            cache_gigabytes=cfg.data.cache_gigabytes,
-        )
-        if dataset.manifest.sample_rate != cfg.sample_rate:
-            raise config.ConfigError(
-                f"{url} has {dataset.manifest.sample_rate} Hz, sample_rate={cfg.sample_rate}: shard it again at "
-                f"{cfg.sample_rate} Hz, or set sample_rate"
-            )
-        opened.append(dataset)
-    return opened[0], opened[1]
-
-
 def initialise(model: torch.nn.Module, cfg: TrainConfig, snapshot: Snapshot | None) -> dict[str, Any]:
     """Fill `model` from the checkpoint or the parent stage; returns the lineage that this run's checkpoints carry."""
     parent: dict[str, Any] | None = None
     fresh: list[str] = []
     if cfg.init.weights:
-        weights, _, parent, folder = read_export(cfg.init.weights)
-        fresh = load_weights(model, weights, cfg.init.reinit, source=folder)
-        parent = {"url": folder} | parent
-        logger.info("weights from %s; re-initialised: %s", folder, ", ".join(fresh) or "none")
+        fresh, parent = inherit(model, cfg.init)
+        logger.info("weights from %s; re-initialised: %s", parent["url"], ", ".join(fresh) or "none")
     if snapshot is not None:
         load_weights(model, snapshot.weights, source=f"the checkpoint of step {snapshot.step} in {cfg.run_dir}")
     return {"run": cfg.name, "run_dir": cfg.run_dir, "parent": parent, "reinitialised": fresh}
 
 
-def data_state(cfg: TrainConfig, training_set: Dataset, samples_seen: int) -> dict[str, Any]:
+def data_state(cfg: TrainConfig, stream: TrainStream, samples_seen: int) -> dict[str, Any]:
     """What fixes the data order, and how far it has been consumed."""
     return {
         "samples_seen": samples_seen,
         "seed": cfg.seed,
         "num_virtual_shards": cfg.data.num_virtual_shards,
         "micro_batch": cfg.data.micro_batch,
-        "manifest": training_set.manifest.digest(),
+        "manifest": stream.digest(),
     }
 
 
@@ -318,21 +298,29 @@ def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def track_switches(
-    switches: SwitchTracker, batches: list[Batch], result: StepResult, order: Order, positions: range, world: World
+    switches: SwitchTracker,
+    batches: list[Batch],
+    result: StepResult,
+    stream: TrainStream,
+    positions: range,
+    world: World,
 ) -> dict[str, float]:
-    """Note the label assignments of this step; where an epoch ends in it, that epoch's switch rate over all ranks."""
-    if "permutation" not in result.local_metrics[0]:
-        return {}
+    """Note the label assignments of this step; where the main set's epoch ends in it, its switch rate over all ranks.
+
+    The exchange depends on positions alone, because ranks may have batches of different data sets.
+    """
     items = [
-        (order.epoch(int(position)), id_, int(label))
+        (stream.main_epoch(int(position)), id_, int(label))
         for batch, metrics in zip(batches, result.local_metrics, strict=True)
+        if batch.data_set == MAIN and "permutation" in metrics
         for position, id_, label in zip(batch.positions, batch.ids, metrics["permutation"], strict=True)
     ]
     rates = {}
-    for epoch in range(order.epoch(positions.start), order.epoch(positions.stop - 1) + 1):
+    last = stream.main_epoch(positions.stop)
+    for epoch in range(stream.main_epoch(positions.start), last + 1):
         mine = [(id_, label) for item_epoch, id_, label in items if item_epoch == epoch]
         switches.update([id_ for id_, _ in mine], [label for _, label in mine])
-        if order.epoch(positions.stop) > epoch:
+        if epoch < last:
             switches.merge(gather_objects(switches.state_dict(), world))
             rate = switches.end_epoch()
             if rate is not None:

@@ -10,7 +10,7 @@ from sepdist.data.stream import Dataset
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import pairwise_si_snr
 from sepdist.reporting import Reporter
-from sepdist.training.engine import DeepSpeedEngine, Objective
+from sepdist.training.engine import DeepSpeedEngine, Objective, num_extra_outputs
 from sepdist.training.world import World, sum_over_world
 
 
@@ -37,7 +37,8 @@ def validate(
         batch = dataset.full(min(index, count - 1), options.max_seconds).to(world.device)
         with torch.no_grad(), engine.autocast():
             loss, metrics = objective(engine.model, batch)
-        values = {"loss": loss} | {name: value for name, value in metrics.items() if value.is_floating_point()}
+        measured = {name: value for name, value in metrics.items() if value.is_floating_point() and value.numel()}
+        values = {"loss": loss} | measured
         for name, value in values.items():
             row = rows.setdefault(name, torch.zeros(count, dtype=torch.float64))
             if index < count:
@@ -50,7 +51,12 @@ def validate(
 
 
 def listen(
-    engine: DeepSpeedEngine, dataset: Dataset, reporter: Reporter | None, step: int, options: ValidationConfig
+    engine: DeepSpeedEngine,
+    objective: Objective,
+    dataset: Dataset,
+    reporter: Reporter | None,
+    step: int,
+    options: ValidationConfig,
 ) -> None:
     """Put the first few mixtures with their estimates into TensorBoard, estimates in the order of the sources.
 
@@ -62,6 +68,7 @@ def listen(
         mixture = batch.mixture.to(engine.world.device)
         with torch.no_grad(), engine.autocast():
             estimates = engine.model(mixture).float().cpu()
+        estimates = estimates[:, : estimates.shape[1] - num_extra_outputs(objective)]
         if reporter is None:
             continue
         waves = {"mixture": batch.mixture[0].numpy()}

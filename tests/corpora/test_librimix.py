@@ -1,6 +1,7 @@
 """LibriMix from its metadata, from generated folders and by drawing, on tiny trees in the published layouts."""
 
 import csv
+import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import soundfile
 from sepdist.audio import AudioError
 from sepdist.corpora.librimix import LibriMix
 from sepdist.data.records import Mixture
-from tests.corpora.conftest import signal, write
+from tests.corpora.conftest import SPEAKERS, signal, write
 
 STEP = 1 / 32768
 SPLIT = "train-clean-100"
@@ -130,6 +131,17 @@ def test_written_mixtures_are_kept_by_an_equal_draw_and_never_overwritten_by_ano
         list(drawing(speech_root, noise_root, metadata_out=str(tmp_path)).records(SPLIT))
     with pytest.raises(FileExistsError, match="other mixtures"):
         list(drawing(speech_root, noise_root, metadata_out=str(tmp_path), seed=6).records(SPLIT))
+
+
+def test_ranges_of_speakers_that_do_not_overlap_share_no_speaker(speech_root: Path, noise_root: Path) -> None:
+    places = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in SPEAKERS}
+    ordered = sorted(places, key=places.__getitem__)
+    cut = (places[ordered[1]] + places[ordered[2]]) / 2
+    halves = []
+    for speakers in ([0.0, cut], [cut, 1.0]):
+        drawn = drawing(speech_root, noise_root, num_mixtures=1, speakers=speakers, min_seconds=0.0).records(SPLIT)
+        halves.append({speaker for record in drawn for speaker in record.speakers})
+    assert halves == [set(ordered[:2]), set(ordered[2:])]
 
 
 def test_utterances_below_the_least_length_are_not_drawn(speech_root: Path, noise_root: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepdist.data import order
-from sepdist.data.order import Order, owned_virtual_shards, positions_of
+from sepdist.data.order import Blend, Order, owned_virtual_shards, positions_of, units_per_epoch
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12).map(tuple)
 
@@ -170,3 +170,84 @@ def test_an_order_over_nothing_is_refused(sizes: tuple[int, ...], block_shards: 
 def test_a_negative_position_is_refused() -> None:
     with pytest.raises(ValueError, match="position -1: positions count from 0"):
         Order(0, (3,)).locate(-1)
+
+
+# Several data sets.
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**63),
+    sets=st.lists(st.tuples(SIZES, st.none() | st.floats(0.1, 3)), min_size=1, max_size=4),
+    num_virtual_shards=st.integers(1, 6),
+    micro_batch=st.integers(1, 4),
+    legs=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=4),
+)
+def test_every_data_set_of_a_blend_is_consumed_in_its_own_order_without_gaps_at_any_world_size_and_cut(
+    seed: int,
+    sets: list[tuple[tuple[int, ...], float | None]],
+    num_virtual_shards: int,
+    micro_batch: int,
+    legs: list[tuple[int, int]],
+) -> None:
+    sizes = [shard_sizes for shard_sizes, _ in sets]
+    units = units_per_epoch([sum(one) for one in sizes], [weight for _, weight in sets], micro_batch)
+    consumed: dict[int, tuple[int, int]] = {}
+    step = 0
+    for wanted_world, num_steps in legs:
+        world_size = min(wanted_world, num_virtual_shards)
+        for rank in range(world_size):
+            blend = Blend(seed, units, micro_batch)  # a new process: nothing is carried over but the number of the step
+            for own_step in range(step, step + num_steps):
+                for virtual_shard in owned_virtual_shards(num_virtual_shards, rank, world_size):
+                    positions = positions_of(own_step, virtual_shard, num_virtual_shards, micro_batch)
+                    located = [blend.locate(position) for position in positions]
+                    assert len({number for number, _ in located}) == 1, "a batch is of one data set"
+                    assert not consumed.keys() & set(positions)
+                    consumed |= dict(zip(positions, located, strict=True))
+        step += num_steps
+    total = step * num_virtual_shards * micro_batch
+    assert sorted(consumed) == list(range(total))
+    per_epoch = sum(units) * micro_batch
+    for number, shard_sizes in enumerate(sizes):
+        own = [consumed[position][1] for position in range(total) if consumed[position][0] == number]
+        assert own == list(range(len(own))), "each set goes through its positions one by one, in the order of training"
+        plan, size = Order(seed, shard_sizes), sum(shard_sizes)
+        visits = Counter(plan.locate(position) for position in own)
+        assert all(len(own) // size <= visits[sample] <= -(-len(own) // size) for sample in every_sample(shard_sizes))
+        for first in range(0, total - per_epoch + 1, per_epoch):
+            here = [consumed[position][0] for position in range(first, first + per_epoch)]
+            assert here.count(number) == units[number] * micro_batch
+        passed = [Blend(seed, units, micro_batch).passed(position, number) for position in range(0, total + 1, 7)]
+        assert passed == [
+            sum(consumed[one][0] == number for one in range(position)) for position in range(0, total + 1, 7)
+        ]
+
+
+def test_an_epoch_holds_one_pass_of_each_set_or_its_weight_times_the_batches_of_the_first() -> None:
+    assert units_per_epoch([13900, 50800], [None, None], 6) == (2317, 8467)  # paper 1: 21 % and 79 %
+    assert units_per_epoch([100, 50800, 3], [None, 0.5, 2.0], 10) == (10, 5, 20)
+    assert units_per_epoch([1, 1], [None, 0.001], 8) == (1, 1)
+
+
+def test_one_data_set_alone_keeps_its_positions() -> None:
+    blend = Blend(9, (5,), 3)
+    assert [blend.locate(position) for position in range(40)] == [(0, position) for position in range(40)]
+
+
+def test_a_blend_is_the_same_in_every_version_of_numpy_and_of_this_package() -> None:
+    """Written from the definition: the sets of an epoch's units, sorted by the raw Philox stream of the derived key."""
+    units, epoch = (3, 4, 1), 2
+    key = hashlib.blake2b("\x1f".join(["7", "data set order", str(epoch)]).encode(), digest_size=16).digest()
+    raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(8).tolist()
+    labels = [0, 0, 0, 1, 1, 1, 1, 2]
+    expected = [labels[i] for i in sorted(range(8), key=lambda i: raw[i])]
+    blend = Blend(7, units, 2)
+    found = [blend.locate(position) for position in range(epoch * 16, (epoch + 1) * 16, 2)]
+    assert [number for number, _ in found] == expected == [0, 1, 1, 1, 1, 0, 0, 2]
+    assert found[0] == (0, epoch * 3 * 2) and found[-1] == (2, epoch * 1 * 2)
+
+
+def test_a_blend_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no blend of"):
+        Blend(0, (3, 0), 2)

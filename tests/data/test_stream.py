@@ -20,7 +20,7 @@ from sepdist.data import stream as stream_module
 from sepdist.data.members import DataError
 from sepdist.data.records import Batch
 from sepdist.data.shards import read_index, read_manifest
-from sepdist.data.stream import Dataset, TrainStream
+from sepdist.data.stream import Crops, Dataset, TrainStream
 from tests.data import toy
 from tests.s3server import FaultyProxy
 
@@ -37,9 +37,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def open_stream(dataset: Dataset, **changes: object) -> TrainStream:
-    options = {"seed": 5, "crop_seconds": CROP / toy.RATE, "num_virtual_shards": 4, "micro_batch": 2}
-    options |= {"rank": 0, "world_size": 1, "num_threads": 2, "prefetch_steps": 2}
-    return TrainStream(dataset, **(options | changes))  # type: ignore[arg-type]
+    options = {"seed": 5, "num_virtual_shards": 4, "micro_batch": 2, "rank": 0, "world_size": 1}
+    options |= {"crop_seconds": CROP / toy.RATE, "num_threads": 2, "prefetch_steps": 2} | changes
+    crops = Crops(dataset, seed=options["seed"], crop_seconds=options.pop("crop_seconds"))
+    return TrainStream({"main": crops}, **options)  # type: ignore[arg-type]
 
 
 def take(dataset: Dataset, first_step: int, num_steps: int, **changes: object) -> list[list[Batch]]:
@@ -262,6 +263,56 @@ def test_an_exception_in_a_thread_reaches_the_consumer_at_the_step_that_needed_i
     stream.close()
 
 
+def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_gives_alone(
+    sets: dict[str, str],
+) -> None:
+    def feeds() -> dict[str, Crops]:
+        """One set as SE reads it and one as separation does, with seeds of their own."""
+        se = Dataset(sets["even"], num_sources=1, noise=True)
+        return {
+            "main": Crops(Dataset(sets["ragged"]), seed=5, crop_seconds=CROP / toy.RATE),
+            "se": Crops(se, seed=6, crop_seconds=CROP / toy.RATE),
+        }
+
+    def run(world_size: int, **changes: object) -> list[Batch]:
+        batches = []
+        for rank in range(world_size):
+            options = {"seed": 5, "num_virtual_shards": 4, "micro_batch": 2, "rank": rank, "world_size": world_size}
+            stream = TrainStream(feeds(), num_threads=2, **(options | changes))  # type: ignore[arg-type]
+            steps = stream.steps(0)
+            batches += [batch for _ in range(10) for batch in next(steps)]
+            stream.close()
+        return sorted(batches, key=lambda batch: int(batch.positions[0]))
+
+    alone, together = run(1), run(3)
+    assert [batch.positions.tolist() for batch in alone] == [[first, first + 1] for first in range(0, 80, 2)]
+    for one, other in zip(alone, together, strict=True):
+        assert one.ids == other.ids and one.data_set == other.data_set and torch.equal(one.mixture, other.mixture)
+    # 21 and 12 samples: 10 and 6 batches in every 16.
+    assert [[batch.data_set for batch in alone[first : first + 16]].count("se") for first in (0, 16)] == [6, 6]
+    for name, crops in feeds().items():
+        found = [batch for batch in alone if batch.data_set == name]
+        expected = [crops.item(position, []) for position in range(2 * len(found))]
+        assert [id_ for batch in found for id_ in batch.ids] == [item.id for item in expected]
+        for batch in found:
+            assert batch.sources is not None and batch.sources.shape[1] == {"main": 2, "se": 1}[name]
+            assert (batch.noise is None) == (name == "main")
+        audio = [batch.mixture[i, : batch.lengths[i]].numpy() for batch in found for i in range(2)]
+        assert all(np.array_equal(wave, sum(item.members.values())) for wave, item in zip(audio, expected, strict=True))
+        crops.close()
+    weighted = run(1, weights={"se": 3.0})
+    assert [batch.data_set for batch in weighted].count("se") == 30
+
+
+def test_the_digest_of_a_stream_is_that_of_its_set_or_names_all_with_their_shares(sets: dict[str, str]) -> None:
+    ragged, even = (Crops(Dataset(sets[name]), seed=0, crop_seconds=0.01) for name in ("ragged", "even"))
+    options = {"seed": 0, "num_virtual_shards": 1, "micro_batch": 2, "rank": 0, "world_size": 1}
+    alone = TrainStream({"main": ragged}, **options).digest()  # type: ignore[arg-type]
+    both = TrainStream({"main": ragged, "more": even}, **options).digest()  # type: ignore[arg-type]
+    assert alone == ragged.dataset.manifest.digest()
+    assert both == f"10 main {alone} + 6 more {even.dataset.manifest.digest()}"
+
+
 # Damage.
 
 
@@ -395,9 +446,9 @@ def test_a_forgotten_stream_ends_its_threads_without_close(sets: dict[str, str])
 
 ABANDON = """
 import sys
-from sepdist.data.stream import Dataset, TrainStream
-dataset = Dataset(sys.argv[1], cache_dir=sys.argv[2])
-stream = TrainStream(dataset, seed=0, crop_seconds=0.008, num_virtual_shards=2, micro_batch=2, rank=0, world_size=1,
+from sepdist.data.stream import Crops, Dataset, TrainStream
+crops = Crops(Dataset(sys.argv[1], cache_dir=sys.argv[2]), seed=0, crop_seconds=0.008)
+stream = TrainStream({"main": crops}, seed=0, num_virtual_shards=2, micro_batch=2, rank=0, world_size=1,
                      num_threads=2, prefetch_steps=50)
 steps = stream.steps(0)
 if sys.argv[3] == "read":

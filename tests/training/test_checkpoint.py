@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from sepdist import storage
+from sepdist.config import InitConfig
 from sepdist.training import checkpoint
 from sepdist.training.checkpoint import (
     Checkpointer,
     CheckpointError,
     OptimizerState,
     Snapshot,
+    inherit,
     load_newest,
     load_weights,
 )
@@ -157,6 +159,13 @@ def test_a_damaged_checkpoint_of_a_later_step_takes_no_place_among_the_last(tmp_
     assert steps_of(tmp_path) == [5]
 
 
+def test_checkpoints_at_multiples_of_keep_every_stay_for_good(tmp_path: Path) -> None:
+    save(tmp_path, *(snapshot(step, score=-step) for step in range(3, 8)), keep_last=1, keep_every=3)
+    assert steps_of(tmp_path) == [3, 6, 7]
+    save(tmp_path, snapshot(8), keep_last=1, keep_best=False)
+    assert steps_of(tmp_path) == [8]
+
+
 def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path: Path, monkeypatch, caplog) -> None:
     def refuse(url: str) -> None:
         raise storage.StorageError(f"cannot remove {url}: read-only")
@@ -236,3 +245,30 @@ def test_weights_of_another_model_are_refused_with_the_parameters_that_differ() 
 def test_a_reinit_prefix_that_names_nothing_is_refused() -> None:
     with pytest.raises(CheckpointError, match="nosuch"):
         load_weights(linear(1), linear(1).state_dict(), ["nosuch"])
+
+
+def exported(model: nn.Module, folder: Path) -> str:
+    folder.mkdir()
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "model.yaml").write_text("model: {}\nsample_rate: 8000\n")
+    (folder / "lineage.json").write_text('{"run": "parent"}')
+    return str(folder)
+
+
+def test_a_part_of_the_parent_is_handed_over_with_its_prefix_stripped(tmp_path: Path) -> None:
+    parent = nn.ModuleDict({"separator": linear(1), "separators": linear(1), "head": nn.Linear(1, 1)})
+    url = exported(parent, tmp_path / "parent")
+    child = linear(2)
+    fresh, lineage = inherit(child, InitConfig(url, part="separator", reinit=["1"]))
+    assert fresh == ["1.bias", "1.weight"] and lineage == {"url": url, "run": "parent"}
+    assert torch.equal(child[0].weight, parent["separator"][0].weight)
+    with pytest.raises(
+        CheckpointError, match=r"init\.part=nosuch: .*parent has no such part, it has head, separator, s"
+    ):
+        inherit(child, InitConfig(url, part="nosuch"))
+    with pytest.raises(CheckpointError, match=r"missing 0\.bias.*unexpected head\.bias"):
+        inherit(linear(1), InitConfig(url))
+    with pytest.raises(CheckpointError, match=r"missing 2\.weight"):
+        inherit(nn.Sequential(*linear(1), nn.Linear(1, 1)), InitConfig(url, part="separator"))
+    with pytest.raises(CheckpointError, match=r"unexpected 1\.bias"):
+        inherit(linear(1)[:1], InitConfig(url, part="separator"))

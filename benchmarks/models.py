@@ -1,0 +1,173 @@
+"""How fast and how large is a training step of each model, beside the published implementation, on this machine?
+
+    python -m benchmarks.models [--models conv_tasnet dprnn] [--seconds 1] [--batch 2] [--threads 2] [--repeats 5]
+
+One JSON line per model, a file of configs/model, and a last one with the ratios. The peer (peers.py) runs on the same
+batch with its own weights given to ours; before anything is timed, estimates and the gradient of the encoder, which
+every other gradient shapes, are compared in float64 on a short piece, and ours in fp32 with the same. A step is
+forward and backward. The turns are interleaved, so that other load on the machine falls on both alike; the best and the
+median are given. Memory is the highest resident size of a process that takes two steps, less what it had before them.
+Where a peer is not installed, the line says what to install and has our figures alone.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from benchmarks.peers import PEERS
+from sepdist.config import build
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "model"
+
+
+def build_pair(preset: str) -> tuple[nn.Module, nn.Module | None, str]:
+    """Ours, the peer whose weights it has where that is installed, and what is missing where it is not."""
+    node = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()) | {"num_speakers": 2}
+    torch.manual_seed(0)
+    ours = build(node)
+    name = node["_target_"].split(".")[-2]
+    if name not in PEERS:
+        return ours, None, f"no peer of {name} is known"
+    try:
+        peer = PEERS[name].build(node)
+    except ImportError as error:
+        return ours, None, f"{error}; to compare, pip install --no-deps {PEERS[name].packages}"
+    ours.load_state_dict(PEERS[name].weights(peer.state_dict()))
+    return ours, peer, ""
+
+
+def train_step(model: nn.Module, mixture: Tensor, bf16: bool = False) -> Callable[[], Any]:
+    """One forward and backward pass."""
+
+    def step() -> None:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
+            estimates = model(mixture)
+        estimates.float().square().mean().backward()
+
+    return step
+
+
+def estimates_and_gradient(model: nn.Module, mixture: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient is that of the encoder, the first of the parameters, as [filters, kernel]."""
+    first = next(p for name, p in model.named_parameters() if name.startswith("encoder"))
+    estimates = model(mixture)
+    (gradient,) = torch.autograd.grad(estimates.square().mean(), [first])
+    return estimates.detach().double(), gradient.view(len(gradient), -1).double()
+
+
+def differences(ours: nn.Module, peer: nn.Module, mixture: Tensor) -> tuple[float, float]:
+    """Relative, of estimates and gradients: ours and the peer's in float64, and ours in fp32 from that."""
+    copies = [copy.deepcopy(model).double() for model in (ours, peer)]
+    for module in copies[0].modules():
+        if hasattr(module, "compiled"):
+            module.compiled = False
+    wide = [estimates_and_gradient(model, mixture.double()) for model in copies]
+    narrow = estimates_and_gradient(ours, mixture)
+    return tuple(  # type: ignore[return-value]
+        max(float((a - b).norm() / b.norm()) for a, b in zip(got, wide[1], strict=True)) for got in (wide[0], narrow)
+    )
+
+
+def resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (the highest so far) of this process, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def memory_of(preset: str, side: str, arguments: argparse.Namespace) -> float | None:
+    """What two steps need, in MiB, measured in a process of its own."""
+    settings = [f"--{name}={getattr(arguments, name)}" for name in ("seconds", "batch", "threads")]
+    command = [sys.executable, "-m", "benchmarks.models", "--models", preset, "--memory-of", side, *settings]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, check=False)
+    return float(done.stdout) if done.returncode == 0 else None
+
+
+def batch_of(model: nn.Module, arguments: argparse.Namespace) -> Tensor:
+    """Whole frames, so that no version pads anything."""
+    length = int(arguments.seconds * 8000)
+    return 0.1 * torch.randn(arguments.batch, length - (length - model.kernel_size) % model.stride)
+
+
+def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The line of one model."""
+    ours, peer, missing = build_pair(preset)
+    mixture = batch_of(ours, arguments)
+    report: dict[str, Any] = {"model": preset, "parameters": sum(p.numel() for p in ours.parameters())}
+    began = time.perf_counter()
+    train_step(ours, mixture)()
+    report["first_step_seconds"] = round(time.perf_counter() - began, 1)
+    steps = {"ours": train_step(ours, mixture), "ours_bf16": train_step(ours, mixture, bf16=True)}
+    if peer is None:
+        report["peer"] = missing
+    else:
+        in_float64, in_fp32 = differences(ours, peer, mixture[:, : ours.min_length + 250 * ours.stride])
+        if in_float64 > 1e-9 or in_fp32 > 1e-3:
+            sys.exit(f"{preset}: not the same arithmetic: {in_float64:.2g} in float64, {in_fp32:.2g} in fp32")
+        report |= {"difference_float64": float(f"{in_float64:.2g}"), "difference_fp32": float(f"{in_fp32:.2g}")}
+        steps["peer"] = train_step(peer, mixture)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(arguments.repeats + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if turn:  # the first turn warms up
+                times[name].append(time.perf_counter() - began)
+    report["best_seconds"] = {name: round(min(values), 4) for name, values in times.items()}
+    report["median_seconds"] = {name: round(statistics.median(values), 4) for name, values in times.items()}
+    report["audio_seconds_per_second"] = round(arguments.batch * arguments.seconds / min(times["ours"]), 2)
+    report["memory_mib"] = {side: memory_of(preset, side, arguments) for side in ("ours", "peer") if side in steps}
+    if peer is not None:
+        report["speedup"] = round(min(times["peer"]) / min(times["ours"]), 2)
+        report["speedup_of_medians"] = round(statistics.median(times["peer"]) / statistics.median(times["ours"]), 2)
+        report["memory_ratio"] = round(report["memory_mib"]["ours"] / report["memory_mib"]["peer"], 2)
+    return report
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(PEERS), help="files of configs/model")
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS)  # what memory_of runs
+    return parser.parse_args()
+
+
+def main() -> None:
+    """A line per model, then the summary."""
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        ours, peer, _ = build_pair(arguments.models[0])
+        step = train_step({"ours": ours, "peer": peer}[arguments.memory_of], batch_of(ours, arguments))
+        before = resident("VmRSS")
+        step(), step()
+        print(resident("VmHWM") - before)
+        return
+    reports = []
+    for preset in arguments.models:
+        reports.append(measure(preset, arguments))
+        print(json.dumps(reports[-1]), flush=True)
+    summary = {"benchmark": "models", "torch": torch.__version__}
+    summary |= {name: getattr(arguments, name) for name in ("seconds", "batch", "threads", "repeats")}
+    for ratio in ("speedup", "memory_ratio"):
+        summary[ratio] = {report["model"]: report[ratio] for report in reports if ratio in report}
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

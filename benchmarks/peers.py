@@ -1,0 +1,229 @@
+"""The published implementations that ours are compared with: how to build one of our size, and its weights as ours.
+
+Read by benchmarks/models.py and by the tests, which skip what is not installed. A peer is a module of our contract,
+mixture [B, T] to estimates [B, S, T]; `weights` turns its state_dict into one of our model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`build` takes our model's arguments by name and raises ImportError where `packages` are missing."""
+
+    packages: str
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    weights: Callable[[State], dict[str, Tensor]]
+
+
+def _linear(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
+    """A linear layer from a 1x1 convolution or a linear layer, [out, in, ...]."""
+    found = {part: state[f"{theirs}.{part}"] for part in ("weight", "bias") if f"{theirs}.{part}" in state}
+    return {f"{ours}.{part}": tensor.flatten(1) if part == "weight" else tensor for part, tensor in found.items()}
+
+
+def _norm(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
+    return {f"{ours}.gain": state[f"{theirs}.gamma"], f"{ours}.shift": state[f"{theirs}.beta"]}
+
+
+def _lstm(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
+    names = {"in_weight": "weight_ih", "hidden_weight": "weight_hh", "in_bias": "bias_ih", "hidden_bias": "bias_hh"}
+    return {
+        f"{ours}.{own}": torch.stack([state[f"{theirs}.{name}_l0{way}"] for way in ("", "_reverse")])
+        for own, name in names.items()
+    }
+
+
+def _codec(state: State) -> dict[str, Tensor]:
+    encoder, decoder = (state[f"{part}.filterbank._filters"][:, 0] for part in ("encoder", "decoder"))
+    return {"encoder.weight": encoder, "decoder.weight": decoder.T}
+
+
+def _gated_head(state: State) -> dict[str, Tensor]:
+    """What DPRNN and DPTNet have behind their blocks."""
+    halves = [_linear(state, f"masker.{part}.0", "gate.linear") for part in ("net_out", "net_gate")]
+    return {
+        "prelu.weight": state["masker.first_out.0.weight"],
+        **_linear(state, "masker.first_out.1", "mask_conv"),
+        **{name: torch.cat([half[name] for half in halves]) for name in halves[0]},
+    }
+
+
+def _count(state: State, prefix: str) -> int:
+    """How many blocks there are whose names begin with `prefix` and a number."""
+    return 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
+
+
+def _conv_tasnet(sizes: Mapping[str, Any]) -> nn.Module:
+    from asteroid.models import ConvTasNet
+
+    return ConvTasNet(
+        n_src=sizes["num_speakers"],
+        n_filters=sizes["num_filters"],
+        kernel_size=sizes["kernel_size"],
+        stride=sizes["stride"],
+        bn_chan=sizes["num_bottleneck"],
+        hid_chan=sizes["num_hidden"],
+        skip_chan=sizes["num_skip"],
+        conv_kernel_size=sizes["num_taps"],
+        n_blocks=sizes["num_blocks"],
+        n_repeats=sizes["num_repeats"],
+        mask_act="relu",
+    )
+
+
+def _conv_tasnet_weights(state: State) -> dict[str, Tensor]:
+    weights = _codec(state) | _norm(state, "masker.bottleneck.0", "bottleneck")
+    weights |= _linear(state, "masker.bottleneck.1", "bottleneck") | _linear(state, "masker.mask_net.1", "mask_conv")
+    weights["prelu.weight"] = state["masker.mask_net.0.weight"]
+    for index in range(_count(state, "masker.TCN.")):
+        block, ours = f"masker.TCN.{index}.", f"blocks.{index}."
+        shared = block + "shared_block."
+        for norm, number in (("2", "1"), ("5", "2")):
+            weights[f"{ours}gain{number}"] = state[f"{shared}{norm}.gamma"]
+            weights[f"{ours}shift{number}"] = state[f"{shared}{norm}.beta"]
+            weights[f"{ours}prelu{number}"] = state[f"{shared}{int(norm) - 1}.weight"]
+        weights[f"{ours}in_weight"] = state[f"{shared}0.weight"].flatten(1)
+        weights[f"{ours}in_bias"] = state[f"{shared}0.bias"]
+        weights[f"{ours}taps"] = state[f"{shared}3.weight"][:, 0].T
+        weights[f"{ours}taps_bias"] = state[f"{shared}3.bias"]
+        for part in ("weight", "bias"):
+            both = torch.cat([state[f"{block}{conv}.{part}"] for conv in ("res_conv", "skip_conv")])
+            weights[f"{ours}out_{part}"] = both.flatten(1) if part == "weight" else both
+    return weights
+
+
+def _dprnn(sizes: Mapping[str, Any]) -> nn.Module:
+    from asteroid.models import DPRNNTasNet
+
+    return DPRNNTasNet(
+        n_src=sizes["num_speakers"],
+        n_filters=sizes["num_filters"],
+        kernel_size=sizes["kernel_size"],
+        stride=sizes["stride"],
+        bn_chan=sizes["num_bottleneck"],
+        hid_size=sizes["num_hidden"],
+        chunk_size=sizes["chunk_size"],
+        n_repeats=sizes["num_repeats"],
+        mask_act="relu",
+    )
+
+
+def _dprnn_weights(state: State) -> dict[str, Tensor]:
+    weights = _codec(state) | _norm(state, "masker.bottleneck.0", "norm")
+    weights |= _linear(state, "masker.bottleneck.1", "bottleneck") | _linear(state, "masker.mask_net", "mask")
+    for index in range(_count(state, "masker.net.")):
+        for path in ("intra", "inter"):
+            theirs, ours = f"masker.net.{index}.{path}_", f"{path}.{index}."
+            weights |= _lstm(state, f"{theirs}RNN.rnn", f"{ours}lstm") | _norm(state, f"{theirs}norm", f"{ours}norm")
+            weights |= _linear(state, f"{theirs}linear", f"{ours}linear")
+    return weights | _gated_head(state)
+
+
+def _dptnet(sizes: Mapping[str, Any]) -> nn.Module:
+    from asteroid.models import DPTNet
+
+    return DPTNet(
+        n_src=sizes["num_speakers"],
+        n_filters=sizes["num_filters"],
+        kernel_size=sizes["kernel_size"],
+        stride=sizes["stride"],
+        n_heads=sizes["num_heads"],
+        ff_hid=sizes["num_hidden"],
+        chunk_size=sizes["chunk_size"],
+        n_repeats=sizes["num_repeats"],
+    )
+
+
+def _dptnet_weights(state: State) -> dict[str, Tensor]:
+    weights = _codec(state) | _norm(state, "masker.in_norm", "norm")
+    for index in range(_count(state, "masker.layers.")):
+        for number, path in enumerate(("intra", "inter")):
+            theirs, ours = f"masker.layers.{index}.{number}.", f"{path}.{index}."
+            weights |= {
+                f"{ours}attention.qkv.{part}": state[f"{theirs}mha.in_proj_{part}"] for part in ("weight", "bias")
+            }
+            weights |= _linear(state, f"{theirs}mha.out_proj", f"{ours}attention.out")
+            weights |= _lstm(state, f"{theirs}recurrent", f"{ours}lstm")
+            weights |= _linear(state, f"{theirs}linear", f"{ours}linear")
+            weights |= _norm(state, f"{theirs}norm_mha", f"{ours}attention_norm")
+            weights |= _norm(state, f"{theirs}norm_ff", f"{ours}norm")
+    return weights | _gated_head(state)
+
+
+def _sepformer(sizes: Mapping[str, Any]) -> nn.Module:
+    from speechbrain.lobes.models.dual_path import SepformerWrapper
+
+    if sizes["kernel_size"] != 2 * sizes["stride"]:
+        raise ValueError("SpeechBrain's stride is half its kernel")
+
+    class Transposed(SepformerWrapper):
+        def forward(self, mix: Tensor) -> Tensor:
+            return super().forward(mix).transpose(1, 2)
+
+    both = {"numlayers": "num_layers", "nhead": "num_heads", "dffn": "num_hidden"}
+    peer = Transposed(
+        encoder_kernel_size=sizes["kernel_size"],
+        encoder_out_nchannels=sizes["num_filters"],
+        masknet_chunksize=sizes["chunk_size"],
+        masknet_numlayers=sizes["num_blocks"],
+        masknet_numspks=sizes["num_speakers"],
+        **{f"{path}_{theirs}": sizes[ours] for path in ("intra", "inter") for theirs, ours in both.items()},
+    )
+    for module in peer.modules():  # as its recipes set them; this constructor cannot
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return peer
+
+
+def _sepformer_weights(state: State) -> dict[str, Tensor]:
+    halves = [_linear(state, f"masknet.{part}.0", "gate.linear") for part in ("output", "output_gate")]
+    weights = {
+        "encoder.weight": state["encoder.conv1d.weight"][:, 0],
+        "decoder.weight": state["decoder.weight"][:, 0].T,
+        "prelu.weight": state["masknet.prelu.weight"],
+        **{name: torch.cat([half[name] for half in halves]) for name in halves[0]},
+        **_linear(state, "masknet.conv1d", "bottleneck"),
+        **_linear(state, "masknet.conv2d", "mask_conv"),
+        **_linear(state, "masknet.end_conv1x1", "mask_out"),
+    }
+    norms = {"masknet.norm": "norm"}
+    layer_names = {"self_att.att.out_proj": "attention.out", "pos_ffn.ffn.0": "up", "pos_ffn.ffn.3": "down"}
+    for index in range(_count(state, "masknet.dual_mdl.")):
+        for path in ("intra", "inter"):
+            theirs, ours = f"masknet.dual_mdl.{index}.{path}_", f"{path}.{index}."
+            norms[f"{theirs}norm"] = f"{ours}global_norm"
+            plain_norms = {f"{theirs}mdl.mdl.norm.norm": f"{ours}layer_norm"}
+            for layer in range(_count(state, f"{theirs}mdl.mdl.layers.")):
+                their_layer, our_layer = f"{theirs}mdl.mdl.layers.{layer}.", f"{ours}layers.{layer}."
+                for their_name, our_name in layer_names.items():
+                    weights |= _linear(state, their_layer + their_name, our_layer + our_name)
+                for part in ("weight", "bias"):
+                    name = f"{our_layer}attention.qkv.{part}"
+                    weights[name] = state[f"{their_layer}self_att.att.in_proj_{part}"]
+                plain_norms[f"{their_layer}norm1.norm"] = f"{our_layer}attention_norm"
+                plain_norms[f"{their_layer}norm2.norm"] = f"{our_layer}norm"
+            for their_name, our_name in plain_norms.items():
+                weights |= {f"{our_name}.{part}": state[f"{their_name}.{part}"] for part in ("weight", "bias")}
+    for their_name, our_name in norms.items():
+        weights |= {f"{our_name}.gain": state[f"{their_name}.weight"], f"{our_name}.shift": state[f"{their_name}.bias"]}
+    return weights
+
+
+ASTEROID = "asteroid asteroid-filterbanks"
+SPEECHBRAIN = "speechbrain hyperpyyaml ruamel.yaml sentencepiece joblib torchaudio"
+PEERS: dict[str, Peer] = {
+    "conv_tasnet": Peer(ASTEROID, _conv_tasnet, _conv_tasnet_weights),
+    "dprnn": Peer(ASTEROID, _dprnn, _dprnn_weights),
+    "dptnet": Peer(ASTEROID, _dptnet, _dptnet_weights),
+    "sepformer": Peer(SPEECHBRAIN, _sepformer, _sepformer_weights),
+}

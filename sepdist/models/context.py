@@ -1,0 +1,98 @@
+"""A context network over a separator's features, for contrastive pre-training (CC, paper 1, section 3.1).
+
+Features of the separator, fewer of them per second, some hidden -> Transformer -> predictions of what was hidden, as in
+wav2vec 2.0 (Baevski et al. 2020, section 2). Only the separator is handed to the next stage, by `init.part=separator`.
+
+Shapes: B batch, T samples, N frames after down-sampling, F target features, H hidden features.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sepdist.models.layers import num_frames
+
+
+class ContextModel(nn.Module):
+    """`separator` has `features(mixture_BT)`, [B, frames, num_features], and the `kernel_size` and `stride` of frames.
+
+    Without frames to hide the model is the separator, so that whatever takes a model takes this one.
+    """
+
+    separator: Any
+
+    def __init__(
+        self,
+        separator: Any,
+        num_targets: int = 2048,
+        kernel_size: int = 129,
+        stride: int = 4,
+        num_groups: int = 16,
+        num_hidden: int = 768,
+        num_heads: int = 12,
+        num_feedforward: int = 3072,
+        num_layers: int = 6,
+        num_position_taps: int = 129,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not hasattr(separator, "features"):
+            raise ValueError(f"{type(separator).__name__} gives no features that a context network could read")
+        for name, size in (("kernel_size", kernel_size), ("num_position_taps", num_position_taps)):
+            if size % 2 == 0:
+                raise ValueError(f"{name}={size}: must be odd, so that the frames stay where they are")
+        self.min_length = separator.min_length
+        self.num_layers, self.stride = num_layers, stride
+        self.separator = separator
+        self.down = nn.Conv1d(
+            separator.num_features, num_targets, kernel_size, stride, kernel_size // 2, groups=num_groups
+        )
+        self.project = nn.Linear(num_targets, num_hidden)
+        self.position = nn.Conv1d(
+            num_hidden, num_hidden, num_position_taps, padding=num_position_taps // 2, groups=num_groups
+        )
+        self.norm = nn.LayerNorm(num_hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.layer = TransformerLayer(num_hidden, num_heads, num_feedforward, dropout)  # one, used `num_layers` times
+        self.head = nn.Linear(num_hidden, num_targets)
+
+    def num_frames(self, num_samples: int) -> int:
+        """How many frames N the context network sees of `num_samples`."""
+        return (num_frames(num_samples, self.separator.kernel_size, self.separator.stride) - 1) // self.stride + 1
+
+    def forward(self, mixture_BT: Tensor, hidden_BN: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The separator's estimates; or, with frames to hide (bool), the true features and the predicted, [B, N, F]."""
+        if hidden_BN is None:
+            return self.separator(mixture_BT)
+        targets_BNF = self.down(self.separator.features(mixture_BT).transpose(1, 2)).transpose(1, 2)
+        x_BNH = self.project(targets_BNF.masked_fill(hidden_BN.unsqueeze(-1), 0.0))
+        places_BNH = self.position(x_BNH.transpose(1, 2)).transpose(1, 2)
+        x_BNH = self.dropout(self.norm(x_BNH + F.gelu(places_BNH)))
+        for _ in range(self.num_layers):
+            x_BNH = self.layer(x_BNH)
+        return targets_BNF, self.head(x_BNH)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and two linear layers, each added and then normalised: [B, N, H] -> [B, N, H]."""
+
+    def __init__(self, num_hidden: int, num_heads: int, num_feedforward: int, dropout: float) -> None:
+        super().__init__()
+        if num_hidden % num_heads:
+            raise ValueError(f"num_hidden={num_hidden} does not divide into num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.attend = nn.Linear(num_hidden, 3 * num_hidden)
+        self.join = nn.Linear(num_hidden, num_hidden)
+        self.norm1, self.norm2 = nn.LayerNorm(num_hidden), nn.LayerNorm(num_hidden)
+        self.expand = nn.Linear(num_hidden, num_feedforward)
+        self.contract = nn.Linear(num_feedforward, num_hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BNH: Tensor) -> Tensor:
+        """The next x."""
+        queries, keys, values = self.attend(x_BNH).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        share = self.dropout.p if self.training else 0.0
+        heads = F.scaled_dot_product_attention(queries, keys, values, dropout_p=share)
+        x_BNH = self.norm1(x_BNH + self.dropout(self.join(heads.transpose(1, 2).flatten(2))))
+        return self.norm2(x_BNH + self.dropout(self.contract(F.gelu(self.expand(x_BNH)))))

@@ -1,0 +1,85 @@
+"""DPRNN: mixture [B, T] in, one waveform per speaker [B, S, T] out.
+
+Luo, Chen and Yoshioka, "Dual-path RNN: efficient long sequence modeling for time-domain single-channel speech
+separation", 2020. The defaults are the size of paper 1's experiments, with a bottleneck of 128 features (the original
+has 64) and ReLU masks: 3,651,073 parameters for two speakers. Inside, tensors are channels-last (dual_path.py).
+
+Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk, F features.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sepdist.models.dual_path import Gate, GlobalNorm, check_chunk_size, merge, segment, swapped
+from sepdist.models.layers import check_mixture, check_sizes, cut_frames, overlap_add, widen
+from sepdist.models.lstm import BiLSTM
+
+
+class PathRNN(nn.Module):
+    """Bi-LSTM along the sequences, 1x1, gLN over the whole item, residual (section 2.2): [B, R, T, F] to the same."""
+
+    def __init__(self, num_features: int, num_hidden: int, compile: bool) -> None:
+        super().__init__()
+        self.lstm = BiLSTM(num_features, num_hidden, compile)
+        self.linear = nn.Linear(2 * num_hidden, num_features)
+        self.norm = GlobalNorm(num_features)
+
+    def forward(self, x_BRTF: Tensor) -> Tensor:
+        """R sequences of T steps in each item; they meet only in the norm."""
+        y = self.linear(self.lstm(x_BRTF.flatten(0, 1))).view_as(x_BRTF)
+        return x_BRTF + self.norm(y)
+
+
+class DPRNN(nn.Module):
+    """Encoder, recurrent network within and across chunks that masks the encoded frames, decoder.
+
+    `output_parameters` are the prefixes of the parameters that make particular speakers: the 1x1 convolution that
+    splits the features, which a new task starts afresh. `compile=False` runs torch's own LSTM.
+    """
+
+    output_parameters: tuple[str, ...] = ("mask_conv",)
+
+    def __init__(
+        self,
+        num_speakers: int = 2,
+        num_filters: int = 64,
+        kernel_size: int = 2,
+        stride: int = 1,
+        num_bottleneck: int = 128,
+        num_hidden: int = 128,
+        chunk_size: int = 250,
+        num_repeats: int = 6,
+        compile: bool = True,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_speakers, kernel_size, stride)
+        check_chunk_size(chunk_size)
+        self.num_speakers, self.chunk_size = num_speakers, chunk_size
+        self.kernel_size, self.stride = kernel_size, stride
+        self.min_length = kernel_size
+        self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
+        self.norm = GlobalNorm(num_filters)
+        self.bottleneck = nn.Linear(num_filters, num_bottleneck)
+        self.intra = nn.ModuleList(PathRNN(num_bottleneck, num_hidden, compile) for _ in range(num_repeats))
+        self.inter = nn.ModuleList(PathRNN(num_bottleneck, num_hidden, compile) for _ in range(num_repeats))
+        self.prelu = nn.PReLU()
+        self.mask_conv = nn.Linear(num_bottleneck, num_speakers * num_bottleneck)
+        self.gate = Gate(num_bottleneck)
+        self.mask = nn.Linear(num_bottleneck, num_filters, bias=False)
+        self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
+        nn.init.xavier_normal_(self.encoder.weight)
+        nn.init.xavier_normal_(self.decoder.weight)
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        """Estimates [B, S, T] of the speakers, in no particular order."""
+        check_mixture(mixture_BT, self.min_length)
+        encoded_BNF = self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride))
+        x = segment(self.bottleneck(self.norm(encoded_BNF)), self.chunk_size)
+        for intra, inter in zip(self.intra, self.inter, strict=True):
+            x = swapped(inter(swapped(intra(x))))
+        # The 1x1 convolution comes after the overlap-add, on half as many frames. It is linear, and sees the mean of a
+        # frame's two places, doubled behind it, because its bias is in both.
+        y = 2 * self.mask_conv(merge(self.prelu(x), encoded_BNF.shape[1]) / 2)
+        masks_BNSF = F.relu(self.mask(self.gate(y.unflatten(-1, (self.num_speakers, -1)))))
+        frames = self.decoder(masks_BNSF * encoded_BNF.unsqueeze(2))
+        return overlap_add(widen(frames).transpose(1, 2), self.stride, mixture_BT.shape[1])

@@ -1,0 +1,91 @@
+"""DPTNet: mixture [B, T] in, one waveform per speaker [B, S, T] out.
+
+Chen, Mao and Liu, "Dual-Path Transformer Network: Direct Context-Aware Modeling for End-to-End Monaural Speech
+Separation", 2020: Transformer layers whose feed-forward part begins with a bi-LSTM, so no positions are added. The
+defaults are the size of paper 1's experiments, 256 hidden units in each direction of that LSTM (the original has 128):
+8,527,233 parameters for two speakers. There is no bottleneck. Inside, tensors are channels-last (dual_path.py).
+
+Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk, R sequences of L places, F features.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sepdist.models.attention import Attention
+from sepdist.models.dual_path import Gate, GlobalNorm, check_chunk_size, merge, segment, swapped
+from sepdist.models.layers import check_mixture, check_sizes, cut_frames, overlap_add, widen
+from sepdist.models.lstm import BiLSTM
+
+
+class PathTransformer(nn.Module):
+    """Attention, then bi-LSTM, ReLU and 1x1; a residual and a gLN after each (equations 6 to 9).
+
+    [R, L, F] -> [R, L, F]. As in paper 1's code, the norm is over each sequence by itself, not over the whole item.
+    """
+
+    def __init__(self, num_features: int, num_heads: int, num_hidden: int, compile: bool) -> None:
+        super().__init__()
+        self.attention = Attention(num_features, num_heads)
+        self.attention_norm = GlobalNorm(num_features)
+        self.lstm = BiLSTM(num_features, num_hidden, compile)
+        self.linear = nn.Linear(2 * num_hidden, num_features)
+        self.norm = GlobalNorm(num_features)
+
+    def forward(self, x_RLF: Tensor) -> Tensor:
+        """No sequence sees another."""
+        x_RLF = self.attention_norm(x_RLF + self.attention(x_RLF))
+        return self.norm(x_RLF + self.linear(F.relu(self.lstm(x_RLF))))
+
+
+class DPTNet(nn.Module):
+    """Encoder, Transformer network within and across chunks that masks the encoded frames, decoder.
+
+    `output_parameters` are the prefixes of the parameters that make particular speakers: the 1x1 convolution that
+    splits the features, which a new task starts afresh. `compile=False` runs torch's own LSTM.
+    """
+
+    output_parameters: tuple[str, ...] = ("mask_conv",)
+
+    def __init__(
+        self,
+        num_speakers: int = 2,
+        num_filters: int = 64,
+        kernel_size: int = 2,
+        stride: int = 1,
+        num_heads: int = 4,
+        num_hidden: int = 256,
+        chunk_size: int = 250,
+        num_repeats: int = 6,
+        compile: bool = True,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_speakers, kernel_size, stride)
+        check_chunk_size(chunk_size)
+        self.num_speakers, self.chunk_size = num_speakers, chunk_size
+        self.kernel_size, self.stride = kernel_size, stride
+        self.min_length = kernel_size
+        self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
+        self.norm = GlobalNorm(num_filters)
+        sizes = (num_filters, num_heads, num_hidden, compile)
+        self.intra = nn.ModuleList(PathTransformer(*sizes) for _ in range(num_repeats))
+        self.inter = nn.ModuleList(PathTransformer(*sizes) for _ in range(num_repeats))
+        self.prelu = nn.PReLU()
+        self.mask_conv = nn.Linear(num_filters, num_speakers * num_filters)
+        self.gate = Gate(num_filters)
+        self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
+        nn.init.xavier_normal_(self.encoder.weight)
+        nn.init.xavier_normal_(self.decoder.weight)
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        """Estimates [B, S, T] of the speakers, in no particular order."""
+        check_mixture(mixture_BT, self.min_length)
+        encoded_BNF = F.relu(self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride)))
+        x = segment(self.norm(encoded_BNF), self.chunk_size)
+        for intra, inter in zip(self.intra, self.inter, strict=True):
+            x = swapped(intra(x.flatten(0, 1)).view_as(x))
+            x = swapped(inter(x.flatten(0, 1)).view_as(x))
+        # The 1x1 convolution is linear: it may come after the overlap-add, a mean here, on half as many frames.
+        y = self.mask_conv(merge(self.prelu(x), encoded_BNF.shape[1]) / 2)
+        masks_BNSF = F.relu(self.gate(y.unflatten(-1, (self.num_speakers, -1))))
+        frames = self.decoder(masks_BNSF * encoded_BNF.unsqueeze(2))
+        return overlap_add(widen(frames).transpose(1, 2), self.stride, mixture_BT.shape[1])

@@ -1,0 +1,120 @@
+"""SepFormer: mixture [B, T] in, one waveform per speaker [B, S, T] out, by attention in and across chunks.
+
+Subakan et al., "Attention Is All You Need in Speech Separation", 2021, in the form that SpeechBrain published and
+trained: 25,679,361 parameters for two speakers, no dropout, and to rounding the same estimates. That form has norms
+the paper does not draw, one over each item before the chunks and one after each Transformer, and an even number of
+chunks. Inside, tensors are channels-last (dual_path.py).
+
+Shapes: B batch, S speakers, T samples, N frames, F features, C chunks, K frames of a chunk, R sequences of L places.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sepdist.models.attention import Attention, sinusoids
+from sepdist.models.dual_path import Gate, GlobalNorm, check_chunk_size, merge, segment, swapped
+from sepdist.models.layers import check_mixture, check_sizes, cut_frames, overlap_add, widen
+
+NORM_EPS = 1e-6
+
+
+class TransformerLayer(nn.Module):
+    """Norm, attention, residual; norm, two 1x1 with a ReLU between, residual: [R, L, F] -> [R, L, F]."""
+
+    def __init__(self, num_features: int, num_heads: int, num_hidden: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(num_features, eps=NORM_EPS)
+        self.attention = Attention(num_features, num_heads)
+        self.norm = nn.LayerNorm(num_features, eps=NORM_EPS)
+        self.up = nn.Linear(num_features, num_hidden)
+        self.down = nn.Linear(num_hidden, num_features)
+
+    def forward(self, x_RLF: Tensor) -> Tensor:
+        """No sequence sees another."""
+        x_RLF = x_RLF + self.attention(self.attention_norm(x_RLF))
+        return x_RLF + self.down(F.relu(self.up(self.norm(x_RLF))))
+
+
+class Transformer(nn.Module):
+    """Positions, layers, layer norm, and gLN over all sequences of an item, residual: [B, M, L, F] -> [B, M, L, F]."""
+
+    def __init__(self, num_features: int, num_layers: int, num_heads: int, num_hidden: int, checkpointed: bool) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.layers = nn.ModuleList(TransformerLayer(num_features, num_heads, num_hidden) for _ in range(num_layers))
+        self.layer_norm = nn.LayerNorm(num_features, eps=NORM_EPS)
+        self.global_norm = GlobalNorm(num_features)
+
+    def forward(self, x_BMLF: Tensor) -> Tensor:
+        """Attends along L, in each of M sequences of an item."""
+        x = (x_BMLF + sinusoids(x_BMLF.shape[2], x_BMLF)).flatten(0, 1)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+        return x_BMLF + self.global_norm(self.layer_norm(x).view_as(x_BMLF))
+
+
+class SepFormer(nn.Module):
+    """Encoder, Transformers along the frames of each chunk (intra) and along the chunks (inter), masks, decoder.
+
+    `output_parameters` are the prefixes of the parameters that make particular speakers: the 1x1 convolution that
+    splits the features, which a new task starts afresh. `checkpoint_activations` keeps for the backward pass only what
+    enters each layer and computes the rest again: less memory, a third more time, the same bits.
+    """
+
+    output_parameters: tuple[str, ...] = ("mask_conv",)
+
+    def __init__(
+        self,
+        num_speakers: int = 2,
+        num_filters: int = 256,
+        kernel_size: int = 16,
+        stride: int = 8,
+        chunk_size: int = 250,
+        num_blocks: int = 2,
+        num_layers: int = 8,
+        num_heads: int = 8,
+        num_hidden: int = 1024,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_speakers, kernel_size, stride)
+        check_chunk_size(chunk_size)
+        self.num_speakers, self.chunk_size = num_speakers, chunk_size
+        self.kernel_size, self.stride = kernel_size, stride
+        self.min_length = kernel_size
+        self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
+        self.norm = GlobalNorm(num_filters)
+        self.bottleneck = nn.Linear(num_filters, num_filters, bias=False)
+        sizes = (num_filters, num_layers, num_heads, num_hidden, checkpoint_activations)
+        self.intra = nn.ModuleList(Transformer(*sizes) for _ in range(num_blocks))
+        self.inter = nn.ModuleList(Transformer(*sizes) for _ in range(num_blocks))
+        self.prelu = nn.PReLU()
+        self.mask_conv = nn.Linear(num_filters, num_speakers * num_filters)
+        self.gate = Gate(num_filters)
+        self.mask_out = nn.Linear(num_filters, num_filters, bias=False)
+        self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        """Estimates [B, S, T] of the speakers, in no particular order."""
+        check_mixture(mixture_BT, self.min_length)
+        encoded_BNF = F.relu(self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride)))
+        x = to_chunks(widen(self.bottleneck(self.norm(encoded_BNF))), self.chunk_size)
+        for intra, inter in zip(self.intra, self.inter, strict=True):
+            x = swapped(inter(swapped(intra(x))))
+        # The 1x1 convolution is linear: it may come after the overlap-add, whose every frame is a sum of two places.
+        y = 2 * self.mask_conv(from_chunks(self.prelu(x), encoded_BNF.shape[1]) / 2)
+        masks_BNSF = F.relu(self.mask_out(self.gate(y.unflatten(-1, (self.num_speakers, -1)))))
+        frames = self.decoder(masks_BNSF * encoded_BNF.unsqueeze(2))
+        return overlap_add(widen(frames).transpose(1, 2), self.stride, mixture_BT.shape[1])
+
+
+def to_chunks(frames_BNF: Tensor, chunk_size: int) -> Tensor:
+    """Half-overlapping chunks [B, C, K, F] from half a chunk before the first frame on; C is even."""
+    chunks = segment(frames_BNF, chunk_size)[:, 1:]
+    return F.pad(chunks, (0, 0, 0, 0, 0, chunks.shape[1] % 2))
+
+
+def from_chunks(chunks_BCKF: Tensor, num_frames: int) -> Tensor:
+    """The overlap-add [B, N, F] of such chunks."""
+    return merge(F.pad(chunks_BCKF, (0, 0, 0, 0, 1, 0)), num_frames)

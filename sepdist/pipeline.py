@@ -1,0 +1,281 @@
+"""Several stages in order, each handing its weights to the next: one config in; runs, scores, a table and figures out.
+
+    python -m sepdist.pipeline experiment=huang2021/table2_libri2mix data_root=s3://bucket/data seeds=[0,1]
+    ray job submit --working-dir . -- python -m sepdist.pipeline experiment=huang2021/table2_libri2mix ...
+
+    output/pipeline.yaml               what was asked for last
+    output/seed-0/<stage>/             run_dir of a `train` stage, output of an `evaluate`, `labels` or `figure` stage
+    output/seed-0/<stage>/stage.json   its whole config, put when it has finished; such a stage is not run again
+    output/table.md, table.json        the paper's numbers beside ours
+
+A `train` stage is an experiment of configs/experiment with changes. All stages are composed before the first one runs,
+so that a mistake in the last one costs nothing. Stopped and started again, training goes on from its checkpoint.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from sepdist import config, evaluate, labels, plot, storage, train
+from sepdist.cluster import connected
+from sepdist.config import ConfigError, EvaluateConfig, FigureConfig, PipelineConfig, TrainConfig
+from sepdist.reporting import read_metrics
+
+MARKER = "stage.json"
+# What may differ from the config of a finished stage without making its result another one.
+FREE_TO_CHANGE: tuple[str, ...] = ("cluster", "engine.zero", "data_root", "data.cache", "data.prefetch")
+FREE_TO_CHANGE += ("data.num_threads", "num_workers", "use_gpu", "cache")
+
+config.register_schemas()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of one seed, ready to run."""
+
+    seed: int
+    name: str
+    kind: str
+    folder: str
+    uses: tuple[str, ...]  # folders of earlier stages
+    config: Any  # TrainConfig, EvaluateConfig or FigureConfig, whole
+
+
+@hydra.main(version_base="1.3", config_path=config.config_dir(), config_name="pipeline")
+def main(composed: DictConfig) -> None:
+    """Compose, run, print the table; errors of the user are one line and exit status 1."""
+    from sepdist.training.launch import TrainingFailedError
+
+    console = Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING)
+    GlobalHydra.instance().clear()  # the stages are composed anew
+    try:
+        run(config.typed(composed, PipelineConfig), console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on in {composed.output}", highlight=False, soft_wrap=True)
+        sys.exit(130)
+    except (OSError, ValueError, TrainingFailedError) as error:
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def run(cfg: PipelineConfig, console: Console) -> None:
+    """Run every stage that has not finished, for every seed, then write the table.
+
+    Raises:
+        ConfigError: a stage does not compose, or one that finished had another config.
+    """
+    stages = plan(cfg)
+    done = [is_done(stage) for stage in stages]
+    storage.put_bytes(storage.join(cfg.output, "pipeline.yaml"), config.to_yaml(cfg).encode())
+    needed = max((num_cpus(stage) for stage, skip in zip(stages, done, strict=True) if not skip), default=0)
+    with connected(needed, address=address(stages)) if needed else contextlib.nullcontext():
+        for number, (stage, skip) in enumerate(zip(stages, done, strict=True), start=1):
+            title = f"stage {number} of {len(stages)}: {stage.name} ({stage.kind}, seed {stage.seed})"
+            console.rule(f"{title}{' has finished before' if skip else ''}", align="left")
+            if not skip:
+                began = time.monotonic()
+                RUNNERS[stage.kind](copy.deepcopy(stage.config), console)  # a program may complete its config
+                mark_done(stage, time.monotonic() - began)
+    if cfg.table:
+        results = table(cfg, stages)
+        markdown = to_markdown(results)
+        storage.put_bytes(storage.join(cfg.output, "table.md"), markdown.encode())
+        storage.put_bytes(storage.join(cfg.output, "table.json"), json.dumps(results, indent=1).encode())
+        console.print(markdown, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results: {cfg.output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def plan(cfg: PipelineConfig) -> list[Stage]:
+    """Every stage of every seed with its whole config, in the order in which they run."""
+    if not cfg.stages or not cfg.seeds:
+        raise ConfigError("a pipeline has at least one stage and one seed; choose one with experiment=...")
+    for kind in cfg.overrides:
+        if kind not in RUNNERS:
+            raise ConfigError(f"overrides.{kind}: kinds of stages are {', '.join(RUNNERS)}")
+    stages: list[Stage] = []
+    for seed in cfg.seeds:
+        earlier: dict[str, Stage] = {}
+        for name in cfg.stages:
+            folder = storage.join(cfg.output, f"seed-{seed}", name)
+            try:
+                earlier[name] = resolve(cfg, seed, name, folder, earlier)
+            except (ValueError, HydraException, OmegaConfBaseException) as error:
+                raise ConfigError(f"stage {name}: {' '.join(str(error).split())}") from error
+        stages += earlier.values()
+    for row in cfg.table:
+        if row.stage and (row.stage not in cfg.stages or cfg.stages[row.stage].kind != "evaluate"):
+            raise ConfigError(f"table: row {row.label!r} names {row.stage!r}, which is no stage of kind evaluate")
+    return stages
+
+
+def resolve(cfg: PipelineConfig, seed: int, name: str, folder: str, earlier: dict[str, Stage]) -> Stage:
+    """The stage with its config as its program would have it; ValueError says what does not fit."""
+    one = cfg.stages[name]
+    if one.kind not in RUNNERS:
+        raise ConfigError(f"kind={one.kind!r}: it is one of {', '.join(RUNNERS)}")
+    fewest, most = {"train": (0, 1), "figure": (1, math.inf)}.get(one.kind, (1, 1))
+    if not set(one.uses) <= earlier.keys() or not fewest <= len(one.uses) <= most:
+        raise ConfigError(f"uses={one.uses}: a stage of kind {one.kind} uses {fewest} to {most} of {list(earlier)}")
+    if any(earlier[used].kind != "train" for used in one.uses):
+        raise ConfigError(f"uses={one.uses}: only stages of kind train can be used")
+    uses = [earlier[used] for used in one.uses]
+    overrides = [*cfg.overrides.get(one.kind, []), *one.overrides]
+    resolved: Any
+    if one.kind == "train":
+        fixed = {"name": f"{cfg.name}-{name}-{seed}", "run_dir": folder, "seed": seed, "data_root": cfg.data_root}
+        if uses:
+            fixed["init.weights"] = uses[0].folder
+        resolved = compose_train(one.experiment + cfg.variant, overrides, fixed)
+    elif one.kind == "figure":
+        runs = {cfg.stages[used.name].label or used.name: used.folder for used in uses}
+        resolved = merged(FigureConfig(runs, storage.join(folder, "figure.png"), one.label), overrides)
+    else:
+        data = uses[0].config.data
+        base = EvaluateConfig(uses[0].folder, cfg.test_data, folder, num_sources=data.num_sources, noise=data.noise)
+        if one.kind == "labels":
+            base.data = data.train
+        resolved = merged(base, overrides)
+    return Stage(seed, name, one.kind, folder, tuple(used.folder for used in uses), resolved)
+
+
+def merged(base: Any, overrides: Sequence[str]) -> Any:
+    """A dataclass with key=value changes."""
+    changed = OmegaConf.merge(OmegaConf.structured(base), OmegaConf.from_dotlist(list(overrides)))
+    assert isinstance(changed, DictConfig)
+    return config.typed(changed, type(base))
+
+
+def compose_train(experiment: str, overrides: Sequence[str], fixed: dict[str, Any]) -> TrainConfig:
+    """What `python -m sepdist.train experiment=... overrides...` has, with the values that the pipeline fixes."""
+    with initialize_config_dir(config.config_dir(), version_base="1.3"):
+        composed = compose("train", overrides=[f"experiment={experiment}"] * bool(experiment) + list(overrides))
+    for key, value in fixed.items():
+        OmegaConf.update(composed, key, value)
+    return config.typed(composed, TrainConfig)
+
+
+RUNNERS: dict[str, Callable[[Any, Console], Any]] = {
+    "train": train.run,
+    "evaluate": evaluate.evaluate,
+    "labels": labels.label,
+    "figure": plot.draw,
+}
+
+
+def num_cpus(stage: Stage) -> int:
+    """How many CPUs of a Ray started here the stage would take."""
+    if isinstance(stage.config, TrainConfig):
+        return math.ceil(config.worker_range(stage.config.cluster)[1] * stage.config.cluster.cpus_per_worker)
+    return int(getattr(stage.config, "num_workers", 0))
+
+
+def address(stages: Sequence[Stage]) -> str | None:
+    """The Ray cluster that the training stages name; ConfigError where they name several, for it is joined once."""
+    named = {stage.config.cluster.address for stage in stages if isinstance(stage.config, TrainConfig)}
+    if len(named) > 1:
+        raise ConfigError(f"the stages name several clusters: cluster.address is {', '.join(sorted(map(str, named)))}")
+    return next(iter(named), None)
+
+
+def digest(values: dict[str, Any]) -> str:
+    """sha256 of a config."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def is_done(stage: Stage) -> bool:
+    """Whether the stage finished in an earlier start.
+
+    Raises:
+        ConfigError: it did, with another config.
+    """
+    if stage.kind == "figure" or not storage.exists(storage.join(stage.folder, MARKER)):
+        return False  # a figure takes no time, and may have got another run to show
+    marker, wanted = _marker(stage), dataclasses.asdict(stage.config)
+    changed = [] if marker["sha256"] == digest(wanted) else config.differences(marker["config"], wanted, FREE_TO_CHANGE)
+    if changed:
+        raise ConfigError(
+            f"stage {stage.name} has finished with another config: {'; '.join(changed)}. Choose another output, or "
+            f"remove {stage.folder} and the folders of the stages that use it to run them afresh"
+        )
+    return True
+
+
+def _marker(stage: Stage) -> dict[str, Any]:
+    return json.loads(storage.read_bytes(storage.join(stage.folder, MARKER)))
+
+
+def mark_done(stage: Stage, seconds: float) -> None:
+    """Put the marker, after everything else of the stage."""
+    values = dataclasses.asdict(stage.config)
+    marker = {"stage": stage.name, "kind": stage.kind, "seed": stage.seed, "seconds": round(seconds, 1)}
+    marker |= {"sha256": digest(values), "config": values}
+    storage.put_bytes(storage.join(stage.folder, MARKER), json.dumps(marker, indent=1).encode())
+
+
+def table(cfg: PipelineConfig, stages: Sequence[Stage]) -> dict[str, Any]:
+    """The rows of the table: the paper's SI-SNRi and SDRi in dB, ours by seed, and what the training took."""
+    rows = []
+    for row in cfg.table:
+        results = {str(stage.seed): measured(stage) for stage in stages if row.stage and stage.name == row.stage}
+        paper = dict(zip(("si_snri", "sdri"), row.paper, strict=False))
+        rows.append({"label": row.label, "paper": paper, "seeds": results})
+    minutes = {f"seed-{stage.seed}/{stage.name}": _marker(stage)["seconds"] / 60 for stage in stages}
+    return {"name": cfg.name, "title": cfg.title, "rows": rows, "minutes_of_stages": minutes}
+
+
+def measured(stage: Stage) -> dict[str, float | None]:
+    """What one evaluation found, and the length and the mean label-switch rate of the run that it scored."""
+    results = json.loads(storage.read_bytes(storage.join(stage.folder, "results.json")))
+    rows = read_metrics(stage.uses[0])
+    rates = [row["switching/rate"] for row in rows if "switching/rate" in row]
+    return {
+        "si_snri": results["metrics_db"]["si_snri"]["mean"],
+        "sdri": results["metrics_db"]["sdri"]["mean"],
+        "best_step": results["model"]["lineage"]["step"],
+        "steps": rows[-1]["step"],
+        "minutes": rows[-1]["seconds"] / 60,
+        "switch_rate": sum(rates) / len(rates) if rates else None,
+    }
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """The table as people read it: the mean over seeds, and each seed in brackets where there are several."""
+    head = ("", "SI-SNRi, paper", "SI-SNRi", "SDRi, paper", "SDRi", "steps", "minutes", "label switches")
+    lines = [f"# {results['title'] or results['name']}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in results["rows"]:
+        seeds = list(row["seeds"].values())
+
+        def cell(name: str, digits: int = 2, factor: float = 1.0, seeds: list[Any] = seeds) -> str:
+            values = [seed[name] * factor for seed in seeds if seed[name] is not None]
+            if not values:
+                return ""
+            each = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else ""
+            return f"{sum(values) / len(values):.{digits}f}{each}"
+
+        paper = {name: str(row["paper"].get(name, "")) for name in ("si_snri", "sdri")}
+        cells = [row["label"], paper["si_snri"], cell("si_snri"), paper["sdri"], cell("sdri")]
+        rate = cell("switch_rate", 1, 100)
+        cells += [cell("steps", 0), cell("minutes", 1), f"{rate} %" if rate else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Dynamic mixing: different people, drawn levels and speeds, the same bits in any world, each utterance in its turn.
+
+Utterances are tones, each of a pitch of its own, so that a source tells which one it is, how fast and how loud.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sepdist import audio
+from sepdist.audio import AudioError
+from sepdist.data import shards
+from sepdist.data.dynamic import DynamicMixing
+from sepdist.data.members import DataError
+from sepdist.data.records import Batch, Mixture, Utterance
+from sepdist.data.stream import Damage, Dataset, Item, TrainStream
+from tests.data import toy
+
+RATE = 8000
+CROP_SECONDS = 0.5
+CROP = 4000
+NUM_UTTERANCES, NUM_SPEAKERS = 14, 5
+
+
+def pitch(number: int) -> float:
+    return 400.0 + 60.0 * number
+
+
+def num_samples(number: int) -> int:
+    """0.45 to 1.1 s: the first few are shorter than a crop."""
+    return 3600 + 400 * number
+
+
+def tone(number: int) -> np.ndarray:
+    return (0.3 * np.sin(2 * np.pi * pitch(number) * np.arange(num_samples(number)) / RATE)).astype(np.float32)
+
+
+def write(
+    url: Path,
+    sizes: tuple[int, ...] = (4, 1, 6, 3),
+    speaker: Callable[[int], str] = lambda number: f"speaker{number % NUM_SPEAKERS}",
+    wave: Callable[[int], np.ndarray] = tone,
+) -> str:
+    infos, first = [], 0
+    for i, size in enumerate(sizes):
+        records = [Utterance(f"u{n}", speaker(n), RATE, partial(wave, n)) for n in range(first, first + size)]
+        infos.append(shards.write_shard(records, url, shards.shard_name("toy", "train", i)))
+        first += size
+    shards.write_manifest(url, "toy", "train", RATE, infos)
+    return str(url)
+
+
+def hiss(number: int) -> np.ndarray:
+    """Noises of 0.4 and 0.9 s, one shorter than a crop and one longer."""
+    size = (3300, 7200)[number % 2]
+    return (0.05 * np.random.default_rng(number).standard_normal(size)).clip(-1, 1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("voices") / "set")
+
+
+@pytest.fixture(scope="module")
+def noises(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("noises") / "set", (2, 3), lambda _: "noise", hiss)
+
+
+def mixing(url: str, num_sources: int = 2, seed: int = 3, **options: object) -> DynamicMixing:
+    dataset = Dataset(url, num_sources=1)
+    return DynamicMixing(dataset, seed=seed, num_sources=num_sources, crop_seconds=CROP_SECONDS, **options)  # type: ignore[arg-type]
+
+
+def utterances(item: Item) -> list[int]:
+    """The numbers of its utterances by its id, which ends with the position."""
+    return [int(key.removeprefix("u")) for key in item.id.partition("@")[0].split("_")]
+
+
+def found_pitch(wave: np.ndarray) -> float:
+    """By the highest bin of a spectrum of 16 times as many points."""
+    spectrum = np.abs(np.fft.rfft(wave * np.hanning(wave.size), 16 * wave.size))
+    return float(spectrum.argmax()) * RATE / (16 * wave.size)
+
+
+def test_a_source_is_its_utterance_at_one_of_the_speeds_and_at_a_level_of_librimix(voices: str) -> None:
+    made = mixing(voices, num_sources=3)
+    speeds, levels = Counter[float](), []
+    for position in range(60):
+        item = made.item(position, [])
+        assert list(item.members) == ["s1", "s2", "s3"] and item.id.endswith(f"@{position}")
+        assert len({wave.size for wave in item.members.values()}) == 1
+        for number, wave in zip(utterances(item), item.members.values(), strict=True):
+            assert wave.dtype == np.float32
+            speed = found_pitch(np.trim_zeros(wave)[:3000]) / pitch(number)
+            nearest = min((0.95, 1.0, 1.05), key=lambda one: abs(one - speed))
+            assert speed == pytest.approx(nearest, abs=3e-3)
+            speeds[nearest] += 1
+            heard = min(CROP, round(num_samples(number) / nearest))
+            assert not wave[heard:].any() and np.abs(wave[heard - 40 : heard]).max() > 0
+            levels.append(audio.loudness(wave[: min(heard, 3400)], RATE))
+    assert min(speeds.values()) > 40, "each of the three in a third of 180 draws"
+    assert -33.3 < min(levels) < -32 and -26 < max(levels) < -24.7, "U(-33, -25), and a little for another speed"
+    assert np.mean(levels) == pytest.approx(-29, abs=0.7)
+
+
+def test_every_utterance_is_the_first_source_once_an_epoch_and_nobody_is_mixed_with_themselves(voices: str) -> None:
+    made = mixing(voices, num_sources=3)
+    assert made.num_samples == NUM_UTTERANCES
+    epochs = []
+    for epoch in range(3):
+        items = [made.item(epoch * NUM_UTTERANCES + i, []) for i in range(NUM_UTTERANCES)]
+        numbers = [utterances(item) for item in items]
+        assert sorted(first for first, *_ in numbers) == list(range(NUM_UTTERANCES))
+        for item, own in zip(items, numbers, strict=True):
+            assert item.speakers == tuple(f"speaker{number % NUM_SPEAKERS}" for number in own)
+            assert len(set(item.speakers)) == 3
+        partners = Counter(number for _, *others in numbers for number in others)
+        assert max(partners.values()) <= 8 and len(partners) > NUM_UTTERANCES / 2
+        epochs.append(frozenset(tuple(own) for own in numbers))
+    assert len(epochs[0] | epochs[1] | epochs[2]) > 2.5 * NUM_UTTERANCES, "other pairs every epoch"
+    assert made.item(3, []).id != mixing(voices, num_sources=3, seed=4).item(3, []).id
+
+
+def rows(made: DynamicMixing, rank: int, world_size: int, first_step: int, num_steps: int, threads: int) -> list[tuple]:
+    options = {"num_virtual_shards": 4, "micro_batch": 2, "rank": rank, "world_size": world_size}
+    stream = TrainStream({"main": made}, seed=3, num_threads=threads, max_damaged=2, **options)  # type: ignore[arg-type]
+    steps = stream.steps(first_step)
+    batches: list[Batch] = [batch for _ in range(num_steps) for batch in next(steps)]
+    stream.close()
+    return [
+        (int(batch.positions[i]), batch.ids[i], batch.mixture[i].numpy().tobytes(), batch.sources[i].numpy().tobytes())
+        for batch in batches
+        for i in range(2)
+    ]
+
+
+def test_a_position_has_the_same_bits_in_any_world_at_any_cut_and_number_of_threads(voices: str, noises: str) -> None:
+    whole = rows(mixing(voices, noise=noises), 0, 1, 0, 6, 1)
+    assert [position for position, *_ in whole] == list(range(48))
+    parts: list[tuple] = []
+    for first, count, world_size in ((0, 2, 3), (2, 1, 1), (3, 3, 4)):
+        for rank in range(world_size):
+            parts += rows(mixing(voices, noise=noises), rank, world_size, first, count, 2)
+    assert sorted(parts) == whole
+    assert len({row[1] for row in whole}) == 48
+
+
+def test_noise_is_extended_or_cut_to_the_mixture_and_at_a_level_of_its_own(voices: str, noises: str) -> None:
+    made, levels = mixing(voices, noise=noises), []
+    for position in range(30):
+        item = made.item(position, [])
+        assert list(item.members) == ["s1", "s2", "noise"] and len(item.speakers) == 2
+        noise = item.members["noise"]
+        assert noise.size == item.members["s1"].size and np.abs(noise[-40:]).max() > 0
+        levels.append(audio.loudness(noise, RATE))
+    assert -39 < min(levels) < -36 and -32 < max(levels) < -29, "U(-38, -30), of the whole noise"
+    assert made.digest() == f"{made.voices.dataset.manifest.digest()} with {shards.read_manifest(noises).digest()}"
+
+
+def test_speakers_may_be_rare_but_two_are_needed(tmp_path: Path) -> None:
+    skewed = mixing(write(tmp_path / "skewed", (7, 7), lambda number: "rare" if number == 9 else "usual"))
+    for position in range(2 * NUM_UTTERANCES):
+        assert sorted(skewed.item(position, []).speakers) == ["rare", "usual"]
+    with pytest.raises(DataError, match=r"has 1 speakers.*s1 of 2 different speakers"):
+        mixing(write(tmp_path / "one", (3,), lambda _: "usual"))
+
+
+def test_librimixs_guards_hold_a_source_and_the_mixture_below_full_scale(tmp_path: Path) -> None:
+    def click(number: int) -> np.ndarray:
+        """Quiet, but for one sample in every 400."""
+        wave = 0.001 * tone(number)
+        wave[::400] = 0.9
+        return wave
+
+    quiet = mixing(write(tmp_path / "clicks", wave=click), speeds=[1.0], levels=(-5.0, -5.0))
+    loud = mixing(write(tmp_path / "tones"), speeds=[1.0], levels=(-2.0, -2.0))
+    for position in range(10):
+        waves = quiet.item(position, []).members.values()  # each by itself would reach full scale
+        assert all(0.89 < float(np.abs(wave).max()) <= 0.9 + 1e-6 for wave in waves)
+        waves = loud.item(position, []).members.values()
+        assert np.abs(sum(waves)).max() == pytest.approx(0.9, abs=1e-5)
+        # Sources that would all reach full scale are as loud as each other.
+        assert all(float(np.abs(wave).max()) == pytest.approx(0.45, abs=0.03) for wave in waves)
+
+
+def test_a_damaged_utterance_gives_way_to_the_next_alike_in_every_world_and_is_counted(tmp_path: Path) -> None:
+    url = write(tmp_path)
+    info = shards.read_manifest(url).shards[2]
+    toy.damage(tmp_path / info.name, shards.read_index(url, info)[1], "s1")  # utterance 6
+    damages: list[Damage] = []
+    made = mixing(url)
+    items = [made.item(position, damages) for position in range(2 * NUM_UTTERANCES)]
+    assert all(6 not in utterances(item) for item in items)
+    assert {damage.key for damage in damages} == {"u6"} and len(damages) >= 2
+    whole = rows(mixing(url), 0, 1, 0, 3, 2)
+    assert sorted(row for rank in range(3) for row in rows(mixing(url), rank, 3, 0, 3, 1)) == whole
+    stream = TrainStream(
+        {"main": mixing(url)}, seed=3, num_virtual_shards=1, micro_batch=NUM_UTTERANCES, rank=0, world_size=1
+    )
+    with pytest.raises(DataError, match=r"u6\.s1 at byte .*data\.max_damaged=0 are allowed"):
+        next(stream.steps(0))
+    stream.close()
+
+
+def test_an_utterance_that_has_no_loudness_is_named(tmp_path: Path) -> None:
+    made = mixing(write(tmp_path, (3,), wave=lambda number: tone(number)[:2000]))
+    with pytest.raises(AudioError, match=r"u\d: lasts 0\.25 s, loudness needs 0\.4 s"):
+        made.item(0, [])
+
+
+def test_what_cannot_be_mixed_is_refused(voices: str, tmp_path: Path) -> None:
+    toy.write(tmp_path / "mixtures", (3,))
+    with pytest.raises(ValueError, match=r"speeds=\[0\]"):
+        mixing(voices, speeds=[0])
+    with pytest.raises(DataError, match=r"has the members s1, s2, noise.*a data set of s1 alone"):
+        mixing(voices, noise=str(tmp_path / "mixtures"))
+    toy.write(tmp_path / "unknown", (3,), names=("mix",))
+    with pytest.raises(DataError, match="the members mix; mixing needs s1"):
+        mixing(str(tmp_path / "unknown"))
+
+
+def test_the_first_sources_of_mixtures_can_be_mixed_anew(tmp_path: Path) -> None:
+    def parts(number: int) -> dict[str, np.ndarray]:
+        return {"s1": tone(number), "s2": 0.1 * tone(number)}
+
+    records = [Mixture(f"u{n}", (f"a{n}", "b"), RATE, partial(parts, n)) for n in range(4)]
+    info = shards.write_shard(records, tmp_path, shards.shard_name("toy", "train", 0))
+    shards.write_manifest(tmp_path, "toy", "train", RATE, [info])
+    item = mixing(str(tmp_path), speeds=[1]).item(0, [])
+    assert item.speakers == tuple(f"a{number}" for number in utterances(item))
+    for number, wave in zip(utterances(item), item.members.values(), strict=True):
+        assert found_pitch(np.trim_zeros(wave)[:3000]) == pytest.approx(pitch(number), abs=2)

@@ -1,0 +1,217 @@
+"""DPRNN and DPTNet against textbook versions in torch's own layers, and what the rest of the system relies on."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sepdist.models.dprnn import DPRNN
+from sepdist.models.dptnet import DPTNet
+from sepdist.models.lstm import BiLSTM
+from tests.models.test_dual_path import folded, unfolded
+
+MODELS = (DPRNN, DPTNet)
+SMALL = {"num_filters": 12, "kernel_size": 6, "stride": 2, "num_hidden": 64, "chunk_size": 10, "num_repeats": 2}
+
+
+def small(kind: type[nn.Module], **changes: object) -> nn.Module:
+    """A model with every size different, and weights under which every term of the arithmetic counts."""
+    torch.manual_seed(0)
+    more = {"num_bottleneck": 20} if kind is DPRNN else {"num_heads": 3}
+    model = kind(**({"num_speakers": 3} | SMALL | more | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def gln(x: Tensor, norm: nn.Module, dims: tuple[int, ...]) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return norm.gain * centred / (centred.square().mean(dims, keepdim=True) + 1e-8).sqrt() + norm.shift
+
+
+def torch_lstm(x: Tensor, ours: BiLSTM) -> Tensor:
+    theirs = nn.LSTM(x.shape[-1], ours.hidden_weight.shape[-1], bidirectional=True, batch_first=True).to(x.dtype)
+    weights = {
+        f"{name}_l0{suffix}": own[direction]
+        for own, name in zip(ours.parameters(), ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), strict=True)
+        for direction, suffix in enumerate(("", "_reverse"))
+    }
+    return torch.func.functional_call(theirs, weights, (x,))[0]
+
+
+def torch_attention(x: Tensor, ours: nn.Module) -> Tensor:
+    rows = x.transpose(0, 1)
+    return F.multi_head_attention_forward(
+        rows, rows, rows, x.shape[-1], ours.num_heads, ours.qkv.weight, ours.qkv.bias, None, None, False, 0.0,
+        ours.out.weight, ours.out.bias,
+    )[0].transpose(0, 1)  # fmt: skip
+
+
+def textbook(model: nn.Module, mixture: Tensor) -> Tensor:
+    """The papers' equations on chunks [B, C, K, F], in their order."""
+    recurrent = isinstance(model, DPRNN)
+    steps = max(0, -(-(mixture.shape[1] - model.kernel_size) // model.stride))
+    padded = F.pad(mixture, (0, steps * model.stride + model.kernel_size - mixture.shape[1]))
+    encoded = F.conv1d(padded[:, None], model.encoder.weight[:, None], stride=model.stride).mT
+    encoded = encoded if recurrent else F.relu(encoded)
+    x = gln(encoded, model.norm, (1, 2))
+    x = unfolded(F.linear(x, model.bottleneck.weight, model.bottleneck.bias) if recurrent else x, model.chunk_size)
+    for pair in zip(model.intra, model.inter, strict=True):
+        for path in pair:
+            rows = x.flatten(0, 1)
+            if recurrent:
+                y = F.linear(torch_lstm(rows, path.lstm), path.linear.weight, path.linear.bias).view_as(x)
+                x = x + gln(y, path.norm, (1, 2, 3))
+            else:
+                rows = gln(rows + torch_attention(rows, path.attention), path.attention_norm, (1, 2))
+                y = F.linear(F.relu(torch_lstm(rows, path.lstm)), path.linear.weight, path.linear.bias)
+                x = gln(rows + y, path.norm, (1, 2)).view_as(x)
+            x = x.transpose(1, 2)
+    y = F.linear(F.prelu(x, model.prelu.weight), model.mask_conv.weight, model.mask_conv.bias)
+    y = folded(y, encoded.shape[1]).unflatten(-1, (model.num_speakers, -1)) / (1 if recurrent else 2)
+    values, gates = F.linear(y, model.gate.linear.weight, model.gate.linear.bias).chunk(2, -1)
+    y = values.tanh() * gates.sigmoid()
+    masks = F.relu(F.linear(y, model.mask.weight) if recurrent else y)
+    masked = (masks * encoded[:, :, None]).permute(0, 2, 3, 1).flatten(0, 1)
+    waves = F.conv_transpose1d(masked, model.decoder.weight.T[:, None], stride=model.stride)
+    return waves.view(len(mixture), model.num_speakers, -1)[..., : mixture.shape[1]]
+
+
+def gradients(model: nn.Module, mixture: Tensor, forward: Callable[..., Tensor] | None = None) -> list[Tensor]:
+    """Of a random linear function of the estimates, with respect to the mixture and every parameter."""
+    mixture = mixture.detach().requires_grad_()
+    estimates = forward(model, mixture) if forward else model(mixture)
+    weights = torch.randn(estimates.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    loss = (estimates * weights.to(estimates.dtype)).sum()
+    return list(torch.autograd.grad(loss, [mixture, *model.parameters()]))
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).detach().norm() / expected.detach().norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "count"),
+    [
+        (DPRNN, {}, 3_651_073),
+        (DPRNN, {"num_bottleneck": 64}, 2_608_065),
+        (DPTNet, {}, 8_527_233),
+        (DPTNet, {"num_hidden": 128}, 2_801_025),
+    ],
+)
+def test_the_sizes_of_paper_1_and_of_the_originals_have_their_numbers_of_parameters(
+    kind: type[nn.Module], changes: dict, count: int
+) -> None:
+    assert sum(p.numel() for p in kind(2, **changes).parameters()) == count
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("length", [101, 31, 6])
+def test_estimates_and_all_gradients_agree_with_the_textbook_in_float64(kind: type[nn.Module], length: int) -> None:
+    model = small(kind).double()
+    mixture = torch.randn(2, length, dtype=torch.float64)
+    assert relative(model(mixture), textbook(model, mixture)) < 1e-12
+    for got, expected in zip(gradients(model, mixture), gradients(model, mixture, textbook), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_in_fp32_the_kernel_is_as_near_to_float64_as_torchs_lstm(kind: type[nn.Module]) -> None:
+    mixture = torch.randn(2, 120)
+    expected = gradients(small(kind).double(), mixture.double())
+    by_kernel, by_torch = (gradients(small(kind, compile=compile), mixture) for compile in (True, False))
+    for exact, ours, theirs in zip(expected, by_kernel, by_torch, strict=True):
+        assert relative(ours.double(), exact) < 3 * relative(theirs.double(), exact) + 1e-5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kernel_size", "stride"), [(2, 1), (16, 8), (10, 3), (5, 5)])
+def test_the_estimates_are_as_long_as_the_mixture_at_any_length(
+    kind: type[nn.Module], kernel_size: int, stride: int
+) -> None:
+    model = small(kind, kernel_size=kernel_size, stride=stride, num_repeats=1)
+    for length in (model.min_length, model.min_length + 1, 97, 200):
+        assert model(torch.randn(2, length)).shape == (2, 3, length)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_wrong_shapes_and_sizes_are_refused_with_their_values(kind: type[nn.Module]) -> None:
+    for shape, words in (((1, 5), r"\(1, 5\).*T >= 6"), ((1, 2, 50), r"\(1, 2, 50\)")):
+        with pytest.raises(ValueError, match=words):
+            small(kind)(torch.zeros(shape))
+    for changes, words in (({"stride": 7}, "stride=7"), ({"chunk_size": 9}, "=9"), ({"num_speakers": 0}, "=0")):
+        with pytest.raises(ValueError, match=words):
+            small(kind, **changes)
+
+
+def test_features_that_do_not_divide_among_the_heads_are_refused() -> None:
+    with pytest.raises(ValueError, match="12 features in num_heads=5"):
+        small(DPTNet, num_heads=5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_silent_mixture_gives_finite_estimates_and_gradients(kind: type[nn.Module]) -> None:
+    model = small(kind)
+    model(torch.zeros(2, 100)).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers(kind: type[nn.Module]) -> None:
+    one, two = (dict(small(kind, num_speakers=n).named_parameters()) for n in (1, 2))
+    depend = {name for name in one if one[name].shape != two[name].shape}
+    assert depend == {name for name in one if name.startswith(kind.output_parameters)} != set()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_two_runs_have_the_same_bits(kind: type[nn.Module]) -> None:
+    mixture = torch.randn(2, 300)
+    first, second = (gradients(small(kind), mixture) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_bf16_autocast_gives_fp32_estimates_near_those_of_fp32(kind: type[nn.Module]) -> None:
+    model = small(kind)
+    mixture = torch.randn(2, 200)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        estimates, got = model(mixture), gradients(model, mixture)
+    whole, expected = (torch.cat([g.flatten() for g in x]) for x in (got, gradients(model, mixture)))
+    assert estimates.dtype == torch.float32 and whole.dtype == torch.float32
+    assert relative(estimates, model(mixture)) < 0.05 and relative(whole, expected) < 0.1
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_parameters_are_needed_only_while_their_own_module_runs(kind: type[nn.Module]) -> None:
+    """As under ZeRO-3, which frees a module's own parameters before and after its forward."""
+    model, mixture = small(kind), torch.randn(1, 60)
+    with torch.no_grad():
+        expected = model(mixture)
+        for module in model.modules():
+            kept = {name: p.data for name, p in module.named_parameters(recurse=False)}
+
+            def gather(module: nn.Module, _: object, kept: dict[str, Tensor] = kept) -> None:
+                for name, data in kept.items():
+                    getattr(module, name).data = data
+
+            def free(module: nn.Module, *_: object, kept: dict[str, Tensor] = kept) -> None:
+                for name in kept:
+                    getattr(module, name).data = torch.empty(0)
+
+            free(module)
+            module.register_forward_pre_hook(gather)
+            module.register_forward_hook(free)
+        assert torch.equal(model(mixture), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_second_of_speech_passes_forth_and_back_at_full_size(kind: type[nn.Module]) -> None:
+    model = kind(2)
+    estimates = model(torch.randn(1, 8000))
+    estimates.square().mean().backward()
+    assert estimates.shape == (1, 2, 8000)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())

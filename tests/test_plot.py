@@ -1,0 +1,68 @@
+"""Figure 2 from the logs of runs: what is on its axes is what stands in the logs."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.container import BarContainer
+from rich.console import Console
+
+from sepdist import plot
+from sepdist.config import ConfigError, FigureConfig
+from tests.runs import frozen
+
+EPOCH_STEPS = 2.5  # 10 mixtures, 4 a step
+
+
+def log(data: dict[str, str], run_dir: Path, si_snr: list[float], rates: list[float]) -> str:
+    """A run_dir as a run leaves it: a validation every 5 steps, a switch rate at the end of every later epoch."""
+    frozen(data, run_dir)
+    rows = [{"step": 5 * i, "seconds": i, "validation/si_snr": value} for i, value in enumerate(si_snr, start=1)]
+    rows += [
+        {"step": int(EPOCH_STEPS * (epoch + 1)), "seconds": epoch, "switching/epoch": epoch, "switching/rate": rate}
+        for epoch, rate in enumerate(rates, start=1)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(run_dir)
+
+
+def test_each_run_is_a_line_of_si_snr_and_bars_of_switches_over_epochs(tiny_data, tmp_path: Path) -> None:
+    logs = {
+        "from scratch": ([1.0, 4.0, 5.0], [0.3, 0.2]),
+        "PT-FT (SE)": ([3.0, 5.0, 6.5], [0.1, 0.05]),
+        "multi-task (SE)": ([2.0, 4.5], [0.4, 0.25]),
+    }
+    runs = {name: log(tiny_data, tmp_path / str(i), *values) for i, (name, values) in enumerate(logs.items())}
+    figure = plot.figure2({name: plot.read_curves(run_dir) for name, run_dir in runs.items()}, "Libri2Mix")
+    upper, lower = figure.axes
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == list(logs)
+    assert upper.get_title() == "Libri2Mix"
+    assert len(upper.lines) == 3
+    for line, (si_snr, _) in zip(upper.lines, logs.values(), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), si_snr)
+        np.testing.assert_allclose(line.get_xdata(), [5 * (i + 1) / EPOCH_STEPS for i in range(len(si_snr))])
+    groups = [group for group in lower.containers if isinstance(group, BarContainer)]
+    for group, line, (_, rates) in zip(groups, upper.lines, logs.values(), strict=True):
+        np.testing.assert_allclose([bar.get_height() for bar in group], [100 * rate for rate in rates])
+        assert {bar.get_facecolor()[:3] for bar in group} == {matplotlib_colour(line.get_color())}
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for group in groups for bar in group)
+    assert all(end <= begin + 1e-9 for (_, end), (begin, _) in itertools.pairwise(edges))  # none hides another
+    assert [sum(epoch - 0.5 < begin and end < epoch + 0.5 for begin, end in edges) for epoch in (2, 3)] == [3, 3]
+
+
+def matplotlib_colour(name: str) -> tuple[float, ...]:
+    return tuple(int(name[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def test_the_program_puts_a_png_and_says_what_it_misses(tiny_data, tmp_path: Path, capsys) -> None:
+    run_dir = log(tiny_data, tmp_path / "a", [1.0, 2.0], [0.5])
+    plot.main([str(tmp_path / "figure.png"), f"a run={run_dir}", "--title", "two epochs"])
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(SystemExit, match="1"):
+        plot.main([str(tmp_path / "figure.png"), "just-a-path"])
+    assert "LABEL=RUN_DIR" in capsys.readouterr().err
+    log(tiny_data, tmp_path / "a", [], [])
+    with pytest.raises(ConfigError, match=r"no validation/si_snr"):
+        plot.draw(FigureConfig({"a": run_dir}, str(tmp_path / "b.png")), Console())

@@ -1,0 +1,136 @@
+"""Runs on several data sets and on new mixtures: alike at any world size, measured by task, and usable afterwards."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from sepdist import config
+from sepdist.audit import audit
+from sepdist.config import ConfigError, EvaluateConfig, TrainConfig
+from sepdist.data.stream import Crops
+from sepdist.evaluate import evaluate
+from sepdist.reporting import read_metrics
+from sepdist.train import freeze
+from sepdist.training.checkpoint import find_committed, load_export, load_snapshot
+from sepdist.training.datasets import open_datasets
+from tests.runs import final_hash, frozen
+from tests.training.test_loop import run
+
+MULTITASK = ["objective=multitask", "model.num_speakers=3", "data.num_virtual_shards=4"]
+
+
+def extra(data: dict[str, str], weight: float) -> str:
+    return f"data.extra=[{{name: enhancement, url: {data['train']}, weight: {weight}}}]"
+
+
+@pytest.fixture(scope="module")
+def multitask(tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 steps of 4 at world size 1: 15 samples an epoch, 10 of separation and 5 of enhancement."""
+    folder = tmp_path_factory.mktemp("multitask") / "one"
+    run(tiny_data, folder, 1, 0, 0, 1.0, *MULTITASK, extra(tiny_data, 0.5))
+    return folder
+
+
+def test_a_run_on_two_data_sets_measures_each_task_and_validates_separation(multitask: Path) -> None:
+    rows = read_metrics(str(multitask))
+    logged = [row for row in rows if "loss/total" in row]
+    tasks = [{name for name in ("si_snr", "enhancement_si_snr") if f"train/{name}" in row} for row in logged]
+    assert len(logged) == 8 and set.union(*tasks) == {"si_snr", "enhancement_si_snr"} and all(tasks)
+    for row in logged:  # the loss is the mean over the batches of both tasks
+        values = [row[f"train/{name}"] for name in ("si_snr", "enhancement_si_snr") if f"train/{name}" in row]
+        assert min(values) - 1e-6 <= -row["loss/total"] <= max(values) + 1e-6
+    validation = next(row for row in rows if "validation/si_snri" in row)
+    assert {name for name in validation if name.startswith("validation/")} == {
+        "validation/loss",
+        "validation/si_snr",
+        "validation/si_snri",
+    }
+    assert [row["switching/epoch"] for row in rows if "switching/rate" in row] == [1.0]
+    assert audit(str(multitask)).sound
+
+
+def test_ranks_with_batches_of_different_tasks_come_to_the_same_weights(
+    multitask: Path, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    rows = run(tiny_data, tmp_path, 2, 0, 0, 1.0, *MULTITASK, extra(tiny_data, 0.5), "engine.zero_stage=1")
+    assert final_hash(tmp_path) == final_hash(multitask)
+
+    def told(rows: list[dict]) -> list[dict]:
+        names = ("step", "loss/total", "optim/grad_norm", "switching/rate", "validation/si_snr")
+        return [{k: v for k, v in row.items() if k in names or k.startswith("train/")} for row in rows]
+
+    assert told(rows) == told(read_metrics(str(multitask)))
+
+
+def test_a_multitask_checkpoint_gives_the_speakers_alone(
+    multitask: Path, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    model = load_export(str(multitask)).model
+    assert model(torch.randn(1, 4000)).shape == (1, 2, 4000)
+    cfg = EvaluateConfig(
+        model=str(multitask), data=tiny_data["dev"], output=str(tmp_path), num_mixtures=1, num_workers=0
+    )
+    results = evaluate(cfg, Console(file=io.StringIO()))
+    assert results["num_utterances"] == 1
+    snapshot = load_snapshot(find_committed(f"{multitask}/checkpoints")[-1].url)
+    assert snapshot.weights["mask_conv.weight"].shape[0] == 3 * 16, "the hand-off keeps all outputs"
+    assert snapshot.state["manifest"].startswith("10 main ") and " + 5 enhancement " in snapshot.state["manifest"]
+
+
+def config_of(data: dict[str, str], folder: Path, *more: str) -> TrainConfig:
+    return config.load_frozen(frozen(data, folder, "training.max_steps=1", *more))
+
+
+def test_new_mixtures_train_and_have_no_switch_rate(tiny_data: dict[str, str], tmp_path: Path) -> None:
+    mixing = ["mixing=dynamic", "data.num_virtual_shards=4"]
+    run(tiny_data, tmp_path, 2, 0, 0, 1.0, *mixing)
+    cfg = config_of(tiny_data, tmp_path / "again", *mixing)
+    feeds, validation = open_datasets(cfg)
+    item = feeds["main"].item(0, [])
+    assert list(item.members) == ["s1", "s2"] and len(set(item.speakers)) == 2
+    assert validation.members == ("s1", "s2")
+    assert audit(str(tmp_path)).sound
+    assert not any("switching/rate" in row for row in read_metrics(str(tmp_path))), "no mixture comes twice"
+
+
+def test_each_data_set_has_an_order_and_crops_of_its_own(tiny_data: dict[str, str], tmp_path: Path) -> None:
+    feeds, _ = open_datasets(config_of(tiny_data, tmp_path, extra(tiny_data, 1.0)))
+    main, other = feeds["main"], feeds["enhancement"]
+    assert isinstance(main, Crops) and isinstance(other, Crops)
+    assert main.seed == 0 != other.seed, "what a run trains on does not change when a data set is added"
+    assert [main.order.locate(p) for p in range(10)] != [other.order.locate(p) for p in range(10)]
+    assert list(main.item(0, []).members) == ["s1", "s2"] and list(other.item(0, []).members) == ["s1", "noise"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["data.extra=[{name: main, url: x}]"], r"two data sets are named 'main'"),
+        (["data.extra=[{name: a, url: x, weight: -1}]"], r"weight=-1.0 of 'a': it must be positive"),
+        (["mixing=dynamic", "data.noise=true"], r"data\.noise=True with data\.mixing\.noise=None"),
+        (["mixing=dynamic", "data.mixing.noise=x"], r"data\.noise=False with data\.mixing\.noise=.*x"),
+        (["objective=multitask"], r"MultiTask needs data\.extra of the name enhancement"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_worker_starts(
+    more: list[str], told: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    cfg = config_of(tiny_data, tmp_path, *more)
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=told):
+        freeze(cfg, Console(file=io.StringIO()))
+
+
+def test_paths_of_all_data_sets_are_made_absolute(
+    tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Path(tiny_data["train"])
+    monkeypatch.chdir(place.parent)
+    cfg = config_of(tiny_data, tmp_path, extra({"train": place.name}, 1.0), "mixing=dynamic")
+    (tmp_path / "config.yaml").unlink()
+    made = freeze(cfg, Console(file=io.StringIO()))
+    assert made.data.extra[0].url == str(place)
+    assert config.load_frozen(str(tmp_path / "config.yaml")) == made
