@@ -175,7 +175,7 @@ def test_a_negative_position_is_refused() -> None:
 # Several data sets.
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**63),
     sets=st.lists(st.tuples(SIZES, st.none() | st.floats(0.1, 3)), min_size=1, max_size=4),
