@@ -29,7 +29,7 @@ def left_alone(
     data: dict[str, str], run_dir: Path, steps: int, settings: Sequence[str]
 ) -> tuple[dict[int, float], str]:
     """Losses by step and the hash of the last weights of a run in one process without Ray."""
-    loop(frozen(data, run_dir, f"training.max_steps={steps}", settings=settings))
+    loop(frozen(data, run_dir, f"training.max_steps={steps}", settings=settings), timeout=300 + steps)
     losses = history(run_dir)
     assert list(losses) == list(range(1, steps + 1))
     return losses, final_hash(run_dir)

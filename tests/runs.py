@@ -28,7 +28,7 @@ TINY = [
 ]
 
 
-def program(*arguments: str, expect: int = 0, **environment: str) -> str:
+def program(*arguments: str, expect: int = 0, timeout: float = 300, **environment: str) -> str:
     """Run `python arguments...` as a user would; its output, and on the way a check of its exit status."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **environment}
     done = subprocess.run(
@@ -38,7 +38,7 @@ def program(*arguments: str, expect: int = 0, **environment: str) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == expect, done.stdout[-6000:]
@@ -75,8 +75,8 @@ def frozen(data: dict[str, str], run_dir: Path, *more: str, settings: Sequence[s
     return str(path)
 
 
-def loop(path: str) -> str:
-    return program("-m", "sepdist.training.loop", path, DS_ACCELERATOR="cpu")
+def loop(path: str, timeout: float = 300) -> str:
+    return program("-m", "sepdist.training.loop", path, timeout=timeout, DS_ACCELERATOR="cpu")
 
 
 def history(run_dir: object) -> dict[int, float]:
