@@ -8,12 +8,15 @@ How long a fault may take is decided here (`TIMINGS`, and the health checks in c
 was measured. The callbacks use hooks of Ray Train that are not public: Ray is pinned to one minor version.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -91,9 +94,23 @@ def launch(cfg: TrainConfig) -> None:
             ),
         )
         try:
-            trainer.fit()
+            with interrupts():
+                trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainingFailedError(root_cause(error)) from error
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, here and later: Ray Train's own handler stops the workers, exits, and stays."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def worker_environment(cfg: TrainConfig) -> dict[str, str]:

@@ -86,7 +86,7 @@ def config_of(data: dict[str, str], folder: Path, *more: str) -> TrainConfig:
 
 def test_new_mixtures_train_and_have_no_switch_rate(tiny_data: dict[str, str], tmp_path: Path) -> None:
     mixing = ["mixing=dynamic", "data.num_virtual_shards=4"]
-    run(tiny_data, tmp_path, 2, 0, 0, 1.0, *mixing)
+    run(tiny_data, tmp_path, 1, 0, 0, 1.0, *mixing)
     cfg = config_of(tiny_data, tmp_path / "again", *mixing)
     feeds, validation = open_datasets(cfg)
     item = feeds["main"].item(0, [])
