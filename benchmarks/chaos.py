@@ -65,6 +65,7 @@ class Chaos:
         self.run = run
         self.nodes = nodes
         self.chance = chance
+        self.most_workers = 4
 
     def inflict(self, kind: str) -> float:
         return getattr(self, kind)()
@@ -95,16 +96,17 @@ class Chaos:
         return self.node()
 
     def driver(self) -> float:
-        most = self.chance.randint(1, 4)
+        return self.run.seconds_to_next_step(lambda: self._start_again(self.chance.randint(1, 4)))
 
-        def kill_and_start() -> None:
-            self.run.kill_driver()
-            self.run.start(f"cluster.num_workers=[1,{most}]")
-
-        return self.run.seconds_to_next_step(kill_and_start)
+    def _start_again(self, most_workers: int) -> None:
+        self.most_workers = most_workers
+        self.run.kill_driver()
+        self.run.start(f"cluster.num_workers=[1,{most_workers}]")
 
     def _ensure_second(self) -> None:
         """Workers on the second node, or else its loss disturbs nobody."""
+        if self.most_workers <= 2:  # they may all be on the first
+            self._start_again(4)
         self.run.until(self.nodes.second_is_used, "a worker on the second node", 120.0)
 
 

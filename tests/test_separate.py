@@ -98,7 +98,7 @@ def outputs(folder: Path, stem: str = "in") -> np.ndarray:
     return np.stack([soundfile.read(str(folder / f"{stem}_s{n}.wav"), dtype="float32")[0] for n in (1, 2)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), size=st.integers(2, 40), num_samples=st.integers(1, 200), block=st.integers(1, 60))
 def test_windows_joined_again_are_the_signal_for_any_sizes(
     data: st.DataObject, size: int, num_samples: int, block: int

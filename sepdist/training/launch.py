@@ -213,6 +213,7 @@ class Recovery(ControllerCallback):
 
     def __init__(self, run_dir: str, max_failures: int, *, elastic: bool) -> None:
         self._checkpoints = storage.join(run_dir, "checkpoints")
+        self._requester_url = storage.join(run_dir, "ray", "requester")
         self._max_failures = max_failures
         self._elastic = elastic
         self._in_a_row = 0
@@ -224,6 +225,7 @@ class Recovery(ControllerCallback):
         for name, value in TIMINGS.items():
             os.environ.setdefault(name, value)
         self._requester = f"train-{train_run_context.run_id}"
+        self._release_predecessor()
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Count a failure, and look at the cluster anew before the size of the next group is decided."""
@@ -248,17 +250,30 @@ class Recovery(ControllerCallback):
         if 0 <= self._max_failures < self._in_a_row:
             raise TrainingFailedError(root_cause(error))
 
+    def _release_predecessor(self) -> None:
+        """A controller that was killed with its driver leaves a reservation of the workers' CPUs for up to 180 s."""
+        try:
+            for requester in read_lines(self._requester_url):
+                ask_coordinator("cancel_request", requester)
+            storage.put_bytes(self._requester_url, self._requester.encode())
+        except OSError as error:
+            logger.warning("a killed driver's reservation may hold up this run for three minutes: %s", error)
+
     def _look_at_the_cluster(self) -> None:
         """Ray's coordinator sees nodes come and go every 20 s only; a group sized by what it saw would wait."""
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
+        ask_coordinator("get_reserved_resources", self._requester, recompute=True)
 
-        try:
-            coordinator = get_or_create_autoscaling_coordinator()
-            ray.get(coordinator.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
-        except ray.exceptions.RayError as error:
-            logger.warning("the coordinator did not answer; the next group may be of the wrong size: %s", error)
+
+def ask_coordinator(what: str, requester: str, **more: Any) -> None:
+    """Call a method of the actor that shares the cluster's resources out among training runs, and wait for it."""
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    try:
+        ray.get(getattr(get_or_create_autoscaling_coordinator(), what).remote(requester, **more), timeout=5)
+    except ray.exceptions.RayError as error:
+        logger.warning("the coordinator did not answer; the next group may be of the wrong size: %s", error)
 
 
 def state_name(state: Any) -> str:
