@@ -202,8 +202,7 @@ def test_some_steps_on_one_batch_learn_it() -> None:
     assert scores[-1] > scores[0] + 5 and scores[-1] > 5
 
 
-@pytest.mark.slow
 def test_the_paper_size_goes_forward_and_back_over_a_second() -> None:
-    model = Sandglasset(compile=False)
+    model = Sandglasset()
     model(torch.randn(1, 8000)).square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
