@@ -203,6 +203,6 @@ def test_some_steps_on_one_batch_learn_it() -> None:
 
 
 def test_the_paper_size_goes_forward_and_back_over_a_second() -> None:
-    model = Sandglasset()
+    model = Sandglasset(compile=False)
     model(torch.randn(1, 8000)).square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
