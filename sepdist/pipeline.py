@@ -35,6 +35,7 @@ from rich.console import Console
 from sepdist import config, evaluate, labels, plot, storage, train
 from sepdist.cluster import connected
 from sepdist.config import ConfigError, EvaluateConfig, FigureConfig, PipelineConfig, TrainConfig
+from sepdist.data.shards import read_manifest
 from sepdist.reporting import read_metrics
 
 MARKER = "stage.json"
@@ -80,9 +81,12 @@ def run(cfg: PipelineConfig, console: Console) -> None:
 
     Raises:
         ConfigError: a stage does not compose, or one that finished had another config.
+        DataError: a data set is missing.
     """
     stages = plan(cfg)
     done = [is_done(stage) for stage in stages]
+    for url in {url for stage, skip in zip(stages, done, strict=True) if not skip for url in data_sets(stage)}:
+        read_manifest(url)
     storage.put_bytes(storage.join(cfg.output, "pipeline.yaml"), config.to_yaml(cfg).encode())
     needed = max((num_cpus(stage) for stage, skip in zip(stages, done, strict=True) if not skip), default=0)
     with connected(needed, address=address(stages)) if needed else contextlib.nullcontext():
@@ -177,6 +181,14 @@ RUNNERS: dict[str, Callable[[Any, Console], Any]] = {
     "labels": labels.label,
     "figure": plot.draw,
 }
+
+
+def data_sets(stage: Stage) -> list[str]:
+    """Where the data sets are that the stage reads."""
+    if isinstance(stage.config, TrainConfig):
+        data = stage.config.data
+        return [data.train, data.validation, *(one.url for one in data.extra)]
+    return [stage.config.data] if isinstance(stage.config, EvaluateConfig) else []
 
 
 def num_cpus(stage: Stage) -> int:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from sepdist import config, pipeline, storage
 from sepdist.config import ConfigError, PipelineConfig, RowConfig, StageConfig
+from sepdist.data.members import DataError
 from sepdist.training import launch
 from sepdist.training.checkpoint import read_export
 from tests.runs import TINY, program
@@ -174,6 +175,13 @@ def test_a_stage_that_does_not_compose_stops_the_pipeline_before_its_first(
 ) -> None:
     cfg = PipelineConfig("bad", output=str(tmp_path), stages={name: stage})
     with pytest.raises(ConfigError, match=message):
+        pipeline.run(cfg, Console(quiet=True))
+    assert trained == [] and not any(tmp_path.iterdir())
+
+
+def test_a_test_set_that_is_missing_stops_the_pipeline_before_its_first(tiny_data, tmp_path: Path, trained) -> None:
+    cfg = tiny(tiny_data, tmp_path / "out", test_data=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"no manifest\.json in .*nowhere"):
         pipeline.run(cfg, Console(quiet=True))
     assert trained == [] and not any(tmp_path.iterdir())
 
