@@ -188,11 +188,11 @@ def test_a_silent_mixture_gives_finite_estimates_and_gradients() -> None:
 
 def test_some_steps_on_one_batch_learn_it() -> None:
     torch.manual_seed(0)
-    batch = batch_of(voices(2, 2, 2000))
-    model = Sandglasset(2, 32, 16, 8, 16, 16, 3, 16, 2, compile=False)
+    batch = batch_of(voices(1, 2, 1600))
+    model = Sandglasset(2, 32, 16, 8, 16, 16, 3, 64, 2)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     objective, scores = Separation(), []
-    for _ in range(100):
+    for _ in range(60):
         optimizer.zero_grad()
         loss, metrics = objective(model, batch)
         loss.backward()
@@ -202,7 +202,6 @@ def test_some_steps_on_one_batch_learn_it() -> None:
     assert scores[-1] > scores[0] + 5 and scores[-1] > 5
 
 
-@pytest.mark.slow
 def test_the_paper_size_goes_forward_and_back_over_a_second() -> None:
     model = Sandglasset(compile=False)
     model(torch.randn(1, 8000)).square().mean().backward()
