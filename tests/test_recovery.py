@@ -176,6 +176,22 @@ def test_a_run_that_lost_a_worker_of_two_ends_with_the_bits_of_one_left_alone(ti
 
 
 @pytest.mark.slow
+def test_ctrl_c_ends_a_run_with_status_130_and_the_same_command_goes_on(
+    undisturbed, tiny_data, tmp_path, started
+) -> None:
+    run = started(tiny_data, tmp_path / "run", "cluster.num_workers=2")
+    run.until_step(12)
+    left = run.family()
+    run.driver.send_signal(signal.SIGINT)
+    assert run.driver.wait(60) == 130
+    assert "the same command goes on" in run.log.read_text()
+    assert not psutil.wait_procs(left, timeout=10)[1]
+    run.start()
+    run.finish()
+    same(run, undisturbed)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_stopped_worker_is_taken_for_hung_and_replaced(
     num_workers, undisturbed, tiny_data, tmp_path, started

@@ -61,6 +61,7 @@ def launch(cfg: TrainConfig) -> None:
 
     Raises:
         TrainingFailedError: a worker's error, once the allowed restarts are used up.
+        KeyboardInterrupt: Ctrl-C; the workers have ended.
     """
     fewest, most = config.worker_range(cfg.cluster)
     for name, value in TIMINGS.items():
@@ -93,11 +94,18 @@ def launch(cfg: TrainConfig) -> None:
                 ],
             ),
         )
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             with interrupts():
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainingFailedError(root_cause(error)) from error
+        except SystemExit as end:  # Ray's own handler of Ctrl-C ends the workers, and then the program with status 0
+            raise KeyboardInterrupt from end
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGINT, on_interrupt)
 
 
 @contextlib.contextmanager
