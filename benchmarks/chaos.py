@@ -61,11 +61,11 @@ def make_data(folder: Path) -> dict[str, str]:
 class Chaos:
     """Faults, each a function that disturbs `run` and returns the seconds to the next step."""
 
-    def __init__(self, run: Run, nodes: Nodes, chance: random.Random) -> None:
+    def __init__(self, run: Run, nodes: Nodes, chance: random.Random, most_workers: int) -> None:
         self.run = run
         self.nodes = nodes
         self.chance = chance
-        self.most_workers = 4
+        self.most_ever = self.most_workers = most_workers
 
     def inflict(self, kind: str) -> float:
         return getattr(self, kind)()
@@ -96,7 +96,7 @@ class Chaos:
         return self.node()
 
     def driver(self) -> float:
-        return self.run.seconds_to_next_step(lambda: self._start_again(self.chance.randint(1, 4)))
+        return self.run.seconds_to_next_step(lambda: self._start_again(self.chance.randint(1, self.most_ever)))
 
     def _start_again(self, most_workers: int) -> None:
         self.most_workers = most_workers
@@ -105,19 +105,22 @@ class Chaos:
 
     def _ensure_second(self) -> None:
         """Workers on the second node, or else its loss disturbs nobody."""
-        if self.most_workers <= 2:  # they may all be on the first
-            self._start_again(4)
+        if self.most_workers <= self.most_ever // 2:  # they may all be on the first
+            self._start_again(self.most_ever)
         self.run.until(self.nodes.second_is_used, "a worker on the second node", 120.0)
 
 
-def disturb(data: dict[str, str], folder: Path, steps: int, faults: Sequence[str], seed: int) -> dict[str, Any]:
+def disturb(
+    data: dict[str, str], folder: Path, steps: int, faults: Sequence[str], most_workers: int, seed: int
+) -> dict[str, Any]:
     chance = random.Random(seed)
-    nodes = Nodes(num_cpus=(2, 2))
-    run = Run(data, folder / "run", "cluster.num_workers=[1,4]", nodes.address, settings=SETTINGS, steps=steps)
+    nodes = Nodes(num_cpus=(most_workers // 2, most_workers // 2))
+    elastic = f"cluster.num_workers=[1,{most_workers}]"
+    run = Run(data, folder / "run", elastic, nodes.address, settings=SETTINGS, steps=steps)
     recovered: dict[str, list[float]] = {kind: [] for kind in dict.fromkeys(faults)}
     # In the first half: the run must not end while a fault waits for a node to be used.
     due = sorted(chance.sample(range(8, steps // 2), len(faults)))
-    chaos = Chaos(run, nodes, chance)
+    chaos = Chaos(run, nodes, chance, most_workers)
     began = time.monotonic()
     try:
         for number, (step, kind) in enumerate(zip(due, faults, strict=True), start=1):
@@ -149,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", "--kills", type=int, default=20, metavar="N")
     parser.add_argument("--steps", type=int, default=0, help="default: 150 for every fault")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=4, help="at most, an even number; default: %(default)s")
     parser.add_argument("--kinds", default=",".join(KINDS), help="default: %(default)s")
     given = parser.parse_args(arguments)
     steps = given.steps or 150 * given.faults
@@ -161,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         data = make_data(folder / "data")
         losses, weights = left_alone(data, folder / "alone", steps, SETTINGS)
-        result = disturb(data, folder, steps, faults, given.seed)
+        result = disturb(data, folder, steps, faults, given.workers, given.seed)
         found, rows = audit(str(folder / "run")), read_metrics(str(folder / "run"))
         run = history(folder / "run"), final_hash(folder / "run")
     recovery: dict[str, list[float]] = result.pop("recovery_seconds")

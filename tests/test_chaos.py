@@ -10,7 +10,8 @@ pytestmark = pytest.mark.xdist_group("ray")  # one after the other: they share t
 
 
 def test_a_run_through_three_faults_ends_with_the_bits_of_one_left_alone() -> None:
-    output = program("-m", "benchmarks.chaos", "--faults", "3", "--steps", "45", "--kinds", "kill,livelock,driver")
+    faults = ["--faults", "3", "--kinds", "kill,livelock,driver", "--steps", "45", "--workers", "2"]
+    output = program("-m", "benchmarks.chaos", *faults, timeout=900)
     found = json.loads(output.strip().splitlines()[-1])
     assert found["same_losses"] and found["same_weights"]
     assert (found["lost"], found["repeated"]) == (0, 0)

@@ -94,18 +94,11 @@ def launch(cfg: TrainConfig) -> None:
                 ],
             ),
         )
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             with interrupts():
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainingFailedError(root_cause(error)) from error
-        except SystemExit as end:  # Ray's own handler of Ctrl-C ends the workers, and then the program with status 0
-            raise KeyboardInterrupt from end
-        finally:
-            if in_main_thread:
-                signal.signal(signal.SIGINT, on_interrupt)
 
 
 @contextlib.contextmanager
