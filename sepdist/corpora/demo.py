@@ -5,15 +5,18 @@ the levels of LibriMix (Cosentino et al. 2020, section 3.1). Voices, sentences a
 disjoint. A record's audio is a pure function of the arguments: the same bytes in every process and in every order.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
+import signal
 import threading
 from _ctypes import dlclose
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyloudnorm
@@ -334,7 +337,8 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
             assert status == 0, f"eSpeak NG refused parameter {parameter} = {value}"
         library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         spoken = text.encode() + b"\0"
-        status = library.espeak_Synth(spoken, ctypes.c_size_t(len(spoken)), 0, 0, 0, _UTF8, None, None)
+        with interrupts_afterwards():
+            status = library.espeak_Synth(spoken, ctypes.c_size_t(len(spoken)), 0, 0, 0, _UTF8, None, None)
         assert status == 0, f"eSpeak NG ended with status {status} on {text!r}"
         library.espeak_Terminate()
     finally:
@@ -342,6 +346,22 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
     if not any(chunks):
         raise ValueError(f"eSpeak NG said nothing for {text!r}")
     return b"".join(chunks)
+
+
+@contextlib.contextmanager
+def interrupts_afterwards() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block: in a function that C calls back, it would be printed and lost."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    caught: list[tuple[Any, ...]] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught and callable(handler):
+        handler(*caught[0])
 
 
 @functools.lru_cache(maxsize=1)

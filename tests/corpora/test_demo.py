@@ -3,7 +3,9 @@
 import ctypes
 import hashlib
 import importlib.util
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ import pyloudnorm
 import pytest
 
 from sepdist.config import ConfigError
-from sepdist.corpora.demo import VOICES, DemoCorpus, Voice, pink, speak
+from sepdist.corpora.demo import VOICES, DemoCorpus, Voice, interrupts_afterwards, pink, speak
 from sepdist.corpora.demo_text import sentence
 from sepdist.data.records import Mixture
 from sepdist.seeding import rng
@@ -201,3 +203,11 @@ def test_a_bad_argument_is_named(arguments: dict, named: str) -> None:
 def test_an_unknown_split_is_an_error_that_lists_the_splits() -> None:
     with pytest.raises(ConfigError, match="train, dev, test"):
         next(DemoCorpus().records("valid"))
+
+
+def test_ctrl_c_inside_a_function_that_c_calls_back_is_not_lost() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    called_back = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: os.kill(os.getpid(), signal.SIGINT) or 7)
+    with pytest.raises(KeyboardInterrupt), interrupts_afterwards():
+        assert called_back() == 7
+    assert signal.getsignal(signal.SIGINT) is before
