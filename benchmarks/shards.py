@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from sepdist import config
+from sepdist.cluster import connected
 from sepdist.config import ShardConfig
 from tools import shard_data
 
@@ -48,13 +49,8 @@ def main() -> None:
     """Print the JSON line."""
     config.register_schemas()
     in_process = measure(0)
-    shard_data.connect(2)
-    import ray
-
-    try:
-        measure_workers = measure(2)
-    finally:
-        ray.shutdown()
+    with connected(2):
+        in_workers = measure(2)
     print(
         json.dumps(
             {
@@ -65,7 +61,7 @@ def main() -> None:
                 "cpus": os.cpu_count(),
                 "repeats": REPEATS,
                 "in_process": in_process,
-                "two_ray_workers": measure_workers,
+                "two_ray_workers": in_workers,
             }
         )
     )

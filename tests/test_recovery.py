@@ -162,6 +162,7 @@ def test_events_go_on_in_the_file_of_an_earlier_controller_and_outlast_storage_t
     assert all(abs(line["time"] - time.time()) < 60 for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_a_worker_of_two_ends_with_the_bits_of_one_left_alone(tiny_data, tmp_path, started) -> None:
     run = started(tiny_data, tmp_path / "run", "cluster.num_workers=2", steps=QUICK_STEPS)
     alone = left_alone(tiny_data, tmp_path / "alone", QUICK_STEPS, OFTEN)
