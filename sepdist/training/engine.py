@@ -147,9 +147,8 @@ class DeepSpeedEngine:
         else:
             metrics, grad_norm, applied = self._step_native(batches, losses)
         names = sorted(name for name, value in metrics[0].items() if value.is_floating_point())
-        table = torch.zeros(
-            2, 1 + len(names), self.num_virtual_shards, dtype=torch.float64
-        )  # values, and 1 where there is one
+        # By metric and virtual shard: the value, and 1 where there is one.
+        table = torch.zeros(2, 1 + len(names), self.num_virtual_shards, dtype=torch.float64)
         table[0, 0] = losses
         for shard, items in zip(self.owned, metrics, strict=True):
             for row, name in enumerate(names, 1):
