@@ -54,6 +54,7 @@ class Batch:
     lengths: Tensor  # int64 [B]
     speakers: list[tuple[str, ...]] = field(default_factory=list)
     data_set: str = MAIN  # all items of a batch come from one
+    estimates: Tensor | None = None  # float32 [B, S, T], of a separator, in the order of the sources
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -62,5 +63,9 @@ class Batch:
             return None if x is None else x.to(device, non_blocking=True)
 
         return replace(
-            self, mixture=self.mixture.to(device, non_blocking=True), sources=move(self.sources), noise=move(self.noise)
+            self,
+            mixture=self.mixture.to(device, non_blocking=True),
+            sources=move(self.sources),
+            noise=move(self.noise),
+            estimates=move(self.estimates),
         )
