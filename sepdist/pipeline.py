@@ -17,9 +17,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +33,7 @@ from rich.console import Console
 from sepdist import config, evaluate, labels, plot, storage, train
 from sepdist.cluster import connected
 from sepdist.config import ConfigError, EvaluateConfig, FigureConfig, PipelineConfig, TrainConfig
+from sepdist.console import user_console
 from sepdist.data.shards import read_manifest
 from sepdist.reporting import read_metrics
 
@@ -63,17 +62,9 @@ def main(composed: DictConfig) -> None:
     """Compose, run, print the table; errors of the user are one line and exit status 1."""
     from sepdist.training.launch import TrainingFailedError
 
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING)
     GlobalHydra.instance().clear()  # the stages are composed anew
-    try:
+    with user_console(TrainingFailedError, stopped="the same command goes on") as console:
         run(config.typed(composed, PipelineConfig), console)
-    except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on in {composed.output}", highlight=False, soft_wrap=True)
-        sys.exit(130)
-    except (OSError, ValueError, TrainingFailedError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def run(cfg: PipelineConfig, console: Console) -> None:

@@ -53,8 +53,8 @@ def torch_attention(x: Tensor, ours: nn.Module) -> Tensor:
 def textbook(model: nn.Module, mixture: Tensor) -> Tensor:
     """The papers' equations on chunks [B, C, K, F], in their order."""
     recurrent = isinstance(model, DPRNN)
-    steps = max(0, -(-(mixture.shape[1] - model.kernel_size) // model.stride))
-    padded = F.pad(mixture, (0, steps * model.stride + model.kernel_size - mixture.shape[1]))
+    steps = max(0, -(-(mixture.shape[1] - model.min_length) // model.stride))
+    padded = F.pad(mixture, (0, steps * model.stride + model.min_length - mixture.shape[1]))
     encoded = F.conv1d(padded[:, None], model.encoder.weight[:, None], stride=model.stride).mT
     encoded = encoded if recurrent else F.relu(encoded)
     x = gln(encoded, model.norm, (1, 2))
