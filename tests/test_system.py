@@ -149,25 +149,32 @@ def test_a_damaged_shard_stops_training_by_name(tiny_data, tmp_path) -> None:
 
 PTFT = [*TINY, "validation.every_steps=20", "training.checkpoint_every=5", "training.keep_every=20"]
 STAGES = {
-    "se": "{experiment: demo/pretrain, overrides: ['training.max_steps=2']}",
-    "ptft": "{experiment: demo/finetune, uses: [se], label: PT-FT, overrides: ['training.max_steps=60']}",
-    "ptft_test": "{kind: evaluate, uses: [ptft]}",
-    "figure": "{kind: figure, uses: [se, ptft]}",
-    "labels": "{kind: labels, uses: [ptft]}",
+    "se": {"experiment": "demo/pretrain", "overrides": ["training.max_steps=2"]},
+    "ptft": {"experiment": "demo/finetune", "uses": ["se"], "overrides": ["training.max_steps=60"]},
+    "ptft_test": {"kind": "evaluate", "uses": ["ptft"]},
+    "figure": {"kind": "figure", "uses": ["se", "ptft"]},
+    "labels": {"kind": "labels", "uses": ["ptft"]},
 }
 
 
-def pipeline_arguments(data: dict[str, str], output: object, cache: Path) -> list[str]:
-    """SE, PIT from it, and what that comes to, with two workers everywhere."""
+def pipeline_arguments(data: dict[str, str], output: object, folder: Path) -> list[str]:
+    """SE, PIT from it, and what that comes to, with two workers everywhere, as an experiment in `folder`."""
+    cache = folder / "cache"
     places = [f"data.train={data['train']}", f"data.validation={data['dev']}", f"data.cache_dir={cache}"]
+    scored = ["num_workers=2", f"cache_dir={cache}"]
     train = [*places, *PTFT, "cluster.num_workers=2", "engine.zero_stage=1"]
-    scored = f"['num_workers=2','cache_dir={cache}']"
-    return [
-        *("-m", "sepdist.pipeline", "name=tiny", f"output={output}", f"test_data={data['dev']}"),
-        f"stages={{{', '.join(f'{name}: {stage}' for name, stage in STAGES.items())}}}",
-        f"overrides={{train: {train}, evaluate: {scored}, labels: {scored}}}",
-        "table=[{label: PT-FT, stage: ptft_test, paper: [14.1, 14.6]}]",
-    ]
+    experiment = {
+        "name": "tiny",
+        "stages": STAGES,
+        "overrides": {"train": train, "evaluate": scored, "labels": scored},
+        "table": [{"label": "PT-FT", "stage": "ptft_test", "paper": [14.1, 14.6]}],
+    }
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "tiny.yaml").write_text(
+        "# @package _global_\n" + yaml.safe_dump(experiment, sort_keys=False)
+    )
+    program = ["-m", "sepdist.pipeline", "--config-dir", str(folder), "experiment=tiny"]
+    return [*program, f"output={output}", f"test_data={data['dev']}"]
 
 
 def check_pipeline(output: str) -> None:
@@ -189,7 +196,7 @@ def test_a_pipeline_in_object_storage_is_stopped_goes_on_and_ends_with_the_bits_
 ) -> None:
     data = {split: upload(folder, f"s3://{bucket}/data/{split}") for split, folder in tiny_data.items()}
     output = f"s3://{bucket}/tiny"
-    arguments = pipeline_arguments(data, output, tmp_path / "cache")
+    arguments = pipeline_arguments(data, output, tmp_path)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "first.log", "wb") as log:
         first = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=log, stderr=log)
@@ -306,5 +313,5 @@ def test_ray_job_submit_trains_on_a_cluster_with_token_authentication(ray_head, 
 
 @pytest.mark.slow
 def test_ray_job_submit_runs_a_pipeline(ray_head, tiny_data, tmp_path) -> None:
-    submit(ray_head, pipeline_arguments(tiny_data, tmp_path / "tiny", tmp_path / "cache"))
+    submit(ray_head, pipeline_arguments(tiny_data, tmp_path / "tiny", tmp_path))
     check_pipeline(str(tmp_path / "tiny"))
