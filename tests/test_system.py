@@ -214,7 +214,7 @@ def test_a_pipeline_in_object_storage_is_stopped_goes_on_and_ends_with_the_bits_
     reached = find_committed(f"{output}/seed-0/ptft/checkpoints")[-1].step
     assert 5 <= reached < 60
 
-    assert program(*arguments).count("has finished before") == 1
+    assert program(*arguments, timeout=900).count("has finished before") == 1
     check_pipeline(output)
     losses = history(f"{output}/seed-0/ptft")
     assert list(losses) == list(range(1, 61))
