@@ -6,7 +6,7 @@
     output/pipeline.yaml               what was asked for last
     output/seed-0/<stage>/             run_dir of a `train` stage, data set of a `shards` stage, output of another kind
     output/seed-0/<stage>/stage.json   its whole config, put when it has finished; such a stage is not run again
-    output/table.md, table.json        the paper's numbers beside ours
+    output/table.md, table.json        the paper's numbers beside ours (or another name, by results=...)
 
 A `train` stage is an experiment of configs/experiment with changes. In changes, @stage means the folder of an earlier
 stage: `data.train=@separated`. All stages are composed before the first one runs, so that a mistake in the last one
@@ -114,8 +114,8 @@ def run(cfg: PipelineConfig, console: Console) -> None:
     if cfg.table or cfg.grids:
         results = table(cfg, stages)
         markdown = to_markdown(results)
-        storage.put_bytes(storage.join(cfg.output, "table.md"), markdown.encode())
-        storage.put_bytes(storage.join(cfg.output, "table.json"), json.dumps(results, indent=1).encode())
+        storage.put_bytes(storage.join(cfg.output, f"{cfg.results}.md"), markdown.encode())
+        storage.put_bytes(storage.join(cfg.output, f"{cfg.results}.json"), json.dumps(results, indent=1).encode())
         console.print(markdown, markup=False, highlight=False, soft_wrap=True)
     console.print(f"results: {cfg.output}", markup=False, highlight=False, soft_wrap=True)
 
