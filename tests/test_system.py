@@ -201,13 +201,15 @@ def test_a_pipeline_in_object_storage_is_stopped_goes_on_and_ends_with_the_bits_
     with open(tmp_path / "first.log", "wb") as log:
         first = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=log, stderr=log)
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 900
         while not find_committed(f"{output}/seed-0/ptft/checkpoints"):
             assert first.poll() is None and time.monotonic() < until, (tmp_path / "first.log").read_text()
             time.sleep(0.2)
         first.send_signal(signal.SIGINT)
-        assert first.wait(60) == 130, (tmp_path / "first.log").read_text()
+        assert first.wait(120) == 130, (tmp_path / "first.log").read_text()
     finally:
+        for process in psutil.Process(first.pid).children(recursive=True) if first.poll() is None else []:
+            with_suppressed_kill(process)
         first.kill()
     assert "the same command goes on" in (tmp_path / "first.log").read_text()
     assert not storage.exists(f"{output}/seed-0/ptft/stage.json")
@@ -219,7 +221,7 @@ def test_a_pipeline_in_object_storage_is_stopped_goes_on_and_ends_with_the_bits_
     losses = history(f"{output}/seed-0/ptft")
     assert list(losses) == list(range(1, 61))
     hand_off = [f"init.weights={output}/seed-0/se", "init.reinit=[mask_conv]", "training.max_steps=60"]
-    loop(frozen(tiny_data, tmp_path / "alone", *hand_off, settings=PTFT))
+    loop(frozen(tiny_data, tmp_path / "alone", *hand_off, settings=PTFT), timeout=900)
     assert history(tmp_path / "alone") == losses
     assert final_hash(tmp_path / "alone") == final_hash(f"{output}/seed-0/ptft")
     assert program(*arguments).count("has finished before") == 4  # all but the figure
