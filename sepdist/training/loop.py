@@ -159,7 +159,7 @@ def attempt(
         collect_orphans(cfg.run_dir)
         checkpointer = Checkpointer(
             cfg.run_dir,
-            model_node=cfg.model,
+            model_node=cfg.model | getattr(model, "node_changes", {}),
             sample_rate=cfg.sample_rate,
             num_extra_outputs=num_extra_outputs(objective),
             lineage=lineage,
