@@ -47,7 +47,7 @@ def speech_encoder(
     num_layers: int | None = None,
     freeze: str = "none",
     gradient_checkpointing: bool = False,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple["WaveEncoder | MelEncoder", dict[str, Any]]:
     """The encoder, and the config from which it can be built again, with random weights, without `pretrained`.
 
     `encoder` holds `model_type` and values of that family's config, over those of `pretrained`, or over the defaults
@@ -60,11 +60,12 @@ def speech_encoder(
     family = config.model_type
     kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), FAMILIES[family])
     network = _read(pretrained, _weights_of(kind, config)) if pretrained else kind(config)
-    built = MelEncoder(network) if family == "whisper" else WaveEncoder(network)
+    built: WaveEncoder | MelEncoder = MelEncoder(network) if family == "whisper" else WaveEncoder(network)
     if freeze not in ("none", "convolutions", "encoder"):
         raise ValueError(f"freeze={freeze!r}: choose none, convolutions or encoder")
-    for module in {"none": [], "convolutions": built.convolutions(), "encoder": [built]}[freeze]:
-        module.requires_grad_(False)
+    if freeze != "none":
+        for module in built.convolutions() if freeze == "convolutions" else [built]:
+            module.requires_grad_(False)
     if gradient_checkpointing:
         for block in built.blocks():  # transformers' own switch does nothing in eval mode, where a judge is used
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -94,8 +95,9 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
     switched_on = [name for name, value in OFF.items() if encoder.get(name, value) != value]
     if switched_on:
         raise ValueError(f"model.encoder.{switched_on[0]}={encoder[switched_on[0]]}: stays {OFF[switched_on[0]]} here")
-    values = stored | dict(encoder) | {name: value for name, value in OFF.items() if hasattr(default, name)}
-    config = auto.for_model(**{name: value for name, value in values.items() if name not in LEFT_OUT})
+    values = stored | dict(encoder) | OFF
+    known = {name: value for name, value in values.items() if hasattr(default, name) and name not in LEFT_OUT}
+    config = auto.for_model(**known | {"model_type": family})
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(f"num_layers={num_layers}: this {family} has 1 to {config.num_hidden_layers}")
@@ -229,6 +231,8 @@ def upsample(wave: Tensor, factor: int) -> Tensor:
 
     A sinc under a Kaiser window: flat to 92 % of the input's Nyquist frequency, images 80 dB down beyond 108 %.
     """
+    if factor == 1:
+        return wave
     taps = _sinc_taps(factor).to(wave)
     phases = F.conv1d(wave.reshape(-1, 1, wave.shape[-1]), taps, padding=HALF_WIDTH)
     return phases.transpose(1, 2).reshape(*wave.shape[:-1], -1)

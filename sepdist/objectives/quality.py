@@ -6,7 +6,6 @@ whose place it has: estimates come in the order of the sources.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from sepdist.data.records import Batch
@@ -29,7 +28,9 @@ class Quality:
         """Loss and metrics of one batch; needs `batch.sources` and `batch.estimates`."""
         if batch.sources is None or batch.estimates is None:
             lacking = "sources" if batch.sources is None else "estimates"
-            raise ValueError(f"objective quality needs sources and a separator's estimates; this data set has no {lacking}")
+            raise ValueError(
+                f"objective quality needs sources and a separator's estimates; this data set has no {lacking}"
+            )
         true_BS = si_snr(batch.estimates, batch.sources)
         predicted_BS = model(batch.mixture, batch.estimates).float()
         if predicted_BS.shape != true_BS.shape:
