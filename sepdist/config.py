@@ -50,6 +50,7 @@ class DataConfig:
         None  # a node that makes new mixtures of data.train's first sources (configs/mixing); None = as stored
     )
     extra: list[ExtraConfig] = field(default_factory=list)  # more data sets, for objectives of several tasks
+    interleave: str = "drawn"  # how their batches come between those of data.train: drawn (permuted) | even
     crop_seconds: float = 3.0
     num_virtual_shards: int = 4  # V: fixes the data order and the reduction tree; world sizes 1..V can run it
     micro_batch: int = 2  # samples per virtual shard and step; global batch = num_virtual_shards * micro_batch
@@ -193,6 +194,7 @@ class FigureConfig:
     runs: dict[str, str] = field(default_factory=dict)  # label -> run_dir
     output: str = MISSING  # the PNG file, local or s3://
     title: str = ""
+    kind: str = "figure2"  # or gap: predicted beside true SI-SNR of semi-supervised runs
 
 
 @dataclass
