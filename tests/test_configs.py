@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
 from torch import nn
 
 from sepdist import config, pipeline
@@ -33,7 +34,7 @@ def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_comp
     assert len(found) == NUM_CONFIGS
 
 
-NUM_CONFIGS = 92
+NUM_CONFIGS = 94
 
 
 @pytest.mark.parametrize("name", files("model"))
@@ -48,6 +49,11 @@ def test_every_objective_builds_a_callable(name: str, tmp_path: Path) -> None:
     if name == "fixed_labels":
         (tmp_path / "labels.csv").write_text("id,permutation\na,0\n")
         given.append(f"objective.labels={tmp_path}/labels.csv")
+    if name == "semisupervised":  # any module can be loaded as a judge; whether it is one shows when it is called
+        node = yaml.safe_load((CONFIGS / "model" / "conv_tasnet_small.yaml").read_text()) | {"num_speakers": 1}
+        (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": node, "sample_rate": 8000}))
+        save_file(config.build(node).state_dict(), tmp_path / "model.safetensors")
+        given += [f"objective.judge.url={tmp_path}", "objective.labelled_share=0.1", "objective.epoch_samples=100"]
     cfg = config.typed(composed("train", f"objective={name}", *NEEDED, *given), config.TrainConfig)
     assert callable(config.build(cfg.objective))
 
