@@ -1,4 +1,4 @@
-"""Figure 2 from the logs of runs: what is on its axes is what stands in the logs."""
+"""Figures from the logs of runs: what is on their axes is what stands in the logs."""
 
 import itertools
 import json
@@ -66,3 +66,31 @@ def test_the_program_puts_a_png_and_says_what_it_misses(tiny_data, tmp_path: Pat
     log(tiny_data, tmp_path / "a", [], [])
     with pytest.raises(ConfigError, match=r"no validation/si_snr"):
         plot.draw(FigureConfig({"a": run_dir}, str(tmp_path / "b.png")), Console())
+
+
+def test_the_gap_of_a_run_is_predicted_beside_true_si_snr_and_the_weight_below(tiny_data, tmp_path: Path) -> None:
+    run_dir = log(tiny_data, tmp_path / "a", [], [])
+    true, predicted, weight = [1.0, 4.0, 3.0], [0.5, 6.0, 12.0], [0.0, 0.1, 0.05, 0.1]
+    rows = [
+        {"step": 5 * i, "seconds": i, "validation/si_snr": one, "validation/predicted_si_snr": other}
+        for i, (one, other) in enumerate(zip(true, predicted, strict=True), start=1)
+    ]
+    rows += [{"step": i, "seconds": i, "train/unsupervised_weight": value} for i, value in enumerate(weight, start=1)]
+    rows += [{"step": 9, "seconds": 9, "train/unsupervised_weight": None}]  # an interval of which no step was applied
+    Path(run_dir, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure = plot.gap({"SSLM-SS": plot.read_curves(run_dir)})
+    upper, lower = figure.axes
+    assert [line.get_label() for line in upper.lines] == ["SSLM-SS, true", "SSLM-SS, predicted"]
+    for line, values in zip(upper.lines, (true, predicted), strict=True):
+        np.testing.assert_allclose(line.get_xydata().T, [[5 / EPOCH_STEPS, 10 / EPOCH_STEPS, 15 / EPOCH_STEPS], values])
+    np.testing.assert_allclose(lower.lines[0].get_xydata().T, [[i / EPOCH_STEPS for i in (1, 2, 3, 4)], weight])
+    plot.main([str(tmp_path / "gap.png"), f"SSLM-SS={run_dir}", "--kind", "gap"])
+    assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_figure_of_another_kind_or_of_a_run_without_a_judge_is_refused(tiny_data, tmp_path: Path) -> None:
+    run_dir = log(tiny_data, tmp_path / "a", [1.0], [])
+    with pytest.raises(ConfigError, match="a run: no validation/predicted_si_snr in its log"):
+        plot.draw(FigureConfig({"a run": run_dir}, str(tmp_path / "b.png"), kind="gap"), Console())
+    with pytest.raises(ConfigError, match="kind='bars' of a figure: it is one of figure2, gap"):
+        plot.draw(FigureConfig({"a run": run_dir}, str(tmp_path / "b.png"), kind="bars"), Console())
