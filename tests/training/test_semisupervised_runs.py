@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+import yaml
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import nn
 
 from sepdist import config
+from sepdist.config import ConfigError
 from sepdist.data.records import Batch
 from sepdist.metrics.si_snr import si_snr
 from sepdist.objectives.semisupervised import SemiSupervised
 from sepdist.reporting import read_metrics
-from sepdist.train import summarise
+from sepdist.train import freeze, summarise
 from sepdist.training.checkpoint import find_committed, load_snapshot
 from tests.objectives.batches import Listener
 from tests.runs import final_hash, frozen
@@ -196,3 +199,28 @@ def test_a_run_whose_judge_is_fooled_ends_with_the_figures_and_ends_again_when_i
     assert f"ended at step 2: the judge predicts {row['validation/predicted_si_snr']:.2f} dB" in shown.getvalue()
     assert f"{row['validation/gap']:.2f} dB, above objective.max_gap_db=-1000" in shown.getvalue()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+def test_a_relative_judge_is_made_absolute_and_a_run_from_before_a_key_of_the_config_goes_on(
+    tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    node = {"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "num_filters": 4, "num_blocks": 1, "compile": False}
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "model.yaml").write_text(yaml.safe_dump({"model": node, "sample_rate": 8000}))
+    save_file(config.build(node).state_dict(), tmp_path / "judge" / "model.safetensors")
+    options = ["objective=semisupervised", "objective.judge.url=judge", "objective.labelled_share=0.5"]
+    options += ["objective.epoch_samples=4", "training.max_steps=1"]
+    options += [f"data.extra=[{{name: unlabelled, url: {tiny_data['train']}, num_sources: 2, noise: false}}]"]
+    cfg = config.load_frozen(frozen(tiny_data, tmp_path / "composed", *options))
+    cfg.run_dir = str(tmp_path / "run")
+    freeze(cfg, Console(quiet=True))
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    assert f"url: {tmp_path}/judge\n" in text
+    older = yaml.safe_load(text)
+    del older["data"]["interleave"]
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(older))
+    freeze(cfg, Console(quiet=True))
+    cfg.data.interleave = "even"
+    with pytest.raises(ConfigError, match=r"another config: data\.interleave was drawn, is even"):
+        freeze(cfg, Console(quiet=True))
