@@ -43,17 +43,22 @@ def test_every_model_builds_a_module(name: str) -> None:
     assert isinstance(config.build(cfg.model), nn.Module)
 
 
+def judge(folder: Path) -> Path:
+    """An export to load as a judge; whether a module is one shows when it is called."""
+    node = yaml.safe_load((CONFIGS / "model" / "conv_tasnet_small.yaml").read_text()) | {"num_speakers": 1}
+    (folder / "model.yaml").write_text(yaml.safe_dump({"model": node, "sample_rate": 8000}))
+    save_file(config.build(node).state_dict(), folder / "model.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize("name", files("objective"))
 def test_every_objective_builds_a_callable(name: str, tmp_path: Path) -> None:
     given = []
     if name == "fixed_labels":
         (tmp_path / "labels.csv").write_text("id,permutation\na,0\n")
         given.append(f"objective.labels={tmp_path}/labels.csv")
-    if name == "semisupervised":  # any module can be loaded as a judge; whether it is one shows when it is called
-        node = yaml.safe_load((CONFIGS / "model" / "conv_tasnet_small.yaml").read_text()) | {"num_speakers": 1}
-        (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": node, "sample_rate": 8000}))
-        save_file(config.build(node).state_dict(), tmp_path / "model.safetensors")
-        given += [f"objective.judge.url={tmp_path}", "objective.labelled_share=0.1", "objective.epoch_samples=100"]
+    if name == "semisupervised":
+        given += [f"objective.judge.url={judge(tmp_path)}", "objective.labelled_share=0.1", "objective.epoch_samples=1"]
     cfg = config.typed(composed("train", f"objective={name}", *NEEDED, *given), config.TrainConfig)
     assert callable(config.build(cfg.objective))
 
@@ -93,8 +98,12 @@ def test_every_mixing_is_a_node_of_the_data_section_with_known_arguments(name: s
 
 
 @pytest.mark.parametrize("name", [name for name in files("experiment") if not is_pipeline(name)])
-def test_every_experiment_composes_and_its_parts_build(name: str) -> None:
+def test_every_experiment_composes_and_its_parts_build(name: str, tmp_path: Path) -> None:
     given = [] if name.startswith("demo/") else ["data.train=a", "data.validation=b"]
+    if name.startswith(("dang2023/sslm", "dang2023/mixit")):
+        given.append("data.extra=[{name: unlabelled, url: c, weight: 1.0}]")
+    if name.startswith("dang2023/sslm"):
+        given.append(f"objective.judge.url={judge(tmp_path)}")
     if name == "two_cores/finetune":
         given.append("init.weights=c")
     cfg = config.typed(composed("train", f"experiment={name}", *given), config.TrainConfig)
