@@ -18,10 +18,8 @@ import copy
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -45,6 +43,7 @@ from sepdist.config import (
     ShardConfig,
     TrainConfig,
 )
+from sepdist.console import user_console
 from sepdist.data.shards import read_manifest
 from sepdist.reporting import read_metrics
 
@@ -76,17 +75,9 @@ def main(composed: DictConfig) -> None:
     """Compose, run, print the table; errors of the user are one line and exit status 1."""
     from sepdist.training.launch import TrainingFailedError
 
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING)
     GlobalHydra.instance().clear()  # the stages are composed anew
-    try:
+    with user_console(TrainingFailedError, stopped="the same command goes on") as console:
         run(config.typed(composed, PipelineConfig), console)
-    except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on in {composed.output}", highlight=False, soft_wrap=True)
-        sys.exit(130)
-    except (OSError, ValueError, TrainingFailedError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def run(cfg: PipelineConfig, console: Console) -> None:

@@ -11,7 +11,6 @@ loss. Runs may be on local disk or s3://, and may still be going on.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from sepdist import storage
 from sepdist.config import ConfigError, FigureConfig, load_frozen
+from sepdist.console import user_console
 from sepdist.data.order import units_per_epoch
 from sepdist.data.shards import read_manifest
 from sepdist.reporting import read_metrics, to_png
@@ -46,15 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--title", default="", help="above the picture")
     parser.add_argument("--kind", choices=FIGURES, default="figure2", help="which figure (default: %(default)s)")
     given = parser.parse_args(arguments)
-    console = Console(stderr=True)
-    try:
+    with user_console() as console:
         if wrong := [one for one in given.runs if "=" not in one]:
             raise ConfigError(f"{wrong[0]}: a run is given as LABEL=RUN_DIR")
         runs = dict(one.split("=", 1) for one in given.runs)
         draw(FigureConfig(runs, given.output, given.title, given.kind), console)
-    except (OSError, ValueError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def draw(cfg: FigureConfig, console: Console) -> None:

@@ -45,6 +45,12 @@ class MixIT:
         self.unlabelled_weight = unlabelled_weight
         self.max_snr_db = max_snr_db
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model with fewer outputs than a mixture of mixtures has speakers."""
+        needed = 2 * self.num_loudest
+        if (num_outputs := getattr(model, "num_speakers", needed)) < needed:
+            raise ValueError(f"mixit adds up two mixtures: {num_outputs} outputs are few; model.num_speakers={needed}")
+
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; reads `batch.sources` of labelled ones only."""
         metrics = dict.fromkeys(("mixture_snr", "si_snr", "si_snri", "oracle_si_snr"), batch.mixture.new_zeros(0))

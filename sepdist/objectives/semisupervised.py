@@ -71,6 +71,12 @@ class SemiSupervised:
         self.factor = 1.0  # of f
         self.stop_reason: str | None = None
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a judge that is none, whatever the model."""
+        if not getattr(self.judge, "is_judge", False):
+            what = f"objective.judge is a {type(self.judge).__name__}, which judges no estimates"
+            raise ValueError(f"{what}: set objective.judge.url to a run of an SSQP-Net")
+
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; needs `batch.data_set`, and `batch.sources` but for the unlabelled."""
         if batch.data_set not in self.data_sets:

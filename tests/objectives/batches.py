@@ -34,6 +34,8 @@ class Fixed(nn.Module):
 class Listener(nn.Module):
     """A judge of a few weights, the same from any `url`, with a dropout that must never be active."""
 
+    is_judge = True
+
     def __init__(self, url: str = "") -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sepdist import config
 from sepdist.audit import audit
-from sepdist.config import ConfigError, EvaluateConfig, TrainConfig
+from sepdist.config import EvaluateConfig, TrainConfig
 from sepdist.data.stream import Crops
 from sepdist.evaluate import evaluate
 from sepdist.reporting import read_metrics
@@ -117,6 +117,7 @@ def test_each_data_set_has_an_order_and_crops_of_its_own(tiny_data: dict[str, st
         (["mixing=dynamic", "data.noise=true"], r"data\.noise=True with data\.mixing\.noise=None"),
         (["mixing=dynamic", "data.mixing.noise=x"], r"data\.noise=False with data\.mixing\.noise=.*x"),
         (["data.interleave=odd"], r"data\.interleave=.odd.: it is one of drawn, even"),
+        (["objective=mixit", "model.num_speakers=3"], r"3 outputs are few; model\.num_speakers=4"),
         (["objective=multitask"], r"MultiTask needs data\.extra of the name enhancement"),
     ],
 )
@@ -125,7 +126,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
 ) -> None:
     cfg = config_of(tiny_data, tmp_path, *more)
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ValueError, match=told):
         freeze(cfg, Console(file=io.StringIO()))
 
 

@@ -17,6 +17,7 @@ from sepdist import config
 from sepdist.config import ConfigError
 from sepdist.data.records import Batch
 from sepdist.metrics.si_snr import si_snr
+from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.semisupervised import SemiSupervised
 from sepdist.reporting import read_metrics
 from sepdist.train import freeze, summarise
@@ -214,6 +215,9 @@ def test_a_relative_judge_is_made_absolute_and_a_run_from_before_a_key_of_the_co
     options += [f"data.extra=[{{name: unlabelled, url: {tiny_data['train']}, num_sources: 2, noise: false}}]"]
     cfg = config.load_frozen(frozen(tiny_data, tmp_path / "composed", *options))
     cfg.run_dir = str(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"is a ConvTasNet, which judges no estimates: set objective\.judge\.url"):
+        freeze(cfg, Console(quiet=True))
+    monkeypatch.setattr(ConvTasNet, "is_judge", True, raising=False)
     freeze(cfg, Console(quiet=True))
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert f"url: {tmp_path}/judge\n" in text
