@@ -21,8 +21,10 @@ class TransformersCtc:
     def __init__(self, folder: str, device: str = "cpu") -> None:
         try:
             from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
+            from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise ConfigError(f"recogniser transformers_ctc: {error}; run: pip install 'sepdist[asr]'") from error
+        disable_progress_bar()  # of loading weights, in the midst of ours
         try:
             # One by one, because a processor with a language model would want another package for it.
             self.extractor = AutoFeatureExtractor.from_pretrained(folder)
