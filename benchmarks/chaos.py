@@ -29,9 +29,9 @@ from typing import Any
 from sepdist.audit import audit
 from sepdist.config import ShardConfig
 from sepdist.reporting import read_metrics
+from sepdist.sharding import write_data_set
 from tests.disturb import Nodes, Run, left_alone
 from tests.runs import ROOT, final_hash, history
-from tools.shard_data import write_data_set
 
 KINDS = ("kill", "stop", "livelock", "node", "preempt", "driver")
 NOTICE_SECONDS = 12

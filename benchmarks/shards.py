@@ -14,7 +14,7 @@ from pathlib import Path
 from sepdist import config
 from sepdist.cluster import connected
 from sepdist.config import ShardConfig
-from tools import shard_data
+from sepdist.sharding import write_data_set
 
 NUM_SHARDS = 8
 SAMPLES_PER_SHARD = 25
@@ -27,7 +27,7 @@ def measure(num_workers: int) -> dict[str, float]:
     shards_per_minute, audio_per_second = [], []
     for _ in range(REPEATS):
         with tempfile.TemporaryDirectory() as folder:
-            written = shard_data.write_data_set(
+            written = write_data_set(
                 ShardConfig(
                     corpus=corpus,
                     split="train",

@@ -154,11 +154,11 @@ class TrainConfig:
 class StageConfig:
     """One stage of a pipeline; its folder is output/seed-<seed>/<its name>."""
 
-    kind: str = "train"  # or evaluate, labels, figure
+    kind: str = "train"  # or shards, evaluate, judge, labels, figure
     experiment: str = ""  # train: a file of configs/experiment
     label: str = ""  # its name in a figure
-    uses: list[str] = field(default_factory=list)  # earlier stages: initial weights, the model to score, runs to draw
-    overrides: list[str] = field(default_factory=list)  # key=value, of train, of evaluate (labels too) or of a figure
+    uses: list[str] = field(default_factory=list)  # earlier stages: initial weights, the model to score, what to draw
+    overrides: list[str] = field(default_factory=list)  # key=value of its program; the value @stage is a stage's folder
 
 
 @dataclass
@@ -168,6 +168,25 @@ class RowConfig:
     label: str = MISSING
     stage: str = ""  # the evaluation; none where the paper quotes a number and nothing is run
     paper: list[float] = field(default_factory=list)  # SI-SNRi and SDRi in dB
+
+
+@dataclass
+class GridRowConfig:
+    """One row of a grid: what it measures for each column."""
+
+    label: str = MISSING
+    cells: list[str] = field(default_factory=list)  # stage:a.b is the number a.b in the results.json of that stage; "-"
+    paper: list[Any] = field(default_factory=list)  # the same as the paper has it; null where it has none
+
+
+@dataclass
+class GridConfig:
+    """One more table of a pipeline, of one measure."""
+
+    title: str = MISSING
+    columns: list[str] = field(default_factory=list)
+    rows: list[GridRowConfig] = field(default_factory=list)
+    digits: int = 2
 
 
 @dataclass
@@ -184,6 +203,7 @@ class PipelineConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)  # in the order in which they run
     overrides: dict[str, list[str]] = field(default_factory=dict)  # by kind, for all its stages, before their own
     table: list[RowConfig] = field(default_factory=list)
+    grids: list[GridConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -197,7 +217,7 @@ class FigureConfig:
 
 @dataclass
 class ShardConfig:
-    """`configs/shard.yaml`: tools/shard_data.py."""
+    """`configs/shard.yaml`: tools/shard_data.py and stages of kind `shards`."""
 
     corpus: Any = MISSING
     split: str = MISSING
@@ -205,6 +225,9 @@ class ShardConfig:
     samples_per_shard: int = 200
     num_workers: int = 0  # Ray tasks at once; 0 = in this process, -1 = as many as the cluster has CPUs
     limit: int = 0  # only the first so many records; 0 = all
+    part: list[float] = field(default_factory=lambda: [0.0, 1.0])  # of them, shuffled always alike: two shares of 0..1
+    mixtures_only: bool = False  # store the mixture alone, as of recordings whose sources nobody knows
+    gpus_per_worker: float = 0.0  # for corpus=separated with corpus.device=cuda
 
 
 @dataclass

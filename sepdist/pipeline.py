@@ -4,12 +4,13 @@
     ray job submit --working-dir . -- python -m sepdist.pipeline experiment=huang2021/table2_libri2mix ...
 
     output/pipeline.yaml               what was asked for last
-    output/seed-0/<stage>/             run_dir of a `train` stage, output of an `evaluate`, `labels` or `figure` stage
+    output/seed-0/<stage>/             run_dir of a `train` stage, data set of a `shards` stage, output of another kind
     output/seed-0/<stage>/stage.json   its whole config, put when it has finished; such a stage is not run again
     output/table.md, table.json        the paper's numbers beside ours
 
-A `train` stage is an experiment of configs/experiment with changes. All stages are composed before the first one runs,
-so that a mistake in the last one costs nothing. Stopped and started again, training goes on from its checkpoint.
+A `train` stage is an experiment of configs/experiment with changes. In changes, @stage means the folder of an earlier
+stage: `data.train=@separated`. All stages are composed before the first one runs, so that a mistake in the last one
+costs nothing. Stopped and started again, training goes on from its checkpoint.
 """
 
 import contextlib
@@ -19,10 +20,11 @@ import hashlib
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -32,16 +34,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from sepdist import config, evaluate, labels, plot, storage, train
+from sepdist import config, evaluate, judge, labels, plot, sharding, storage, train
 from sepdist.cluster import connected
-from sepdist.config import ConfigError, EvaluateConfig, FigureConfig, PipelineConfig, TrainConfig
+from sepdist.config import (
+    ConfigError,
+    EvaluateConfig,
+    FigureConfig,
+    GridConfig,
+    PipelineConfig,
+    ShardConfig,
+    TrainConfig,
+)
 from sepdist.data.shards import read_manifest
 from sepdist.reporting import read_metrics
 
 MARKER = "stage.json"
+NO_CELL = "-"  # of a grid
+_T = TypeVar("_T")
 # What may differ from the config of a finished stage without making its result another one.
 FREE_TO_CHANGE: tuple[str, ...] = ("cluster", "engine.zero", "data_root", "data.cache", "data.prefetch")
-FREE_TO_CHANGE += ("data.num_threads", "num_workers", "use_gpu", "cache")
+FREE_TO_CHANGE += ("data.num_threads", "num_workers", "use_gpu", "cache", "gpus_per_worker", "corpus.cache")
+FEWEST_AND_MOST_USED = {"train": (0, 1), "shards": (0, 0), "figure": (1, math.inf)}  # other kinds use one stage
 
 config.register_schemas()
 
@@ -55,7 +68,7 @@ class Stage:
     kind: str
     folder: str
     uses: tuple[str, ...]  # folders of earlier stages
-    config: Any  # TrainConfig, EvaluateConfig or FigureConfig, whole
+    config: Any  # of its program, whole
 
 
 @hydra.main(version_base="1.3", config_path=config.config_dir(), config_name="pipeline")
@@ -85,7 +98,8 @@ def run(cfg: PipelineConfig, console: Console) -> None:
     """
     stages = plan(cfg)
     done = [is_done(stage) for stage in stages]
-    for url in {url for stage, skip in zip(stages, done, strict=True) if not skip for url in data_sets(stage)}:
+    wanted = {url for stage, skip in zip(stages, done, strict=True) if not skip for url in data_sets(stage)}
+    for url in sorted(wanted - {stage.folder for stage in stages}):
         read_manifest(url)
     storage.put_bytes(storage.join(cfg.output, "pipeline.yaml"), config.to_yaml(cfg).encode())
     needed = max((num_cpus(stage) for stage, skip in zip(stages, done, strict=True) if not skip), default=0)
@@ -97,7 +111,7 @@ def run(cfg: PipelineConfig, console: Console) -> None:
                 began = time.monotonic()
                 RUNNERS[stage.kind](copy.deepcopy(stage.config), console)  # a program may complete its config
                 mark_done(stage, time.monotonic() - began)
-    if cfg.table:
+    if cfg.table or cfg.grids:
         results = table(cfg, stages)
         markdown = to_markdown(results)
         storage.put_bytes(storage.join(cfg.output, "table.md"), markdown.encode())
@@ -126,6 +140,14 @@ def plan(cfg: PipelineConfig) -> list[Stage]:
     for row in cfg.table:
         if row.stage and (row.stage not in cfg.stages or cfg.stages[row.stage].kind != "evaluate"):
             raise ConfigError(f"table: row {row.label!r} names {row.stage!r}, which is no stage of kind evaluate")
+    for grid in cfg.grids:
+        for line in grid.rows:
+            if not len(line.cells) == len(line.paper or line.cells) == len(grid.columns):
+                raise ConfigError(f"grids: {grid.title}: row {line.label!r} needs {len(grid.columns)} cells")
+            for cell in line.cells:
+                name, colon, _ = cell.partition(":")
+                if cell != NO_CELL and not (colon and name in cfg.stages):
+                    raise ConfigError(f"grids: {grid.title}: {cell!r} is not STAGE:NUMBER of a stage, nor {NO_CELL!r}")
     return stages
 
 
@@ -134,19 +156,21 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, folder: str, earlier: dic
     one = cfg.stages[name]
     if one.kind not in RUNNERS:
         raise ConfigError(f"kind={one.kind!r}: it is one of {', '.join(RUNNERS)}")
-    fewest, most = {"train": (0, 1), "figure": (1, math.inf)}.get(one.kind, (1, 1))
+    fewest, most = FEWEST_AND_MOST_USED.get(one.kind, (1, 1))
     if not set(one.uses) <= earlier.keys() or not fewest <= len(one.uses) <= most:
         raise ConfigError(f"uses={one.uses}: a stage of kind {one.kind} uses {fewest} to {most} of {list(earlier)}")
     if any(earlier[used].kind != "train" for used in one.uses):
         raise ConfigError(f"uses={one.uses}: only stages of kind train can be used")
     uses = [earlier[used] for used in one.uses]
-    overrides = [*cfg.overrides.get(one.kind, []), *one.overrides]
+    overrides = [with_folders(change, earlier) for change in (*cfg.overrides.get(one.kind, []), *one.overrides)]
     resolved: Any
     if one.kind == "train":
         fixed = {"name": f"{cfg.name}-{name}-{seed}", "run_dir": folder, "seed": seed, "data_root": cfg.data_root}
         if uses:
             fixed["init.weights"] = uses[0].folder
         resolved = compose_train(one.experiment + cfg.variant, overrides, fixed)
+    elif one.kind == "shards":
+        resolved = composed("shard", overrides, {"split": name, "output": folder}, ShardConfig)
     elif one.kind == "figure":
         runs = {cfg.stages[used.name].label or used.name: used.folder for used in uses}
         resolved = merged(FigureConfig(runs, storage.join(folder, "figure.png"), one.label), overrides)
@@ -159,6 +183,17 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, folder: str, earlier: dic
     return Stage(seed, name, one.kind, folder, tuple(used.folder for used in uses), resolved)
 
 
+def with_folders(change: str, earlier: dict[str, Stage]) -> str:
+    """A key=value change with the folder of an earlier stage for each @stage."""
+
+    def folder(found: re.Match[str]) -> str:
+        if found[1] not in earlier:
+            raise ConfigError(f"{change}: {found[0]} is none of the earlier stages {', '.join(earlier)}")
+        return earlier[found[1]].folder
+
+    return re.sub(r"(?<!\w)@(\w+)", folder, change)
+
+
 def merged(base: Any, overrides: Sequence[str]) -> Any:
     """A dataclass with key=value changes."""
     changed = OmegaConf.merge(OmegaConf.structured(base), OmegaConf.from_dotlist(list(overrides)))
@@ -168,16 +203,23 @@ def merged(base: Any, overrides: Sequence[str]) -> Any:
 
 def compose_train(experiment: str, overrides: Sequence[str], fixed: dict[str, Any]) -> TrainConfig:
     """What `python -m sepdist.train experiment=... overrides...` has, with the values that the pipeline fixes."""
+    return composed("train", [f"experiment={experiment}"] * bool(experiment) + list(overrides), fixed, TrainConfig)
+
+
+def composed(name: str, overrides: Sequence[str], fixed: dict[str, Any], schema: type[_T]) -> _T:
+    """A primary config with changes and fixed values."""
     with initialize_config_dir(config.config_dir(), version_base="1.3"):
-        composed = compose("train", overrides=[f"experiment={experiment}"] * bool(experiment) + list(overrides))
+        result = compose(name, overrides=list(overrides))
     for key, value in fixed.items():
-        OmegaConf.update(composed, key, value)
-    return config.typed(composed, TrainConfig)
+        OmegaConf.update(result, key, value)
+    return config.typed(result, schema)
 
 
 RUNNERS: dict[str, Callable[[Any, Console], Any]] = {
     "train": train.run,
+    "shards": sharding.write_data_set,
     "evaluate": evaluate.evaluate,
+    "judge": judge.judge,
     "labels": labels.label,
     "figure": plot.draw,
 }
@@ -188,6 +230,8 @@ def data_sets(stage: Stage) -> list[str]:
     if isinstance(stage.config, TrainConfig):
         data = stage.config.data
         return [data.train, data.validation, *(one.url for one in data.extra)]
+    if isinstance(stage.config, ShardConfig):
+        return [stage.config.corpus["data"]] if "data" in stage.config.corpus else []
     return [stage.config.data] if isinstance(stage.config, EvaluateConfig) else []
 
 
@@ -249,7 +293,31 @@ def table(cfg: PipelineConfig, stages: Sequence[Stage]) -> dict[str, Any]:
         paper = dict(zip(("si_snri", "sdri"), row.paper, strict=False))
         rows.append({"label": row.label, "paper": paper, "seeds": results})
     minutes = {f"seed-{stage.seed}/{stage.name}": _marker(stage)["seconds"] / 60 for stage in stages}
-    return {"name": cfg.name, "title": cfg.title, "rows": rows, "minutes_of_stages": minutes}
+    grids = [filled(grid, stages) for grid in cfg.grids]
+    return {"name": cfg.name, "title": cfg.title, "rows": rows, "grids": grids, "minutes_of_stages": minutes}
+
+
+def filled(grid: GridConfig, stages: Sequence[Stage]) -> dict[str, Any]:
+    """A grid with the numbers of each seed in its cells."""
+    rows = []
+    for row in grid.rows:
+        cells = []
+        for cell, paper in zip(row.cells, row.paper or [None] * len(row.cells), strict=True):
+            name, _, path = cell.partition(":")
+            seeds = {str(stage.seed): number_of(stage, path) for stage in stages if stage.name == name}
+            cells.append({"paper": paper, "seeds": seeds})
+        rows.append({"label": row.label, "cells": cells})
+    return {"title": grid.title, "columns": grid.columns, "digits": grid.digits, "rows": rows}
+
+
+def number_of(stage: Stage, path: str) -> float | None:
+    """The number `path`, as metrics_db.si_snri.mean, in the results of a stage; ConfigError where there is none."""
+    found = json.loads(storage.read_bytes(storage.join(stage.folder, "results.json")))
+    for key in path.split("."):
+        if not isinstance(found, dict) or key not in found:
+            raise ConfigError(f"{stage.folder}/results.json has no {path}: change the grid's cell {stage.name}:{path}")
+        found = found[key]
+    return found
 
 
 def measured(stage: Stage) -> dict[str, float | None]:
@@ -270,23 +338,38 @@ def measured(stage: Stage) -> dict[str, float | None]:
 def to_markdown(results: dict[str, Any]) -> str:
     """The table as people read it: the mean over seeds, and each seed in brackets where there are several."""
     head = ("", "SI-SNRi, paper", "SI-SNRi", "SDRi, paper", "SDRi", "steps", "minutes", "label switches")
-    lines = [f"# {results['title'] or results['name']}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [f"# {results['title'] or results['name']}", ""]
+    if results["rows"]:
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in results["rows"]:
         seeds = list(row["seeds"].values())
 
         def cell(name: str, digits: int = 2, factor: float = 1.0, seeds: list[Any] = seeds) -> str:
-            values = [seed[name] * factor for seed in seeds if seed[name] is not None]
-            if not values:
-                return ""
-            each = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else ""
-            return f"{sum(values) / len(values):.{digits}f}{each}"
+            return mean_and_each([seed[name] * factor for seed in seeds if seed[name] is not None], digits)
 
         paper = {name: str(row["paper"].get(name, "")) for name in ("si_snri", "sdri")}
         cells = [row["label"], paper["si_snri"], cell("si_snri"), paper["sdri"], cell("sdri")]
         rate = cell("switch_rate", 1, 100)
         cells += [cell("steps", 0), cell("minutes", 1), f"{rate} %" if rate else ""]
         lines.append("| " + " | ".join(cells) + " |")
+    for grid in results.get("grids", []):
+        lines += [""] * bool(lines[-1]) + [f"## {grid['title']}", "", "| | " + " | ".join(grid["columns"]) + " |"]
+        lines.append("|---" * (len(grid["columns"]) + 1) + "|")
+        for row in grid["rows"]:
+            cells = [row["label"]]
+            for one in row["cells"]:
+                ours = mean_and_each([v for v in one["seeds"].values() if v is not None], grid["digits"])
+                cells.append(ours + ("" if one["paper"] is None else f" (paper {one['paper']})"))
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def mean_and_each(values: Sequence[float], digits: int) -> str:
+    """The mean, and each value in brackets where there are several; nothing for none."""
+    if not values:
+        return ""
+    each = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{each}"
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ import sepdist
 from sepdist import audio, config, storage
 from sepdist.config import ConfigError, RecogniseConfig
 from sepdist.data.records import Batch, Mixture
+from sepdist.data.stream import Item, collate
 from sepdist.evaluate import EvaluationError, estimate, on_ray, progress_bar, single_threaded
 from sepdist.metrics.wer import error_rate, fewest, word_errors
 from sepdist.training.checkpoint import Export, load_export
@@ -172,8 +173,9 @@ def recognise_one(job: Job, recogniser: Any, model: nn.Module | None, device: to
     """Recognise one mixture and what `model` makes of it."""
     record, reference = job.record, job.record.texts[0]
     parts = record.load()
-    mixture_T = parts["mix"] if "mix" in parts else np.sum(list(parts.values()), axis=0)
-    estimates = [] if model is None else separated(record.id, mixture_T, model, device)
+    batch = collate([Item(record.id, record.speakers, parts)], range(1), len(next(iter(parts.values()))))
+    mixture_T = batch.mixture[0].numpy()
+    estimates = [] if model is None else separated(batch, model, device)
     mixture, *outputs = (recogniser(wave_T, record.sample_rate) for wave_T in (mixture_T, *estimates))
     errors, num_words = word_errors(reference, mixture)
     return Heard(
@@ -189,20 +191,12 @@ def recognise_one(job: Job, recogniser: Any, model: nn.Module | None, device: to
     )
 
 
-def separated(name: str, mixture_T: np.ndarray, model: nn.Module, device: torch.device) -> list[np.ndarray]:
-    """The model's estimates [T] from the whole mixture, each at the mixture's level."""
-    batch = Batch(
-        ids=[name],
-        positions=torch.tensor([0]),
-        mixture=torch.from_numpy(mixture_T)[None],
-        sources=None,
-        noise=None,
-        lengths=torch.tensor([mixture_T.size]),
-    )
+def separated(batch: Batch, model: nn.Module, device: torch.device) -> list[np.ndarray]:
+    """The model's estimates [T] from the whole mixture of a batch of one, each at the mixture's level."""
     estimates_ST = estimate(model, batch, device).numpy()
     if not np.isfinite(estimates_ST).all():
-        raise EvaluationError(f"{name}: the model's estimates hold NaN or infinity")
-    return [at_level_of(mixture_T, wave_T) for wave_T in estimates_ST]
+        raise EvaluationError(f"{batch.ids[0]}: the model's estimates hold NaN or infinity")
+    return [at_level_of(batch.mixture[0].numpy(), wave_T) for wave_T in estimates_ST]
 
 
 def at_level_of(mixture_T: np.ndarray, wave_T: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import settings
 
 from sepdist.config import ShardConfig
+from sepdist.sharding import write_data_set
 from tests.s3server import ADMIN, S3Server
-from tools.shard_data import write_data_set
 
 settings.register_profile("suite", deadline=None)  # no assertion about time: machines differ
 settings.load_profile("suite")

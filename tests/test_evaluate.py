@@ -165,13 +165,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_export(folder: Path, rate: int) -> None:
+def write_export(folder: Path, rate: int = RATE) -> nn.Module:
     torch.manual_seed(seeding.torch_seed(0, "weights"))
     model = config.build(MODEL)
     folder.mkdir()
     safetensors.torch.save_file(model.state_dict(), str(folder / "model.safetensors"))
     (folder / "model.yaml").write_text(yaml.safe_dump({"model": MODEL, "sample_rate": rate}))
     (folder / "lineage.json").write_text(json.dumps({"run": "toy", "step": 12}))
+    return model
 
 
 def options(work: Path, output: str, **changes: object) -> EvaluateConfig:

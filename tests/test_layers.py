@@ -8,14 +8,13 @@ LAYERS = {
     **dict.fromkeys(("config", "storage", "audio", "seeding", "reporting", "cluster"), 0),
     **dict.fromkeys(("data", "corpora", "models", "objectives", "metrics", "recognisers"), 1),
     "training": 2,
-    **dict.fromkeys(("train", "evaluate", "separate", "audit", "plot"), 3),
-    "labels": 4,
-    "recognise": 4,
+    **dict.fromkeys(("train", "evaluate", "separate", "audit", "plot", "sharding"), 3),
+    **dict.fromkeys(("labels", "judge", "derived", "recognise"), 4),
     "pipeline": 5,
 }
 SIDEWAYS = {("objectives", "metrics"), ("corpora", "data"), ("objectives", "data")}
 HOMES = {
-    "ray": {"cluster.py", "training/launch.py", "evaluate.py"},
+    "ray": {"cluster.py", "training/launch.py", "evaluate.py", "sharding.py"},
     "deepspeed": {"training/engine.py"},
     "s3fs": {"storage.py"},
     "transformers": {"recognisers/transformers_ctc.py"},

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from rich.console import Console
 
 from sepdist import config, pipeline, storage
-from sepdist.config import ConfigError, PipelineConfig, RowConfig, StageConfig
+from sepdist.config import ConfigError, GridConfig, GridRowConfig, PipelineConfig, RowConfig, StageConfig
 from sepdist.data.members import DataError
 from sepdist.training import launch
 from sepdist.training.checkpoint import read_export
@@ -162,7 +162,7 @@ def test_each_seed_trains_with_its_own(tiny_data, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "stage", "message"),
     [
-        ("a", StageConfig("trane"), "stage a: kind='trane'.*train, evaluate"),
+        ("a", StageConfig("trane"), "stage a: kind='trane'.*train, shards, evaluate"),
         ("a", StageConfig("evaluate", uses=["later"]), r"stage a: uses=\['later'\]"),
         ("a", StageConfig("evaluate"), r"stage a: uses=\[\]"),
         ("a", StageConfig(experiment="demo/none"), "stage a: .*demo/none"),
@@ -184,6 +184,65 @@ def test_a_test_set_that_is_missing_stops_the_pipeline_before_its_first(tiny_dat
     with pytest.raises(DataError, match=r"no manifest\.json in .*nowhere"):
         pipeline.run(cfg, Console(quiet=True))
     assert trained == [] and not any(tmp_path.iterdir())
+
+
+def judging(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfig:
+    """A tenth of a data set is separated, an estimator trained on it and judged."""
+    separated = ["corpus=separated", "corpus.data=@tenth", "corpus.model=@separator"]
+    places = [f"data.validation={data['dev']}", *TINY, "training.max_steps=2"]
+    stages = {
+        "tenth": StageConfig("shards", overrides=["corpus=stored", f"corpus.data={data['train']}", "part=[0.0,0.1]"]),
+        "separator": StageConfig(experiment="demo/finetune", overrides=["data.train=@tenth", "init.weights=null"]),
+        "separated": StageConfig("shards", overrides=separated),
+        "estimator": StageConfig(experiment="demo/finetune", overrides=["data.train=@separated", "init.weights=null"]),
+        "judged": StageConfig("judge", uses=["estimator"], overrides=["data=@separated"]),
+    }
+    row = GridRowConfig("SSQP", ["judged:lcc", "-"], [0.9, None])
+    values = {"grids": [GridConfig("Table 1, LCC", ["DR", "SF"], [row])], "overrides": {"train": places}}
+    return PipelineConfig("judging", output=str(output), stages=stages, **values | changes)
+
+
+def test_at_a_stages_name_stands_its_folder(tiny_data, tmp_path: Path) -> None:
+    stages = {stage.name: stage.config for stage in pipeline.plan(judging(tiny_data, tmp_path, seeds=[4]))}
+    folder = tmp_path / "seed-4"
+    assert stages["separator"].data.train == str(folder / "tenth") == stages["tenth"].output
+    assert stages["separated"].corpus["data"] == str(folder / "tenth") and stages["tenth"].split == "tenth"
+    assert stages["separated"].corpus["model"] == str(folder / "separator") and stages["tenth"].part == [0.0, 0.1]
+    assert stages["judged"].data == str(folder / "separated") and stages["judged"].model == str(folder / "estimator")
+    later = judging(tiny_data, tmp_path)
+    later.stages["tenth"].overrides[1] = "corpus.data=@judged"
+    with pytest.raises(ConfigError, match=r"stage tenth: corpus.data=@judged: @judged is none of the earlier stages"):
+        pipeline.plan(later)
+
+
+def test_a_grid_shows_what_its_cells_name_beside_the_paper(tiny_data, tmp_path: Path, monkeypatch) -> None:
+    lcc = {3: 0.8, 4: 0.9}
+
+    def run_stage(cfg: Any, console: Console) -> None:
+        if isinstance(cfg, config.EvaluateConfig):
+            seed = int(Path(cfg.output).parent.name.split("-")[1])
+            storage.put_bytes(storage.join(cfg.output, "results.json"), json.dumps({"lcc": lcc[seed]}).encode())
+
+    monkeypatch.setattr(pipeline, "RUNNERS", dict.fromkeys(pipeline.RUNNERS, run_stage))
+    monkeypatch.setattr(pipeline, "connected", lambda *_, **__: contextlib.nullcontext())
+    cfg = judging(tiny_data, tmp_path, seeds=[3, 4])
+    pipeline.run(cfg, Console(quiet=True))  # the data sets that its own stages make are not missed beforehand
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2:] == [
+        "## Table 1, LCC",
+        "",
+        "| | DR | SF |",
+        "|---|---|---|",
+        "| SSQP | 0.85 (0.80, 0.90) (paper 0.9) |  |",
+    ]
+    cell = json.loads((tmp_path / "table.json").read_text())["grids"][0]["rows"][0]["cells"][0]
+    assert cell == {"paper": 0.9, "seeds": {"3": 0.8, "4": 0.9}}
+    cfg.grids[0].rows[0].cells[0] = "judged:mae"
+    with pytest.raises(ConfigError, match=r"results\.json has no mae"):
+        pipeline.run(cfg, Console(quiet=True))
+    cfg.grids[0].rows[0].cells[0] = "juged:mae"
+    with pytest.raises(ConfigError, match=r"'juged:mae' is not STAGE:NUMBER"):
+        pipeline.run(cfg, Console(quiet=True))
 
 
 def test_the_table_has_means_over_seeds_and_each_seed() -> None:

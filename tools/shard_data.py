@@ -10,59 +10,28 @@ manifest.json. With num_workers=N the shards are written by N Ray tasks at once,
 on this machine. Stopped and started again it keeps the shards that are finished and makes the same bytes.
 """
 
-import contextlib
 import inspect
-import itertools
-import os
 import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sepdist import config, storage
-from sepdist.cluster import connected
 from sepdist.config import ConfigError, ShardConfig
 from sepdist.data import shards
-from sepdist.data.records import Mixture, Utterance
-from sepdist.data.shards import Manifest, ShardInfo
+from sepdist.data.shards import MANIFEST, Manifest
+from sepdist.sharding import write_data_set
 
-SOURCE = "source.yaml"
-MANIFEST = "manifest.json"
 _OUT = Console(soft_wrap=True, highlight=False)
 _ERR = Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-@dataclass(frozen=True)
-class ShardJob:
-    """One shard to write; light enough to be sent to another machine."""
-
-    number: int
-    name: str
-    output: str
-    records: tuple[Utterance | Mixture, ...]
-    working_dir: str  # where the relative paths of the corpus start
-
-
-@dataclass(frozen=True)
-class Written:
-    """What `write_data_set` did."""
-
-    manifest: Manifest
-    num_kept: int  # shards that were finished before this run
-    seconds: float
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -109,15 +78,10 @@ def read_config(overrides: Sequence[str]) -> ShardConfig:
         composed = compose("shard", overrides=list(overrides))
     if OmegaConf.is_missing(composed, "output"):
         raise ConfigError("no value given for output (pass output=FOLDER or output=s3://bucket/prefix)")
-    merged = {key: None if OmegaConf.is_missing(composed, key) else composed[key] for key in ("corpus", "split")}
-    cfg = ShardConfig(
-        corpus=None if merged["corpus"] is None else OmegaConf.to_container(merged["corpus"], resolve=True),
-        split=merged["split"] or "",
-        output=composed.output,
-        samples_per_shard=composed.samples_per_shard,
-        num_workers=composed.num_workers,
-        limit=composed.limit,
-    )
+    for key, nothing in (("corpus", None), ("split", "")):
+        if OmegaConf.is_missing(composed, key) or composed[key] is None:
+            composed[key] = nothing
+    cfg = config.typed(composed, ShardConfig)
     if not storage.is_remote(cfg.output):
         cfg.output = str(Path(cfg.output).expanduser().resolve())
     return cfg
@@ -127,7 +91,7 @@ def run_write(cfg: ShardConfig) -> int:
     """The verb `write`."""
     before = signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's stop is a Ctrl-C
     try:
-        written = write_data_set(cfg)
+        written = write_data_set(cfg, _ERR)
     except KeyboardInterrupt:
         _ERR.print(
             f"stopped: {cfg.output} is not finished and has no {MANIFEST}. The same command goes on; "
@@ -184,117 +148,6 @@ def describe(manifest: Manifest, output: str, more: dict[str, str]) -> None:
     for name, value in (rows | more).items():
         table.add_row(name, value)
     _OUT.print(table)
-
-
-def write_data_set(cfg: ShardConfig) -> Written:
-    """Write what is missing of the data set at `cfg.output`, its manifest last.
-
-    Raises:
-        ConfigError: a value is missing or wrong, or `cfg.output` holds a data set of other settings.
-    """
-    if cfg.corpus is None or not cfg.split:
-        raise ConfigError(
-            f"no value given for {'split' if cfg.corpus else 'corpus'} (write needs corpus=... split=...)"
-        )
-    if cfg.samples_per_shard < 1 or cfg.num_workers < -1 or cfg.limit < 0:
-        raise ConfigError("needs samples_per_shard >= 1, num_workers >= -1 and limit >= 0")
-    start = time.monotonic()
-    corpus = config.build(cfg.corpus)
-    check_source(cfg, claim=False)
-    if storage.exists(storage.join(cfg.output, MANIFEST)):
-        manifest = shards.read_manifest(cfg.output)
-        return Written(manifest, len(manifest.shards), time.monotonic() - start)
-    jobs = plan(cfg, corpus)
-    check_source(cfg, claim=True)
-    there = set(storage.list_names(storage.join(cfg.output, "index")))  # an index comes after its verified shard
-    num_kept = sum(job.name.replace(".tar", ".json") in there for job in jobs)
-    infos: dict[int, ShardInfo] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_ERR) as progress:
-        bar = progress.add_task(f"{corpus.name} {cfg.split}", total=len(jobs))
-        for number, info in write_shards(jobs, cfg.num_workers):
-            infos[number] = info
-            progress.advance(bar)
-    in_order = [infos[number] for number in range(len(jobs))]
-    manifest = shards.write_manifest(cfg.output, corpus.name, cfg.split, corpus.sample_rate, in_order)
-    return Written(manifest, num_kept, time.monotonic() - start)
-
-
-def plan(cfg: ShardConfig, corpus: Any) -> list[ShardJob]:
-    """The shards to write, as many records to each as `samples_per_shard` says, in the corpus's order."""
-    records = list(itertools.islice(corpus.records(cfg.split), cfg.limit or None))
-    if not records:
-        raise ConfigError(f"corpus {corpus.name} has no records in split {cfg.split!r}")
-    starts = range(0, len(records), cfg.samples_per_shard)
-    return [
-        ShardJob(
-            number=number,
-            name=shards.shard_name(corpus.name, cfg.split, number),
-            output=cfg.output,
-            records=tuple(records[first : first + cfg.samples_per_shard]),
-            working_dir=os.getcwd(),
-        )
-        for number, first in enumerate(starts)
-    ]
-
-
-def check_source(cfg: ShardConfig, *, claim: bool) -> None:
-    """Refuse an output claimed for other settings, so that shards of two never mix; `claim` it if it is free."""
-    url = storage.join(cfg.output, SOURCE)
-    wanted = {"corpus": cfg.corpus, "split": cfg.split, "samples_per_shard": cfg.samples_per_shard, "limit": cfg.limit}
-    if claim:
-        with contextlib.suppress(FileExistsError):  # by an earlier start, or by another one a moment ago
-            storage.put_bytes(url, yaml.safe_dump(wanted, sort_keys=True).encode(), create_only=True)
-    if storage.exists(url):
-        changed = config.differences(yaml.safe_load(storage.read_bytes(url)), wanted)
-        if changed:
-            raise ConfigError(
-                f"{cfg.output} holds shards of other settings: {'; '.join(changed)}. Choose another output"
-            )
-
-
-def write_shards(jobs: Sequence[ShardJob], num_workers: int) -> Iterator[tuple[int, ShardInfo]]:
-    """Write every shard; yields its number and description as each one is finished and verified."""
-    if num_workers == 0:
-        for job in jobs:
-            yield job.number, write_one(job)
-    else:
-        yield from write_shards_with_ray(jobs, num_workers)
-
-
-def write_one(job: ShardJob) -> ShardInfo:
-    """Write and verify one shard."""
-    return shards.write_shard(job.records, job.output, job.name)
-
-
-def write_shards_with_ray(jobs: Sequence[ShardJob], num_workers: int) -> Iterator[tuple[int, ShardInfo]]:
-    """The same as Ray tasks, at most `num_workers` at once; a task whose worker dies is run again."""
-    import ray
-
-    with connected(max(num_workers, 1)):
-        at_once = num_workers if num_workers > 0 else max(int(ray.cluster_resources().get("CPU", 1)), 1)
-        task = ray.remote(num_cpus=1, max_retries=3)(_write_in_task)
-        waiting = iter(jobs)
-        running = {task.remote(job): job.number for job in itertools.islice(waiting, at_once)}
-        try:
-            while running:
-                finished, _ = ray.wait(list(running), num_returns=1)
-                for reference in finished:
-                    number = running.pop(reference)
-                    running |= {task.remote(job): job.number for job in itertools.islice(waiting, 1)}
-                    yield number, ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError | OSError):
-                raise error.cause from None
-            raise
-        except ray.exceptions.WorkerCrashedError as error:
-            raise OSError(f"a worker died more than three times ({error}); the same command goes on") from error
-
-
-def _write_in_task(job: ShardJob) -> ShardInfo:
-    if os.path.isdir(job.working_dir):  # Ray chooses a working directory of its own
-        os.chdir(job.working_dir)
-    return write_one(job)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The files of one sample: a record in, its members out as bytes; and back, the bytes of a member in, audio out.
 
 A sample is <id>.json and one <id>.<member>.flac of 16-bit mono audio per member: s1, s2, ... and possibly "noise",
-whose sum is the mixture, or "mix" alone. What cannot be stored is refused here, by the name of the record.
+whose sum is the mixture, or "mix" alone; beside the sources e1, e2, ..., their estimates by a separator. What cannot be
+stored is refused here, by the name of the record.
 """
 
 import io
@@ -18,7 +19,7 @@ from sepdist.data.records import Mixture, Utterance
 _FULL_SCALE = 2**15
 _MAX_NAME_BYTES = 100  # of a member of a ustar archive
 _ID = re.compile(r"[^./\x00-\x1f\x7f]+")
-_SOURCE = re.compile(r"s[1-9][0-9]*")
+_NUMBERED = re.compile(r"[se][1-9][0-9]*")
 
 
 class DataError(ValueError):
@@ -33,8 +34,19 @@ def people(record: Utterance | Mixture) -> tuple[list[str], list[str]]:
 
 
 def in_order(members: Sequence[str]) -> tuple[str, ...]:
-    """The names of audio members as people count them: s1, s2, ..., s10, noise."""
-    return tuple(sorted(members, key=lambda name: (0, int(name[1:])) if _SOURCE.fullmatch(name) else (1, 0)))
+    """The names of audio members as people count them: s1, s2, ..., s10, noise, e1, e2."""
+
+    def place(name: str) -> tuple[int, int]:
+        return ("s_e".index(name[0]), int(name[1:])) if _NUMBERED.fullmatch(name) else (1, 0)
+
+    return tuple(sorted(members, key=place))
+
+
+def split_members(members: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The sources, the estimates and the rest of some names of members, in their order."""
+    numbered = [name for name in members if _NUMBERED.fullmatch(name)]
+    sources = [name for name in numbered if name[0] == "s"]
+    return sources, [name for name in numbered if name[0] == "e"], [name for name in members if name not in numbered]
 
 
 def check_ids(records: Sequence[Utterance | Mixture]) -> None:
@@ -59,12 +71,13 @@ def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
     loaded = record.load()
     waves: Mapping[str, np.ndarray] = loaded if isinstance(loaded, Mapping) else {"s1": loaded}
     what = f"record {record.id!r}"
-    sources = [name for name in waves if _SOURCE.fullmatch(name)]
-    rest = set(waves) - set(sources)
-    numbered = set(sources) == {f"s{i + 1}" for i in range(len(sources))}
-    if not (numbered and rest <= {"noise"} if sources else rest == {"mix"}):
+    sources, estimates, rest = split_members(in_order(list(waves)))
+    numbered = sources == [f"s{i + 1}" for i in range(len(sources))]
+    matching = not estimates or estimates == [f"e{i + 1}" for i in range(len(sources))]
+    if not (numbered and matching and rest in ([], ["noise"]) if sources else rest == ["mix"] and not estimates):
         there = ", ".join(waves) or "nothing"
-        raise DataError(f"{what}: its parts are {there}; give s1, s2, ... and possibly noise, or mix alone")
+        wanted = "s1, s2, ... and possibly noise, and e1, e2, ... for each of them or none; or mix alone"
+        raise DataError(f"{what}: its parts are {there}; give {wanted}")
     num_speakers = len(people(record)[0])
     if sources and num_speakers != len(sources):
         raise DataError(f"{what}: names {num_speakers} speakers and has {len(sources)} sources")
@@ -100,6 +113,8 @@ def encode(record: Utterance | Mixture, waves: Mapping[str, np.ndarray]) -> dict
         "num_samples": len(next(iter(waves.values()))),
         "sample_rate": record.sample_rate,
     }
+    if isinstance(record, Mixture) and record.measure is not None:
+        facts |= record.measure(waves)
     files = {"json": json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()}
     for member, wave in waves.items():
         stream = io.BytesIO()

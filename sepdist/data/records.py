@@ -8,6 +8,7 @@ Shapes: B batch, S sources, T samples (audio frames).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class Mixture:
     """Several people at once. `load()` returns its parts, each float32 [T] of one common length T at `sample_rate`.
 
     The parts are "s1", "s2", ... and possibly "noise", whose sum is the mixture; or "mix" alone where no sources exist.
+    "e1", "e2", ... may stand beside the sources: what a separator made of the mixture, in their order.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Mixture:
     sample_rate: int
     load: Callable[[], Mapping[str, np.ndarray]]
     texts: tuple[str, ...] = ()
+    measure: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] | None = None  # the parts in, more facts to store out
 
 
 @dataclass

@@ -3,7 +3,8 @@
 In: records of a corpus. Out: a folder or s3:// prefix with
 
     <corpus>-<split>-000000.tar   a plain WebDataset shard: for every sample <id>.json and <id>.<member>.flac, where the
-                                  members are s1, s2, ... and possibly noise (their sum is the mixture), or mix alone
+                                  members are s1, s2, ... and possibly noise (their sum is the mixture), or mix alone;
+                                  beside sources possibly e1, e2, ..., what a separator made of the mixture
     index/<the same>.json         where each sample's members lie in the tar, as byte offsets
     manifest.json                 what there is, with sha256; written last and never replaced: without it, no data set
 
@@ -52,7 +53,7 @@ class Manifest:
     corpus: str
     split: str
     sample_rate: int
-    members: tuple[str, ...]  # ("s1", "s2", "noise") or ("mix",); every sample has all of them
+    members: tuple[str, ...]  # ("s1", "s2", "noise", "e1", "e2") or ("mix",); every sample has all of them
     num_samples: int
     hours: float
     num_speakers: int
@@ -292,6 +293,20 @@ def _read_member(file: BinaryIO, sample: Sample, member: str, start: int, stop: 
     return decode(data, sample.num_samples, start, stop, place)
 
 
+def read_facts(tar: BinaryIO, sample: Sample) -> dict[str, Any]:
+    """What the json member of a sample says; ValueError or KeyError where it is damaged."""
+    offset, num_bytes = sample.members["json"]
+    return json.loads(os.pread(tar.fileno(), num_bytes, offset))
+
+
+def all_facts(url: str | Path) -> Iterator[dict[str, Any]]:
+    """What the json members of a whole data set say, in the order of the manifest."""
+    for shard in read_manifest(url).shards:
+        with _local_copy(url, shard.name) as path, open(path, "rb") as tar:
+            for sample in read_index(url, shard):
+                yield read_facts(tar, sample)
+
+
 def verify(url: str | Path) -> list[str]:
     """Every problem of the data set at `url`, each naming shard, key and byte offset; [] when it is sound."""
     try:
@@ -331,9 +346,8 @@ def _verify_sample(path: Path, sample: Sample, manifest: Manifest) -> Iterator[s
             yield str(error)
     place = _place(path.name, sample, "json")
     try:
-        with open(path, "rb") as file:
-            offset, num_bytes = sample.members["json"]
-            facts = json.loads(os.pread(file.fileno(), num_bytes, offset))
+        with open(path, "rb") as tar:
+            facts = read_facts(tar, sample)
         told = (facts["id"], facts["num_samples"], tuple(facts["speakers"]), facts["sample_rate"])
         if told != (sample.key, sample.num_samples, sample.speakers, manifest.sample_rate):
             yield f"{place}: does not agree with the index"

@@ -14,17 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from sepdist.data.background import Background
 from sepdist.data.cache import OpenShard, ShardCache
-from sepdist.data.members import DataError
+from sepdist.data.members import DataError, split_members
 from sepdist.data.order import Blend, Order, owned_virtual_shards, positions_of, units_per_epoch
 from sepdist.data.records import MAIN, Batch
-from sepdist.data.shards import read_manifest, read_sample
+from sepdist.data.shards import read_facts, read_manifest, read_sample
 from sepdist.seeding import rng
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,8 @@ class Dataset:
         if num_sources < 1:
             raise DataError(f"{self.url}: num_sources={num_sources}, but a mixture has at least one source")
         wanted = tuple(f"s{i + 1}" for i in range(num_sources)) + (("noise",) if noise else ())
+        if split_members(there)[1]:
+            wanted += tuple(f"e{i + 1}" for i in range(num_sources))
         absent = [name for name in wanted if name not in there]
         if absent:
             raise DataError(
@@ -114,16 +116,28 @@ class Dataset:
 
     def full(self, number: int, max_seconds: float) -> Batch:
         """Sample `number` of the data set, in the order of the manifest, as a batch of one, cut to `max_seconds`."""
+        item = self.item(number, max_seconds)
+        return collate([item], range(number, number + 1), len(next(iter(item.members.values()))))
+
+    def item(self, number: int, max_seconds: float) -> Item:
+        """The same as an item."""
+        shard, within = self._find(number)
+        sample = shard.samples[within]
+        stop = min(sample.num_samples, int(max_seconds * self.manifest.sample_rate))
+        return Item(sample.key, sample.speakers, self.read(shard, within, 0, stop))
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """What the json of sample `number` says."""
+        shard, within = self._find(number)
+        return read_facts(shard.file, shard.samples[within])
+
+    def _find(self, number: int) -> tuple[OpenShard, int]:
+        """The shard of sample `number` of the data set, and the sample's number within it."""
         if not 0 <= number < self.manifest.num_samples:
             raise IndexError(f"{self.url}: no sample {number}, it has {self.manifest.num_samples}")
         which = int(np.searchsorted(self._ends, number, side="right"))
         self.cache.prefetch(range(which, min(which + 2, len(self._ends))))
-        shard = self.cache.open(which)
-        within = number - (int(self._ends[which - 1]) if which else 0)
-        sample = shard.samples[within]
-        stop = min(sample.num_samples, int(max_seconds * self.manifest.sample_rate))
-        item = Item(sample.key, sample.speakers, self.read(shard, within, 0, stop))
-        return collate([item], range(number, number + 1), stop)
+        return self.cache.open(which), number - (int(self._ends[which - 1]) if which else 0)
 
     def read(self, shard: OpenShard, number: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """The members that matter of sample `number` of a shard, samples `start` to `stop`, float32 [stop - start].
@@ -142,17 +156,18 @@ def collate(items: Sequence[Item], positions: range, length: int, data_set: str 
     for row, item in zip(waves, items, strict=True):
         for part, name in zip(row, names, strict=True):
             part[: len(item.members[name])] = item.members[name]
+    sources, estimates, rest = split_members(names)
     mixture = waves[:, 0].copy()
-    for column in range(1, len(names)):  # one by one: the same bits whatever the shape of the batch
+    for column in range(1, len(sources) + len(rest)):  # one by one: the same bits whatever the shape of the batch
         mixture += waves[:, column]
     parts = torch.from_numpy(waves)
-    num_sources = len([name for name in names if name not in ("mix", "noise")])
     return Batch(
         ids=[item.id for item in items],
         positions=torch.tensor(positions),
         mixture=torch.from_numpy(mixture),
-        sources=parts[:, :num_sources] if num_sources else None,
-        noise=parts[:, -1] if "noise" in names else None,
+        sources=parts[:, : len(sources)] if sources else None,
+        noise=parts[:, names.index("noise")] if "noise" in names else None,
+        estimates=parts[:, -len(estimates) :] if estimates else None,
         lengths=torch.tensor([len(item.members[names[0]]) for item in items]),
         speakers=[item.speakers for item in items],
         data_set=data_set,

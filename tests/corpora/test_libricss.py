@@ -15,8 +15,8 @@ from sepdist.audio import AudioError
 from sepdist.config import ShardConfig
 from sepdist.corpora.libricss import LibriCss, parse_meeting
 from sepdist.data.shards import verify
+from sepdist.sharding import write_data_set
 from tests.corpora.conftest import RATE, signal, write
-from tools.shard_data import write_data_set
 
 
 def meeting_name(percent: int, session: int, silence: str = "0.1_1.0") -> str:

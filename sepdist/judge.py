@@ -1,0 +1,155 @@
+"""How well an SI-SNR estimator judges: its run and a data set with estimates in; correlation, error and scatter out.
+
+    python -m sepdist.judge model=runs/ssqp data=data/test-dprnn output=judged num_workers=2
+
+The data set is one of `corpus=separated`: mixtures, sources and a separator's estimates. Every mixture is judged whole
+and alone. As in paper 2, section 4.1, prediction and truth are averaged over the sources of a mixture first.
+
+    output/results.json      lcc (Pearson's correlation), mae and bias in dB, of mixtures and of single estimates
+    output/utterances.csv    id, true and predicted SI-SNR of each estimate
+    output/scatter.png       predicted over true SI-SNR (paper 2, figure 4)
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.console import Console
+
+from sepdist import config, storage
+from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.evaluate import absolute_paths, on_ray, open_dataset, progress_bar, read_full, single_threaded
+from sepdist.metrics.si_snr import si_snr
+from sepdist.reporting import to_png
+from sepdist.training.checkpoint import load_export
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One mixture: SI-SNR in dB of each estimate, in the order of the sources."""
+
+    id: str
+    true: tuple[float, ...]
+    predicted: tuple[float, ...]
+
+
+@hydra.main(version_base="1.3", config_path="pkg://hydra.conf", config_name="evaluate")
+def main(composed: DictConfig) -> None:
+    """Compose, judge, print the figures; errors of the user are one line and exit status 1."""
+    console = Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        judge(config.typed(composed, EvaluateConfig), console)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def judge(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
+    """Judge the data set, write the output folder; returns what results.json holds.
+
+    Raises:
+        ConfigError: the data set has no estimates, or another sample rate than the model.
+    """
+    cfg = absolute_paths(cfg)
+    dataset, export = open_dataset(cfg), load_export(cfg.model)
+    manifest = dataset.manifest
+    if "e1" not in manifest.members:
+        raise ConfigError(f"{cfg.data} has {', '.join(manifest.members)}, no estimates; write it with corpus=separated")
+    if export.sample_rate != manifest.sample_rate:
+        raise ConfigError(f"{cfg.model} works at {export.sample_rate} Hz, {cfg.data} has {manifest.sample_rate} Hz")
+    count = min(cfg.num_mixtures or manifest.num_samples, manifest.num_samples)
+    num_parts = max(1, min(cfg.num_workers, count))
+    calls = [(cfg, part, count, num_parts) for part in range(num_parts)]
+    found: dict[int, Verdict] = {}
+    with progress_bar(console, count) as advance:
+        here = itertools.chain.from_iterable(itertools.starmap(judge_part, calls))
+        for index, verdict in on_ray(cfg, judge_part, calls) if cfg.num_workers else here:
+            found[index] = verdict
+            advance()
+    verdicts = [found[index] for index in range(count)]
+    true, predicted = (np.array([getattr(one, name) for one in verdicts]) for name in ("true", "predicted"))
+    results: dict[str, Any] = {
+        "model": {"url": cfg.model, "lineage": export.lineage},
+        "data": {"url": cfg.data, "corpus": manifest.corpus, "split": manifest.split, "digest": manifest.digest()},
+        "num_mixtures": count,
+        **agreement(true.mean(1), predicted.mean(1)),
+        "by_estimate": agreement(true.ravel(), predicted.ravel()),
+    }
+    storage.put_bytes(storage.join(cfg.output, "utterances.csv"), to_csv(verdicts).encode())
+    picture = scatter(true.mean(1), predicted.mean(1), results)
+    storage.put_bytes(storage.join(cfg.output, "scatter.png"), to_png(picture))
+    storage.put_bytes(storage.join(cfg.output, "results.json"), json.dumps(results, indent=1).encode())
+    correlation = "none" if results["lcc"] is None else f"{results['lcc']:.3f}"
+    line = f"{count} mixtures: LCC {correlation}, MAE {results['mae']:.2f} dB, bias {results['bias']:+.2f} dB"
+    console.print(f"{line}; results: {cfg.output}", markup=False, highlight=False, soft_wrap=True)
+    return results
+
+
+def judge_part(cfg: EvaluateConfig, part: int, count: int, num_parts: int) -> Iterator[tuple[int, Verdict]]:
+    """Index and verdict of the mixtures `part`, `part + num_parts`, ... below `count`."""
+    device = torch.device("cuda" if cfg.use_gpu else "cpu")
+    model, dataset = load_export(cfg.model).model.to(device), open_dataset(cfg)
+    with single_threaded(), torch.inference_mode():
+        for index in range(part, count, num_parts):
+            batch = read_full(cfg, dataset, index)
+            assert batch.sources is not None and batch.estimates is not None
+            true = si_snr(batch.estimates.double(), batch.sources.double())[0]
+            predicted = model(batch.mixture.to(device), batch.estimates.to(device))[0].float().cpu()
+            yield index, Verdict(batch.ids[0], tuple(true.tolist()), tuple(predicted.tolist()))
+
+
+def agreement(true: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
+    """Pearson's correlation (None where one side never varies), mean absolute error and mean error in dB."""
+    varied = len(true) > 1 and true.std() > 0 and predicted.std() > 0
+    return {
+        "lcc": float(np.corrcoef(true, predicted)[0, 1]) if varied else None,
+        "mae": float(np.abs(predicted - true).mean()),
+        "bias": float((predicted - true).mean()),
+    }
+
+
+def to_csv(verdicts: Sequence[Verdict]) -> str:
+    """One line per mixture, one pair of columns per estimate."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    numbers = range(1, len(verdicts[0].true) + 1)
+    writer.writerow(["id", *(f"true_{i}" for i in numbers), *(f"predicted_{i}" for i in numbers)])
+    for one in verdicts:
+        writer.writerow([one.id, *(f"{value:.4f}" for value in (*one.true, *one.predicted))])
+    return stream.getvalue()
+
+
+def scatter(true: np.ndarray, predicted: np.ndarray, results: dict[str, Any]) -> Figure:
+    """One dot for each mixture, and the line on which all would lie."""
+    figure = Figure(figsize=(5.5, 5.5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    assert isinstance(axes, Axes)
+    axes.scatter(true, predicted, s=14, alpha=0.6, linewidths=0, color="#3b6fb6")
+    ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
+    axes.plot(ends, ends, color="grey", linestyle=":")
+    title = "" if results["lcc"] is None else f"LCC {results['lcc']:.2f}, "
+    axes.set(xlabel="SI-SNR in dB", ylabel="predicted SI-SNR in dB", title=f"{title}MAE {results['mae']:.2f} dB")
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    from sepdist.judge import main as run  # so that Ray tasks import what they run by its name
+
+    run()
