@@ -105,6 +105,15 @@ def test_every_corpus_is_a_class_with_records(name: str) -> None:
     assert callable(config.resolve(node["_target_"]).records)
 
 
+@pytest.mark.parametrize("name", files("recogniser"))
+def test_every_recogniser_is_called_and_takes_its_keys_and_a_device(name: str) -> None:
+    given = ["corpus=overlap", "corpus.root=a", "output=b"]
+    cfg = config.typed(composed("recognise", f"recogniser={name}", *given), config.RecogniseConfig)
+    recogniser = config.resolve(cfg.recogniser["_target_"])
+    assert callable(recogniser.__call__)
+    assert {"device", *cfg.recogniser} - {"_target_"} == inspect.signature(recogniser).parameters.keys()
+
+
 NEEDED = ["name=x", "data.train=a", "data.validation=b", "training.max_steps=1"]
 
 
