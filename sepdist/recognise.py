@@ -13,6 +13,7 @@ heard in the band of the corpus's sample_rate, the mixture too.
 """
 
 import csv
+import inspect
 import io
 import itertools
 import json
@@ -24,14 +25,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
-from hydra.core.config_store import ConfigStore
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -46,14 +47,6 @@ from sepdist.metrics.wer import error_rate, fewest, word_errors
 from sepdist.training.checkpoint import Export, load_export
 
 PACKAGES = ("torch", "numpy", "jiwer", "transformers", "faster-whisper", "ctranslate2")
-
-config.register_schemas()
-# As in sepdist/evaluate.py: model=... is a path here, so Hydra may not see the folder configs/model.
-_STORE = ConfigStore.instance()
-_STORE.store("recognise", OmegaConf.load(Path(config.config_dir(), "recognise.yaml")))
-for _group in ("corpus", "recogniser"):
-    for _path in sorted(Path(config.config_dir(), _group).glob("*.yaml")):
-        _STORE.store(_path.stem, OmegaConf.load(_path), group=_group)
 
 
 @dataclass(frozen=True)
@@ -80,18 +73,38 @@ class Heard:
     outputs: tuple[str, ...] = ()
 
 
-@hydra.main(version_base="1.3", config_path="pkg://hydra.conf", config_name="recognise")
-def main(composed: DictConfig) -> None:
+def main() -> None:
     """Compose, recognise, print the table; errors of the user are one line and exit status 1."""
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING)
+    if {"-h", "--help"} & set(sys.argv):
+        keys = [
+            line for line in inspect.getsource(RecogniseConfig).splitlines() if line.startswith("    ") and ":" in line
+        ]
+        print("\n".join([(__doc__ or "").strip(), "", "Keys, given as key=value:", *keys[1:]]))
+        return
     try:
-        recognise(config.typed(composed, RecogniseConfig), console)
+        recognise(read_config(sys.argv[1:]), console)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        message = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        console.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def read_config(overrides: Sequence[str]) -> RecogniseConfig:
+    """configs/recognise.yaml with the command line's changes.
+
+    Hydra never sees model=..., which it would take for a choice in the folder configs/model and refuse.
+    """
+    config.register_schemas()
+    models = [word for word in overrides if word.startswith("model=")]
+    with initialize_config_dir(config.config_dir(), version_base="1.3"):
+        composed = compose("recognise", overrides=[word for word in overrides if word not in models])
+    merged = OmegaConf.merge(composed, OmegaConf.from_dotlist(models))
+    assert isinstance(merged, DictConfig)
+    return config.typed(merged, RecogniseConfig)
 
 
 def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from hydra import compose, initialize_config_module
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -220,15 +219,12 @@ def test_mixtures_without_a_transcript_are_refused_by_name() -> None:
         recognise.plan(cfg, Silent())
 
 
-def composed(*overrides: str) -> RecogniseConfig:
-    with initialize_config_module("hydra.conf", version_base="1.3"):
-        return config.typed(compose("recognise", overrides=list(overrides)), RecogniseConfig)
-
-
 def test_groups_compose_beside_a_path_as_the_model() -> None:
-    cfg = composed("model=runs/ctn", "corpus=overlap", "corpus.root=speech", "recogniser=faster_whisper", "output=out")
+    given = ["corpus=overlap", "corpus.root=speech", "recogniser=faster_whisper", "output=out"]
+    cfg = recognise.read_config(["model=runs/ctn", *given])
     assert cfg.model == "runs/ctn" and cfg.corpus["num_mixtures"] == 100 and cfg.recogniser["beam_size"] == 5
     assert cfg.conditions == ["OV10", "OV20", "OV30", "OV40"]
+    assert recognise.read_config(given).model is recognise.read_config(["model=null", *given]).model is None
 
 
 def test_the_program_runs_and_names_what_is_missing(
@@ -246,6 +242,10 @@ def test_the_program_runs_and_names_what_is_missing(
     fixed += ["recogniser._target_=tests.test_recognise.ToneReader", "conditions=[OV40]"]
     assert run(*fixed, f"corpus.root={work / 'libricss'}") == 0
     assert json.loads((work / "program" / "results.json").read_text())["wer"]["OV40"]["separated"] == 12.5
+    assert run("--help") == 0
+    assert "recogniser: Any" in capsys.readouterr().out
+    assert run(*fixed, "limits=3") == 1
+    assert "limits" in capsys.readouterr().err
     assert run(*fixed) == 1
     assert "corpus.root" in capsys.readouterr().err
     assert run(*fixed, f"corpus.root={work / 'nowhere'}") == 1
