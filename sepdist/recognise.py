@@ -78,10 +78,8 @@ def main() -> None:
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING)
     if {"-h", "--help"} & set(sys.argv):
-        keys = [
-            line for line in inspect.getsource(RecogniseConfig).splitlines() if line.startswith("    ") and ":" in line
-        ]
-        print("\n".join([(__doc__ or "").strip(), "", "Keys, given as key=value:", *keys[1:]]))
+        keys = [line for line in inspect.getsource(RecogniseConfig).splitlines() if " = " in line]
+        print("\n".join([(__doc__ or "").strip(), "", "Keys, given as key=value:", *keys]))
         return
     try:
         recognise(read_config(sys.argv[1:]), console)

@@ -73,8 +73,10 @@ class Overlap:
         share = int(found[1]) / 100
         texts: dict[Path, str] = {}
         speakers: dict[str, list[Path]] = defaultdict(list)
-        for path in utterance_paths(self.root, self.speech_split):
-            if text := transcripts(path.parent).get(path.stem):
+        paths = utterance_paths(self.root, self.speech_split)
+        written = {folder: transcripts(folder) for folder in {path.parent for path in paths}}
+        for path in paths:
+            if text := written[path.parent].get(path.stem):
                 texts[path] = text
                 speakers[speaker_of(path)].append(path)
         if len(speakers) < 2:
@@ -92,7 +94,7 @@ class Overlap:
             at_end = bool(generator.integers(2))
             names = [name for name in sorted(speakers) if name != speaker_of(target)]
             drawn = [speakers[names[i]] for i in generator.permutation(len(names))]
-            others = [paths[i] for paths in drawn for i in generator.permutation(len(paths))]
+            others = [theirs[i] for theirs in drawn for i in generator.permutation(len(theirs))]
             other = next((path for path in others if seconds[path] >= share * seconds[target]), None)
             if other is None:
                 raise ValueError(
