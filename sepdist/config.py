@@ -198,6 +198,8 @@ class PipelineConfig:
     output: str = MISSING  # folder or s3:// prefix
     data_root: str = "data"  # folder or s3:// prefix of the data sets that the experiments name
     test_data: str = ""  # what evaluations score, where their overrides name nothing else
+    vars: dict[str, Any] = field(default_factory=dict)  # what stages of this experiment name as ${vars.x}
+    results: str = "table"  # the name of the files with the tables, for experiments that share an output
     variant: str = ""  # ends the name of every stage's experiment: _mini
     seeds: list[int] = field(default_factory=lambda: [0])
     stages: dict[str, StageConfig] = field(default_factory=dict)  # in the order in which they run

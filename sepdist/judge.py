@@ -15,8 +15,6 @@ import dataclasses
 import io
 import itertools
 import json
-import logging
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +28,7 @@ from rich.console import Console
 
 from sepdist import config, storage
 from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.console import user_console
 from sepdist.evaluate import absolute_paths, on_ray, open_dataset, progress_bar, read_full, single_threaded
 from sepdist.metrics.si_snr import si_snr
 from sepdist.reporting import to_png
@@ -48,15 +47,8 @@ class Verdict:
 @hydra.main(version_base="1.3", config_path="pkg://hydra.conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Compose, judge, print the figures; errors of the user are one line and exit status 1."""
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING)
-    try:
+    with user_console() as console:
         judge(config.typed(composed, EvaluateConfig), console)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, ValueError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def judge(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:

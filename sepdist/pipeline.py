@@ -6,7 +6,7 @@
     output/pipeline.yaml               what was asked for last
     output/seed-0/<stage>/             run_dir of a `train` stage, data set of a `shards` stage, output of another kind
     output/seed-0/<stage>/stage.json   its whole config, put when it has finished; such a stage is not run again
-    output/table.md, table.json        the paper's numbers beside ours
+    output/table.md, table.json        the paper's numbers beside ours (or another name, by results=...)
 
 A `train` stage is an experiment of configs/experiment with changes. In changes, @stage means the folder of an earlier
 stage: `data.train=@separated`. All stages are composed before the first one runs, so that a mistake in the last one
@@ -18,10 +18,8 @@ import copy
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -45,6 +43,7 @@ from sepdist.config import (
     ShardConfig,
     TrainConfig,
 )
+from sepdist.console import user_console
 from sepdist.data.shards import read_manifest
 from sepdist.reporting import read_metrics
 
@@ -76,17 +75,9 @@ def main(composed: DictConfig) -> None:
     """Compose, run, print the table; errors of the user are one line and exit status 1."""
     from sepdist.training.launch import TrainingFailedError
 
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING)
     GlobalHydra.instance().clear()  # the stages are composed anew
-    try:
+    with user_console(TrainingFailedError, stopped="the same command goes on") as console:
         run(config.typed(composed, PipelineConfig), console)
-    except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on in {composed.output}", highlight=False, soft_wrap=True)
-        sys.exit(130)
-    except (OSError, ValueError, TrainingFailedError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def run(cfg: PipelineConfig, console: Console) -> None:
@@ -114,8 +105,8 @@ def run(cfg: PipelineConfig, console: Console) -> None:
     if cfg.table or cfg.grids:
         results = table(cfg, stages)
         markdown = to_markdown(results)
-        storage.put_bytes(storage.join(cfg.output, "table.md"), markdown.encode())
-        storage.put_bytes(storage.join(cfg.output, "table.json"), json.dumps(results, indent=1).encode())
+        storage.put_bytes(storage.join(cfg.output, f"{cfg.results}.md"), markdown.encode())
+        storage.put_bytes(storage.join(cfg.output, f"{cfg.results}.json"), json.dumps(results, indent=1).encode())
         console.print(markdown, markup=False, highlight=False, soft_wrap=True)
     console.print(f"results: {cfg.output}", markup=False, highlight=False, soft_wrap=True)
 

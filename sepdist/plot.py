@@ -8,7 +8,6 @@ the epoch before, bars side by side. Runs may be on local disk or s3://, and may
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from sepdist import storage
 from sepdist.config import ConfigError, FigureConfig, load_frozen
+from sepdist.console import user_console
 from sepdist.data.order import units_per_epoch
 from sepdist.data.shards import read_manifest
 from sepdist.reporting import read_metrics, to_png
@@ -40,14 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN_DIR", help="in the order of the legend")
     parser.add_argument("--title", default="", help="above the picture")
     given = parser.parse_args(arguments)
-    console = Console(stderr=True)
-    try:
+    with user_console() as console:
         if wrong := [one for one in given.runs if "=" not in one]:
             raise ConfigError(f"{wrong[0]}: a run is given as LABEL=RUN_DIR")
         draw(FigureConfig(dict(one.split("=", 1) for one in given.runs), given.output, given.title), console)
-    except (OSError, ValueError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def draw(cfg: FigureConfig, console: Console) -> None:

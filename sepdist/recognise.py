@@ -17,7 +17,6 @@ import inspect
 import io
 import itertools
 import json
-import logging
 import os
 import platform
 import sys
@@ -40,6 +39,7 @@ from torch import nn
 import sepdist
 from sepdist import audio, config, storage
 from sepdist.config import ConfigError, RecogniseConfig
+from sepdist.console import user_console
 from sepdist.data.records import Batch, Mixture
 from sepdist.data.stream import Item, collate
 from sepdist.evaluate import EvaluationError, estimate, on_ray, progress_bar, single_threaded
@@ -75,20 +75,12 @@ class Heard:
 
 def main() -> None:
     """Compose, recognise, print the table; errors of the user are one line and exit status 1."""
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING)
     if {"-h", "--help"} & set(sys.argv):
         keys = [line for line in inspect.getsource(RecogniseConfig).splitlines() if " = " in line]
         print("\n".join([(__doc__ or "").strip(), "", "Keys, given as key=value:", *keys]))
         return
-    try:
+    with user_console() as console:
         recognise(read_config(sys.argv[1:]), console)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        message = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        console.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def read_config(overrides: Sequence[str]) -> RecogniseConfig:
@@ -98,9 +90,12 @@ def read_config(overrides: Sequence[str]) -> RecogniseConfig:
     """
     config.register_schemas()
     models = [word for word in overrides if word.startswith("model=")]
-    with initialize_config_dir(config.config_dir(), version_base="1.3"):
-        composed = compose("recognise", overrides=[word for word in overrides if word not in models])
-    merged = OmegaConf.merge(composed, OmegaConf.from_dotlist(models))
+    try:
+        with initialize_config_dir(config.config_dir(), version_base="1.3"):
+            composed = compose("recognise", overrides=[word for word in overrides if word not in models])
+        merged = OmegaConf.merge(composed, OmegaConf.from_dotlist(models))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
     assert isinstance(merged, DictConfig)
     return config.typed(merged, RecogniseConfig)
 

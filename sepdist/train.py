@@ -7,10 +7,8 @@ Started again with the same config it goes on from the newest checkpoint of its 
 """
 
 import json
-import logging
 import os
 import platform
-import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sepdist import __version__, config, storage
 from sepdist.config import ConfigError, TrainConfig
+from sepdist.console import user_console
 from sepdist.training.checkpoint import best_of, find_committed, inherit
 
 # What may change between the first start of a run and a later one; anything else makes it another run.
@@ -38,16 +37,9 @@ def main(composed: DictConfig) -> None:
     """Compose, check, freeze, launch; errors of the user are one line and exit status 1."""
     from sepdist.training import launch
 
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING)
-    try:
+    stopped = "the same command goes on from the newest checkpoint"
+    with user_console(launch.TrainingFailedError, stopped=stopped) as console:
         run(config.typed(composed, TrainConfig), console)
-    except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on from the newest checkpoint in {composed.run_dir}")
-        sys.exit(130)
-    except (ConfigError, OSError, ValueError, launch.TrainingFailedError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def run(cfg: TrainConfig, console: Console) -> None:
@@ -89,6 +81,7 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
         raise ConfigError(f"cluster.preemption_check_steps={cfg.cluster.preemption_check_steps}: at least 1")
     objective = config.build(cfg.objective)
     model = config.build(cfg.model)
+    getattr(objective, "check_model", lambda model: None)(model)
     feeds, _ = open_datasets(cfg)
     if absent := set(getattr(objective, "data_sets", ())) - feeds.keys():
         raise ConfigError(f"objective {cfg.objective['_target_']} needs data.extra of the name {', '.join(absent)}")
