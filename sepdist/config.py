@@ -252,6 +252,20 @@ class EvaluateConfig:
     cache_gigabytes: float = 50.0
 
 
+@dataclass
+class RecogniseConfig:
+    """`configs/recognise.yaml`: python -m sepdist.recognise."""
+
+    model: str | None = None  # a run_dir (its best checkpoint is taken) or an export folder; None = mixtures alone
+    corpus: Any = MISSING  # gives mixtures with transcripts: libricss, overlap
+    conditions: list[str] = field(default_factory=lambda: ["OV10", "OV20", "OV30", "OV40"])  # splits of the corpus
+    recogniser: Any = MISSING
+    output: str = MISSING  # folder or s3:// prefix for results.json and utterances.csv
+    limit: int = 0  # only the first so many utterances of each condition; 0 = all
+    num_workers: int = 1  # Ray tasks; 0 = in this process
+    use_gpu: bool = False  # one GPU per worker, for separator and recogniser
+
+
 def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
     """The least and the greatest number of workers that `cluster.num_workers` allows; equal where it is one number."""
     value = cluster.num_workers
@@ -270,6 +284,7 @@ def register_schemas() -> None:
         ("train_schema", TrainConfig),
         ("shard_schema", ShardConfig),
         ("evaluate_schema", EvaluateConfig),
+        ("recognise_schema", RecogniseConfig),
         ("pipeline_schema", PipelineConfig),
     ):
         store.store(name=name, node=node)

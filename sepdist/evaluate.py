@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import sepdist
 from sepdist import config, storage
 from sepdist.cluster import connected
-from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig
 from sepdist.console import user_console
 from sepdist.data.records import Batch
 from sepdist.data.stream import Dataset
@@ -268,7 +268,9 @@ def score_on_ray(cfg: EvaluateConfig, count: int, advance: Callable[[], None]) -
     return rows
 
 
-def on_ray(cfg: EvaluateConfig, work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+def on_ray(
+    cfg: EvaluateConfig | RecogniseConfig, work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]]
+) -> Iterator[Any]:
     """What the generator `work` yields for each of `calls`, one Ray task each, in the order in which it comes."""
     import ray
     from ray.exceptions import RayTaskError

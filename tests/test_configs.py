@@ -26,15 +26,16 @@ def files(group: str) -> list[str]:
 
 
 def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_composes() -> None:
-    primary = {"train.yaml", "shard.yaml", "evaluate.yaml", "pipeline.yaml"}
+    primary = {"train.yaml", "shard.yaml", "evaluate.yaml", "recognise.yaml", "pipeline.yaml"}
     groups = {"model", "objective", "engine", "optim", "cluster", "scale", "experiment", "corpus", "mixing"}
+    groups |= {"recogniser"}
     found = {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml")}
     assert primary <= found
     assert {name for name in found if name not in primary and name.split("/")[0] not in groups} == set()
     assert len(found) == NUM_CONFIGS
 
 
-NUM_CONFIGS = 127
+NUM_CONFIGS = 132
 
 
 @pytest.mark.parametrize("name", files("model"))
@@ -117,6 +118,15 @@ def test_every_experiment_composes_and_its_parts_build(name: str, tmp_path: Path
 def test_every_corpus_is_a_class_with_records(name: str) -> None:
     node = yaml.safe_load((CONFIGS / "corpus" / f"{name}.yaml").read_text())
     assert callable(config.resolve(node["_target_"]).records)
+
+
+@pytest.mark.parametrize("name", files("recogniser"))
+def test_every_recogniser_is_called_and_takes_its_keys_and_a_device(name: str) -> None:
+    given = ["corpus=overlap", "corpus.root=a", "output=b"]
+    cfg = config.typed(composed("recognise", f"recogniser={name}", *given), config.RecogniseConfig)
+    recogniser = config.resolve(cfg.recogniser["_target_"])
+    assert callable(recogniser.__call__)
+    assert {"device", *cfg.recogniser} - {"_target_"} == inspect.signature(recogniser).parameters.keys()
 
 
 NEEDED = ["name=x", "data.train=a", "data.validation=b", "training.max_steps=1"]
