@@ -155,7 +155,7 @@ class TrainConfig:
 class StageConfig:
     """One stage of a pipeline; its folder is output/seed-<seed>/<its name>."""
 
-    kind: str = "train"  # or shards, evaluate, judge, labels, figure
+    kind: str = "train"  # or shards, evaluate, judge, recognise, labels, figure
     experiment: str = ""  # train: a file of configs/experiment
     label: str = ""  # its name in a figure
     uses: list[str] = field(default_factory=list)  # earlier stages: initial weights, the model to score, what to draw

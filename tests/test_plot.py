@@ -11,6 +11,8 @@ from rich.console import Console
 
 from sepdist import plot
 from sepdist.config import ConfigError, FigureConfig
+from sepdist.data import shards
+from sepdist.data.records import Mixture
 from tests.runs import frozen
 
 EPOCH_STEPS = 2.5  # 10 mixtures, 4 a step
@@ -94,3 +96,40 @@ def test_a_figure_of_another_kind_or_of_a_run_without_a_judge_is_refused(tiny_da
         plot.draw(FigureConfig({"a run": run_dir}, str(tmp_path / "b.png"), kind="gap"), Console())
     with pytest.raises(ConfigError, match="kind='bars' of a figure: it is one of figure2, gap"):
         plot.draw(FigureConfig({"a run": run_dir}, str(tmp_path / "b.png"), kind="bars"), Console())
+
+
+def test_the_histogram_shows_every_estimate_of_a_data_set_and_their_mean(tmp_path: Path) -> None:
+    wanted = {"DR": [1.0, 2.0, 3.0, 10.0], "CTN": [-4.0, 0.0]}
+    for name, values in wanted.items():
+        wave = np.full(100, 0.5, np.float32)
+        records = [
+            Mixture(
+                f"m{i}",
+                ("a",),
+                8000,
+                lambda wave=wave: {"s1": wave, "e1": wave},
+                measure=lambda _, v=v: {"si_snr": [v]},
+            )
+            for i, v in enumerate(values)
+        ]
+        info = shards.write_shard(records, tmp_path / name, shards.shard_name("toy", "x", 0))
+        shards.write_manifest(tmp_path / name, "toy", "x", 8000, [info])
+    sets = {name: plot.read_si_snr(str(tmp_path / name)) for name in wanted}
+    assert {name: values.tolist() for name, values in sets.items()} == wanted
+    panels = plot.histogram(sets).axes
+    assert [sum(bar.get_height() for bar in axes.patches) for axes in panels] == [4, 2]
+    assert panels[0].get_title() == "DR: mean 4.0, std 3.5"
+
+
+def test_a_data_set_without_estimates_has_no_histogram(tiny_data) -> None:
+    with pytest.raises(ConfigError, match="no estimates of known SI-SNR; write it with corpus=separated"):
+        plot.read_si_snr(tiny_data["dev"])
+
+
+def test_the_scatter_has_a_dot_for_the_mean_over_sources_of_each_mixture(tmp_path: Path) -> None:
+    text = "id,true_1,true_2,predicted_1,predicted_2\na,1,3,5,6\nb,-2,0,0,1\n"
+    (tmp_path / "utterances.csv").write_text(text)
+    pair = plot.read_verdicts(str(tmp_path))
+    np.testing.assert_allclose(pair, [[2, -1], [5.5, 0.5]])
+    [axes] = plot.scatter({"SSQP-Net": pair}).axes
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), [[2, 5.5], [-1, 0.5]])
