@@ -47,7 +47,7 @@ from sepdist.data.stream import Dataset
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
 from sepdist.reporting import spectrogram_figure, to_png
-from sepdist.training.checkpoint import Export, load_export
+from sepdist.training.checkpoint import Export, load_export, load_separator
 
 METRICS = ("si_snr_mixture", "si_snr", "si_snri", "sdr_mixture", "sdr", "sdri")
 NO_LIMIT_SECONDS = 1e6
@@ -97,7 +97,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """
     cfg = absolute_paths(cfg)
     began = time.monotonic()
-    export = load_export(cfg.model)
+    export = load_separator(cfg.model)
     dataset = open_dataset(cfg)
     check_fit(cfg, export, dataset)
     total = dataset.manifest.num_samples

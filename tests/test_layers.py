@@ -17,7 +17,7 @@ HOMES = {
     "ray": {"cluster.py", "training/launch.py", "evaluate.py", "sharding.py"},
     "deepspeed": {"training/engine.py"},
     "s3fs": {"storage.py"},
-    "transformers": {"recognisers/transformers_ctc.py"},
+    "transformers": {"models/speech_encoders.py", "recognisers/transformers_ctc.py"},
     "faster_whisper": {"recognisers/faster_whisper.py"},
     "jiwer": {"metrics/wer.py"},
 }
@@ -52,7 +52,7 @@ def test_modules_import_only_from_lower_layers_and_the_named_neighbours() -> Non
     assert wrong == []
 
 
-def test_ray_deepspeed_and_s3fs_are_imported_in_their_homes_only() -> None:
+def test_heavy_packages_are_imported_in_their_homes_only() -> None:
     wrong = []
     for path in sorted((ROOT / "sepdist").rglob("*.py")):
         relative = str(path.relative_to(ROOT / "sepdist"))

@@ -64,7 +64,7 @@ def test_the_program_puts_a_png_and_says_what_it_misses(tiny_data, tmp_path: Pat
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(SystemExit, match="1"):
         plot.main([str(tmp_path / "figure.png"), "just-a-path"])
-    assert "LABEL=RUN_DIR" in capsys.readouterr().err
+    assert "LABEL=FOLDER" in capsys.readouterr().err
     log(tiny_data, tmp_path / "a", [], [])
     with pytest.raises(ConfigError, match=r"no validation/si_snr"):
         plot.draw(FigureConfig({"a": run_dir}, str(tmp_path / "b.png")), Console())

@@ -484,6 +484,16 @@ def load_export(url: str) -> Export:
     return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
 
 
+def load_separator(url: str) -> Export:
+    """`load_export` of a model that separates; CheckpointError for one that judges estimates."""
+    export = load_export(url)
+    if getattr(export.model, "is_judge", False):
+        raise CheckpointError(
+            f"{url}: a {type(export.model).__name__} judges estimates and makes none: give a separator"
+        )
+    return export
+
+
 def load_model(url: str) -> nn.Module:
     """The model of `load_export` alone."""
     return load_export(url).model

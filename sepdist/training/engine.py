@@ -124,6 +124,7 @@ class DeepSpeedEngine:
         import deepspeed  # here, because it takes seconds that a driver need not spend
 
         self._fragments = deepspeed.utils
+        self._gathered = deepspeed.zero.GatheredParameters
         deepspeed.utils.logger.setLevel(logging.WARNING)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; Ray and torchrun set it
         if world.device.type == "cpu":
@@ -279,6 +280,10 @@ class DeepSpeedEngine:
                 return {}
             return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         weights = {name: self._fragments.safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self._named}
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad:  # the optimizer knows nothing of it
+                with self._gathered([p]):
+                    weights[name] = p.detach().cpu().clone()
         return weights | {name: buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
 
     def optimizer_state(self) -> OptimizerState:

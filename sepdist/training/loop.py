@@ -161,7 +161,7 @@ def attempt(
         collect_orphans(cfg.run_dir)
         checkpointer = Checkpointer(
             cfg.run_dir,
-            model_node=cfg.model,
+            model_node=cfg.model | getattr(model, "node_changes", {}),
             sample_rate=cfg.sample_rate,
             outputs=speaker_outputs(objective),
             lineage=lineage,

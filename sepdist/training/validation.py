@@ -61,15 +61,18 @@ def listen(
 ) -> None:
     """Put the first few mixtures with their estimates into TensorBoard, estimates in the order of the sources.
 
+    The estimates are the data set's where it has some, else the model's.
     Every rank computes them, because a ZeRO-3 forward is collective; only the one with a reporter writes.
     """
     rate = dataset.manifest.sample_rate
     for index in range(min(options.num_listening, dataset.manifest.num_samples)):
         batch = dataset.full(index, options.max_seconds)
-        mixture = batch.mixture.to(engine.world.device)
-        with torch.no_grad(), engine.autocast():
-            estimates = engine.model(mixture).float().cpu()
-        estimates = speakers_of(estimates, **speaker_outputs(objective))
+        if batch.estimates is not None:  # what the model judges
+            estimates = batch.estimates
+        else:
+            with torch.no_grad(), engine.autocast():
+                estimates = engine.model(batch.mixture.to(engine.world.device)).float().cpu()
+            estimates = speakers_of(estimates, **speaker_outputs(objective))
         if reporter is None:
             continue
         waves = {"mixture": batch.mixture[0].numpy()}
