@@ -98,7 +98,7 @@ def memory_of(preset: str, side: str, arguments: argparse.Namespace) -> float | 
 def batch_of(model: nn.Module, arguments: argparse.Namespace) -> Tensor:
     """Whole frames, so that no version pads anything."""
     length = int(arguments.seconds * 8000)
-    return 0.1 * torch.randn(arguments.batch, length - (length - model.kernel_size) % model.stride)
+    return 0.1 * torch.randn(arguments.batch, length - (length - model.min_length) % model.stride)
 
 
 def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:

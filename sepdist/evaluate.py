@@ -16,9 +16,7 @@ import csv
 import dataclasses
 import io
 import json
-import logging
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,7 +40,8 @@ from torch import Tensor, nn
 import sepdist
 from sepdist import config, storage
 from sepdist.cluster import connected
-from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig
+from sepdist.console import user_console
 from sepdist.data.records import Batch
 from sepdist.data.stream import Dataset
 from sepdist.metrics.permutation import best_permutation
@@ -85,15 +84,8 @@ class Score:
 @hydra.main(version_base="1.3", config_path="pkg://hydra.conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Compose, evaluate, print the table; errors of the user are one line and exit status 1."""
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING)
-    try:
+    with user_console() as console:
         evaluate(config.typed(composed, EvaluateConfig), console)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ConfigError, OSError, ValueError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
@@ -276,7 +268,9 @@ def score_on_ray(cfg: EvaluateConfig, count: int, advance: Callable[[], None]) -
     return rows
 
 
-def on_ray(cfg: EvaluateConfig, work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+def on_ray(
+    cfg: EvaluateConfig | RecogniseConfig, work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]]
+) -> Iterator[Any]:
     """What the generator `work` yields for each of `calls`, one Ray task each, in the order in which it comes."""
     import ray
     from ray.exceptions import RayTaskError

@@ -16,8 +16,6 @@ import csv
 import io
 import itertools
 import json
-import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +27,7 @@ from rich.console import Console
 
 from sepdist import config, storage
 from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.console import user_console
 from sepdist.evaluate import (
     absolute_paths,
     check_fit,
@@ -50,15 +49,8 @@ Labels = dict[str, int]  # utterance id -> rank of its best assignment
 @hydra.main(version_base="1.3", config_path="pkg://hydra.conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Compose, label, print the rates; errors of the user are one line and exit status 1."""
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING)
-    try:
+    with user_console() as console:
         label(config.typed(composed, EvaluateConfig), console)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, ValueError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def label(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:

@@ -7,10 +7,8 @@ Started again with the same config it goes on from the newest checkpoint of its 
 """
 
 import json
-import logging
 import os
 import platform
-import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sepdist import __version__, config, storage
 from sepdist.config import ConfigError, TrainConfig
-from sepdist.training.checkpoint import best_of, find_committed, inherit
+from sepdist.console import user_console
+from sepdist.training.checkpoint import best_of, find_committed, inherit, read_file
 
 # What may change between the first start of a run and a later one; anything else makes it another run.
 # data_root: data.train and data.validation hold what came of it.
@@ -38,16 +37,9 @@ def main(composed: DictConfig) -> None:
     """Compose, check, freeze, launch; errors of the user are one line and exit status 1."""
     from sepdist.training import launch
 
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING)
-    try:
+    stopped = "the same command goes on from the newest checkpoint"
+    with user_console(launch.TrainingFailedError, stopped=stopped) as console:
         run(config.typed(composed, TrainConfig), console)
-    except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on from the newest checkpoint in {composed.run_dir}")
-        sys.exit(130)
-    except (ConfigError, OSError, ValueError, launch.TrainingFailedError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 def run(cfg: TrainConfig, console: Console) -> None:
@@ -89,6 +81,7 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
         raise ConfigError(f"cluster.preemption_check_steps={cfg.cluster.preemption_check_steps}: at least 1")
     objective = config.build(cfg.objective)
     model = config.build(cfg.model)
+    getattr(objective, "check_model", lambda model: None)(model)
     feeds, _ = open_datasets(cfg)
     if absent := set(getattr(objective, "data_sets", ())) - feeds.keys():
         raise ConfigError(f"objective {cfg.objective['_target_']} needs data.extra of the name {', '.join(absent)}")
@@ -102,7 +95,8 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     frozen = storage.join(cfg.run_dir, "config.yaml")
     text = config.to_yaml(cfg)
     if storage.exists(frozen):
-        changed = config.differences(yaml.safe_load(storage.read_bytes(frozen)), yaml.safe_load(text), FREE_TO_CHANGE)
+        before = config.to_yaml(config.load_frozen(frozen))  # with the defaults of keys that are younger than the run
+        changed = config.differences(yaml.safe_load(before), yaml.safe_load(text), FREE_TO_CHANGE)
         if changed:
             raise ConfigError(
                 f"{cfg.run_dir} holds a run of another config: {'; '.join(changed)}. Choose another run_dir (or name), "
@@ -119,6 +113,7 @@ def _make_absolute(cfg: TrainConfig) -> None:
     """Workers have another working directory, so local paths are made absolute here."""
     places = [(vars(cfg), "run_dir"), (vars(cfg.data), "train"), (vars(cfg.data), "validation")]
     places += [(vars(cfg.init), "weights"), (cfg.objective, "labels"), (cfg.data.mixing or {}, "noise")]
+    places += [(cfg.objective.get("judge", {}), "url")]
     for fields, name in [*places, *((vars(one), "url") for one in cfg.data.extra)]:
         if (value := fields.get(name)) and not storage.is_remote(value):
             fields[name] = str(Path(value).expanduser().resolve())
@@ -186,6 +181,9 @@ class follow:  # noqa: N801 - a context manager used as a verb
 def summarise(cfg: TrainConfig, console: Console) -> None:
     """Say what came out and what to do next."""
     committed = find_committed(storage.join(cfg.run_dir, "checkpoints"))
+    state = json.loads(read_file(committed[-1], "state.json")) if committed else {}
+    if reason := state.get("objective", {}).get("stop_reason"):
+        console.print(f"ended at step {committed[-1].step}: {reason}", highlight=False, soft_wrap=True)
     best = best_of(committed)
     if best is not None:
         console.print(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    **dict.fromkeys(("config", "storage", "audio", "seeding", "reporting", "cluster"), 0),
-    **dict.fromkeys(("data", "corpora", "models", "objectives", "metrics"), 1),
+    **dict.fromkeys(("config", "storage", "audio", "seeding", "reporting", "cluster", "console"), 0),
+    **dict.fromkeys(("data", "corpora", "models", "objectives", "metrics", "recognisers"), 1),
     "training": 2,
     **dict.fromkeys(("train", "evaluate", "separate", "audit", "plot", "sharding"), 3),
-    **dict.fromkeys(("labels", "judge", "derived"), 4),
+    **dict.fromkeys(("labels", "judge", "derived", "recognise"), 4),
     "pipeline": 5,
 }
 SIDEWAYS = {("objectives", "metrics"), ("corpora", "data"), ("objectives", "data")}
@@ -17,7 +17,9 @@ HOMES = {
     "ray": {"cluster.py", "training/launch.py", "evaluate.py", "sharding.py"},
     "deepspeed": {"training/engine.py"},
     "s3fs": {"storage.py"},
-    "transformers": {"models/speech_encoders.py"},
+    "transformers": {"models/speech_encoders.py", "recognisers/transformers_ctc.py"},
+    "faster_whisper": {"recognisers/faster_whisper.py"},
+    "jiwer": {"metrics/wer.py"},
 }
 
 

@@ -121,6 +121,12 @@ def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(
     pipeline.run(changed, console)
     assert trained == []
 
+    marker = json.loads((seed / "ptft" / "stage.json").read_text())
+    del marker["config"]["data"]["interleave"]  # a stage from before there was this key
+    (seed / "ptft" / "stage.json").write_text(json.dumps(marker | {"sha256": "another"}))
+    pipeline.run(tiny(tiny_data, output), console)
+    assert trained == []
+
 
 def test_an_interrupted_pipeline_goes_on_at_its_stage(tiny_data, tmp_path: Path, monkeypatch) -> None:
     calls: list[str] = []

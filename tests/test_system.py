@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,8 +22,8 @@ import yaml
 from sepdist import storage
 from sepdist.audit import audit
 from sepdist.reporting import read_metrics
-from sepdist.training.checkpoint import load_export, load_newest
-from tests.runs import ROOT, final_hash, frozen, history, loop, program, train_arguments
+from sepdist.training.checkpoint import find_committed, load_export, load_newest
+from tests.runs import ROOT, TINY, final_hash, frozen, history, loop, program, train_arguments
 
 pytestmark = pytest.mark.xdist_group("ray")  # one after the other: they share two cores and take time
 
@@ -114,6 +115,7 @@ def test_two_workers_at_zero_1_and_one_process_without_ray_end_with_the_same_bit
         ("cluster.num_workers=9", "num_virtual_shards"),
         ("experiment=demo/nosuch", "demo/nosuch"),
         ("engine.zero_stage=3", "reduction=native"),
+        ("objective=masked", "model.masking=false"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_worker_starts(override, named, tiny_data, tmp_path, s3_env) -> None:
@@ -143,6 +145,84 @@ def test_a_damaged_shard_stops_training_by_name(tiny_data, tmp_path) -> None:
     arguments = train_arguments("demo/finetune", data, tmp_path / "run", "init.weights=null", "init.reinit=[]")
     output = program(*arguments, "training.max_steps=3", "cluster.max_failures=0", expect=1)
     assert victim.name in output.replace("\n", "") and ": damaged, " in output.replace("\n", " ")
+
+
+PTFT = [*TINY, "validation.every_steps=20", "training.checkpoint_every=5", "training.keep_every=20"]
+STAGES = {
+    "se": {"experiment": "demo/pretrain", "overrides": ["training.max_steps=2"]},
+    "ptft": {"experiment": "demo/finetune", "uses": ["se"], "overrides": ["training.max_steps=60"]},
+    "ptft_test": {"kind": "evaluate", "uses": ["ptft"]},
+    "figure": {"kind": "figure", "uses": ["se", "ptft"]},
+    "labels": {"kind": "labels", "uses": ["ptft"]},
+}
+
+
+def pipeline_arguments(data: dict[str, str], output: object, folder: Path) -> list[str]:
+    """SE, PIT from it, and what that comes to, with two workers everywhere, as an experiment in `folder`."""
+    cache = folder / "cache"
+    places = [f"data.train={data['train']}", f"data.validation={data['dev']}", f"data.cache_dir={cache}"]
+    scored = ["num_workers=2", f"cache_dir={cache}"]
+    train = [*places, *PTFT, "cluster.num_workers=2", "engine.zero_stage=1"]
+    experiment = {
+        "name": "tiny",
+        "stages": STAGES,
+        "overrides": {"train": train, "evaluate": scored, "labels": scored},
+        "table": [{"label": "PT-FT", "stage": "ptft_test", "paper": [14.1, 14.6]}],
+    }
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "tiny.yaml").write_text(
+        "# @package _global_\n" + yaml.safe_dump(experiment, sort_keys=False)
+    )
+    program = ["-m", "sepdist.pipeline", "--config-dir", str(folder), "experiment=tiny"]
+    return [*program, f"output={output}", f"test_data={data['dev']}"]
+
+
+def check_pipeline(output: str) -> None:
+    """Every stage has finished, and the table holds what the evaluation found."""
+    seed = f"{output}/seed-0"
+    assert all(storage.exists(f"{seed}/{name}/stage.json") for name in STAGES)
+    assert storage.read_bytes(f"{seed}/figure/figure.png").startswith(b"\x89PNG")
+    results = json.loads(storage.read_bytes(f"{seed}/ptft_test/results.json"))
+    [row] = json.loads(storage.read_bytes(f"{output}/table.json"))["rows"]
+    assert row["seeds"]["0"]["si_snri"] == results["metrics_db"]["si_snri"]["mean"] and row["seeds"]["0"]["steps"] == 60
+    assert load_export(f"{seed}/ptft").lineage["parent"]["run"] == "tiny-se-0"
+    rates = json.loads(storage.read_bytes(f"{seed}/labels/switching.json"))["rates"]
+    assert [(one["from"], one["to"]) for one in rates] == [(20, 40), (40, 60)]
+
+
+@pytest.mark.slow
+def test_a_pipeline_in_object_storage_is_stopped_goes_on_and_ends_with_the_bits_of_one_process(
+    tiny_data, bucket, tmp_path
+) -> None:
+    data = {split: upload(folder, f"s3://{bucket}/data/{split}") for split, folder in tiny_data.items()}
+    output = f"s3://{bucket}/tiny"
+    arguments = pipeline_arguments(data, output, tmp_path)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "first.log", "wb") as log:
+        first = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 240
+        while not find_committed(f"{output}/seed-0/ptft/checkpoints"):
+            assert first.poll() is None and time.monotonic() < until, (tmp_path / "first.log").read_text()
+            time.sleep(0.2)
+        first.send_signal(signal.SIGINT)
+        assert first.wait(60) == 130, (tmp_path / "first.log").read_text()
+    finally:
+        first.kill()
+    assert "the same command goes on" in (tmp_path / "first.log").read_text()
+    assert not storage.exists(f"{output}/seed-0/ptft/stage.json")
+    reached = find_committed(f"{output}/seed-0/ptft/checkpoints")[-1].step
+    assert 5 <= reached < 60
+
+    assert program(*arguments, timeout=900).count("has finished before") == 1
+    check_pipeline(output)
+    losses = history(f"{output}/seed-0/ptft")
+    assert list(losses) == list(range(1, 61))
+    hand_off = [f"init.weights={output}/seed-0/se", "init.reinit=[mask_conv]", "training.max_steps=60"]
+    loop(frozen(tiny_data, tmp_path / "alone", *hand_off, settings=PTFT))
+    assert history(tmp_path / "alone") == losses
+    assert final_hash(tmp_path / "alone") == final_hash(f"{output}/seed-0/ptft")
+    assert program(*arguments).count("has finished before") == 4  # all but the figure
 
 
 def _free_port() -> int:
@@ -204,15 +284,13 @@ def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-def test_ray_job_submit_trains_on_a_cluster_with_token_authentication(ray_head, tiny_data, tmp_path) -> None:
+def submit(ray_head: tuple[str, dict[str, str]], arguments: list[str]) -> None:
+    """Run `python arguments...` as a job of that cluster, to its end."""
     address, environment = ray_head
-    run_dir = tmp_path / "run"
-    arguments = train_arguments("demo/finetune", tiny_data, run_dir, "init.weights=null", "init.reinit=[]")
-    arguments += ["training.max_steps=2", "cluster.num_workers=2"]
     ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
-    submit = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--"]
+    command = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--"]
     done = subprocess.run(
-        [*submit, sys.executable, *arguments],
+        [*command, sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         text=True,
@@ -223,5 +301,17 @@ def test_ray_job_submit_trains_on_a_cluster_with_token_authentication(ray_head, 
     )
     assert done.returncode == 0, done.stdout[-6000:]
     assert "succeeded" in done.stdout
+
+
+def test_ray_job_submit_trains_on_a_cluster_with_token_authentication(ray_head, tiny_data, tmp_path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = train_arguments("demo/finetune", tiny_data, run_dir, "init.weights=null", "init.reinit=[]")
+    submit(ray_head, [*arguments, "training.max_steps=2", "cluster.num_workers=2"])
     assert sorted(history(run_dir)) == [1, 2]
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["cluster"]["num_workers"] == 2
+
+
+@pytest.mark.slow
+def test_ray_job_submit_runs_a_pipeline(ray_head, tiny_data, tmp_path) -> None:
+    submit(ray_head, pipeline_arguments(tiny_data, tmp_path / "tiny", tmp_path))
+    check_pipeline(str(tmp_path / "tiny"))

@@ -10,16 +10,7 @@ Shapes: B batch, S speakers, T samples, N frames, F encoder filters.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.layers import (
-    ConvBlock,
-    NormLinear,
-    apply_masks,
-    check_mixture,
-    check_sizes,
-    cut_frames,
-    overlap_add,
-    widen,
-)
+from sepdist.models.layers import ConvBlock, NormLinear, apply_masks, check_sizes, decode, encode
 
 
 class ConvTasNet(nn.Module):
@@ -73,7 +64,7 @@ class ConvTasNet(nn.Module):
         encoded_BNF, logits_BNF = self._encode(mixture_BT)
         logits_BNSF = logits_BNF.unflatten(-1, (self.num_speakers, self.num_filters))
         made_BNSF = apply_masks(logits_BNSF, encoded_BNF, self.compiled) if self.masking else F.relu(logits_BNSF)
-        return overlap_add(widen(self.decoder(made_BNSF)).transpose(1, 2), self.stride, mixture_BT.shape[1])
+        return decode(made_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
 
     def features(self, mixture_BT: Tensor) -> Tensor:
         """What the network makes of each frame before masks and decoder, [B, N, num_features]."""
@@ -81,8 +72,7 @@ class ConvTasNet(nn.Module):
 
     def _encode(self, mixture_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The encoded frames [B, N, F] and the network's output [B, N, S * F] before its ReLU."""
-        check_mixture(mixture_BT, self.min_length)
-        encoded_BNF = self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride))
+        encoded_BNF = encode(mixture_BT, self.encoder, self.stride)
         x = self.bottleneck(encoded_BNF)
         skip = x.new_zeros(*x.shape[:2], self.num_skip)
         for block in self.blocks:

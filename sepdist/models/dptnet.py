@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention
-from sepdist.models.dual_path import Gate, GlobalNorm, check_chunk_size, merge, segment, swapped
-from sepdist.models.layers import check_mixture, check_sizes, cut_frames, overlap_add, widen
+from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, swapped
+from sepdist.models.layers import check_sizes, decode, encode
 from sepdist.models.lstm import BiLSTM
 
 
@@ -59,11 +59,9 @@ class DPTNet(nn.Module):
         compile: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(num_speakers, kernel_size, stride)
-        check_chunk_size(chunk_size)
+        check_sizes(num_speakers, kernel_size, stride, chunk_size)
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
-        self.kernel_size, self.stride = kernel_size, stride
-        self.min_length = kernel_size
+        self.min_length, self.stride = kernel_size, stride
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.norm = GlobalNorm(num_filters)
         sizes = (num_filters, num_heads, num_hidden, compile)
@@ -78,8 +76,7 @@ class DPTNet(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        check_mixture(mixture_BT, self.min_length)
-        encoded_BNF = F.relu(self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride)))
+        encoded_BNF = F.relu(encode(mixture_BT, self.encoder, self.stride))
         x = segment(self.norm(encoded_BNF), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(intra(x.flatten(0, 1)).view_as(x))
@@ -87,5 +84,5 @@ class DPTNet(nn.Module):
         # The 1x1 convolution is linear: it may come after the overlap-add, a mean here, on half as many frames.
         y = self.mask_conv(merge(self.prelu(x), encoded_BNF.shape[1]) / 2)
         masks_BNSF = F.relu(self.gate(y.unflatten(-1, (self.num_speakers, -1))))
-        frames = self.decoder(masks_BNSF * encoded_BNF.unsqueeze(2))
-        return overlap_add(widen(frames).transpose(1, 2), self.stride, mixture_BT.shape[1])
+        masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
+        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])

@@ -15,15 +15,9 @@ from torch import Tensor, nn
 from sepdist.models.layers import EPS, widen
 
 
-def check_chunk_size(chunk_size: int) -> None:
-    """Refuse a size that has no half."""
-    if chunk_size < 2 or chunk_size % 2:
-        raise ValueError(f"chunk_size={chunk_size}: chunks overlap by half, choose an even number from 2 up")
-
-
 def segment(frames_BNF: Tensor, chunk_size: int) -> Tensor:
     """Chunks [B, C, K, F] of K = `chunk_size` frames, each half a chunk after the one before; C = 2 N // K + 3."""
-    check_chunk_size(chunk_size)
+    assert chunk_size % 2 == 0, chunk_size
     hop = chunk_size // 2
     num_frames = frames_BNF.shape[1]
     behind = hop * (num_frames // hop + 2) - num_frames
@@ -35,6 +29,15 @@ def merge(chunks_BCKF: Tensor, num_frames: int) -> Tensor:
     """The frames [B, N, F] of which `segment` made the chunks, each the sum of its two places (so segment, doubled)."""
     hop = chunks_BCKF.shape[2] // 2
     return (chunks_BCKF[:, 2:, :hop] + chunks_BCKF[:, 1:-1, hop:]).flatten(1, 2)[:, :num_frames]
+
+
+def split(merged_BNF: Tensor, mask_conv: nn.Linear, num_speakers: int) -> Tensor:
+    """Features [B, N, S, F] of each speaker by a 1x1 convolution, from what `merge` gave.
+
+    The convolution is linear, so it may come after the overlap-add, on half as many frames. It sees the mean of a
+    frame's two places, and is doubled behind it, because its bias is in both.
+    """
+    return (2 * mask_conv(merged_BNF / 2)).unflatten(-1, (num_speakers, -1))
 
 
 def swapped(x_BCKF: Tensor) -> Tensor:

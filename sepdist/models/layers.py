@@ -27,18 +27,14 @@ logger = logging.getLogger(__name__)
 EPS = 1e-8
 
 
-def check_sizes(num_speakers: int, kernel_size: int, stride: int) -> None:
+def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: int = 2) -> None:
     """Refuse sizes that no mask network can have."""
     if not 1 <= stride <= kernel_size:
         raise ValueError(f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size")
     if num_speakers < 1:
         raise ValueError(f"num_speakers={num_speakers}: at least one")
-
-
-def check_mixture(mixture_BT: Tensor, min_length: int) -> None:
-    """Refuse what is not [B, T] with T >= `min_length`."""
-    if mixture_BT.ndim != 2 or mixture_BT.shape[1] < min_length:
-        raise ValueError(f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {min_length} samples")
+    if chunk_size < 2 or chunk_size % 2:
+        raise ValueError(f"chunk_size={chunk_size}: chunks overlap by half, choose an even number from 2 up")
 
 
 def check_estimates(mixture_BT: Tensor, estimates_BST: Tensor, min_length: int) -> None:
@@ -78,6 +74,19 @@ def overlap_add(frames: Tensor, stride: int, num_samples: int) -> Tensor:
     assert isinstance(total, Tensor)
     signal = total.reshape(*lead, (count + pieces - 1) * stride)
     return F.pad(signal, (0, num_samples - signal.shape[-1]))
+
+
+def encode(mixture_BT: Tensor, encoder: nn.Linear, stride: int) -> Tensor:
+    """Features [B, N, F] of a mixture's frames; refuses what is not [B, T] of at least one frame."""
+    least = encoder.in_features
+    if mixture_BT.ndim != 2 or mixture_BT.shape[1] < least:
+        raise ValueError(f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {least} samples")
+    return encoder(cut_frames(mixture_BT, least, stride))
+
+
+def decode(features_BNSF: Tensor, decoder: nn.Linear, stride: int, num_samples: int) -> Tensor:
+    """Waveforms [B, S, T] of the speakers' features, in fp32 or wider."""
+    return overlap_add(widen(decoder(features_BNSF)).transpose(1, 2), stride, num_samples)
 
 
 # The stages of a block. Values are fp32 inside, whatever the type of the tensors in memory.

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention, sinusoids
-from sepdist.models.dual_path import check_chunk_size, merge, segment, swapped
-from sepdist.models.layers import check_mixture, check_sizes, cut_frames, overlap_add, widen
+from sepdist.models.dual_path import merge, segment, split, swapped
+from sepdist.models.layers import check_sizes, decode, encode, widen
 from sepdist.models.lstm import BiLSTM
 
 
@@ -92,8 +92,7 @@ class Sandglasset(nn.Module):
         compile: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(num_speakers, kernel_size, stride)
-        check_chunk_size(chunk_size)
+        check_sizes(num_speakers, kernel_size, stride, chunk_size)
         factors = [4 ** min(block, num_blocks - 1 - block) for block in range(num_blocks)]
         if num_blocks < 1 or chunk_size % max(factors):
             raise ValueError(
@@ -101,8 +100,7 @@ class Sandglasset(nn.Module):
                 " and at least one block"
             )
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
-        self.kernel_size, self.stride = kernel_size, stride
-        self.min_length = kernel_size
+        self.min_length, self.stride = kernel_size, stride
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.norm = nn.LayerNorm(num_filters, elementwise_affine=False)
         self.bottleneck = nn.Linear(num_filters, num_features)
@@ -114,8 +112,7 @@ class Sandglasset(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        check_mixture(mixture_BT, self.min_length)
-        encoded_BNE = F.relu(self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride)))
+        encoded_BNE = F.relu(encode(mixture_BT, self.encoder, self.stride))
         x = segment(widen(self.bottleneck(self.norm(widen(encoded_BNE)))), self.chunk_size)
         finer: list[Tensor] = []
         for block, (local, coarse) in enumerate(zip(self.local, self.coarse, strict=True)):
@@ -125,8 +122,6 @@ class Sandglasset(nn.Module):
                 finer.append(x)
             elif block > blocks_left:
                 x = x + finer.pop()
-        # The 1x1 convolution is linear: it may come after the overlap-add, whose every frame is a sum of two places.
-        y = 2 * self.mask_conv(merge(self.prelu(x), encoded_BNE.shape[1]) / 2)
-        masks_BNSE = F.relu(y.unflatten(-1, (self.num_speakers, -1)))
-        frames = self.decoder(masks_BNSE * encoded_BNE.unsqueeze(2))
-        return overlap_add(widen(frames).transpose(1, 2), self.stride, mixture_BT.shape[1])
+        masks_BNSE = F.relu(split(merge(self.prelu(x), encoded_BNE.shape[1]), self.mask_conv, self.num_speakers))
+        masked_BNSE = masks_BNSE * encoded_BNE.unsqueeze(2)
+        return decode(masked_BNSE, self.decoder, self.stride, mixture_BT.shape[1])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sepdist.models.attention import Attention, sinusoids
-from sepdist.models.dual_path import Gate, GlobalNorm, check_chunk_size, merge, segment, swapped
-from sepdist.models.layers import check_mixture, check_sizes, cut_frames, overlap_add, widen
+from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, split, swapped
+from sepdist.models.layers import check_sizes, decode, encode, widen
 
 NORM_EPS = 1e-6
 
@@ -78,11 +78,9 @@ class SepFormer(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(num_speakers, kernel_size, stride)
-        check_chunk_size(chunk_size)
+        check_sizes(num_speakers, kernel_size, stride, chunk_size)
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
-        self.kernel_size, self.stride = kernel_size, stride
-        self.min_length = kernel_size
+        self.min_length, self.stride = kernel_size, stride
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.norm = GlobalNorm(num_filters)
         self.bottleneck = nn.Linear(num_filters, num_filters, bias=False)
@@ -97,16 +95,14 @@ class SepFormer(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        check_mixture(mixture_BT, self.min_length)
-        encoded_BNF = F.relu(self.encoder(cut_frames(mixture_BT, self.kernel_size, self.stride)))
+        encoded_BNF = F.relu(encode(mixture_BT, self.encoder, self.stride))
         x = to_chunks(widen(self.bottleneck(self.norm(encoded_BNF))), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(inter(swapped(intra(x))))
-        # The 1x1 convolution is linear: it may come after the overlap-add, whose every frame is a sum of two places.
-        y = 2 * self.mask_conv(from_chunks(self.prelu(x), encoded_BNF.shape[1]) / 2)
-        masks_BNSF = F.relu(self.mask_out(self.gate(y.unflatten(-1, (self.num_speakers, -1)))))
-        frames = self.decoder(masks_BNSF * encoded_BNF.unsqueeze(2))
-        return overlap_add(widen(frames).transpose(1, 2), self.stride, mixture_BT.shape[1])
+        y_BNSF = split(from_chunks(self.prelu(x), encoded_BNF.shape[1]), self.mask_conv, self.num_speakers)
+        masks_BNSF = F.relu(self.mask_out(self.gate(y_BNSF)))
+        masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
+        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
 
 
 def to_chunks(frames_BNF: Tensor, chunk_size: int) -> Tensor:

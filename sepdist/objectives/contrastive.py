@@ -49,10 +49,13 @@ class Contrastive:
         self.temperature, self.temperature_decay, self.epoch_samples = temperature, temperature_decay, epoch_samples
         self.noise_probability = noise_probability
 
-    def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one batch; reads the first source and the noise, not the mixture."""
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that predicts nothing."""
         if not hasattr(model, "num_frames"):
             raise ValueError("objective contrastive needs a model of sepdist.models.context.ContextModel")
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch; reads the first source and the noise, not the mixture."""
         draws = generators(batch, self.seed, "contrastive")
         given_BT, _ = noisy(batch, draws, self.noise_probability, 1.0)
         hidden_BN = torch.zeros(len(draws), model.num_frames(given_BT.shape[1]), dtype=torch.bool)

@@ -45,6 +45,15 @@ class Masked:
         self.noise_probability, self.noise_gain = noise_probability, noise_gain
         self.band_share = band_share
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a network that masks its input, where spans are set to zero: it cannot learn to fill them."""
+        if self.replace + self.keep < 1 and getattr(model, "masking", True):
+            raise ValueError(
+                f"objective masked sets spans to zero (replace={self.replace}, keep={self.keep}), and "
+                f"{type(model).__name__} multiplies its input by masks, so that its output is zero there too: use "
+                "Conv-TasNet with model.masking=false"
+            )
+
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; reads the first source and the noise, not the mixture."""
         altered_BT, clean_BT, counts_BT = self.alter(batch)

@@ -8,9 +8,10 @@ from torch import Tensor
 from sepdist.config import ValidationConfig
 from sepdist.data.stream import Dataset
 from sepdist.metrics.permutation import best_permutation
+from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import pairwise_si_snr
 from sepdist.reporting import Reporter
-from sepdist.training.engine import DeepSpeedEngine, Objective, num_extra_outputs
+from sepdist.training.engine import DeepSpeedEngine, Objective, speaker_outputs
 from sepdist.training.world import World, sum_over_world
 
 
@@ -71,7 +72,7 @@ def listen(
         else:
             with torch.no_grad(), engine.autocast():
                 estimates = engine.model(batch.mixture.to(engine.world.device)).float().cpu()
-            estimates = estimates[:, : estimates.shape[1] - num_extra_outputs(objective)]
+            estimates = speakers_of(estimates, **speaker_outputs(objective))
         if reporter is None:
             continue
         waves = {"mixture": batch.mixture[0].numpy()}

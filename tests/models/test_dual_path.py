@@ -33,11 +33,6 @@ def test_chunks_are_those_of_unfold_and_merge_is_fold_to_the_bit(chunk_size: int
     assert torch.equal(merge(chunks, num_frames), 2 * frames)
 
 
-def test_an_odd_chunk_is_refused_with_its_size() -> None:
-    with pytest.raises(ValueError, match="chunk_size=7"):
-        segment(torch.zeros(1, 20, 2), 7)
-
-
 @pytest.mark.parametrize("shape", [(3, 7, 5), (2, 4, 6, 5), (1, 1, 5)])
 def test_the_norm_and_its_gradients_are_those_of_the_formula(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)

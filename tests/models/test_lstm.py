@@ -4,10 +4,11 @@ import logging
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sepdist.models import lstm
 from sepdist.models.lstm import BiLSTM
+from tests.models.checks import relative
 
 
 def pair(features: int, hidden: int) -> tuple[BiLSTM, nn.LSTM]:
@@ -21,10 +22,6 @@ def pair(features: int, hidden: int) -> tuple[BiLSTM, nn.LSTM]:
             for direction, suffix in enumerate(("_l0", "_l0_reverse")):
                 getattr(theirs, name + suffix).copy_(own[direction])
     return ours, theirs
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).detach().norm() / expected.detach().norm().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.sandglasset import GlobalAttention, Sandglasset
-from sepdist.objectives.separation import Separation
-from tests.objectives.batches import batch_of, voices
+from tests.models.checks import depend_on_speakers, gradients, improvement_learnt, relative, shaken, torch_lstm
 
 
 def small(**changes: object) -> Sandglasset:
@@ -15,11 +14,7 @@ def small(**changes: object) -> Sandglasset:
     torch.manual_seed(0)
     sizes = {"num_filters": 14, "kernel_size": 8, "stride": 4, "num_features": 12, "chunk_size": 32, "num_hidden": 5}
     others = {"num_speakers": 2, "num_blocks": 5, "num_heads": 3, "compile": False}
-    model = Sandglasset(**(others | sizes | changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return shaken(Sandglasset(**(others | sizes | changes)))
 
 
 def textbook(model: Sandglasset, mixture: Tensor) -> Tensor:
@@ -38,15 +33,7 @@ def textbook(model: Sandglasset, mixture: Tensor) -> Tensor:
     outputs: list[Tensor] = []
     for block, (local, coarse) in enumerate(zip(model.local, model.coarse, strict=True)):
         rows = x.permute(0, 3, 2, 1).flatten(0, 1)
-        names = [f"{kind}_{part}_l0" for kind in ("weight", "bias") for part in ("ih", "hh")]
-        lstm_parameters = (local.lstm.in_weight, local.lstm.hidden_weight, local.lstm.in_bias, local.lstm.hidden_bias)
-        replaced = {
-            name + suffix: parameter[direction]
-            for direction, suffix in enumerate(("", "_reverse"))
-            for name, parameter in zip(names, lstm_parameters, strict=True)
-        }
-        lstm = nn.LSTM(features, lstm_parameters[1].shape[-1], batch_first=True, bidirectional=True, dtype=x.dtype)
-        rows = local.linear(torch.func.functional_call(lstm, replaced, (rows,))[0])
+        rows = local.linear(torch_lstm(rows, local.lstm))
         x = x + norm(rows.unflatten(0, (batch, chunks)).permute(0, 3, 2, 1), local.norm.weight, local.norm.bias)
 
         factor = 4 ** min(block, len(model.local) - 1 - block)
@@ -82,17 +69,6 @@ def textbook(model: Sandglasset, mixture: Tensor) -> Tensor:
     return waves.view(batch, speakers, -1)
 
 
-def gradients(model: Sandglasset, mixture: Tensor, estimates: Tensor) -> list[Tensor]:
-    """Of a random linear function of the estimates, with respect to the mixture and every parameter."""
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(estimates.shape, generator=generator, dtype=torch.float64).to(estimates.dtype)
-    return list(torch.autograd.grad((estimates * weights).sum(), [mixture, *model.parameters()]))
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).detach().norm() / expected.detach().norm().clamp_min(1e-30))
-
-
 def test_the_paper_size_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in Sandglasset().parameters()) == 2_296_705
@@ -101,12 +77,11 @@ def test_the_paper_size_has_the_published_number_of_parameters() -> None:
 @pytest.mark.parametrize("num_blocks", [6, 5, 1])
 def test_estimates_and_all_gradients_agree_with_the_textbook_in_float64(num_blocks: int) -> None:
     model = small(num_blocks=num_blocks).double().eval()
-    mixture = torch.randn(2, 8 + 4 * 70, dtype=torch.float64, requires_grad=True)
-    got, expected = model(mixture), textbook(model, mixture)
+    mixture = torch.randn(2, 8 + 4 * 70, dtype=torch.float64)
     # The sinusoids are fp32 numbers, so that they are the same in every type.
-    assert relative(got, expected) < 1e-6
-    for a, b in zip(gradients(model, mixture, got), gradients(model, mixture, expected), strict=True):
-        assert relative(a, b) < 1e-5
+    assert relative(model(mixture), textbook(model, mixture)) < 1e-6
+    for got, expected in zip(gradients(model, mixture), gradients(model, mixture, textbook), strict=True):
+        assert relative(got, expected) < 1e-5
 
 
 def test_granularity_turns_coarser_and_then_finer() -> None:
@@ -165,9 +140,8 @@ def test_sizes_that_cannot_work_are_refused_by_name(changes: dict, words: str) -
 
 
 def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers() -> None:
-    one, two = (dict(small(num_speakers=n).named_parameters()) for n in (1, 2))
-    depend = {name for name in one if one[name].shape != two[name].shape}
-    assert depend == {name for name in one if name.startswith(Sandglasset.output_parameters)} != set()
+    names = {name for name, _ in small().named_parameters() if name.startswith(Sandglasset.output_parameters)}
+    assert depend_on_speakers(small) == names != set()
 
 
 def test_bf16_autocast_is_near_fp32() -> None:
@@ -188,18 +162,8 @@ def test_a_silent_mixture_gives_finite_estimates_and_gradients() -> None:
 
 def test_some_steps_on_one_batch_learn_it() -> None:
     torch.manual_seed(0)
-    batch = batch_of(voices(1, 2, 1600))
-    model = Sandglasset(2, 32, 16, 8, 16, 16, 3, 64, 2)
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    objective, scores = Separation(), []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss, metrics = objective(model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        scores.append(float(metrics["si_snri"].mean()))
-    assert scores[-1] > scores[0] + 5 and scores[-1] > 5
+    first, last = improvement_learnt(Sandglasset(2, 32, 16, 8, 16, 16, 3, 64, 2), 5e-3)
+    assert last > first + 5 and last > 5
 
 
 def test_the_paper_size_goes_forward_and_back_over_a_second() -> None:

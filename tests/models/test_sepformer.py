@@ -7,19 +7,14 @@ from torch import Tensor, nn
 
 from sepdist.models.attention import sinusoids
 from sepdist.models.sepformer import SepFormer, from_chunks, to_chunks
-from sepdist.objectives.separation import Separation
-from tests.objectives.batches import batch_of, voices
+from tests.models.checks import depend_on_speakers, gradients, improvement_learnt, relative, shaken
 
 
 def small(**changes: object) -> SepFormer:
     """A model with every size different, and weights under which every term of the arithmetic counts."""
     torch.manual_seed(0)
     sizes = {"num_filters": 24, "kernel_size": 8, "stride": 4, "chunk_size": 10, "num_heads": 3, "num_hidden": 40}
-    model = SepFormer(**({"num_speakers": 2, "num_blocks": 2, "num_layers": 2} | sizes | changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return shaken(SepFormer(**({"num_speakers": 2, "num_blocks": 2, "num_layers": 2} | sizes | changes)))
 
 
 def textbook(model: SepFormer, mixture: Tensor) -> Tensor:
@@ -84,17 +79,6 @@ def textbook(model: SepFormer, mixture: Tensor) -> Tensor:
     return torch.stack([separate(signal) for signal in mixture])
 
 
-def gradients(model: SepFormer, mixture: Tensor, estimates: Tensor) -> list[Tensor]:
-    """Of a random linear function of the estimates, with respect to the mixture and every parameter."""
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(estimates.shape, generator=generator, dtype=torch.float64).to(estimates.dtype)
-    return list(torch.autograd.grad((estimates * weights).sum(), [mixture, *model.parameters()]))
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).detach().norm() / expected.detach().norm().clamp_min(1e-30))
-
-
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -117,12 +101,11 @@ def test_the_paper_size_has_the_number_of_parameters_of_its_layers(num_speakers:
 @pytest.mark.parametrize("frames", [23, 25, 10])
 def test_estimates_and_all_gradients_agree_with_the_equations_in_float64(frames: int) -> None:
     model = small().double()
-    mixture = torch.randn(2, 8 + 4 * (frames - 1), dtype=torch.float64, requires_grad=True)
-    got, expected = model(mixture), textbook(model, mixture)
+    mixture = torch.randn(2, 8 + 4 * (frames - 1), dtype=torch.float64)
     # The sinusoids are fp32 numbers, so that they are the same in every type.
-    assert relative(got, expected) < 1e-6
-    for a, b in zip(gradients(model, mixture, got), gradients(model, mixture, expected), strict=True):
-        assert relative(a, b) < 1e-5
+    assert relative(model(mixture), textbook(model, mixture)) < 1e-6
+    for got, expected in zip(gradients(model, mixture), gradients(model, mixture, textbook), strict=True):
+        assert relative(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 5, 6, 10, 15, 16, 99, 100])
@@ -157,9 +140,8 @@ def test_sizes_that_cannot_work_are_refused_by_name(changes: dict, words: str) -
 
 
 def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers() -> None:
-    one, two = (dict(small(num_speakers=n).named_parameters()) for n in (1, 2))
-    depend = {name for name in one if one[name].shape != two[name].shape}
-    assert depend == {name for name in one if name.startswith(SepFormer.output_parameters)} != set()
+    names = {name for name, _ in small().named_parameters() if name.startswith(SepFormer.output_parameters)}
+    assert depend_on_speakers(small) == names != set()
 
 
 def test_positions_are_unlike_each_other() -> None:
@@ -207,18 +189,8 @@ def test_bf16_autocast_is_near_fp32() -> None:
 
 def test_some_steps_on_one_batch_learn_it() -> None:
     torch.manual_seed(0)
-    batch = batch_of(voices(1, 2, 1600))
-    model = SepFormer(2, 32, 16, 8, 20, 1, 1, 4, 64)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    objective, scores = Separation(), []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss, metrics = objective(model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        scores.append(float(metrics["si_snri"].mean()))
-    assert scores[-1] > scores[0] + 5 and scores[-1] > 5
+    first, last = improvement_learnt(SepFormer(2, 32, 16, 8, 20, 1, 1, 4, 64), 3e-3)
+    assert last > first + 5 and last > 5
 
 
 @pytest.mark.slow

@@ -175,7 +175,8 @@ def test_some_hundred_steps_on_one_batch_learn_to_tell_hidden_frames_apart() -> 
 
 def test_what_cannot_work_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match="ContextModel"):
-        Contrastive(0, noise_probability=0.0)(ConvTasNet(1, 16, compile=False), clean(1, 100))
+        Contrastive(0).check_model(ConvTasNet(1, 16, compile=False))
+    Contrastive(0).check_model(tiny_context())
     with pytest.raises(ValueError, match="length 7 has room for 1 spans of 7, 2"):
         Contrastive(0, noise_probability=0.0)(Frames(1, 7), clean(1, 7))
     with pytest.raises(ValueError, match="needs noise"):

@@ -1,5 +1,7 @@
 """MAMA: what the model gets, which samples count, and the loss, read off samples that tell where they are."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from sepdist.data.records import Batch
 from sepdist.models.conv_tasnet import ConvTasNet
+from sepdist.models.dprnn import DPRNN
 from sepdist.objectives.masked import Masked
 from tests.objectives.batches import batch_of, voices
 
@@ -144,6 +147,12 @@ def test_a_network_that_masks_leaves_a_zeroed_span_silent_and_one_that_decodes_f
     for masking in (True, False):
         model = ConvTasNet(1, 16, 16, 8, 8, 12, 8, num_blocks=2, num_repeats=1, masking=masking, compile=False)
         assert (model(mixture)[0, 0, 120:160].abs().max() == 0) == masking
+        refused = pytest.raises(ValueError, match=r"ConvTasNet multiplies .*model\.masking=false")
+        with refused if masking else contextlib.nullcontext():
+            Masked(seed=0).check_model(model)
+        Masked(seed=0, replace=0.75, keep=0.25).check_model(model)
+    with pytest.raises(ValueError, match="DPRNN multiplies"):
+        Masked(seed=0).check_model(DPRNN(1, 8, num_bottleneck=8, num_hidden=8, num_repeats=1))
 
 
 def test_some_hundred_steps_on_one_batch_learn_to_fill_the_spans() -> None:
