@@ -39,15 +39,18 @@ def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_comp
 NUM_CONFIGS = 139
 
 
+def built(node: dict) -> nn.Module:
+    """The model; where its weights are on a model hub the same network without values."""
+    if not node.get("pretrained"):
+        return config.build(node)
+    with torch.device("meta"):
+        return config.build(node | {"pretrained": None})
+
+
 @pytest.mark.parametrize("name", files("model"))
 def test_every_model_builds_a_module(name: str) -> None:
     cfg = config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig)
-    if cfg.model.get("pretrained"):  # on a model hub: here the same network, of its config and without values
-        cfg.model["pretrained"] = None
-        with torch.device("meta"):
-            assert isinstance(config.build(cfg.model), nn.Module)
-        return
-    assert isinstance(config.build(cfg.model), nn.Module)
+    assert isinstance(built(cfg.model), nn.Module)
 
 
 def judge(folder: Path) -> Path:
@@ -114,7 +117,7 @@ def test_every_experiment_composes_and_its_parts_build(name: str, tmp_path: Path
     if name == "two_cores/finetune":
         given.append("init.weights=c")
     cfg = config.typed(composed("train", f"experiment={name}", *given), config.TrainConfig)
-    assert isinstance(config.build(cfg.model), nn.Module)
+    assert isinstance(built(cfg.model), nn.Module)
     assert callable(config.build(cfg.objective))
     assert cfg.name != "???" and cfg.training.max_steps > 0
     assert cfg.cluster.num_workers == 2 or not name.endswith("_mini")
