@@ -37,6 +37,12 @@ def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: in
         raise ValueError(f"chunk_size={chunk_size}: chunks overlap by half, choose an even number from 2 up")
 
 
+def check_mixture(mixture_BT: Tensor, least: int) -> None:
+    """Refuse what is not a mixture [B, T] of at least so many samples."""
+    if mixture_BT.ndim != 2 or mixture_BT.shape[1] < least:
+        raise ValueError(f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {least} samples")
+
+
 def check_estimates(mixture_BT: Tensor, estimates_BST: Tensor, min_length: int) -> None:
     """Refuse what is not a mixture [B, T] with estimates [B, S, T], T >= `min_length`."""
     check_mixture(mixture_BT, min_length)
@@ -78,10 +84,8 @@ def overlap_add(frames: Tensor, stride: int, num_samples: int) -> Tensor:
 
 def encode(mixture_BT: Tensor, encoder: nn.Linear, stride: int) -> Tensor:
     """Features [B, N, F] of a mixture's frames; refuses what is not [B, T] of at least one frame."""
-    least = encoder.in_features
-    if mixture_BT.ndim != 2 or mixture_BT.shape[1] < least:
-        raise ValueError(f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {least} samples")
-    return encoder(cut_frames(mixture_BT, least, stride))
+    check_mixture(mixture_BT, encoder.in_features)
+    return encoder(cut_frames(mixture_BT, encoder.in_features, stride))
 
 
 def decode(features_BNSF: Tensor, decoder: nn.Linear, stride: int, num_samples: int) -> Tensor:
