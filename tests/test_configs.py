@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,18 +40,19 @@ def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_comp
 NUM_CONFIGS = 139
 
 
-def built(node: dict) -> nn.Module:
-    """The model; where its weights are on a model hub the same network without values."""
+@pytest.mark.parametrize("name", files("model"))
+def test_every_model_builds_a_module(name: str) -> None:
+    assert isinstance(
+        built(config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig).model), nn.Module
+    )
+
+
+def built(node: dict[str, Any]) -> Any:
+    """The model of a node; where its weights are on a model hub, the same network of its config and without values."""
     if not node.get("pretrained"):
         return config.build(node)
     with torch.device("meta"):
         return config.build(node | {"pretrained": None})
-
-
-@pytest.mark.parametrize("name", files("model"))
-def test_every_model_builds_a_module(name: str) -> None:
-    cfg = config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig)
-    assert isinstance(built(cfg.model), nn.Module)
 
 
 def judge(folder: Path) -> Path:
