@@ -3,9 +3,9 @@
     python -m benchmarks.ssqp_memory [seconds of a crop, default 1.0]
 
 Two processes fine-tune SSQP-Net (OTFP) on a wav2vec 2.0 of 768 features and 12 layers, random weights, over gloo on
-this machine: two virtual shards of one item, Adam, at each ZeRO stage, at 0 and 3 also with gradient checkpointing, each
-in processes of its own. One JSON line for each, and a last one with all: the peak resident memory of a worker in GB,
-also over what it has once everything is imported, and the median step in seconds.
+this machine: two virtual shards of one item, Adam, at each ZeRO stage, at 0 and 3 also with gradient checkpointing,
+each in processes of its own. One JSON line for each, and a last one with all: the peak resident memory of a worker in
+GB, also over what it has once everything is imported, and the median step in seconds.
 """
 
 import json
