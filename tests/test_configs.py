@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,13 +42,17 @@ NUM_CONFIGS = 139
 
 @pytest.mark.parametrize("name", files("model"))
 def test_every_model_builds_a_module(name: str) -> None:
-    cfg = config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig)
-    if cfg.model.get("pretrained"):  # on a model hub: here the same network, of its config and without values
-        cfg.model["pretrained"] = None
-        with torch.device("meta"):
-            assert isinstance(config.build(cfg.model), nn.Module)
-        return
-    assert isinstance(config.build(cfg.model), nn.Module)
+    assert isinstance(
+        built(config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig).model), nn.Module
+    )
+
+
+def built(node: dict[str, Any]) -> Any:
+    """The model of a node; where its weights are on a model hub, the same network of its config and without values."""
+    if not node.get("pretrained"):
+        return config.build(node)
+    with torch.device("meta"):
+        return config.build(node | {"pretrained": None})
 
 
 def judge(folder: Path) -> Path:
@@ -114,7 +119,7 @@ def test_every_experiment_composes_and_its_parts_build(name: str, tmp_path: Path
     if name == "two_cores/finetune":
         given.append("init.weights=c")
     cfg = config.typed(composed("train", f"experiment={name}", *given), config.TrainConfig)
-    assert isinstance(config.build(cfg.model), nn.Module)
+    assert isinstance(built(cfg.model), nn.Module)
     assert callable(config.build(cfg.objective))
     assert cfg.name != "???" and cfg.training.max_steps > 0
     assert cfg.cluster.num_workers == 2 or not name.endswith("_mini")
