@@ -24,6 +24,12 @@ class Quality:
             raise ValueError(f"limits={limits}: give [low, high] in dB with low < high, or null")
         self.limits = limits
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that separates."""
+        if not getattr(model, "is_judge", False):
+            what = f"objective quality trains a model that judges estimates, a {type(model).__name__} makes them"
+            raise ValueError(f"{what}: set model=ssqp_wav2vec2, another ssqp_* or sisnr_cnn")
+
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; needs `batch.sources` and `batch.estimates`."""
         if batch.sources is None or batch.estimates is None:

@@ -69,8 +69,8 @@ def test_silent_estimates_have_finite_predictions_and_gradients() -> None:
 
 def test_a_hundred_steps_on_one_batch_learn_it() -> None:
     torch.manual_seed(0)
-    batch = batch_of(voices(4, 2, 800))
-    noise = torch.randn(4, 2, 800) * torch.tensor([0.003, 0.01, 0.03, 0.1]).view(4, 1, 1)
+    batch = batch_of(voices(2, 2, 400))
+    noise = torch.randn(2, 2, 400) * torch.tensor([0.005, 0.05]).view(2, 1, 1)
     batch.estimates = batch.sources + noise * torch.tensor([1.0, 0.3]).view(1, 2, 1)
     model = built(clipped=False)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sepdist import config, evaluate, separate
 from sepdist.config import EvaluateConfig, ValidationConfig
 from sepdist.data.records import Batch
+from sepdist.models.sisnr_cnn import SISNREstimator
 from sepdist.objectives.quality import Quality
 from sepdist.training.checkpoint import CheckpointError
 from sepdist.training.validation import listen
@@ -89,6 +90,12 @@ def test_predictions_of_another_shape_and_limits_that_are_none_are_refused() -> 
     for limits in ([10, 0], [1], [5, 5]):
         with pytest.raises(ValueError, match="low < high"):
             Quality(limits)
+
+
+def test_a_model_that_separates_is_refused_before_training() -> None:
+    Quality().check_model(SISNREstimator())
+    with pytest.raises(ValueError, match=r"a Conv1d makes them: set model=ssqp_wav2vec2"):
+        Quality().check_model(nn.Conv1d(1, 1, 1))
 
 
 def test_what_is_judged_is_what_is_listened_to() -> None:
