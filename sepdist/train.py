@@ -81,7 +81,8 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
         raise ConfigError(f"cluster.preemption_check_steps={cfg.cluster.preemption_check_steps}: at least 1")
     objective = config.build(cfg.objective)
     model = config.build(cfg.model)
-    getattr(objective, "check_model", lambda model: None)(model)
+    if hasattr(objective, "check_model"):
+        objective.check_model(model)
     feeds, _ = open_datasets(cfg)
     if absent := set(getattr(objective, "data_sets", ())) - feeds.keys():
         raise ConfigError(f"objective {cfg.objective['_target_']} needs data.extra of the name {', '.join(absent)}")

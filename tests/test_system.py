@@ -147,7 +147,7 @@ def test_a_damaged_shard_stops_training_by_name(tiny_data, tmp_path) -> None:
     assert victim.name in output.replace("\n", "") and ": damaged, " in output.replace("\n", " ")
 
 
-PTFT = [*TINY, "validation.every_steps=20", "training.checkpoint_every=5", "training.keep_every=20"]
+PTFT = [*TINY, "validation.every_steps=20", "training.checkpoint_every=20", "training.keep_every=20"]
 STAGES = {
     "se": {"experiment": "demo/pretrain", "overrides": ["training.max_steps=2"]},
     "ptft": {"experiment": "demo/finetune", "uses": ["se"], "overrides": ["training.max_steps=60"]},
@@ -201,25 +201,27 @@ def test_a_pipeline_in_object_storage_is_stopped_goes_on_and_ends_with_the_bits_
     with open(tmp_path / "first.log", "wb") as log:
         first = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=log, stderr=log)
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 900
         while not find_committed(f"{output}/seed-0/ptft/checkpoints"):
             assert first.poll() is None and time.monotonic() < until, (tmp_path / "first.log").read_text()
             time.sleep(0.2)
         first.send_signal(signal.SIGINT)
-        assert first.wait(60) == 130, (tmp_path / "first.log").read_text()
+        assert first.wait(120) == 130, (tmp_path / "first.log").read_text()
     finally:
+        for process in psutil.Process(first.pid).children(recursive=True) if first.poll() is None else []:
+            with_suppressed_kill(process)
         first.kill()
     assert "the same command goes on" in (tmp_path / "first.log").read_text()
     assert not storage.exists(f"{output}/seed-0/ptft/stage.json")
     reached = find_committed(f"{output}/seed-0/ptft/checkpoints")[-1].step
-    assert 5 <= reached < 60
+    assert 20 <= reached < 60
 
     assert program(*arguments, timeout=900).count("has finished before") == 1
     check_pipeline(output)
     losses = history(f"{output}/seed-0/ptft")
     assert list(losses) == list(range(1, 61))
     hand_off = [f"init.weights={output}/seed-0/se", "init.reinit=[mask_conv]", "training.max_steps=60"]
-    loop(frozen(tiny_data, tmp_path / "alone", *hand_off, settings=PTFT))
+    loop(frozen(tiny_data, tmp_path / "alone", *hand_off, settings=PTFT), timeout=900)
     assert history(tmp_path / "alone") == losses
     assert final_hash(tmp_path / "alone") == final_hash(f"{output}/seed-0/ptft")
     assert program(*arguments).count("has finished before") == 4  # all but the figure
@@ -288,18 +290,14 @@ def submit(ray_head: tuple[str, dict[str, str]], arguments: list[str]) -> None:
     """Run `python arguments...` as a job of that cluster, to its end."""
     address, environment = ray_head
     ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
-    command = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--"]
-    done = subprocess.run(
-        [*command, sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    command = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable, *arguments]
+    env = {**os.environ, **environment}
+    for _ in range(30):
+        done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False)
+        if "No available agent" not in done.stderr:  # of a head that has only just begun
+            break
+        time.sleep(2)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert "succeeded" in done.stdout
 
 

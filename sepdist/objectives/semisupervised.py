@@ -23,6 +23,7 @@ from sepdist.objectives.separation import report, score_pairs
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("warn", "down-weight", "stop")
+LEAST_FACTOR = 2.0**-6  # of f: from here six good validations bring all of it back
 
 
 class SemiSupervised:
@@ -39,8 +40,8 @@ class SemiSupervised:
     batches, and the `unsupervised_weight` f. In evaluation the first four and `gap`, predicted minus true SI-SNR in dB.
 
     `gap` is what a judge that is fooled shows: where its validation mean is above `max_gap_db`, there is a warning, and
-    with `on_gap` down-weight f is halved, once more after every such validation, and doubled again, up to what it was,
-    after every other one; with stop the run ends.
+    with `on_gap` down-weight f is halved, once more after every such validation, down to 1/64, and doubled again, up to
+    what it was, after every other one; with stop the run ends.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class SemiSupervised:
         told = f"the judge predicts {predicted:.2f} dB where {true:.2f} dB are true: a gap of {gap:.2f} dB, above "
         told += f"objective.max_gap_db={self.max_gap_db}"
         if self.on_gap == "down-weight":
-            self.factor /= 2
+            self.factor = max(LEAST_FACTOR, self.factor / 2)
         if self.on_gap == "stop":
             self.stop_reason = told
         logger.warning("%s; factor of the unsupervised loss: %g", told, self.factor)

@@ -163,6 +163,9 @@ def test_a_gap_halves_the_weight_while_it_lasts_and_the_weight_recovers(caplog: 
     resumed = objective(max_gap_db=3.0, on_gap="down-weight")
     resumed.load_state_dict(watched.state_dict())
     assert resumed.weight(15000) == watched.weight(15000) == 0.25 and resumed.stop_reason is None
+    for _ in range(30):
+        resumed.observe(means(9.0))
+    assert resumed.factor == 1 / 64, "so that a bad beginning is made good in time"
 
 
 def test_a_gap_only_warns_or_ends_the_run_where_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
