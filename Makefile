@@ -51,6 +51,7 @@ bench: $(VENV)/.installed ## every benchmark, one JSON line each (about 40 minut
 	$(RUN) -m benchmarks.models
 	$(RUN) -m benchmarks.step_overhead
 	$(RUN) -m benchmarks.reduction
+	$(RUN) -m benchmarks.ssqp_memory
 	$(RUN) -m benchmarks.resume
 	$(RUN) -m benchmarks.chaos
 

@@ -50,6 +50,7 @@ class DataConfig:
         None  # a node that makes new mixtures of data.train's first sources (configs/mixing); None = as stored
     )
     extra: list[ExtraConfig] = field(default_factory=list)  # more data sets, for objectives of several tasks
+    interleave: str = "drawn"  # how their batches come between those of data.train: drawn (permuted) | even
     crop_seconds: float = 3.0
     num_virtual_shards: int = 4  # V: fixes the data order and the reduction tree; world sizes 1..V can run it
     micro_batch: int = 2  # samples per virtual shard and step; global batch = num_virtual_shards * micro_batch
@@ -154,7 +155,7 @@ class TrainConfig:
 class StageConfig:
     """One stage of a pipeline; its folder is output/seed-<seed>/<its name>."""
 
-    kind: str = "train"  # or shards, evaluate, judge, labels, figure
+    kind: str = "train"  # or shards, evaluate, judge, recognise, labels, figure
     experiment: str = ""  # train: a file of configs/experiment
     label: str = ""  # its name in a figure
     uses: list[str] = field(default_factory=list)  # earlier stages: initial weights, the model to score, what to draw
@@ -215,6 +216,7 @@ class FigureConfig:
     runs: dict[str, str] = field(default_factory=dict)  # label -> run_dir
     output: str = MISSING  # the PNG file, local or s3://
     title: str = ""
+    kind: str = "figure2"  # or gap: predicted beside true SI-SNR of semi-supervised runs
 
 
 @dataclass
@@ -250,6 +252,20 @@ class EvaluateConfig:
     cache_gigabytes: float = 50.0
 
 
+@dataclass
+class RecogniseConfig:
+    """`configs/recognise.yaml`: python -m sepdist.recognise."""
+
+    model: str | None = None  # a run_dir (its best checkpoint is taken) or an export folder; None = mixtures alone
+    corpus: Any = MISSING  # gives mixtures with transcripts: libricss, overlap
+    conditions: list[str] = field(default_factory=lambda: ["OV10", "OV20", "OV30", "OV40"])  # splits of the corpus
+    recogniser: Any = MISSING
+    output: str = MISSING  # folder or s3:// prefix for results.json and utterances.csv
+    limit: int = 0  # only the first so many utterances of each condition; 0 = all
+    num_workers: int = 1  # Ray tasks; 0 = in this process
+    use_gpu: bool = False  # one GPU per worker, for separator and recogniser
+
+
 def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
     """The least and the greatest number of workers that `cluster.num_workers` allows; equal where it is one number."""
     value = cluster.num_workers
@@ -268,6 +284,7 @@ def register_schemas() -> None:
         ("train_schema", TrainConfig),
         ("shard_schema", ShardConfig),
         ("evaluate_schema", EvaluateConfig),
+        ("recognise_schema", RecogniseConfig),
         ("pipeline_schema", PipelineConfig),
     ):
         store.store(name=name, node=node)

@@ -40,14 +40,14 @@ from torch import Tensor, nn
 import sepdist
 from sepdist import config, storage
 from sepdist.cluster import connected
-from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig
 from sepdist.console import user_console
 from sepdist.data.records import Batch
 from sepdist.data.stream import Dataset
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
 from sepdist.reporting import spectrogram_figure, to_png
-from sepdist.training.checkpoint import Export, load_export
+from sepdist.training.checkpoint import Export, load_export, load_separator
 
 METRICS = ("si_snr_mixture", "si_snr", "si_snri", "sdr_mixture", "sdr", "sdri")
 NO_LIMIT_SECONDS = 1e6
@@ -97,7 +97,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """
     cfg = absolute_paths(cfg)
     began = time.monotonic()
-    export = load_export(cfg.model)
+    export = load_separator(cfg.model)
     dataset = open_dataset(cfg)
     check_fit(cfg, export, dataset)
     total = dataset.manifest.num_samples
@@ -268,7 +268,9 @@ def score_on_ray(cfg: EvaluateConfig, count: int, advance: Callable[[], None]) -
     return rows
 
 
-def on_ray(cfg: EvaluateConfig, work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+def on_ray(
+    cfg: EvaluateConfig | RecogniseConfig, work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]]
+) -> Iterator[Any]:
     """What the generator `work` yields for each of `calls`, one Ray task each, in the order in which it comes."""
     import ray
     from ray.exceptions import RayTaskError

@@ -21,8 +21,6 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -31,6 +29,7 @@ from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.console import user_console
 from sepdist.evaluate import absolute_paths, on_ray, open_dataset, progress_bar, read_full, single_threaded
 from sepdist.metrics.si_snr import si_snr
+from sepdist.plot import scatter
 from sepdist.reporting import to_png
 from sepdist.training.checkpoint import load_export
 
@@ -83,7 +82,8 @@ def judge(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         "by_estimate": agreement(true.ravel(), predicted.ravel()),
     }
     storage.put_bytes(storage.join(cfg.output, "utterances.csv"), to_csv(verdicts).encode())
-    picture = scatter(true.mean(1), predicted.mean(1), results)
+    label = "no correlation" if results["lcc"] is None else f"LCC {results['lcc']:.2f}, MAE {results['mae']:.2f} dB"
+    picture = scatter({label: np.stack([true.mean(1), predicted.mean(1)])}, manifest.split)
     storage.put_bytes(storage.join(cfg.output, "scatter.png"), to_png(picture))
     storage.put_bytes(storage.join(cfg.output, "results.json"), json.dumps(results, indent=1).encode())
     correlation = "none" if results["lcc"] is None else f"{results['lcc']:.3f}"
@@ -124,21 +124,6 @@ def to_csv(verdicts: Sequence[Verdict]) -> str:
     for one in verdicts:
         writer.writerow([one.id, *(f"{value:.4f}" for value in (*one.true, *one.predicted))])
     return stream.getvalue()
-
-
-def scatter(true: np.ndarray, predicted: np.ndarray, results: dict[str, Any]) -> Figure:
-    """One dot for each mixture, and the line on which all would lie."""
-    figure = Figure(figsize=(5.5, 5.5), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    assert isinstance(axes, Axes)
-    axes.scatter(true, predicted, s=14, alpha=0.6, linewidths=0, color="#3b6fb6")
-    ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
-    axes.plot(ends, ends, color="grey", linestyle=":")
-    title = "" if results["lcc"] is None else f"LCC {results['lcc']:.2f}, "
-    axes.set(xlabel="SI-SNR in dB", ylabel="predicted SI-SNR in dB", title=f"{title}MAE {results['mae']:.2f} dB")
-    axes.set_aspect("equal")
-    axes.grid(alpha=0.3)
-    return figure
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from sepdist import config, evaluate, judge, labels, plot, sharding, storage, train
+from sepdist import config, evaluate, judge, labels, plot, recognise, sharding, storage, train
 from sepdist.cluster import connected
 from sepdist.config import (
     ConfigError,
@@ -40,6 +40,7 @@ from sepdist.config import (
     FigureConfig,
     GridConfig,
     PipelineConfig,
+    RecogniseConfig,
     ShardConfig,
     TrainConfig,
 )
@@ -53,7 +54,8 @@ _T = TypeVar("_T")
 # What may differ from the config of a finished stage without making its result another one.
 FREE_TO_CHANGE: tuple[str, ...] = ("cluster", "engine.zero", "data_root", "data.cache", "data.prefetch")
 FREE_TO_CHANGE += ("data.num_threads", "num_workers", "use_gpu", "cache", "gpus_per_worker", "corpus.cache")
-FEWEST_AND_MOST_USED = {"train": (0, 1), "shards": (0, 0), "figure": (1, math.inf)}  # other kinds use one stage
+FEWEST_AND_MOST_USED = {"train": (0, 1), "shards": (0, 0), "recognise": (0, 1), "figure": (1, math.inf)}  # else 1, 1
+MAY_USE = {"figure": ("train", "shards", "judge")}  # other kinds use runs
 
 config.register_schemas()
 
@@ -150,8 +152,9 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, folder: str, earlier: dic
     fewest, most = FEWEST_AND_MOST_USED.get(one.kind, (1, 1))
     if not set(one.uses) <= earlier.keys() or not fewest <= len(one.uses) <= most:
         raise ConfigError(f"uses={one.uses}: a stage of kind {one.kind} uses {fewest} to {most} of {list(earlier)}")
-    if any(earlier[used].kind != "train" for used in one.uses):
-        raise ConfigError(f"uses={one.uses}: only stages of kind train can be used")
+    kinds = MAY_USE.get(one.kind, ("train",))
+    if any(earlier[used].kind not in kinds for used in one.uses):
+        raise ConfigError(f"uses={one.uses}: a stage of kind {one.kind} uses stages of kind {', '.join(kinds)}")
     uses = [earlier[used] for used in one.uses]
     overrides = [with_folders(change, earlier) for change in (*cfg.overrides.get(one.kind, []), *one.overrides)]
     resolved: Any
@@ -162,6 +165,9 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, folder: str, earlier: dic
         resolved = compose_train(one.experiment + cfg.variant, overrides, fixed)
     elif one.kind == "shards":
         resolved = composed("shard", overrides, {"split": name, "output": folder}, ShardConfig)
+    elif one.kind == "recognise":
+        model = uses[0].folder if uses else None
+        resolved = composed("recognise", overrides, {"model": model, "output": folder}, RecogniseConfig)
     elif one.kind == "figure":
         runs = {cfg.stages[used.name].label or used.name: used.folder for used in uses}
         resolved = merged(FigureConfig(runs, storage.join(folder, "figure.png"), one.label), overrides)
@@ -211,6 +217,7 @@ RUNNERS: dict[str, Callable[[Any, Console], Any]] = {
     "shards": sharding.write_data_set,
     "evaluate": evaluate.evaluate,
     "judge": judge.judge,
+    "recognise": recognise.recognise,
     "labels": labels.label,
     "figure": plot.draw,
 }
@@ -255,7 +262,8 @@ def is_done(stage: Stage) -> bool:
     if stage.kind == "figure" or not storage.exists(storage.join(stage.folder, MARKER)):
         return False  # a figure takes no time, and may have got another run to show
     marker, wanted = _marker(stage), dataclasses.asdict(stage.config)
-    changed = [] if marker["sha256"] == digest(wanted) else config.differences(marker["config"], wanted, FREE_TO_CHANGE)
+    had = dataclasses.asdict(config.from_yaml(json.dumps(marker["config"]), type(stage.config)))  # with younger keys
+    changed = [] if marker["sha256"] == digest(wanted) else config.differences(had, wanted, FREE_TO_CHANGE)
     if changed:
         raise ConfigError(
             f"stage {stage.name} has finished with another config: {'; '.join(changed)}. Choose another output, or "

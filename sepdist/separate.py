@@ -407,9 +407,9 @@ def main() -> None:
     try:
         _check_names(arguments.recordings, arguments.output, arguments.format)
         windows = Windows(arguments.window_seconds, arguments.overlap_seconds, arguments.batch_size)
-        from sepdist.training.checkpoint import load_export
+        from sepdist.training.checkpoint import load_separator
 
-        export = load_export(arguments.model)
+        export = load_separator(arguments.model)
         model = export.model.to(arguments.device)
     except (ValueError, OSError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False)

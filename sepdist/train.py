@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sepdist import __version__, config, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import user_console
-from sepdist.training.checkpoint import best_of, find_committed, inherit
+from sepdist.training.checkpoint import best_of, find_committed, inherit, read_file
 
 # What may change between the first start of a run and a later one; anything else makes it another run.
 # data_root: data.train and data.validation hold what came of it.
@@ -96,7 +96,8 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     frozen = storage.join(cfg.run_dir, "config.yaml")
     text = config.to_yaml(cfg)
     if storage.exists(frozen):
-        changed = config.differences(yaml.safe_load(storage.read_bytes(frozen)), yaml.safe_load(text), FREE_TO_CHANGE)
+        before = config.to_yaml(config.load_frozen(frozen))  # with the defaults of keys that are younger than the run
+        changed = config.differences(yaml.safe_load(before), yaml.safe_load(text), FREE_TO_CHANGE)
         if changed:
             raise ConfigError(
                 f"{cfg.run_dir} holds a run of another config: {'; '.join(changed)}. Choose another run_dir (or name), "
@@ -113,6 +114,7 @@ def _make_absolute(cfg: TrainConfig) -> None:
     """Workers have another working directory, so local paths are made absolute here."""
     places = [(vars(cfg), "run_dir"), (vars(cfg.data), "train"), (vars(cfg.data), "validation")]
     places += [(vars(cfg.init), "weights"), (cfg.objective, "labels"), (cfg.data.mixing or {}, "noise")]
+    places += [(cfg.objective.get("judge", {}), "url")]
     for fields, name in [*places, *((vars(one), "url") for one in cfg.data.extra)]:
         if (value := fields.get(name)) and not storage.is_remote(value):
             fields[name] = str(Path(value).expanduser().resolve())
@@ -180,6 +182,9 @@ class follow:  # noqa: N801 - a context manager used as a verb
 def summarise(cfg: TrainConfig, console: Console) -> None:
     """Say what came out and what to do next."""
     committed = find_committed(storage.join(cfg.run_dir, "checkpoints"))
+    state = json.loads(read_file(committed[-1], "state.json")) if committed else {}
+    if reason := state.get("objective", {}).get("stop_reason"):
+        console.print(f"ended at step {committed[-1].step}: {reason}", highlight=False, soft_wrap=True)
     best = best_of(committed)
     if best is not None:
         console.print(

@@ -2,10 +2,13 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
 from torch import nn
 
 from sepdist import config, pipeline
@@ -25,21 +28,39 @@ def files(group: str) -> list[str]:
 
 
 def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_composes() -> None:
-    primary = {"train.yaml", "shard.yaml", "evaluate.yaml", "pipeline.yaml"}
+    primary = {"train.yaml", "shard.yaml", "evaluate.yaml", "recognise.yaml", "pipeline.yaml"}
     groups = {"model", "objective", "engine", "optim", "cluster", "scale", "experiment", "corpus", "mixing"}
+    groups |= {"recogniser"}
     found = {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml")}
     assert primary <= found
     assert {name for name in found if name not in primary and name.split("/")[0] not in groups} == set()
     assert len(found) == NUM_CONFIGS
 
 
-NUM_CONFIGS = 92
+NUM_CONFIGS = 139
 
 
 @pytest.mark.parametrize("name", files("model"))
 def test_every_model_builds_a_module(name: str) -> None:
-    cfg = config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig)
-    assert isinstance(config.build(cfg.model), nn.Module)
+    assert isinstance(
+        built(config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig).model), nn.Module
+    )
+
+
+def built(node: dict[str, Any]) -> Any:
+    """The model of a node; where its weights are on a model hub, the same network of its config and without values."""
+    if not node.get("pretrained"):
+        return config.build(node)
+    with torch.device("meta"):
+        return config.build(node | {"pretrained": None})
+
+
+def judge(folder: Path) -> Path:
+    """An export to load as a judge; whether a module is one shows when it is called."""
+    node = yaml.safe_load((CONFIGS / "model" / "conv_tasnet_small.yaml").read_text()) | {"num_speakers": 1}
+    (folder / "model.yaml").write_text(yaml.safe_dump({"model": node, "sample_rate": 8000}))
+    save_file(config.build(node).state_dict(), folder / "model.safetensors")
+    return folder
 
 
 @pytest.mark.parametrize("name", files("objective"))
@@ -48,6 +69,8 @@ def test_every_objective_builds_a_callable(name: str, tmp_path: Path) -> None:
     if name == "fixed_labels":
         (tmp_path / "labels.csv").write_text("id,permutation\na,0\n")
         given.append(f"objective.labels={tmp_path}/labels.csv")
+    if name == "semisupervised":
+        given += [f"objective.judge.url={judge(tmp_path)}", "objective.labelled_share=0.1", "objective.epoch_samples=1"]
     cfg = config.typed(composed("train", f"objective={name}", *NEEDED, *given), config.TrainConfig)
     assert callable(config.build(cfg.objective))
 
@@ -87,12 +110,16 @@ def test_every_mixing_is_a_node_of_the_data_section_with_known_arguments(name: s
 
 
 @pytest.mark.parametrize("name", [name for name in files("experiment") if not is_pipeline(name)])
-def test_every_experiment_composes_and_its_parts_build(name: str) -> None:
+def test_every_experiment_composes_and_its_parts_build(name: str, tmp_path: Path) -> None:
     given = [] if name.startswith("demo/") else ["data.train=a", "data.validation=b"]
+    if name.startswith(("dang2023/sslm", "dang2023/mixit")):
+        given.append("data.extra=[{name: unlabelled, url: c, weight: 1.0}]")
+    if name.startswith("dang2023/sslm"):
+        given.append(f"objective.judge.url={judge(tmp_path)}")
     if name == "two_cores/finetune":
         given.append("init.weights=c")
     cfg = config.typed(composed("train", f"experiment={name}", *given), config.TrainConfig)
-    assert isinstance(config.build(cfg.model), nn.Module)
+    assert isinstance(built(cfg.model), nn.Module)
     assert callable(config.build(cfg.objective))
     assert cfg.name != "???" and cfg.training.max_steps > 0
     assert cfg.cluster.num_workers == 2 or not name.endswith("_mini")
@@ -102,6 +129,15 @@ def test_every_experiment_composes_and_its_parts_build(name: str) -> None:
 def test_every_corpus_is_a_class_with_records(name: str) -> None:
     node = yaml.safe_load((CONFIGS / "corpus" / f"{name}.yaml").read_text())
     assert callable(config.resolve(node["_target_"]).records)
+
+
+@pytest.mark.parametrize("name", files("recogniser"))
+def test_every_recogniser_is_called_and_takes_its_keys_and_a_device(name: str) -> None:
+    given = ["corpus=overlap", "corpus.root=a", "output=b"]
+    cfg = config.typed(composed("recognise", f"recogniser={name}", *given), config.RecogniseConfig)
+    recogniser = config.resolve(cfg.recogniser["_target_"])
+    assert callable(recogniser.__call__)
+    assert {"device", *cfg.recogniser} - {"_target_"} == inspect.signature(recogniser).parameters.keys()
 
 
 NEEDED = ["name=x", "data.train=a", "data.validation=b", "training.max_steps=1"]

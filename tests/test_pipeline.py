@@ -121,6 +121,12 @@ def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(
     pipeline.run(changed, console)
     assert trained == []
 
+    marker = json.loads((seed / "ptft" / "stage.json").read_text())
+    del marker["config"]["data"]["interleave"]  # a stage from before there was this key
+    (seed / "ptft" / "stage.json").write_text(json.dumps(marker | {"sha256": "another"}))
+    pipeline.run(tiny(tiny_data, output), console)
+    assert trained == []
+
 
 def test_an_interrupted_pipeline_goes_on_at_its_stage(tiny_data, tmp_path: Path, monkeypatch) -> None:
     calls: list[str] = []
@@ -282,3 +288,29 @@ def test_the_program_runs_a_paper_table_on_ray(tiny_data, tmp_path: Path) -> Non
     assert "stage 1 of " in program(*arguments, timeout=1800)
     assert "has finished before" in program(*arguments)
     assert (tmp_path / "out" / "table.md").read_text().count("\n") > 5
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_the_program_runs_the_whole_chain_of_paper_2_on_ray(tiny_data, tmp_path: Path) -> None:
+    def given(*changes: str) -> str:
+        return f"[{','.join(repr(one) for one in changes)}]"
+
+    steps = ["training.max_steps=2", "training.checkpoint_every=1", "validation.every_steps=1"]
+    small = ["validation.num_mixtures=2", "validation.max_seconds=1.0", "validation.num_listening=1"]
+    crops = ["data.crop_seconds=0.5", "data.micro_batch=1", f"data.validation={tiny_data['dev']}"]
+    arguments = [
+        *("-m", "sepdist.pipeline", "experiment=dang2023/chain_mini", f"output={tmp_path}"),
+        *(f"vars.{name}={tiny_data['train']}" for name in ("judged", "mixtures")),
+        *(f"vars.{name}={tiny_data['dev']}" for name in ("dev", "test")),
+        *(f"test_data={tiny_data['dev']}", "vars.judged_part=[0.0,1.0]"),
+        f"overrides.train={given(*steps, *small, *crops)}",
+        f"overrides.shards={given('num_workers=2', 'samples_per_shard=3')}",
+    ]
+    told = program(*arguments)
+    assert "SSLM-SS" in told and "LCC" in told
+    folder = tmp_path / "seed-0"
+    _, _, lineage, _ = read_export(str(folder / "sslm_10"))
+    assert lineage["step"] == 2 and (folder / "gap_10" / "figure.png").exists()
+    assert (tmp_path / "chain.md").read_text().count("(paper ") == 4
+    assert "has finished before" in program(*arguments)

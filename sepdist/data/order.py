@@ -17,6 +17,8 @@ import numpy as np
 
 from sepdist.seeding import rng
 
+INTERLEAVES = ("drawn", "even")  # how a `Blend` puts the units of several data sets in a row
+
 
 class Order:
     """Where each position of training lies in a data set whose shards hold `shard_sizes` samples."""
@@ -83,13 +85,15 @@ class Order:
 class Blend:
     """Which data set each position of training takes its sample from: all `micro_batch` of a unit from the same one.
 
-    An epoch holds `units[i]` units of data set i, permuted. Each set goes through its own positions 0, 1, 2, ... for
-    ever, so that it neither loses nor repeats a sample, however the epochs of blend and set meet.
+    An epoch holds `units[i]` units of data set i, `interleave`d as drawn (permuted) or even: of two sets, any V units
+    in a row, across epochs too, hold their shares of V, rounded down or up. Each set goes through its own positions 0,
+    1, 2, ... for ever, so that it neither loses nor repeats a sample, however the epochs of blend and set meet.
     """
 
-    def __init__(self, seed: int, units: tuple[int, ...], micro_batch: int) -> None:
-        if not units or min(units) < 1 or micro_batch < 1:
-            raise ValueError(f"no blend of {units} units per epoch, of {micro_batch} samples each")
+    def __init__(self, seed: int, units: tuple[int, ...], micro_batch: int, interleave: str = "drawn") -> None:
+        if not units or min(units) < 1 or micro_batch < 1 or interleave not in INTERLEAVES:
+            raise ValueError(f"no blend of {units} units per epoch, of {micro_batch} samples each, {interleave!r}")
+        self.interleave = interleave
         self.seed = seed
         self.units = units
         self.micro_batch = micro_batch
@@ -116,7 +120,13 @@ class Blend:
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """For every unit of an epoch its data set, and [set, unit] how many units of that set come before it."""
         labels = np.repeat(np.arange(len(self.units)), self.units)
-        labels = labels[_permutation(len(labels), self.seed, "data set order", epoch)]
+        if self.interleave == "even":
+            # In the order of the times at which each set, alone, would give its units at equal distances; of equal
+            # times (equal as floats too, as IEEE division rounds the exact quotient) the first set's comes first.
+            times = np.concatenate([(np.arange(number) + 0.5) / number for number in self.units])
+            labels = labels[np.argsort(times, kind="stable")]
+        else:
+            labels = labels[_permutation(len(labels), self.seed, "data set order", epoch)]
         own = labels == np.arange(len(self.units))[:, None]
         return labels, np.cumsum(own, axis=1) - own
 

@@ -241,7 +241,7 @@ class TrainStream:
     """What one rank trains on, step by step. `seconds_waited` counts the time the consumer had to wait for data.
 
     `feeds` are the data sets by name, the main one first. Of those with a weight an epoch holds so many batches per
-    batch of the main one, of the others one pass.
+    batch of the main one, of the others one pass. `interleave` as in `Blend`.
     """
 
     def __init__(
@@ -257,13 +257,14 @@ class TrainStream:
         prefetch_steps: int = 4,
         max_damaged: int = 0,
         weights: Mapping[str, float] = MappingProxyType({}),
+        interleave: str = "drawn",
     ) -> None:
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch}: it must be positive")
         self.names, self.feeds = list(feeds), list(feeds.values())
         sizes = [feed.num_samples for feed in self.feeds]
         units = units_per_epoch(sizes, [weights.get(name) for name in self.names], micro_batch)
-        self.blend = Blend(seed, units, micro_batch)
+        self.blend = Blend(seed, units, micro_batch, interleave)
         self.num_virtual_shards = num_virtual_shards
         self.micro_batch = micro_batch
         self.owned = owned_virtual_shards(num_virtual_shards, rank, world_size)
@@ -283,11 +284,12 @@ class TrainStream:
         return self.blend.passed(position, 0) // self.feeds[0].num_samples
 
     def digest(self) -> str:
-        """What identifies the data: all sets, and how many units an epoch has of each where there are several."""
+        """What identifies the data: all sets, and of several the units of each in an epoch and how they interleave."""
         if len(self.feeds) == 1:
             return self.feeds[0].digest()
         parts = zip(self.names, self.blend.units, self.feeds, strict=True)
-        return " + ".join(f"{units} {name} {feed.digest()}" for name, units, feed in parts)
+        sets = " + ".join(f"{units} {name} {feed.digest()}" for name, units, feed in parts)
+        return sets if self.blend.interleave == "drawn" else f"{sets}, {self.blend.interleave}"
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """For every step from `first_step` on, for ever, one Batch per owned virtual shard; any start costs the same.

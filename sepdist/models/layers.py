@@ -37,6 +37,28 @@ def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: in
         raise ValueError(f"chunk_size={chunk_size}: chunks overlap by half, choose an even number from 2 up")
 
 
+def check_mixture(mixture_BT: Tensor, least: int) -> None:
+    """Refuse what is not a mixture [B, T] of at least so many samples."""
+    if mixture_BT.ndim != 2 or mixture_BT.shape[1] < least:
+        raise ValueError(f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {least} samples")
+
+
+def check_estimates(mixture_BT: Tensor, estimates_BST: Tensor, min_length: int) -> None:
+    """Refuse what is not a mixture [B, T] with estimates [B, S, T], T >= `min_length`."""
+    check_mixture(mixture_BT, min_length)
+    if estimates_BST.ndim != 3 or estimates_BST[:, 0].shape != mixture_BT.shape:
+        raise ValueError(
+            f"estimates of shape {tuple(estimates_BST.shape)} for a mixture of shape {tuple(mixture_BT.shape)}: "
+            "expected [B, S, T] for [B, T]"
+        )
+
+
+def standardise(x: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the last axis; silence stays silence."""
+    x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-10)
+
+
 def num_frames(num_samples: int, kernel_size: int, stride: int) -> int:
     """How many frames cover `num_samples` samples, the last one zero-padded."""
     return 1 + max(0, -(-(num_samples - kernel_size) // stride))
@@ -62,10 +84,8 @@ def overlap_add(frames: Tensor, stride: int, num_samples: int) -> Tensor:
 
 def encode(mixture_BT: Tensor, encoder: nn.Linear, stride: int) -> Tensor:
     """Features [B, N, F] of a mixture's frames; refuses what is not [B, T] of at least one frame."""
-    least = encoder.in_features
-    if mixture_BT.ndim != 2 or mixture_BT.shape[1] < least:
-        raise ValueError(f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {least} samples")
-    return encoder(cut_frames(mixture_BT, least, stride))
+    check_mixture(mixture_BT, encoder.in_features)
+    return encoder(cut_frames(mixture_BT, encoder.in_features, stride))
 
 
 def decode(features_BNSF: Tensor, decoder: nn.Linear, stride: int, num_samples: int) -> Tensor:

@@ -30,10 +30,14 @@ class Separation:
 
 
 def pair_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """`score_pairs` of the model's estimates."""
+    return score_pairs(model(batch.mixture), batch)
+
+
+def score_pairs(estimates_BST: Tensor, batch: Batch) -> Tensor:
     """The SI-SNR [B, S, S] in dB of each estimate (axis 1) against each source, in fp32 whatever the autocast."""
     if batch.sources is None:
         raise ValueError("this objective needs sources; this data set has mixtures only")
-    estimates_BST = model(batch.mixture)
     if estimates_BST.shape != batch.sources.shape:
         raise ValueError(
             f"the model gives {tuple(estimates_BST.shape)}, the sources are {tuple(batch.sources.shape)} [B, S, T]"

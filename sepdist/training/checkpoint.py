@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sepdist import config, storage
 from sepdist.config import InitConfig
+from sepdist.metrics.selection import speakers_of
 from sepdist.training.ledger import Entry, Link, put_segment
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 COMMIT = "COMMIT"
 COLLECTED = b'{"collected": true}'  # a COMMIT that keeps another writer from putting its own
 FORMAT = 1  # of COMMIT
+OUTPUT_RULES = ("num_extra_outputs", "num_loudest")  # in model.yaml: what `speakers_of` takes; absent or 0 = none
 
 
 class CheckpointError(ValueError):
@@ -93,7 +95,7 @@ class Checkpointer:
         *,
         model_node: Mapping[str, Any],
         sample_rate: int,
-        num_extra_outputs: int = 0,
+        outputs: Mapping[str, int] | None = None,
         lineage: Mapping[str, Any],
         keep_last: int,
         keep_best: bool,
@@ -103,7 +105,7 @@ class Checkpointer:
     ) -> None:
         self.run_dir = run_dir
         self.folder = storage.join(run_dir, "checkpoints")
-        card = {"model": dict(model_node), "sample_rate": sample_rate, "num_extra_outputs": num_extra_outputs}
+        card = {"model": dict(model_node), "sample_rate": sample_rate, **(outputs or {})}
         self.model_yaml = yaml.safe_dump(card, sort_keys=False)
         self.lineage = dict(lineage)
         self.keep_last = keep_last
@@ -471,14 +473,25 @@ def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
 def load_export(url: str) -> Export:
     """The model that `url` means (see `find_export`), built, loaded and in eval mode.
 
-    It gives the speakers alone: outputs of another task that it was trained on are dropped.
+    It gives the speakers alone (see `speakers_of`): of other outputs that it was trained with, nothing is seen.
     """
     weights, card, lineage, folder = read_export(url)
     model: nn.Module = config.build(card["model"])
     load_weights(model, weights, source=folder)
-    if num_extra := int(card.get("num_extra_outputs", 0)):
-        model.register_forward_hook(lambda module, inputs, estimates_BST: estimates_BST[:, :-num_extra])
+    rules = {name: int(card[name]) for name in OUTPUT_RULES if card.get(name)}
+    if rules:
+        model.register_forward_hook(lambda module, inputs, estimates_BMT: speakers_of(estimates_BMT, **rules))
     return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
+
+
+def load_separator(url: str) -> Export:
+    """`load_export` of a model that separates; CheckpointError for one that judges estimates."""
+    export = load_export(url)
+    if getattr(export.model, "is_judge", False):
+        raise CheckpointError(
+            f"{url}: a {type(export.model).__name__} judges estimates and makes none: give a separator"
+        )
+    return export
 
 
 def load_model(url: str) -> nn.Module:

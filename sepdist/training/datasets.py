@@ -2,6 +2,7 @@
 
 from sepdist import config, seeding
 from sepdist.config import ConfigError, TrainConfig
+from sepdist.data.order import INTERLEAVES
 from sepdist.data.records import MAIN
 from sepdist.data.stream import Crops, Dataset, Feed
 
@@ -21,6 +22,8 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
         voices = _open(cfg, data.train, 1, False)
         options = {"num_sources": data.num_sources, "seed": cfg.seed, "crop_seconds": seconds}
         main = config.build(data.mixing, dataset=voices, **options)
+    if data.interleave not in INTERLEAVES:
+        raise ConfigError(f"data.interleave={data.interleave!r}: it is one of {', '.join(INTERLEAVES)}")
     feeds: dict[str, Feed] = {MAIN: main}
     for one in data.extra:
         if one.name in feeds:

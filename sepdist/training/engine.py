@@ -20,7 +20,7 @@ from sepdist import seeding
 from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
 from sepdist.data.records import Batch
-from sepdist.training.checkpoint import OptimizerState
+from sepdist.training.checkpoint import OUTPUT_RULES, OptimizerState
 from sepdist.training.reduction import TreeSum, reduce_canonically
 from sepdist.training.world import World, sum_over_world
 
@@ -32,8 +32,13 @@ Metrics = dict[str, Tensor]
 class Objective(Protocol):
     """What is minimised. Metrics are 0-d (batch means), [B] (per item) or [0] (nothing to measure in this batch).
 
-    `num_extra_outputs`, if there is one, says how many of the model's outputs, the last ones, are no speakers: of
-    another task, they are dropped where speakers are wanted.
+    It may have more, which is asked for here and nowhere else:
+
+    - `num_extra_outputs`: how many of the model's outputs, the last ones, are no speakers but of another task; and
+      `num_loudest`: how many of the others, the loudest, are speakers (`speaker_outputs`).
+    - `observe(validation_means)`, called after every validation with what it found, alike on all ranks; `state_dict()`
+      and `load_state_dict(state)` for what comes of it, JSON-able; and `stop_reason`, a sentence, part of that state,
+      or None: once there is one the run ends as after an early stop.
     """
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -55,9 +60,31 @@ class StepResult:
     local_metrics: list[Metrics]  # of this rank's batches, in their order
 
 
-def num_extra_outputs(objective: Objective) -> int:
-    """How many of the model's outputs are no speakers."""
-    return getattr(objective, "num_extra_outputs", 0)
+def speaker_outputs(objective: Objective) -> dict[str, int]:
+    """Which of the model's outputs are speakers, as `speakers_of` takes it and an export keeps it."""
+    return {name: getattr(objective, name, 0) for name in OUTPUT_RULES}
+
+
+def tell(objective: Objective, validation_means: dict[str, float]) -> None:
+    """Let an objective that wants to know see what validation found."""
+    if hasattr(objective, "observe"):
+        objective.observe(validation_means)
+
+
+def stop_reason(objective: Objective) -> str | None:
+    """Why the objective wants the run to end; None where it does not."""
+    return getattr(objective, "stop_reason", None)
+
+
+def state_of(objective: Objective) -> dict[str, Any]:
+    """What a checkpoint holds of the objective; empty for one without state."""
+    return objective.state_dict() if hasattr(objective, "state_dict") else {}
+
+
+def restore(objective: Objective, state: dict[str, Any]) -> None:
+    """Continue from `state_of`; nothing to do where it was empty."""
+    if state:
+        objective.load_state_dict(state)  # type: ignore[attr-defined]
 
 
 class BranchError(RuntimeError):
@@ -97,6 +124,7 @@ class DeepSpeedEngine:
         import deepspeed  # here, because it takes seconds that a driver need not spend
 
         self._fragments = deepspeed.utils
+        self._gathered = deepspeed.zero.GatheredParameters
         deepspeed.utils.logger.setLevel(logging.WARNING)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; Ray and torchrun set it
         if world.device.type == "cpu":
@@ -252,6 +280,10 @@ class DeepSpeedEngine:
                 return {}
             return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         weights = {name: self._fragments.safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self._named}
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad:  # the optimizer knows nothing of it
+                with self._gathered([p]):
+                    weights[name] = p.detach().cpu().clone()
         return weights | {name: buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
 
     def optimizer_state(self) -> OptimizerState:

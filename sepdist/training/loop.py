@@ -31,7 +31,7 @@ from sepdist.training.checkpoint import (
     load_weights,
 )
 from sepdist.training.datasets import open_datasets
-from sepdist.training.engine import DeepSpeedEngine, StepResult, num_extra_outputs
+from sepdist.training.engine import DeepSpeedEngine, StepResult, restore, speaker_outputs, state_of, stop_reason, tell
 from sepdist.training.goodput import Goodput
 from sepdist.training.guard import GradientGuard, Rollback
 from sepdist.training.ledger import APPLIED, LEFT_OUT, SKIPPED, Ledger, Link, merge
@@ -103,6 +103,7 @@ def attempt(
         prefetch_steps=cfg.data.prefetch_steps,
         max_damaged=cfg.data.max_damaged,
         weights={one.name: one.weight for one in cfg.data.extra if one.weight is not None},
+        interleave=cfg.data.interleave,
     )
     global_batch = cfg.data.num_virtual_shards * cfg.data.micro_batch
     step_seconds_of_audio = global_batch * cfg.data.crop_seconds
@@ -144,6 +145,7 @@ def attempt(
         schedule.load_state_dict(snapshot.state["schedule"])
         guard.load_state_dict(snapshot.state["guard"])
         switches.load_state_dict(snapshot.state["switches"])
+        restore(objective, snapshot.state.get("objective", {}))
         previous = Link(**snapshot.state["ledger"])
         windows = {(first, stop) for first, stop in (*left_out, *snapshot.state["left_out"])}
         left_out[:] = [[first, stop] for first, stop in sorted(windows)]
@@ -159,9 +161,9 @@ def attempt(
         collect_orphans(cfg.run_dir)
         checkpointer = Checkpointer(
             cfg.run_dir,
-            model_node=cfg.model,
+            model_node=cfg.model | getattr(model, "node_changes", {}),
             sample_rate=cfg.sample_rate,
-            num_extra_outputs=num_extra_outputs(objective),
+            outputs=speaker_outputs(objective),
             lineage=lineage,
             keep_last=cfg.training.keep_last,
             keep_best=cfg.training.keep_best,
@@ -178,6 +180,9 @@ def attempt(
         for step in range(first_step, cfg.training.max_steps):
             if schedule.should_stop:
                 logger.info("early stop: no better validation for %d of them", cfg.training.early_stop_patience)
+                break
+            if reason := stop_reason(objective):
+                logger.warning("step %d: the run ends: %s", step, reason)
                 break
             positions = range(step * global_batch, (step + 1) * global_batch)
             batches = next(steps)
@@ -210,6 +215,7 @@ def attempt(
                     metrics = validate(engine, objective, validation_set, world, cfg.validation, watchdog.beat)
                     score = metrics["score"]
                     improved = schedule.observe(score)
+                    tell(objective, metrics)
                     listen(engine, objective, validation_set, reporter, done, cfg.validation)
                 if reporter:
                     reporter.log(done, {f"validation/{name}": v for name, v in metrics.items() if name != "score"})
@@ -233,6 +239,7 @@ def attempt(
                         state = data_state(cfg, stream, done * global_batch)
                         state |= {"schedule": schedule.state_dict(), "switches": switches.state_dict()}
                         state |= {"guard": guard.state_dict(), "left_out": left_out, "world_size": world.size}
+                        state |= {"objective": state_of(objective)}
                         checkpointer.save(Snapshot(done, weights, optimizer, state, score, consumed))
                     if leaving:
                         if checkpointer:

@@ -8,9 +8,10 @@ from torch import Tensor
 from sepdist.config import ValidationConfig
 from sepdist.data.stream import Dataset
 from sepdist.metrics.permutation import best_permutation
+from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import pairwise_si_snr
 from sepdist.reporting import Reporter
-from sepdist.training.engine import DeepSpeedEngine, Objective, num_extra_outputs
+from sepdist.training.engine import DeepSpeedEngine, Objective, speaker_outputs
 from sepdist.training.world import World, sum_over_world
 
 
@@ -60,15 +61,18 @@ def listen(
 ) -> None:
     """Put the first few mixtures with their estimates into TensorBoard, estimates in the order of the sources.
 
+    The estimates are the data set's where it has some, else the model's.
     Every rank computes them, because a ZeRO-3 forward is collective; only the one with a reporter writes.
     """
     rate = dataset.manifest.sample_rate
     for index in range(min(options.num_listening, dataset.manifest.num_samples)):
         batch = dataset.full(index, options.max_seconds)
-        mixture = batch.mixture.to(engine.world.device)
-        with torch.no_grad(), engine.autocast():
-            estimates = engine.model(mixture).float().cpu()
-        estimates = estimates[:, : estimates.shape[1] - num_extra_outputs(objective)]
+        if batch.estimates is not None:  # what the model judges
+            estimates = batch.estimates
+        else:
+            with torch.no_grad(), engine.autocast():
+                estimates = engine.model(batch.mixture.to(engine.world.device)).float().cpu()
+            estimates = speakers_of(estimates, **speaker_outputs(objective))
         if reporter is None:
             continue
         waves = {"mixture": batch.mixture[0].numpy()}

@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 from collections import Counter
+from fractions import Fraction
+from math import ceil, floor
 
 import numpy as np
 import pytest
@@ -248,6 +250,49 @@ def test_a_blend_is_the_same_in_every_version_of_numpy_and_of_this_package() -> 
     assert found[0] == (0, epoch * 3 * 2) and found[-1] == (2, epoch * 1 * 2)
 
 
-def test_a_blend_of_nothing_is_refused() -> None:
+@given(
+    units=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    micro_batch=st.integers(1, 3),
+    window=st.integers(1, 100),
+    first=st.integers(0, 300),
+)
+def test_any_units_in_a_row_of_an_even_blend_of_two_sets_hold_their_shares_rounded_down_or_up(
+    units: tuple[int, int], micro_batch: int, window: int, first: int
+) -> None:
+    blend = Blend(0, units, micro_batch, "even")
+    numbers = [blend.locate(unit * micro_batch)[0] for unit in range(first, first + window)]
+    for number in (0, 1):
+        exactly = Fraction(window * units[number], sum(units))
+        assert floor(exactly) <= numbers.count(number) <= ceil(exactly)
+
+
+@given(units=st.lists(st.integers(1, 30), min_size=2, max_size=5).map(tuple), epoch=st.integers(0, 10**6))
+def test_an_even_blend_of_any_sets_has_an_epochs_units_and_every_set_in_its_own_order(
+    units: tuple[int, ...], epoch: int
+) -> None:
+    blend, size = Blend(3, units, 2, "even"), 2 * sum(units)
+    located = [blend.locate(position) for position in range(epoch * size, (epoch + 1) * size)]
+    for number, count in enumerate(units):
+        own = [position for set_number, position in located if set_number == number]
+        assert own == list(range(2 * count * epoch, 2 * count * (epoch + 1))), "nothing lost, nothing repeated"
+        for end in range(size + 1):
+            passed = blend.passed(epoch * size + end, number)
+            assert passed == 2 * count * epoch + sum(one == number for one, _ in located[:end])
+
+
+def test_an_even_blend_is_a_straight_line_on_a_grid_for_ever_and_asks_no_seed() -> None:
+    def row(units: tuple[int, ...], seed: int = 0) -> str:
+        blend = Blend(seed, units, 1, "even")
+        return "".join(str(blend.locate(position)[0]) for position in range(sum(units)))
+
+    assert row((5, 5)) == "0101010101"
+    assert row((1, 9)) == "1111011111"
+    assert row((3, 7)) == row((3, 7), seed=8) == "1011011101"
+    assert row((4, 6)) == "1010110101"
+    assert row((2, 4, 6)) == "210212210212"
+
+
+@pytest.mark.parametrize(("units", "interleave"), [((3, 0), "drawn"), ((3, 1), "odd")])
+def test_a_blend_of_nothing_or_in_no_known_way_is_refused(units: tuple[int, ...], interleave: str) -> None:
     with pytest.raises(ValueError, match="no blend of"):
-        Blend(0, (3, 0), 2)
+        Blend(0, units, 2, interleave)

@@ -302,6 +302,8 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
         crops.close()
     weighted = run(1, weights={"se": 3.0})
     assert [batch.data_set for batch in weighted].count("se") == 30
+    evenly = [batch.data_set for batch in run(2, weights={"se": 1.0}, interleave="even")]
+    assert evenly == ["main", "se"] * 20, "every step, and every rank of two, has both"
 
 
 def test_the_digest_of_a_stream_is_that_of_its_set_or_names_all_with_their_shares(sets: dict[str, str]) -> None:
@@ -311,6 +313,8 @@ def test_the_digest_of_a_stream_is_that_of_its_set_or_names_all_with_their_share
     both = TrainStream({"main": ragged, "more": even}, **options).digest()  # type: ignore[arg-type]
     assert alone == ragged.dataset.manifest.digest()
     assert both == f"10 main {alone} + 6 more {even.dataset.manifest.digest()}"
+    evenly = TrainStream({"main": ragged, "more": even}, interleave="even", **options).digest()  # type: ignore[arg-type]
+    assert evenly == f"{both}, even"
 
 
 # Damage.

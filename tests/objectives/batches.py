@@ -31,6 +31,26 @@ class Fixed(nn.Module):
         return self.estimates
 
 
+class Listener(nn.Module):
+    """A judge of a few weights, the same from any `url`, with a dropout that must never be active."""
+
+    is_judge = True
+
+    def __init__(self, url: str = "") -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.conv = nn.Conv1d(2, 4, 8, stride=4)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 1)
+        for parameter in self.parameters():
+            parameter.data.normal_(generator=generator)
+
+    def forward(self, mixture_BT: Tensor, estimates_BST: Tensor) -> Tensor:
+        pairs = torch.stack([mixture_BT[:, None].expand_as(estimates_BST), estimates_BST], 2)
+        hidden = self.drop(torch.tanh(self.conv(pairs.flatten(0, 1)))).mean(2)
+        return self.head(hidden).view(estimates_BST.shape[:2])
+
+
 def voices(num_items: int, num_sources: int, num_samples: int, seed: int = 0) -> Tensor:
     """[B, S, T] sums of harmonics with slow envelopes, each source in its own range of pitch."""
     generator = torch.Generator().manual_seed(seed)

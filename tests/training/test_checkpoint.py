@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from sepdist import storage
+from sepdist import config, storage
 from sepdist.config import InitConfig
 from sepdist.training import checkpoint
 from sepdist.training.checkpoint import (
@@ -35,8 +35,6 @@ NODE = {
 
 
 def snapshot(step: int, score: float | None = None) -> Snapshot:
-    from sepdist import config
-
     torch.manual_seed(step)
     model = config.build(NODE)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -272,3 +270,23 @@ def test_a_part_of_the_parent_is_handed_over_with_its_prefix_stripped(tmp_path: 
         inherit(nn.Sequential(*linear(1), nn.Linear(1, 1)), InitConfig(url, part="separator"))
     with pytest.raises(CheckpointError, match=r"unexpected 1\.bias"):
         inherit(linear(1)[:1], InitConfig(url, part="separator"))
+
+
+def test_an_export_gives_the_loudest_outputs_where_its_objective_says_so_and_an_old_one_all_but_the_last(
+    tmp_path: Path,
+) -> None:
+    node, mixture = NODE | {"num_speakers": 4}, torch.randn(2, 900)
+    model = config.build(node)
+    whole = model(mixture).detach()
+    loudest = whole.square().sum(2).argsort(1)[:, 2:].sort(1).values
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, outputs, expected in (
+        ("all", {}, whole),
+        ("none", {"num_extra_outputs": 0, "num_loudest": 0}, whole),
+        ("old", {"num_extra_outputs": 1}, whole[:, :3]),
+        ("loudest", {"num_extra_outputs": 0, "num_loudest": 2}, torch.stack([whole[i, loudest[i]] for i in (0, 1)])),
+    ):
+        one = Snapshot(1, weights, OptimizerState({}, {}), {})
+        save(tmp_path / name, one, model_node=node, outputs=outputs)
+        assert torch.equal(checkpoint.load_export(str(tmp_path / name)).model(mixture), expected), name
+        assert load_newest(str(tmp_path / name)).weights.keys() == weights.keys(), "the hand-off keeps all outputs"

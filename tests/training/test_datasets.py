@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sepdist import config
 from sepdist.audit import audit
-from sepdist.config import ConfigError, EvaluateConfig, TrainConfig
+from sepdist.config import EvaluateConfig, TrainConfig
 from sepdist.data.stream import Crops
 from sepdist.evaluate import evaluate
 from sepdist.reporting import read_metrics
@@ -116,6 +116,8 @@ def test_each_data_set_has_an_order_and_crops_of_its_own(tiny_data: dict[str, st
         (["data.extra=[{name: a, url: x, weight: -1}]"], r"weight=-1.0 of 'a': it must be positive"),
         (["mixing=dynamic", "data.noise=true"], r"data\.noise=True with data\.mixing\.noise=None"),
         (["mixing=dynamic", "data.mixing.noise=x"], r"data\.noise=False with data\.mixing\.noise=.*x"),
+        (["data.interleave=odd"], r"data\.interleave=.odd.: it is one of drawn, even"),
+        (["objective=mixit", "model.num_speakers=3"], r"3 outputs are few; model\.num_speakers=4"),
         (["objective=multitask"], r"MultiTask needs data\.extra of the name enhancement"),
     ],
 )
@@ -124,7 +126,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
 ) -> None:
     cfg = config_of(tiny_data, tmp_path, *more)
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ValueError, match=told):
         freeze(cfg, Console(file=io.StringIO()))
 
 
@@ -138,3 +140,23 @@ def test_paths_of_all_data_sets_are_made_absolute(
     made = freeze(cfg, Console(file=io.StringIO()))
     assert made.data.extra[0].url == str(place)
     assert config.load_frozen(str(tmp_path / "config.yaml")) == made
+
+
+def test_a_mixit_run_on_labelled_and_unlabelled_mixtures_gives_the_loudest_outputs(
+    tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = ["objective=mixit", "model.num_speakers=4", "objective.data_set=unlabelled", "data.micro_batch=2"]
+    options += ["data.num_virtual_shards=2", "data.interleave=even", "training.max_steps=3"]
+    rows = run(tiny_data, tmp_path, 1, 0, 0, 1.0, *options, extra(tiny_data, 1.0).replace("enhancement", "unlabelled"))
+    logged = [row for row in rows if "loss/total" in row]
+    assert all({"train/mixture_snr", "train/si_snr", "train/oracle_si_snr"} <= row.keys() for row in logged)
+    validation = next(row for row in rows if "validation/si_snri" in row)
+    assert "validation/mixture_snr" not in validation
+    assert validation["validation/si_snr"] <= validation["validation/oracle_si_snr"]
+    assert not any("switching/rate" in row for row in rows)
+    assert load_export(str(tmp_path)).model(torch.randn(1, 4000)).shape == (1, 2, 4000)
+    cfg = EvaluateConfig(
+        model=str(tmp_path), data=tiny_data["dev"], output=str(tmp_path / "scores"), num_mixtures=1, num_workers=0
+    )
+    assert evaluate(cfg, Console(file=io.StringIO()))["num_utterances"] == 1
+    assert load_snapshot(find_committed(f"{tmp_path}/checkpoints")[-1].url).state["manifest"].endswith(", even")

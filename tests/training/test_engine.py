@@ -25,7 +25,7 @@ multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])  # the 
 
 
 class Toy(nn.Module):
-    """A convolution with dropout, and a head that only some batches use."""
+    """A convolution with dropout, a head that only some batches use, and a number that is not trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,9 +33,10 @@ class Toy(nn.Module):
         self.drop = nn.Dropout(0.2)
         self.head = nn.Conv1d(8, 1, 1)
         self.other = nn.Conv1d(8, 1, 1)
+        self.scale = nn.Parameter(torch.tensor([2.0]), requires_grad=False)
 
     def forward(self, mixture_BT: Tensor, other: bool = False) -> Tensor:
-        hidden = self.drop(torch.tanh(self.body(mixture_BT[:, None])))
+        hidden = self.drop(torch.tanh(self.scale * self.body(mixture_BT[:, None])))
         return (self.other if other else self.head)(hidden)
 
 

@@ -1,0 +1,102 @@
+"""How much memory and time does SSQP-Net at base size take at ZeRO 0, 1, 2 and 3, for two workers?
+
+    python -m benchmarks.ssqp_memory [seconds of a crop, default 1.0]
+
+Two processes fine-tune SSQP-Net (OTFP) on a wav2vec 2.0 of 768 features and 12 layers, random weights, over gloo on
+this machine: two virtual shards of one item, Adam, at each ZeRO stage, at 0 and 3 also with gradient checkpointing,
+each in processes of its own. One JSON line for each, and a last one with all: the peak resident memory of a worker in
+GB, also over what it has once everything is imported, and the median step in seconds.
+"""
+
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sepdist.data.records import Batch
+from sepdist.models.speech_encoders import speech_encoder
+from sepdist.models.ssqp import SSQPNet
+from sepdist.objectives.quality import Quality
+from sepdist.training.engine import DeepSpeedEngine
+from sepdist.training.world import World
+
+BASE = {"model_type": "wav2vec2"}
+NUM_STEPS = 4  # the first, in which the optimizer's state comes to be, is not timed
+WAYS = [(0, "canonical", False), (0, "native", False), (1, "canonical", False), (1, "native", False)]
+WAYS += [(2, "canonical", False), (2, "native", False), (3, "native", False), (0, "native", True), (3, "native", True)]
+
+
+def peak_gigabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
+
+
+def batch_at(position: int, seconds: float) -> Batch:
+    length = int(seconds * 8000)
+    sources = 0.05 * torch.randn(1, 2, length, generator=torch.Generator().manual_seed(position))
+    estimates = sources + 0.3 * sources.flip(1)
+    where, lengths = torch.tensor([position]), torch.tensor([length])
+    return Batch([str(position)], where, sources.sum(1), sources, None, lengths, estimates=estimates)
+
+
+def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float) -> None:
+    stage, reduction, checkpointed = way
+    torch.set_num_threads(1)
+    import deepspeed  # noqa: F401
+
+    speech_encoder(None, BASE | {"num_hidden_layers": 1, "hidden_size": 48})  # imports transformers
+    imported = peak_gigabytes()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    engine = DeepSpeedEngine(
+        SSQPNet(encoder=BASE, gradient_checkpointing=checkpointed),
+        Quality(),
+        lambda params: torch.optim.Adam(params, lr=1e-4),
+        World(rank, 2, torch.device("cpu")),
+        seed=0,
+        num_virtual_shards=2,
+        micro_batch=1,
+        zero_stage=stage,
+        reduction=reduction,
+    )
+    times = []
+    for step in range(NUM_STEPS):
+        dist.barrier()
+        began = time.perf_counter()
+        engine.step([batch_at(2 * step + rank, seconds)])
+        times.append(time.perf_counter() - began)
+    peaks = torch.tensor([peak_gigabytes(), peak_gigabytes() - imported], dtype=torch.float64)
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    if rank == 0:
+        found = {"zero": stage, "reduction": reduction, "gradient_checkpointing": checkpointed}
+        found |= {"peak_gigabytes": round(float(peaks[0]), 2), "above_imports": round(float(peaks[1]), 2)}
+        found |= {"step_seconds": round(statistics.median(times[1:]), 2)}
+        Path(folder, "result.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
+    rows = []
+    for way in WAYS:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(measure, (folder, way, seconds), nprocs=2)
+            rows.append(json.loads(Path(folder, "result.json").read_text()))
+        print(json.dumps(rows[-1]), flush=True)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in SSQPNet(encoder=BASE).parameters())
+    head = {"benchmark": "ssqp_memory", "workers": 2, "parameters": parameters, "crop_seconds": seconds}
+    print(json.dumps(head | {"ways": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The objective of a judge against numpy, and a judge in the places where separators are used."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from sepdist import config, evaluate, separate
+from sepdist.config import EvaluateConfig, ValidationConfig
+from sepdist.data.records import Batch
+from sepdist.models.sisnr_cnn import SISNREstimator
+from sepdist.objectives.quality import Quality
+from sepdist.training.checkpoint import CheckpointError
+from sepdist.training.validation import listen
+from tests.objectives.batches import batch_of, voices
+from tests.test_evaluate import oracle_si_snr
+
+
+class Says(nn.Module):
+    """Predicts its parameters, and looks at what it is given."""
+
+    def __init__(self, prediction: Tensor) -> None:
+        super().__init__()
+        self.prediction = nn.Parameter(prediction.clone())
+
+    def forward(self, mixture_BT: Tensor, estimates_BST: Tensor) -> Tensor:
+        self.given = (mixture_BT, estimates_BST)
+        return self.prediction
+
+
+def judged(num_items: int = 3) -> tuple[Batch, np.ndarray]:
+    """A batch with estimates in the order of the sources, and their SI-SNR [B, S]."""
+    batch = batch_of(voices(num_items, 2, 800))
+    noise = torch.randn(num_items, 2, 800, generator=torch.Generator().manual_seed(0))
+    batch.estimates = 3 * batch.sources + torch.tensor([0.03, 0.9]).view(1, 2, 1) * noise
+    pairs = zip(batch.estimates.flatten(0, 1).numpy(), batch.sources.flatten(0, 1).numpy(), strict=True)
+    return batch, np.array([oracle_si_snr(e, s) for e, s in pairs]).reshape(num_items, 2)
+
+
+def test_loss_and_metrics_are_the_errors_in_decibels() -> None:
+    batch, true = judged()
+    predicted = torch.tensor([[3.0, -4.0], [30.0, 10.0], [0.0, 0.0]])
+    model = Says(predicted)
+    loss, metrics = Quality()(model, batch)
+    error = predicted.numpy() - true
+    assert loss.item() == pytest.approx(np.abs(error).mean(), abs=1e-4)
+    np.testing.assert_allclose(metrics["mae"], np.abs(error).mean(1), atol=1e-4)
+    np.testing.assert_allclose(metrics["bias"], error.mean(1), atol=1e-4)
+    np.testing.assert_allclose(metrics["predicted"], predicted.mean(1), atol=1e-6)
+    np.testing.assert_allclose(metrics["true_si_snr"], true.mean(1), atol=1e-4)
+    assert model.given[0] is batch.mixture and model.given[1] is batch.estimates
+    assert all(not values.requires_grad and values.shape == (3,) for values in metrics.values())
+    loss.backward()
+    np.testing.assert_allclose(model.prediction.grad, np.sign(error) / 6, atol=1e-7)
+
+
+def test_limits_clip_what_is_learned_and_not_what_is_measured() -> None:
+    batch, true = judged()
+    assert true.max() > 10 and true.min() < 0
+    predicted = torch.full((3, 2), 5.0)
+    loss, metrics = Quality([0, 10])(Says(predicted), batch)
+    assert loss.item() == pytest.approx(np.abs(5 - true.clip(0, 10)).mean(), abs=1e-4)
+    np.testing.assert_allclose(metrics["mae"], np.abs(5 - true).mean(1), atol=1e-4)
+
+
+def test_the_score_of_validation_is_minus_the_loss() -> None:
+    batch, _ = judged()
+    _, metrics = Quality()(Says(torch.zeros(3, 2)), batch)
+    assert "si_snr" not in metrics
+
+
+@pytest.mark.parametrize("lacking", ["sources", "estimates"])
+def test_a_data_set_without_sources_or_estimates_is_refused(lacking: str) -> None:
+    batch, _ = judged()
+    setattr(batch, lacking, None)
+    with pytest.raises(ValueError, match=f"has no {lacking}"):
+        Quality()(Says(torch.zeros(3, 2)), batch)
+
+
+def test_predictions_of_another_shape_and_limits_that_are_none_are_refused() -> None:
+    batch, _ = judged()
+    with pytest.raises(ValueError, match=r"\(3, 1\) for \(3, 2\)"):
+        Quality()(Says(torch.zeros(3, 1)), batch)
+    for limits in ([10, 0], [1], [5, 5]):
+        with pytest.raises(ValueError, match="low < high"):
+            Quality(limits)
+
+
+def test_a_model_that_separates_is_refused_before_training() -> None:
+    Quality().check_model(SISNREstimator())
+    with pytest.raises(ValueError, match=r"a Conv1d makes them: set model=ssqp_wav2vec2"):
+        Quality().check_model(nn.Conv1d(1, 1, 1))
+
+
+def test_what_is_judged_is_what_is_listened_to() -> None:
+    batch, _ = judged(1)
+    waves: dict[str, np.ndarray] = {}
+
+    class Recorded:
+        """A data set of one mixture, an engine whose model must not be called, and a reporter."""
+
+        manifest = type("Manifest", (), {"sample_rate": 8000, "num_samples": 1})
+
+        def full(self, index: int, max_seconds: float) -> Batch:
+            return batch
+
+        def audio(self, step: int, name: str, wave: np.ndarray, rate: int) -> None:
+            waves[name] = wave
+
+        def spectrogram(self, step: int, name: str, shown: dict[str, np.ndarray], rate: int) -> None:
+            assert len(shown) == 5
+
+    listen(None, Quality(), Recorded(), Recorded(), 1, ValidationConfig(num_listening=3))
+    for i in (0, 1):
+        assert np.array_equal(waves[f"listen_0/estimate {i + 1}"], batch.estimates[0, i])
+        assert np.array_equal(waves[f"listen_0/source {i + 1}"], batch.sources[0, i])
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> str:
+    node = {"_target_": "sepdist.models.sisnr_cnn.SISNREstimator"}
+    safetensors.torch.save_file(config.build(node).state_dict(), str(tmp_path / "model.safetensors"))
+    (tmp_path / "model.yaml").write_text(json.dumps({"model": node, "sample_rate": 8000}))
+    return str(tmp_path)
+
+
+def test_evaluation_and_separation_refuse_a_judge_in_one_line(
+    judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CheckpointError, match="SISNREstimator judges estimates"):
+        evaluate.evaluate(EvaluateConfig(judge, "data", str(tmp_path / "out")), Console(quiet=True))
+    monkeypatch.setattr(sys, "argv", ["separate", "--model", judge, "--output", str(tmp_path), "a.wav"])
+    with pytest.raises(SystemExit):
+        separate.main()
+    assert f"error: {judge}: a SISNREstimator judges estimates" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""How faster-whisper is asked: one deterministic beam search, on 16 kHz; its weights are not needed for that."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sepdist.config import ConfigError
+from sepdist.recognisers.faster_whisper import FasterWhisper
+
+
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    with pytest.raises(ConfigError, match=r"sepdist\[whisper\]"):
+        FasterWhisper("base.en")
+
+
+def test_segments_are_joined_and_nothing_is_drawn_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    class Model:
+        def __init__(self, folder: str, **options: Any) -> None:
+            asked.update(options, folder=folder)
+
+        def transcribe(self, wave: np.ndarray, **options: Any) -> tuple[Any, None]:
+            asked.update(options, wave=wave)
+            return (SimpleNamespace(text=text) for text in (" One, ", " two.")), None
+
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=Model))
+    assert FasterWhisper("here", beam_size=3)(np.ones(400, dtype=np.float32), 8000) == "One, two."
+    wave = asked.pop("wave")
+    assert wave.dtype == np.float32 and wave.shape == (800,)
+    assert asked == {
+        "folder": "here",
+        "device": "cpu",
+        "compute_type": "int8",
+        "cpu_threads": 1,
+        "language": "en",
+        "beam_size": 3,
+        "temperature": 0.0,  # one, so no second try that draws at random
+        "condition_on_previous_text": False,
+        "without_timestamps": True,
+    }
+
+
+def test_a_folder_without_a_model_says_what_belongs_there(tmp_path: Path) -> None:
+    pytest.importorskip("faster_whisper", reason="faster-whisper is the optional extra whisper")
+    with pytest.raises(ConfigError, match=r"recogniser\.folder=.*Pass a folder that holds model\.bin"):
+        FasterWhisper(str(tmp_path))
