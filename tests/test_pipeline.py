@@ -275,6 +275,7 @@ def test_the_table_has_means_over_seeds_and_each_seed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_the_program_runs_a_paper_table_on_ray(tiny_data, tmp_path: Path) -> None:
     for name in ("sep-train", "se-train", "dev", "test"):
         (tmp_path / name).symlink_to(tiny_data["train" if "train" in name else "dev"])
