@@ -276,16 +276,18 @@ def test_the_table_has_means_over_seeds_and_each_seed() -> None:
 
 @pytest.mark.slow
 def test_the_program_runs_a_paper_table_on_ray(tiny_data, tmp_path: Path) -> None:
-    places = [f"data.train={tiny_data['train']}", f"data.validation={tiny_data['dev']}"]
-    train = [*places, *TINY, "training.max_steps=5", "training.keep_every=5"]
+    for name in ("sep-train", "se-train", "dev", "test"):
+        (tmp_path / name).symlink_to(tiny_data["train" if "train" in name else "dev"])
+    every = [f"{key}=3" for key in ("validation.every_steps", "training.checkpoint_every", "training.keep_every")]
+    train = [*TINY, "training.max_steps=6", *every]
     arguments = [
-        *("-m", "sepdist.pipeline", "experiment=huang2021/table2_libri2mix_mini", f"output={tmp_path}"),
-        f"test_data={tiny_data['dev']}",
+        *("-m", "sepdist.pipeline", "experiment=huang2021/table2_libri2mix_mini", f"output={tmp_path / 'out'}"),
+        f"data_root={tmp_path}",
         f"overrides.train=[{','.join(repr(one) for one in train)}]",
     ]
-    assert "stage 1 of " in program(*arguments)
+    assert "stage 1 of " in program(*arguments, timeout=1800)
     assert "has finished before" in program(*arguments)
-    assert (tmp_path / "table.md").read_text().count("\n") > 5
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") > 5
 
 
 @pytest.mark.slow

@@ -291,7 +291,7 @@ def _folded_product(
 ) -> tuple[Tensor, Tensor]:
     """p (W g)^T, [B, N, F], and the offset [B, 1, F] that belongs to rstd times it."""
     folded = weight * gain
-    return F.linear(p, folded.to(dtype)), weight @ shift + bias - mean * rstd * folded.sum(1)
+    return F.linear(p, folded.to(dtype)), (weight * shift).sum(1) + bias - mean * rstd * folded.sum(1)
 
 
 def _folded_product_backward(
@@ -312,7 +312,15 @@ def _folded_product_backward(
     correlation, dbias = correlation.sum(0), dbias.sum(0)
     dweight = correlation * gain + torch.outer(dbias, shift)
     dgain = (correlation * weight).sum(0)
-    return dout @ folded.to(dtype), _per_item(c1), _per_item(c2), dgain, dbias @ weight, dweight, dbias
+    return (
+        dout @ folded.to(dtype),
+        _per_item(c1),
+        _per_item(c2),
+        dgain,
+        (dbias[:, None] * weight).sum(0),
+        dweight,
+        dbias,
+    )
 
 
 class _BlockFunction(torch.autograd.Function):

@@ -32,6 +32,21 @@ def gradients(model: nn.Module, mixture: Tensor, forward: Callable[..., Tensor] 
     return list(torch.autograd.grad(loss, [mixture, *model.parameters()]))
 
 
+def moved_differ(model: nn.Module, mixture: Tensor) -> list[tuple[int, str]]:
+    """Where gradients change a bit when all parameters lie in one buffer, as at ZeRO >= 1: (its first place, name)."""
+    names = ["mixture", *(name for name, _ in model.named_parameters())]
+    expected = gradients(model, mixture)
+    parameters = list(model.parameters())
+    differ = []
+    for first in range(16):
+        buffer = torch.cat([torch.zeros(first), *(p.detach().flatten() for p in parameters)])[first:]
+        for p, place in zip(parameters, buffer.split([p.numel() for p in parameters]), strict=True):
+            p.data = place.view_as(p)
+        pairs = zip(names, gradients(model, mixture), expected, strict=True)
+        differ += [(first, name) for name, got, wanted in pairs if not torch.equal(got, wanted)]
+    return differ
+
+
 def torch_lstm(x: Tensor, ours: BiLSTM) -> Tensor:
     """torch's own on our parameters."""
     theirs = nn.LSTM(x.shape[-1], ours.hidden_weight.shape[-1], bidirectional=True, batch_first=True).to(x.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sepdist.models import layers
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.models.layers import NormLinear, cut_frames, overlap_add
-from tests.models.checks import depend_on_speakers, gradients, relative
+from tests.models.checks import depend_on_speakers, gradients, moved_differ, relative
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,6 +129,11 @@ def test_every_parameter_has_a_gradient_of_its_own_shape() -> None:
     model = small()
     model(torch.randn(2, 100)).square().sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("num_hidden", [12, 48])
+def test_where_the_parameters_lie_in_memory_changes_no_bit(num_hidden: int) -> None:
+    assert moved_differ(small(num_hidden=num_hidden), torch.randn(2, 400)) == []
 
 
 def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sepdist.models.dprnn import DPRNN
 from sepdist.models.dptnet import DPTNet
-from tests.models.checks import depend_on_speakers, gradients, relative, shaken, torch_lstm
+from tests.models.checks import depend_on_speakers, gradients, moved_differ, relative, shaken, torch_lstm
 from tests.models.test_dual_path import folded, unfolded
 
 MODELS = (DPRNN, DPTNet)
@@ -136,6 +136,11 @@ def test_a_silent_mixture_gives_finite_estimates_and_gradients(kind: type[nn.Mod
 def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers(kind: type[nn.Module]) -> None:
     names = {name for name, _ in small(kind).named_parameters() if name.startswith(kind.output_parameters)}
     assert depend_on_speakers(partial(small, kind)) == names != set()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_where_the_parameters_lie_in_memory_changes_no_bit(kind: type[nn.Module]) -> None:
+    assert moved_differ(small(kind), torch.randn(2, 120)) == []
 
 
 @pytest.mark.parametrize("kind", MODELS)

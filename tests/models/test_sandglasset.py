@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.sandglasset import GlobalAttention, Sandglasset
-from tests.models.checks import depend_on_speakers, gradients, improvement_learnt, relative, shaken, torch_lstm
+from tests.models.checks import (
+    depend_on_speakers,
+    gradients,
+    improvement_learnt,
+    moved_differ,
+    relative,
+    shaken,
+    torch_lstm,
+)
 
 
 def small(**changes: object) -> Sandglasset:
@@ -152,6 +160,10 @@ def test_bf16_autocast_is_near_fp32() -> None:
     estimates.square().sum().backward()
     assert estimates.dtype == torch.float32 and relative(estimates, model(mixture)) < 0.05
     assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_where_the_parameters_lie_in_memory_changes_no_bit() -> None:
+    assert moved_differ(small().eval(), torch.randn(2, 400)) == []
 
 
 def test_a_silent_mixture_gives_finite_estimates_and_gradients() -> None:

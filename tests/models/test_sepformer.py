@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sepdist.models.attention import sinusoids
 from sepdist.models.sepformer import SepFormer, from_chunks, to_chunks
-from tests.models.checks import depend_on_speakers, gradients, improvement_learnt, relative, shaken
+from tests.models.checks import depend_on_speakers, gradients, improvement_learnt, moved_differ, relative, shaken
 
 
 def small(**changes: object) -> SepFormer:
@@ -147,6 +147,10 @@ def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers()
 def test_positions_are_unlike_each_other() -> None:
     places = sinusoids(250, torch.empty(1, 64, dtype=torch.float64))
     assert places.dtype == torch.float64 and torch.cdist(places, places).fill_diagonal_(9).min() > 0.5
+
+
+def test_where_the_parameters_lie_in_memory_changes_no_bit() -> None:
+    assert moved_differ(small().eval(), torch.randn(2, 400)) == []
 
 
 def test_a_silent_mixture_gives_finite_estimates_and_gradients() -> None:
