@@ -4,13 +4,12 @@
 
 Two processes fine-tune SSQP-Net (OTFP) on a wav2vec 2.0 of 768 features and 12 layers, random weights, over gloo on
 this machine: two virtual shards of one item, Adam, at each ZeRO stage, at 0 and 3 also with gradient checkpointing,
-each in processes of its own. One JSON line for each, and a last one with all: the peak resident memory of a worker in
-GB, also over what it has once everything is imported, and the median step in seconds.
+each in processes of its own. One JSON line for each, and a last one with all: of a worker's resident memory in GB what
+the imports take, the peak until the engine stands, and the peak of the steps; and the median step in seconds. Linux.
 """
 
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -34,8 +33,11 @@ WAYS = [(0, "canonical", False), (0, "native", False), (1, "canonical", False), 
 WAYS += [(2, "canonical", False), (2, "native", False), (3, "native", False), (0, "native", True), (3, "native", True)]
 
 
-def peak_gigabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
+def take_peak() -> float:
+    """The most resident memory, in GB, since this was last called."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(status["VmHWM"].split()[0]) * 1024 / 1e9
 
 
 def batch_at(position: int, seconds: float) -> Batch:
@@ -52,7 +54,7 @@ def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float) 
     import deepspeed  # noqa: F401
 
     speech_encoder(None, BASE | {"num_hidden_layers": 1, "hidden_size": 48})  # imports transformers
-    imported = peak_gigabytes()
+    peaks = [take_peak()]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
     engine = DeepSpeedEngine(
@@ -66,17 +68,19 @@ def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float) 
         zero_stage=stage,
         reduction=reduction,
     )
+    peaks.append(take_peak())
     times = []
     for step in range(NUM_STEPS):
         dist.barrier()
         began = time.perf_counter()
         engine.step([batch_at(2 * step + rank, seconds)])
         times.append(time.perf_counter() - began)
-    peaks = torch.tensor([peak_gigabytes(), peak_gigabytes() - imported], dtype=torch.float64)
-    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    most = torch.tensor([*peaks, take_peak()], dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
     if rank == 0:
         found = {"zero": stage, "reduction": reduction, "gradient_checkpointing": checkpointed}
-        found |= {"peak_gigabytes": round(float(peaks[0]), 2), "above_imports": round(float(peaks[1]), 2)}
+        names = ("imports_gigabytes", "start_gigabytes", "steps_gigabytes")
+        found |= {name: round(value, 2) for name, value in zip(names, most.tolist(), strict=True)}
         found |= {"step_seconds": round(statistics.median(times[1:]), 2)}
         Path(folder, "result.json").write_text(json.dumps(found))
     dist.barrier()
