@@ -30,27 +30,33 @@ class Separation:
 
 
 def pair_scores(model: nn.Module, batch: Batch) -> Tensor:
-    """`score_pairs` of the model's estimates."""
+    """`score_pairs` of the model's estimates; a batch without sources never reaches the model."""
+    sources_of(batch)
     return score_pairs(model(batch.mixture), batch)
+
+
+def sources_of(batch: Batch) -> Tensor:
+    """The sources [B, S, T] of a batch that must have some."""
+    if batch.sources is None:
+        raise ValueError("this objective needs sources; this data set has mixtures only")
+    return batch.sources
 
 
 def score_pairs(estimates_BST: Tensor, batch: Batch) -> Tensor:
     """The SI-SNR [B, S, S] in dB of each estimate (axis 1) against each source, in fp32 whatever the autocast."""
-    if batch.sources is None:
-        raise ValueError("this objective needs sources; this data set has mixtures only")
-    if estimates_BST.shape != batch.sources.shape:
+    sources_BST = sources_of(batch)
+    if estimates_BST.shape != sources_BST.shape:
         raise ValueError(
-            f"the model gives {tuple(estimates_BST.shape)}, the sources are {tuple(batch.sources.shape)} [B, S, T]"
+            f"the model gives {tuple(estimates_BST.shape)}, the sources are {tuple(sources_BST.shape)} [B, S, T]"
             ": make model.num_speakers and data.num_sources equal"
         )
     with torch.autocast(batch.mixture.device.type, enabled=False):
-        return pairwise_si_snr(estimates_BST.float(), batch.sources)
+        return pairwise_si_snr(estimates_BST.float(), sources_BST)
 
 
 def report(best_B: Tensor, order_BS: Tensor, batch: Batch) -> dict[str, Tensor]:
     """The metrics of the best assignment: `si_snr`, `si_snri` (dB, mean over sources) and `permutation`."""
-    assert batch.sources is not None
-    before_B = si_snr(batch.mixture.unsqueeze(1), batch.sources).mean(1)
+    before_B = si_snr(batch.mixture.unsqueeze(1), sources_of(batch)).mean(1)
     scores_B = best_B.detach()
     return {"si_snr": scores_B, "si_snri": scores_B - before_B, "permutation": permutation_rank(order_BS)}
 
