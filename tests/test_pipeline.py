@@ -312,6 +312,7 @@ def test_the_program_runs_the_whole_chain_of_paper_2_on_ray(tiny_data, tmp_path:
     assert "SSLM-SS" in told and "LCC" in told
     folder = tmp_path / "seed-0"
     _, _, lineage, _ = read_export(str(folder / "sslm_10"))
-    assert lineage["step"] == 2 and (folder / "gap_10" / "figure.png").exists()
+    assert lineage["step"] == 2 and lineage["judge"]["run"] == "dang2023-mini-ssqp_dr-0"
+    assert (folder / "gap_10" / "figure.png").exists()
     assert (tmp_path / "chain.md").read_text().count("(paper ") == 4
     assert "has finished before" in program(*arguments)

@@ -495,5 +495,7 @@ def load_separator(url: str) -> Export:
 
 
 def load_model(url: str) -> nn.Module:
-    """The model of `load_export` alone."""
-    return load_export(url).model
+    """The model of `load_export` alone; its `origin` is the folder that it came from, and that one's lineage."""
+    export = load_export(url)
+    export.model.origin = {"url": export.url} | export.lineage  # type: ignore[assignment]
+    return export.model

@@ -87,6 +87,12 @@ def restore(objective: Objective, state: dict[str, Any]) -> None:
         objective.load_state_dict(state)  # type: ignore[attr-defined]
 
 
+def origins(objective: Objective) -> dict[str, Any]:
+    """Where the trained judge of an objective comes from, for the lineage; empty for one without."""
+    origin = getattr(getattr(objective, "judge", None), "origin", None)
+    return {"judge": origin} if origin else {}
+
+
 class BranchError(RuntimeError):
     """Ranks took different branches of the model where DeepSpeed's reduction would mix their gradients."""
 

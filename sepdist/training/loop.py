@@ -31,7 +31,16 @@ from sepdist.training.checkpoint import (
     load_weights,
 )
 from sepdist.training.datasets import open_datasets
-from sepdist.training.engine import DeepSpeedEngine, StepResult, restore, speaker_outputs, state_of, stop_reason, tell
+from sepdist.training.engine import (
+    DeepSpeedEngine,
+    StepResult,
+    origins,
+    restore,
+    speaker_outputs,
+    state_of,
+    stop_reason,
+    tell,
+)
 from sepdist.training.goodput import Goodput
 from sepdist.training.guard import GradientGuard, Rollback
 from sepdist.training.ledger import APPLIED, LEFT_OUT, SKIPPED, Ledger, Link, merge
@@ -113,7 +122,7 @@ def attempt(
     model = config.build(cfg.model)
     objective = config.build(cfg.objective)
     snapshot = agree_on_newest(cfg.run_dir, world)
-    lineage = initialise(model, cfg, snapshot)
+    lineage = initialise(model, cfg, snapshot) | origins(objective)
 
     # 3. Engine, schedule, guard and label-switch table, continued from the checkpoint.
     engine: DeepSpeedEngine = config.build(

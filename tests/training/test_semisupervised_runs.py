@@ -21,9 +21,11 @@ from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.semisupervised import SemiSupervised
 from sepdist.reporting import read_metrics
 from sepdist.train import freeze, summarise
-from sepdist.training.checkpoint import find_committed, load_snapshot
+from sepdist.training.checkpoint import find_committed, load_model, load_snapshot
+from sepdist.training.engine import origins
 from tests.objectives.batches import Listener
 from tests.runs import final_hash, frozen
+from tests.test_evaluate import write_export
 
 multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 
@@ -228,3 +230,11 @@ def test_a_relative_judge_is_made_absolute_and_a_run_from_before_a_key_of_the_co
     cfg.data.interleave = "even"
     with pytest.raises(ConfigError, match=r"another config: data\.interleave was drawn, is even"):
         freeze(cfg, Console(quiet=True))
+
+
+def test_the_lineage_names_the_judge_and_the_step_that_it_was_trained_to(tmp_path: Path) -> None:
+    write_export(tmp_path / "judge")
+    judge = load_model(str(tmp_path / "judge"))
+    objective = SemiSupervised(judge, epoch_samples=1, labelled_share=0.5)
+    assert origins(objective) == {"judge": {"url": str(tmp_path / "judge"), "run": "toy", "step": 12}}
+    assert origins(SemiSupervised(Listener(), epoch_samples=1, labelled_share=0.5)) == {}
