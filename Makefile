@@ -30,7 +30,7 @@ demo: $(VENV)/.installed ## the main job on generated speech: shard, pre-train, 
 	@echo "separated voices:   demo/separated/mixture_s1.wav demo/separated/mixture_s2.wav"
 	@echo "TensorBoard:        $(BIN)/tensorboard --logdir demo/runs"
 
-test: $(VENV)/.installed ## the test suite, in two processes (about 10 minutes on 2 cores)
+test: $(VENV)/.installed ## the test suite, in two processes (about 12 minutes on 2 cores)
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
 test-slow: $(VENV)/.installed ## the tests marked slow
