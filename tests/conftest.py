@@ -4,6 +4,7 @@
 """
 
 import itertools
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from hypothesis import settings
 from sepdist.config import ShardConfig
 from sepdist.sharding import write_data_set
 from tests.s3server import ADMIN, S3Server
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background; some tests send a Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("suite", deadline=None)  # no assertion about time: machines differ
 settings.load_profile("suite")
