@@ -132,6 +132,12 @@ def gain_for_snr(signal_T: np.ndarray, noise_T: np.ndarray, snr_db: float) -> fl
     return rms(signal_T) / noise_level / db_to_gain(snr_db)
 
 
+def at_level_of(mixture_T: np.ndarray, wave_T: np.ndarray, max_peak: float = 1.0) -> np.ndarray:
+    """The wave at the mixture's RMS, or below it where its peak would pass `max_peak`; silence stays silence."""
+    peak = float(np.abs(wave_T).max())
+    return wave_T * np.float32(min(rms(mixture_T) / rms(wave_T), max_peak / peak)) if peak > 0 else wave_T
+
+
 def fit(wave_T: np.ndarray, num_samples: int) -> np.ndarray:
     """The wave cut at, or zero-padded at its end to, `num_samples`."""
     if wave_T.size >= num_samples:

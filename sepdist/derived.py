@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sepdist import audio
 from sepdist.config import ConfigError
 from sepdist.data.members import split_members
 from sepdist.data.records import Mixture
@@ -109,11 +110,9 @@ def separate(record: Mixture, model: str, device: str) -> Mapping[str, np.ndarra
             shapes = f"estimates {list(estimates_BST.shape[1:])} of sources {list(batch.sources.shape[1:])}"
             raise EvaluationError(f"{record.id}: {model} gives {shapes}; it must have one output for each speaker")
         order_BS = best_permutation(pairwise_si_snr(estimates_BST, batch.sources))[1]
-        matched_ST = reorder(estimates_BST, order_BS)[0]
-        gain_S1 = batch.mixture.std() / matched_ST.std(-1, keepdim=True)
-        limit_S1 = PEAK / matched_ST.abs().amax(-1, keepdim=True)
-        stored_ST = matched_ST * torch.minimum(gain_S1, limit_S1)
-    return waves | {f"e{i}": wave.numpy() for i, wave in enumerate(stored_ST, start=1)}
+        matched_ST = reorder(estimates_BST, order_BS)[0].numpy()
+    mixture_T = batch.mixture[0].numpy()
+    return waves | {f"e{i}": audio.at_level_of(mixture_T, wave, PEAK) for i, wave in enumerate(matched_ST, start=1)}
 
 
 def judge(tell: Callable[[Any], dict[str, Any]], parts: Mapping[str, np.ndarray]) -> dict[str, Any]:

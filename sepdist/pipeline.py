@@ -162,7 +162,8 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, folder: str, earlier: dic
         fixed = {"name": f"{cfg.name}-{name}-{seed}", "run_dir": folder, "seed": seed, "data_root": cfg.data_root}
         if uses:
             fixed["init.weights"] = uses[0].folder
-        resolved = compose_train(one.experiment + cfg.variant, overrides, fixed)
+        chosen = [f"experiment={one.experiment}{cfg.variant}"] if one.experiment + cfg.variant else []
+        resolved = composed("train", [*chosen, *overrides], fixed, TrainConfig)
     elif one.kind == "shards":
         resolved = composed("shard", overrides, {"split": name, "output": folder}, ShardConfig)
     elif one.kind == "recognise":
@@ -196,11 +197,6 @@ def merged(base: Any, overrides: Sequence[str]) -> Any:
     changed = OmegaConf.merge(OmegaConf.structured(base), OmegaConf.from_dotlist(list(overrides)))
     assert isinstance(changed, DictConfig)
     return config.typed(changed, type(base))
-
-
-def compose_train(experiment: str, overrides: Sequence[str], fixed: dict[str, Any]) -> TrainConfig:
-    """What `python -m sepdist.train experiment=... overrides...` has, with the values that the pipeline fixes."""
-    return composed("train", [f"experiment={experiment}"] * bool(experiment) + list(overrides), fixed, TrainConfig)
 
 
 def composed(name: str, overrides: Sequence[str], fixed: dict[str, Any], schema: type[_T]) -> _T:

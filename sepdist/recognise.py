@@ -202,13 +202,7 @@ def separated(batch: Batch, model: nn.Module, device: torch.device) -> list[np.n
     estimates_ST = estimate(model, batch, device).numpy()
     if not np.isfinite(estimates_ST).all():
         raise EvaluationError(f"{batch.ids[0]}: the model's estimates hold NaN or infinity")
-    return [at_level_of(batch.mixture[0].numpy(), wave_T) for wave_T in estimates_ST]
-
-
-def at_level_of(mixture_T: np.ndarray, wave_T: np.ndarray) -> np.ndarray:
-    """The wave at the mixture's RMS, or below it where its peak would pass full scale; silence stays silence."""
-    peak = float(np.abs(wave_T).max())
-    return wave_T * np.float32(min(audio.rms(mixture_T) / audio.rms(wave_T), 1 / peak)) if peak > 0 else wave_T
+    return [audio.at_level_of(batch.mixture[0].numpy(), wave_T) for wave_T in estimates_ST]
 
 
 def summarise(cfg: RecogniseConfig, export: Export | None, rows: Sequence[Heard]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
-from sepdist import config, recognise
+from sepdist import audio, config, recognise
 from sepdist.config import ConfigError, RecogniseConfig
 from sepdist.evaluate import EvaluationError
 from tests.corpora.conftest import RATE
@@ -140,12 +140,12 @@ def test_without_a_model_the_mixtures_alone_are_recognised_up_to_a_limit(work: P
 
 def test_an_estimate_gets_the_level_of_the_mixture_unless_it_would_clip() -> None:
     mixture = np.array([0.1, -0.1, 0.1, -0.1], dtype=np.float32)
-    np.testing.assert_allclose(recognise.at_level_of(mixture, np.float32([3, 3, -3, -3])), [0.1, 0.1, -0.1, -0.1])
+    np.testing.assert_allclose(audio.at_level_of(mixture, np.float32([3, 3, -3, -3])), [0.1, 0.1, -0.1, -0.1])
     loud = np.full(100, 0.5, dtype=np.float32)
     spike = np.zeros(100, dtype=np.float32)
     spike[7] = -2.0
-    np.testing.assert_allclose(recognise.at_level_of(loud, spike), spike / 2)  # RMS 0.5 would need a peak of 5
-    np.testing.assert_array_equal(recognise.at_level_of(loud, 0 * spike), 0 * spike)
+    np.testing.assert_allclose(audio.at_level_of(loud, spike), spike / 2)  # RMS 0.5 would need a peak of 5
+    np.testing.assert_array_equal(audio.at_level_of(loud, 0 * spike), 0 * spike)
 
 
 @pytest.mark.xdist_group("ray")

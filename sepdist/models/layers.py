@@ -43,22 +43,6 @@ def check_mixture(mixture_BT: Tensor, least: int) -> None:
         raise ValueError(f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {least} samples")
 
 
-def check_estimates(mixture_BT: Tensor, estimates_BST: Tensor, min_length: int) -> None:
-    """Refuse what is not a mixture [B, T] with estimates [B, S, T], T >= `min_length`."""
-    check_mixture(mixture_BT, min_length)
-    if estimates_BST.ndim != 3 or estimates_BST[:, 0].shape != mixture_BT.shape:
-        raise ValueError(
-            f"estimates of shape {tuple(estimates_BST.shape)} for a mixture of shape {tuple(mixture_BT.shape)}: "
-            "expected [B, S, T] for [B, T]"
-        )
-
-
-def standardise(x: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the last axis; silence stays silence."""
-    x = x - x.mean(-1, keepdim=True)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-10)
-
-
 def num_frames(num_samples: int, kernel_size: int, stride: int) -> int:
     """How many frames cover `num_samples` samples, the last one zero-padded."""
     return 1 + max(0, -(-(num_samples - kernel_size) // stride))

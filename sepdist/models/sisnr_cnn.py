@@ -9,7 +9,8 @@ Shapes: B batch, S sources, T samples, N frames, F features.
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.layers import EPS, check_estimates, standardise
+from sepdist.models.judges import check_estimates, standardise
+from sepdist.models.layers import EPS
 
 NUM_FEATURES, KERNEL_SIZE = 128, 4
 STRIDES = (1, 2, 2, 2, 2)

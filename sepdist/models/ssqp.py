@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.layers import check_estimates, standardise
+from sepdist.models.judges import check_estimates, standardise
 from sepdist.models.speech_encoders import SAMPLE_RATE, speech_encoder, upsample
 
 

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from sepdist import config
-from sepdist.models.layers import standardise
+from sepdist.models.judges import standardise
 from sepdist.models.speech_encoders import SPEECH_LEVEL, log_mel, speech_encoder, upsample
 from sepdist.models.ssqp import SSQPNet
 from sepdist.objectives.quality import Quality
