@@ -25,7 +25,7 @@ from sepdist.data.stream import Dataset, Item, collate
 from sepdist.evaluate import NO_LIMIT_SECONDS, EvaluationError, estimate, single_threaded
 from sepdist.metrics.permutation import best_permutation, reorder
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
-from sepdist.training.checkpoint import load_model
+from sepdist.training.export import load_model
 
 PEAK = 0.99  # of a stored estimate at most, full scale 1.0
 

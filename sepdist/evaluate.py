@@ -47,7 +47,7 @@ from sepdist.data.stream import Dataset
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
 from sepdist.reporting import spectrogram_figure, to_png
-from sepdist.training.checkpoint import Export, load_export, load_separator
+from sepdist.training.export import Export, load_export, load_separator
 
 METRICS = ("si_snr_mixture", "si_snr", "si_snri", "sdr_mixture", "sdr", "sdri")
 NO_LIMIT_SECONDS = 1e6

@@ -31,7 +31,7 @@ from sepdist.evaluate import absolute_paths, on_ray, open_dataset, progress_bar,
 from sepdist.metrics.si_snr import si_snr
 from sepdist.plot import scatter
 from sepdist.reporting import to_png
-from sepdist.training.checkpoint import load_export
+from sepdist.training.export import load_export
 
 
 @dataclasses.dataclass(frozen=True)

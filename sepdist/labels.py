@@ -41,7 +41,8 @@ from sepdist.evaluate import (
 from sepdist.metrics.permutation import best_permutation, permutation_rank
 from sepdist.metrics.si_snr import pairwise_si_snr
 from sepdist.reporting import read_metrics
-from sepdist.training.checkpoint import Committed, find_committed, load_export, read_file
+from sepdist.training.checkpoint import Committed, find_committed, read_file
+from sepdist.training.export import load_export
 
 Labels = dict[str, int]  # utterance id -> rank of its best assignment
 

@@ -44,7 +44,7 @@ from sepdist.data.records import Batch, Mixture
 from sepdist.data.stream import Item, collate
 from sepdist.evaluate import EvaluationError, estimate, on_ray, progress_bar, single_threaded
 from sepdist.metrics.wer import error_rate, fewest, word_errors
-from sepdist.training.checkpoint import Export, load_export
+from sepdist.training.export import Export, load_export
 
 PACKAGES = ("torch", "numpy", "jiwer", "transformers", "faster-whisper", "ctranslate2")
 

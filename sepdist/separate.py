@@ -407,7 +407,7 @@ def main() -> None:
     try:
         _check_names(arguments.recordings, arguments.output, arguments.format)
         windows = Windows(arguments.window_seconds, arguments.overlap_seconds, arguments.batch_size)
-        from sepdist.training.checkpoint import load_separator
+        from sepdist.training.export import load_separator
 
         export = load_separator(arguments.model)
         model = export.model.to(arguments.device)

@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sepdist import __version__, config, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import user_console
-from sepdist.training.checkpoint import best_of, find_committed, inherit, read_file
+from sepdist.training.checkpoint import best_of, find_committed, read_file
+from sepdist.training.export import inherit
 
 # What may change between the first start of a run and a later one; anything else makes it another run.
 # data_root: data.train and data.validation hold what came of it.

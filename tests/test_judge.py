@@ -15,7 +15,7 @@ from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.data import shards
 from sepdist.data.records import Mixture
 from sepdist.metrics.si_snr import si_snr
-from sepdist.training.checkpoint import Export
+from sepdist.training.export import Export
 from tests.test_evaluate import RATE, oracle_si_snr, voices
 
 

@@ -20,7 +20,7 @@ from sepdist import config, pipeline, storage
 from sepdist.config import ConfigError, GridConfig, GridRowConfig, PipelineConfig, RowConfig, StageConfig
 from sepdist.data.members import DataError
 from sepdist.training import launch
-from sepdist.training.checkpoint import read_export
+from sepdist.training.export import read_export
 from tests.runs import TINY, program
 
 multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])

@@ -22,7 +22,8 @@ import yaml
 from sepdist import storage
 from sepdist.audit import audit
 from sepdist.reporting import read_metrics
-from sepdist.training.checkpoint import find_committed, load_export, load_newest
+from sepdist.training.checkpoint import find_committed, load_newest
+from sepdist.training.export import load_export
 from tests.runs import ROOT, TINY, final_hash, frozen, history, loop, program, train_arguments
 
 pytestmark = pytest.mark.xdist_group("ray")  # one after the other: they share two cores and take time

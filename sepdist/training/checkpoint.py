@@ -6,8 +6,7 @@
         state.json          counters, ledger        COMMIT         sizes and sha256 of the others, put last
 
 A folder without COMMIT does not exist for any reader. Tensors are stored whole, not by rank, so a checkpoint loads at
-any world size and ZeRO stage; no file is a pickle. A checkpoint is also an export: `load_export` takes it, or its
-run_dir (the best one of it), or any folder with model.safetensors and model.yaml.
+any world size and ZeRO stage; no file is a pickle. A checkpoint is also an export (training/export.py).
 """
 
 import contextlib
@@ -22,11 +21,9 @@ from typing import Any
 
 import safetensors.torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
-from sepdist import config, storage
-from sepdist.config import InitConfig
-from sepdist.metrics.selection import speakers_of
+from sepdist import storage
 from sepdist.training.ledger import Entry, Link, put_segment
 
 logger = logging.getLogger(__name__)
@@ -34,7 +31,6 @@ logger = logging.getLogger(__name__)
 COMMIT = "COMMIT"
 COLLECTED = b'{"collected": true}'  # a COMMIT that keeps another writer from putting its own
 FORMAT = 1  # of COMMIT
-OUTPUT_RULES = ("num_extra_outputs", "num_loudest")  # in model.yaml: what `speakers_of` takes; absent or 0 = none
 
 
 class CheckpointError(ValueError):
@@ -70,16 +66,6 @@ class Committed:
     step: int
     score: float | None
     files: Mapping[str, Mapping[str, Any]] = field(repr=False)
-
-
-@dataclass
-class Export:
-    """A model ready for use, and where it comes from."""
-
-    model: nn.Module
-    sample_rate: int
-    lineage: dict[str, Any]
-    url: str
 
 
 class Checkpointer:
@@ -231,7 +217,7 @@ def _digest(commit: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
 
 
-def _parse_commit(url: str) -> Committed:
+def parse_commit(url: str) -> Committed:
     """What the COMMIT of a folder says; CheckpointError where it is damaged or of a later sepdist."""
     raw = storage.read_bytes(storage.join(url, COMMIT))
     if raw == COLLECTED:
@@ -250,12 +236,12 @@ def _parse_commit(url: str) -> Committed:
 
 
 def _read_commit(url: str) -> Committed | None:
-    """`_parse_commit`, or None where the checkpoint is unfinished, collected, or lacks files that it names."""
+    """`parse_commit`, or None where the checkpoint is unfinished, collected, or lacks files that it names."""
     names = storage.list_names(url)  # before COMMIT is read: a removal takes COMMIT first
     if COMMIT not in names:
         return None
     try:
-        one = _parse_commit(url)
+        one = parse_commit(url)
     except FileNotFoundError:
         return None
     missing = sorted(set(one.files) - set(names))
@@ -387,115 +373,3 @@ def collect_orphans(run_dir: str) -> list[str]:
         except (OSError, CheckpointError) as error:
             logger.warning("%s; an unfinished checkpoint stays", error)
     return collected
-
-
-def load_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], reinit: Sequence[str] = (), source: str = ""
-) -> list[str]:
-    """Copy `weights` into `model`; returns the names that keep their fresh values, which `reinit` prefixes name.
-
-    Raises:
-        CheckpointError: any other parameter is missing, unexpected, or of another shape, or a prefix names nothing.
-    """
-    own = model.state_dict()
-
-    def fresh(name: str) -> bool:
-        return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in reinit)
-
-    kept = sorted(name for name in own if fresh(name))
-    for prefix in reinit:
-        if not any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for name in own):
-            raise CheckpointError(f"init.reinit: no parameter of {type(model).__name__} begins with {prefix!r}")
-    wanted = {name for name in own if not fresh(name)}
-    given = {name for name in weights if not fresh(name)}
-    problems = [f"missing {name}" for name in sorted(wanted - given)]
-    problems += [f"unexpected {name}" for name in sorted(given - wanted)]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in sorted(wanted & given)
-        if weights[name].shape != own[name].shape
-    ]
-    if problems:
-        outputs = list(getattr(model, "output_parameters", ()))
-        hint = f"; to start the output layer afresh set init.reinit={outputs}" if outputs else ""
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise CheckpointError(f"{source or 'these weights'} are not of this {type(model).__name__}: {shown}{hint}")
-    model.load_state_dict({name: weights[name] for name in wanted} | {name: own[name] for name in kept})
-    return kept
-
-
-def part_of(weights: Mapping[str, Tensor], part: str, source: str) -> dict[str, Tensor]:
-    """The weights whose names begin with `part.`, without it; CheckpointError, naming what there is, if none does."""
-    prefix = part.rstrip(".") + "."
-    chosen = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    if not chosen:
-        there = ", ".join(sorted({name.partition(".")[0] for name in weights}))
-        raise CheckpointError(f"init.part={part}: {source} has no such part, it has {there}")
-    return chosen
-
-
-def inherit(model: nn.Module, init: InitConfig) -> tuple[list[str], dict[str, Any]]:
-    """Fill `model` from the parent stage that `init` names: what stays fresh, and the parent's url and lineage."""
-    weights, _, lineage, folder = read_export(str(init.weights))
-    if init.part:
-        weights = part_of(weights, init.part, folder)
-    return load_weights(model, weights, init.reinit, source=folder), {"url": folder} | lineage
-
-
-def find_export(url: str) -> str:
-    """The folder of model.safetensors that `url` means: itself, or the best (else newest) checkpoint of a run_dir."""
-    if storage.exists(storage.join(url, "model.safetensors")):
-        return url
-    committed = find_committed(storage.join(url, "checkpoints"))
-    if not committed:
-        raise CheckpointError(
-            f"{url}: neither a folder with model.safetensors nor a run_dir with a finished checkpoint"
-        )
-    return (best_of(committed) or committed[-1]).url
-
-
-def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], str]:
-    """Weights, model.yaml, lineage and folder of the export that `url` means; checked where it has a COMMIT."""
-    folder = find_export(url)
-
-    def read(name: str) -> bytes:
-        return read_file(one, name) if one is not None else storage.read_bytes(storage.join(folder, name))
-
-    one = _parse_commit(folder) if storage.exists(storage.join(folder, COMMIT)) else None
-    data, card = read("model.safetensors"), yaml.safe_load(read("model.yaml"))
-    lineage = json.loads(read("lineage.json")) if storage.exists(storage.join(folder, "lineage.json")) else {}
-    try:
-        return safetensors.torch.load(data), card, lineage, folder
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{folder}/model.safetensors is damaged: {error}") from error
-
-
-def load_export(url: str) -> Export:
-    """The model that `url` means (see `find_export`), built, loaded and in eval mode.
-
-    It gives the speakers alone (see `speakers_of`): of other outputs that it was trained with, nothing is seen.
-    """
-    weights, card, lineage, folder = read_export(url)
-    model: nn.Module = config.build(card["model"])
-    load_weights(model, weights, source=folder)
-    rules = {name: int(card[name]) for name in OUTPUT_RULES if card.get(name)}
-    if rules:
-        model.register_forward_hook(lambda module, inputs, estimates_BMT: speakers_of(estimates_BMT, **rules))
-    return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
-
-
-def load_separator(url: str) -> Export:
-    """`load_export` of a model that separates; CheckpointError for one that judges estimates."""
-    export = load_export(url)
-    if getattr(export.model, "is_judge", False):
-        raise CheckpointError(
-            f"{url}: a {type(export.model).__name__} judges estimates and makes none: give a separator"
-        )
-    return export
-
-
-def load_model(url: str) -> nn.Module:
-    """The model of `load_export` alone; its `origin` is the folder that it came from, and that one's lineage."""
-    export = load_export(url)
-    export.model.origin = {"url": export.url} | export.lineage  # type: ignore[assignment]
-    return export.model

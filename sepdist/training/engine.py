@@ -20,7 +20,8 @@ from sepdist import seeding
 from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
 from sepdist.data.records import Batch
-from sepdist.training.checkpoint import OUTPUT_RULES, OptimizerState
+from sepdist.training.checkpoint import OptimizerState
+from sepdist.training.export import OUTPUT_RULES
 from sepdist.training.reduction import TreeSum, reduce_canonically
 from sepdist.training.world import World, sum_over_world
 

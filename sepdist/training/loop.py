@@ -25,10 +25,8 @@ from sepdist.training.checkpoint import (
     CheckpointError,
     Snapshot,
     collect_orphans,
-    inherit,
     load_newest,
     load_snapshot,
-    load_weights,
 )
 from sepdist.training.datasets import open_datasets
 from sepdist.training.engine import (
@@ -41,6 +39,7 @@ from sepdist.training.engine import (
     stop_reason,
     tell,
 )
+from sepdist.training.export import inherit, load_weights
 from sepdist.training.goodput import Goodput
 from sepdist.training.guard import GradientGuard, Rollback
 from sepdist.training.ledger import APPLIED, LEFT_OUT, SKIPPED, Ledger, Link, merge

@@ -17,8 +17,8 @@ from sepdist.models.judges import standardise
 from sepdist.models.speech_encoders import SPEECH_LEVEL, log_mel, speech_encoder, upsample
 from sepdist.models.ssqp import SSQPNet
 from sepdist.objectives.quality import Quality
-from sepdist.training import checkpoint
 from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
+from sepdist.training.export import load_model
 from tests.objectives.batches import batch_of, voices
 
 WAVE: dict[str, Any] = {
@@ -335,7 +335,7 @@ def test_a_checkpoint_of_a_model_from_a_folder_needs_the_folder_no_more(family: 
     writer.save(Snapshot(1, model.state_dict(), OptimizerState({}, {}), {}))
     writer.close()
     (tmp_path / "hub").rename(tmp_path / "gone")
-    found = checkpoint.load_model(str(tmp_path / "run"))
+    found = load_model(str(tmp_path / "run"))
     mixture, estimates = speech()
     assert torch.equal(found(mixture, estimates), model(mixture, estimates))
     (card,) = (tmp_path / "run" / "checkpoints").glob("*/model.yaml")

@@ -14,8 +14,9 @@ from sepdist.data.stream import Crops
 from sepdist.evaluate import evaluate
 from sepdist.reporting import read_metrics
 from sepdist.train import freeze
-from sepdist.training.checkpoint import find_committed, load_export, load_snapshot
+from sepdist.training.checkpoint import find_committed, load_snapshot
 from sepdist.training.datasets import open_datasets
+from sepdist.training.export import load_export
 from tests.runs import final_hash, frozen
 from tests.training.test_loop import run
 

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from sepdist import config
 from sepdist.reporting import read_metrics
-from sepdist.training.checkpoint import find_export
+from sepdist.training.export import find_export
 from tests.runs import TINY, frozen
 
 multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])

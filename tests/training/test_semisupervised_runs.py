@@ -21,8 +21,9 @@ from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.semisupervised import SemiSupervised
 from sepdist.reporting import read_metrics
 from sepdist.train import freeze, summarise
-from sepdist.training.checkpoint import find_committed, load_model, load_snapshot
+from sepdist.training.checkpoint import find_committed, load_snapshot
 from sepdist.training.engine import origins
+from sepdist.training.export import load_model
 from tests.objectives.batches import Listener
 from tests.runs import final_hash, frozen
 from tests.test_evaluate import write_export
