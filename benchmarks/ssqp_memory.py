@@ -4,8 +4,11 @@
 
 Two processes fine-tune SSQP-Net (OTFP) on a wav2vec 2.0 of 768 features and 12 layers, random weights, over gloo on
 this machine: two virtual shards of one item, Adam, at each ZeRO stage, at 0 and 3 also with gradient checkpointing,
-each in processes of its own. One JSON line for each, and a last one with all: of a worker's resident memory in GB what
-the imports take, the peak until the engine stands, and the peak of the steps; and the median step in seconds. Linux.
+each in processes of its own, and twice: as it is, and with the C library told to give every large block back at once
+(MALLOC_MMAP_THRESHOLD_), which is slower. Without that it keeps freed blocks, as much as a GB, and the peak tells
+nothing of what is needed. One JSON line for each way, and a last one with all: of a worker's resident memory in GB what
+the imports take, the peak until the engine stands and the peak of the steps, all of the second kind, the peak of the
+steps and the median step in seconds as it is. Linux with glibc.
 """
 
 import json
@@ -15,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -29,6 +34,7 @@ from sepdist.training.world import World
 
 BASE = {"model_type": "wav2vec2"}
 NUM_STEPS = 4  # the first, in which the optimizer's state comes to be, is not timed
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # bytes; unset, it grows up to 32 MB
 WAYS = [(0, "canonical", False), (0, "native", False), (1, "canonical", False), (1, "native", False)]
 WAYS += [(2, "canonical", False), (2, "native", False), (3, "native", False), (0, "native", True), (3, "native", True)]
 
@@ -87,15 +93,22 @@ def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float) 
     dist.destroy_process_group()
 
 
+def measured(way: tuple[int, str, bool], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+    """What `measure` writes, of two processes that begin with `environment`."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, environment):
+        mp.spawn(measure, (folder, way, seconds), nprocs=2)
+        return json.loads(Path(folder, "result.json").read_text())
+
+
 def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
     rows = []
     for way in WAYS:
-        with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(measure, (folder, way, seconds), nprocs=2)
-            rows.append(json.loads(Path(folder, "result.json").read_text()))
-        print(json.dumps(rows[-1]), flush=True)
+        row, as_it_is = (measured(way, seconds, environment) for environment in (GIVE_BACK, {}))
+        row |= {"steps_gigabytes_as_it_is": as_it_is["steps_gigabytes"], "step_seconds": as_it_is["step_seconds"]}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in SSQPNet(encoder=BASE).parameters())
     head = {"benchmark": "ssqp_memory", "workers": 2, "parameters": parameters, "crop_seconds": seconds}

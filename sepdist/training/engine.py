@@ -218,6 +218,7 @@ class DeepSpeedEngine:
             # A branch of the model that this batch does not use contributes zeros, never another parameter's gradient.
             grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             tree.push((0, shard), torch.cat([grad.reshape(-1).float() for grad in grads]))
+            del grads  # as large as the model
             losses[shard] = loss.detach()
             all_metrics.append(metrics)
         total = reduce_canonically(tree, self.world.rank, self.world.size).div_(self.num_virtual_shards)
@@ -226,6 +227,8 @@ class DeepSpeedEngine:
             return all_metrics, norm, False
         if self.clip_norm and norm > self.clip_norm:
             total.mul_(self.clip_norm / norm)
+        if self.zero_stage > 0 and not self.world.is_main:
+            total.mul_(0.0)
         pieces = [piece.view_as(p) for piece, p in zip(total.split([p.numel() for p in params]), params, strict=True)]
         if self.zero_stage == 0:
             for p, piece in zip(params, pieces, strict=True):
@@ -233,8 +236,7 @@ class DeepSpeedEngine:
         else:
             # A loss whose gradient is exactly `piece` hands the result to ZeRO's own partitioning. Rank 0 gives all of
             # it and the others zeros, because a sum of one number and zeros is exact in any order.
-            share = 1.0 if self.world.is_main else 0.0
-            self._engine.backward(sum((p * (piece * share)).sum() for p, piece in zip(params, pieces, strict=True)))
+            self._engine.backward(sum((p * piece).sum() for p, piece in zip(params, pieces, strict=True)))
         self._engine.step()
         return all_metrics, norm, True
 

@@ -55,11 +55,12 @@ def tree_sum(leaves: list[Tensor]) -> Tensor:
     return tree.result()
 
 
-def reduce_canonically(local: TreeSum, rank: int, world_size: int) -> Tensor:
+def reduce_canonically(local: TreeSum, rank: int, world_size: int, block_elements: int = 4_000_000) -> Tensor:
     """The canonical sum over all ranks' leaves, the same bits on every rank; collective.
 
-    `local` holds this rank's leaves (1-D, one length on all ranks), those of `owned_virtual_shards`. Traffic is that of
-    a ring all-reduce, times the number of partial sums per rank (1 where V and the world size are powers of two).
+    `local` holds this rank's leaves (1-D, one length on all ranks), those of `owned_virtual_shards`, and is used up:
+    the sum overwrites one of its tensors. Traffic is that of a ring all-reduce, times the number of partial sums per
+    rank (1 where V and the world size are powers of two). Beside `local` it holds a few times `block_elements` numbers.
     """
     if world_size == 1:
         return local.result()
@@ -69,17 +70,26 @@ def reduce_canonically(local: TreeSum, rank: int, world_size: int) -> Tensor:
     ]
     mine = [value for _, value in local.partials]
     assert [node for node, _ in local.partials] == nodes[rank], "the leaves pushed are not those this rank owns"
-    length = mine[0].numel()
+    total = mine[0]
+    for start in range(0, len(total), block_elements):
+        block = torch.stack([value[start : start + block_elements] for value in mine])
+        total[start : start + block_elements] = _reduce_block(block, nodes, num_leaves)
+    return total
+
+
+def _reduce_block(mine_NL: Tensor, nodes: list[list[Node]], num_leaves: int) -> Tensor:
+    """The sum [L] of every rank's N partial sums; `nodes` says by rank which they are."""
+    world_size, (num_mine, length) = len(nodes), mine_NL.shape
     chunk = -(-length // world_size)
     # Chunk c of every partial sum goes to rank c, which finishes the tree on it.
-    padded = torch.stack([torch.nn.functional.pad(value, (0, chunk * world_size - length)) for value in mine])
-    outgoing = padded.view(len(mine), world_size, chunk).transpose(0, 1).contiguous().view(-1)
+    padded = torch.nn.functional.pad(mine_NL, (0, chunk * world_size - length))
+    outgoing = padded.view(num_mine, world_size, chunk).transpose(0, 1).contiguous().view(-1)
     incoming = outgoing.new_empty(sum(map(len, nodes)) * chunk)
     dist.all_to_all_single(
         incoming,
         outgoing,
         output_split_sizes=[len(part) * chunk for part in nodes],
-        input_split_sizes=[len(mine) * chunk] * world_size,
+        input_split_sizes=[num_mine * chunk] * world_size,
     )
     tree = TreeSum(num_leaves)
     for node, value in zip([node for part in nodes for node in part], incoming.view(-1, chunk), strict=True):

@@ -58,10 +58,12 @@ def test_a_plain_running_sum_would_not_do() -> None:
 def _reduce_in_a_process(rank: int, world_size: int, num_leaves: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     leaves = leaves_of(num_leaves)
-    part = TreeSum(num_leaves)
-    for leaf in owned_virtual_shards(num_leaves, rank, world_size):
-        part.push((0, leaf), leaves[leaf])
-    assert torch.equal(reduce_canonically(part, rank, world_size), tree_sum(leaves))
+    for block_elements in (4_000_000, 11, 4, 1):  # of the leaves' 11: in one block, or in the last one 3 or 1
+        part = TreeSum(num_leaves)
+        for leaf in owned_virtual_shards(num_leaves, rank, world_size):
+            part.push((0, leaf), leaves[leaf].clone())
+        found = reduce_canonically(part, rank, world_size, block_elements)
+        assert torch.equal(found, tree_sum(leaves)), block_elements
     dist.barrier()
     dist.destroy_process_group()
 
