@@ -19,8 +19,8 @@ from sepdist.models.speech_encoders import SAMPLE_RATE, speech_encoder, upsample
 class SSQPNet(nn.Module):
     """Encoder, mean over frames, linear head (equation 8). `mode` is otfp or otfs, `num_speakers` the S of otfp.
 
-    Every segment is standardised over its own time, because the level of an estimate is arbitrary. A frozen encoder
-    stays in eval mode. `node_changes` are the arguments that build this model where `pretrained` cannot be read.
+    The mixture is heard at variance 1, every estimate at the level at which it fits that best (`as_heard`). A frozen
+    encoder stays in eval mode. `node_changes` are the arguments that build this model where `pretrained` is not.
     """
 
     is_judge = True
@@ -82,8 +82,18 @@ class SSQPNet(nn.Module):
         windows as fit, each window of all segments is a row of its own, and the mean is over the frames of all.
         """
         with torch.autocast(segments_BKT.device.type, enabled=False):
-            segments_BKT = upsample(standardise(segments_BKT.float()), self.factor)
+            segments_BKT = upsample(as_heard(segments_BKT.float()), self.factor)
         most = self.encoder.max_samples or segments_BKT[0].numel()
         num_windows = -(-segments_BKT.shape[2] // (most // segments_BKT.shape[1]))
         features = [self.encoder(window.flatten(1)) for window in segments_BKT.tensor_split(num_windows, 2)]
         return torch.cat(features, 1).float().mean(1)
+
+
+def as_heard(segments_BKT: Tensor) -> Tensor:
+    """Segments [m; s1; ...] at mean 0, the mixture at variance 1, an estimate s as <m, s> / <s, s> times s.
+
+    The level at which a separator gives an estimate is arbitrary, and no factor of it, negative ones included, changes
+    anything here. How much of the mixture an estimate explains is not: the quieter speaker has the lower SI-SNR.
+    """
+    segments_BKT = standardise(segments_BKT)
+    return segments_BKT * (segments_BKT * segments_BKT[:, :1]).mean(2, keepdim=True)
