@@ -6,6 +6,7 @@ linear layer. In a row means in time: [m; s1; s2] at once (OTFP), or [m; s] for 
 Shapes: B batch, S sources, T samples, K segments in a row, F features.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ class SSQPNet(nn.Module):
 
     The mixture is heard at variance 1, every estimate at the level at which it fits that best (`as_heard`). A frozen
     encoder stays in eval mode. `node_changes` are the arguments that build this model where `pretrained` is not.
+
+    `window_seconds`: inputs longer than that are cut into equal windows, each judged by itself. An encoder of absolute
+    positions (Whisper) needs the length of the crops that it is trained on here: at others it is far off.
     """
 
     is_judge = True
@@ -34,6 +38,7 @@ class SSQPNet(nn.Module):
         pretrained: str | None = None,
         encoder: Mapping[str, Any] | None = None,
         num_layers: int | None = None,
+        window_seconds: float | None = None,
         freeze: str = "none",
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -44,6 +49,7 @@ class SSQPNet(nn.Module):
             raise ValueError(f"sample_rate={sample_rate}: the encoder works at {SAMPLE_RATE} Hz, a multiple is needed")
         self.num_speakers, self.mode, self.freeze = num_speakers, mode, freeze
         self.factor = SAMPLE_RATE // sample_rate
+        self.max_window = math.inf if window_seconds is None else round(window_seconds * SAMPLE_RATE)
         self.encoder, config = speech_encoder(
             pretrained,
             encoder,
@@ -53,6 +59,10 @@ class SSQPNet(nn.Module):
         )
         self.node_changes = {"pretrained": None, "encoder": config}
         self.min_length = -(-self.encoder.min_samples // self.factor)
+        if self.max_window < 2 * self.encoder.min_samples:
+            raise ValueError(
+                f"window_seconds={window_seconds}: the encoder needs {2 * self.encoder.min_samples} samples"
+            )
         self.head = nn.Linear(self.encoder.num_features, num_speakers if mode == "otfp" else 1)
 
     def train(self, mode: bool = True) -> "SSQPNet":
@@ -78,13 +88,15 @@ class SSQPNet(nn.Module):
     def mean_features(self, segments_BKT: Tensor) -> Tensor:
         """[B, F], the mean over the frames of the segments in a row.
 
-        Where the encoder takes no more than so much at once (Whisper: 30 s), the segments are cut into as few equal
-        windows as fit, each window of all segments is a row of its own, and the mean is over the frames of all.
+        Where the encoder takes no more than so much at once (Whisper: 30 s), or where segments are longer than
+        `window_seconds`, they are cut into as few equal windows as fit, each window of all segments is a row of its
+        own, and the mean is over the frames of all.
         """
         with torch.autocast(segments_BKT.device.type, enabled=False):
             segments_BKT = upsample(as_heard(segments_BKT.float()), self.factor)
-        most = self.encoder.max_samples or segments_BKT[0].numel()
-        num_windows = -(-segments_BKT.shape[2] // (most // segments_BKT.shape[1]))
+        _, num_segments, length = segments_BKT.shape
+        most = min(self.encoder.max_samples // num_segments if self.encoder.max_samples else math.inf, self.max_window)
+        num_windows = max(1, math.ceil(length / most))
         features = [self.encoder(window.flatten(1)) for window in segments_BKT.tensor_split(num_windows, 2)]
         return torch.cat(features, 1).float().mean(1)
 

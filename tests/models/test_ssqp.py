@@ -203,6 +203,19 @@ def test_what_is_longer_than_whisper_takes_is_judged_in_equal_windows_of_all_seg
     torch.testing.assert_close(model(mixture, estimates), model.head(features.mean(1)))
 
 
+def test_a_judge_with_a_window_says_of_a_longer_input_the_mean_of_what_it_says_of_the_pieces() -> None:
+    model = small("whisper", window_seconds=0.125).eval()
+    mixture, estimates = speech(num_samples=3000)
+    heard = as_heard(torch.cat([mixture[:, None], estimates], 1))
+    pieces = upsample(heard, 2).split(2000, 2)
+    expected = [model.head(model.encoder(piece.flatten(1)).mean(1)) for piece in pieces]
+    torch.testing.assert_close(model(mixture, estimates), torch.stack(expected).mean(0))
+    whole = small("whisper").eval()
+    assert torch.equal(model(mixture[:, :1000], estimates[..., :1000]), whole(mixture[:, :1000], estimates[..., :1000]))
+    with pytest.raises(ValueError, match=r"window_seconds=0\.001"):
+        small("whisper", window_seconds=0.001)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_length_from_the_least_up_is_judged(family: str) -> None:
     model = small(family)
