@@ -35,13 +35,19 @@ open_model = lru_cache(maxsize=2)(load_model)
 class Stored:
     """A corpus whose records are the samples of the finished data set at `data`, in the order of its manifest.
 
-    `split` only names the new data set. Raises DataError where there is no finished data set.
+    `split` only names the new data set. `noise=False` leaves the noise out, so that the mixtures are those that
+    training with `data.noise=false` knows. Raises DataError where there is no finished data set, ConfigError where its
+    mixtures are stored alone and noise cannot be left out.
     """
 
-    def __init__(self, data: str, cache_dir: str = "~/.cache/sepdist", cache_gigabytes: float = 50.0) -> None:
+    def __init__(
+        self, data: str, noise: bool = True, cache_dir: str = "~/.cache/sepdist", cache_gigabytes: float = 50.0
+    ) -> None:
         self.manifest = read_manifest(data)
         self.name, self.sample_rate = self.manifest.corpus, self.manifest.sample_rate
-        self.place = (data, cache_dir, cache_gigabytes)
+        if not noise and "mix" in self.manifest.members:
+            raise ConfigError(f"corpus.noise=false: {data} has mixtures only, with whatever noise is in them")
+        self.place = (data, noise, cache_dir, cache_gigabytes)
 
     def records(self, split: str) -> Iterator[Mixture]:
         """Every sample; its audio and its texts are read when it is loaded and written."""
@@ -57,13 +63,16 @@ class Separated:
     A mixture is separated whole. Its estimates are in the order of the sources, by the assignment with the best mean
     SI-SNR, and at the level of the mixture, because that of an estimate is arbitrary. `si_snr` in the json of a sample
     is that of each stored estimate in dB. On `device` cpu one thread gives the same bits everywhere; cuda wants
-    `gpus_per_worker`. Raises ConfigError where `data` has no sources.
+    `gpus_per_worker`. `noise=False`: the mixtures are without noise, as those that the separator was trained on with
+    `data.noise=false`. Raises ConfigError where `data` has no sources.
     """
 
-    def __init__(self, data: str, model: str, device: str = "cpu", cache_dir: str = "~/.cache/sepdist") -> None:
-        self.stored = Stored(data, cache_dir)
-        if "s1" not in self.stored.manifest.members:
+    def __init__(
+        self, data: str, model: str, noise: bool = True, device: str = "cpu", cache_dir: str = "~/.cache/sepdist"
+    ) -> None:
+        if "s1" not in read_manifest(data).members:
             raise ConfigError(f"corpus=separated: {data} has mixtures only; without sources no SI-SNR is known")
+        self.stored = Stored(data, noise, cache_dir)
         self.name, self.sample_rate = self.stored.name, self.stored.sample_rate
         self.model, self.device = model, device
 
@@ -76,26 +85,26 @@ class Separated:
 
 
 @lru_cache(maxsize=4)
-def open_data(url: str, cache_dir: str, cache_gigabytes: float) -> Dataset:
-    """The data set with all that its samples have."""
+def open_data(url: str, noise: bool, cache_dir: str, cache_gigabytes: float) -> Dataset:
+    """The data set with all that its samples have, but without the noise if so asked."""
     members = read_manifest(url).members
     return Dataset(
         url,
         num_sources=len(split_members(members)[0]) or 1,
-        noise="noise" in members,
+        noise=noise and "noise" in members,
         cache_dir=cache_dir,
         cache_gigabytes=cache_gigabytes,
     )
 
 
-def load(url: str, cache_dir: str, cache_gigabytes: float, number: int) -> Mapping[str, np.ndarray]:
+def load(url: str, noise: bool, cache_dir: str, cache_gigabytes: float, number: int) -> Mapping[str, np.ndarray]:
     """The parts of sample `number`, whole."""
-    return open_data(url, cache_dir, cache_gigabytes).item(number, NO_LIMIT_SECONDS).members
+    return open_data(url, noise, cache_dir, cache_gigabytes).item(number, NO_LIMIT_SECONDS).members
 
 
-def texts(url: str, cache_dir: str, cache_gigabytes: float, number: int, parts: Any) -> dict[str, Any]:
+def texts(url: str, noise: bool, cache_dir: str, cache_gigabytes: float, number: int, parts: Any) -> dict[str, Any]:
     """What was said in sample `number`."""
-    return {"texts": open_data(url, cache_dir, cache_gigabytes).facts(number)["texts"]}
+    return {"texts": open_data(url, noise, cache_dir, cache_gigabytes).facts(number)["texts"]}
 
 
 def separate(record: Mixture, model: str, device: str) -> Mapping[str, np.ndarray]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from sepdist import config
 from sepdist.config import ConfigError, ShardConfig
 from sepdist.data import shards
+from sepdist.data.members import DataError
 from sepdist.data.stream import Dataset
 from sepdist.sharding import part_of, write_data_set
 from tests.test_evaluate import oracle_si_snr, write_export
@@ -68,7 +69,7 @@ def test_separated_data_has_the_models_estimates_in_the_order_of_the_sources(
     corpus = {"_target_": "sepdist.derived.Separated", "data": tiny_data["dev"], "model": str(tmp_path / "model")}
     manifest = write(tmp_path / "data", corpus, num_workers=num_workers)
     assert manifest.members == ("s1", "s2", "noise", "e1", "e2") and shards.verify(str(tmp_path / "data")) == []
-    before, after = Dataset(tiny_data["dev"]), Dataset(str(tmp_path / "data"))
+    before, after = Dataset(tiny_data["dev"], noise=True), Dataset(str(tmp_path / "data"), noise=True)
     for i in range(manifest.num_samples):
         batch = after.full(i, 99.0)
         assert torch.equal(batch.mixture, before.full(i, 99.0).mixture)
@@ -82,6 +83,30 @@ def test_separated_data_has_the_models_estimates_in_the_order_of_the_sources(
             assert abs(np.corrcoef(estimates[j], raw[order[j]])[0, 1]) > 0.9999
             assert after.facts(i)["si_snr"][j] == pytest.approx(oracle_si_snr(estimates[j], sources[j]), abs=2e-3)
         assert np.abs(estimates).max() <= 0.9901
+
+
+def test_without_noise_the_mixture_that_is_stored_or_separated_is_the_sum_of_its_sources(
+    tiny_data, tmp_path: Path
+) -> None:
+    model, clean = write_export(tmp_path / "model"), Dataset(tiny_data["dev"])
+    stored = {"_target_": "sepdist.derived.Stored", "data": tiny_data["dev"], "noise": False}
+    corpus = {"_target_": "sepdist.derived.Separated", "data": tiny_data["dev"], "model": str(tmp_path / "model")}
+    assert write(tmp_path / "alone", stored, mixtures_only=True).members == ("mix",)
+    assert write(tmp_path / "separated", corpus | {"noise": False}).members == ("s1", "s2", "e1", "e2")
+    alone, separated = Dataset(str(tmp_path / "alone")), Dataset(str(tmp_path / "separated"))
+    for i in range(clean.manifest.num_samples):
+        mixture = clean.full(i, 99.0).mixture
+        torch.testing.assert_close(alone.full(i, 99.0).mixture, mixture, atol=1e-7, rtol=0)
+        assert torch.equal(separated.full(i, 99.0).mixture, mixture)
+        with torch.no_grad():
+            raw = model(mixture)[0].numpy()
+        likeness = np.abs(np.corrcoef(raw, separated.full(i, 99.0).estimates[0].numpy())[:2, 2:])
+        assert (likeness.max(0) > 0.9999).all()
+    write(tmp_path / "noisy", corpus)
+    with pytest.raises(DataError, match=r"noisy: its estimates were made of mixtures with noise.*corpus\.noise=false"):
+        Dataset(str(tmp_path / "noisy"))
+    with pytest.raises(ConfigError, match=r"corpus\.noise=false: .*alone has mixtures only"):
+        config.build({"_target_": "sepdist.derived.Stored", "data": str(tmp_path / "alone"), "noise": False})
 
 
 def test_what_cannot_be_separated_is_refused_by_name(tiny_data, tmp_path: Path) -> None:

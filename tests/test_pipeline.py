@@ -194,7 +194,7 @@ def test_a_test_set_that_is_missing_stops_the_pipeline_before_its_first(tiny_dat
 
 def judging(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfig:
     """A tenth of a data set is separated, an estimator trained on it and judged."""
-    separated = ["corpus=separated", "corpus.data=@tenth", "corpus.model=@separator"]
+    separated = ["corpus=separated", "corpus.noise=false", "corpus.data=@tenth", "corpus.model=@separator"]
     places = [f"data.validation={data['dev']}", *TINY, "training.max_steps=2"]
     stages = {
         "tenth": StageConfig("shards", overrides=["corpus=stored", f"corpus.data={data['train']}", "part=[0.0,0.1]"]),

@@ -106,6 +106,11 @@ class Dataset:
         wanted = tuple(f"s{i + 1}" for i in range(num_sources)) + (("noise",) if noise else ())
         if split_members(there)[1]:
             wanted += tuple(f"e{i + 1}" for i in range(num_sources))
+            if "noise" in there and not noise:
+                raise DataError(
+                    f"{self.url}: its estimates were made of mixtures with noise, which noise=false would leave out; "
+                    "set noise=true, or make the data set again with corpus.noise=false"
+                )
         absent = [name for name in wanted if name not in there]
         if absent:
             raise DataError(
