@@ -105,7 +105,7 @@ def as_heard(segments_BKT: Tensor) -> Tensor:
     """Segments [m; s1; ...] at mean 0, the mixture at variance 1, an estimate s as <m, s> / <s, s> times s.
 
     The level at which a separator gives an estimate is arbitrary, and no factor of it, negative ones included, changes
-    anything here. How much of the mixture an estimate explains is not: the quieter speaker has the lower SI-SNR.
+    anything here. How much of the mixture an estimate explains is not: where nothing is separated, all explain all.
     """
     segments_BKT = standardise(segments_BKT)
     return segments_BKT * (segments_BKT * segments_BKT[:, :1]).mean(2, keepdim=True)
