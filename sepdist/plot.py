@@ -33,6 +33,7 @@ from sepdist.data.shards import all_facts, read_manifest
 from sepdist.reporting import read_metrics, to_png
 
 COLOURS = ("#3b6fb6", "#e07b28", "#3f9b4b", "#a64d79", "#7a7a7a", "#8c6d31")  # as in the paper: blue, orange, green
+COLOURS += ("#2aa7a7", "#c44e52", "#6a51a3", "#1b1b1b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
         lower.plot(*zip(*curves.weight, strict=True), color=colour)
     upper.set(ylabel="validation SI-SNR in dB", title=title)
     lower.set(xlabel="epoch", ylabel="weight of the unsupervised loss", ylim=(0, None))
-    upper.legend(loc="lower right")
+    upper.legend(loc="best")
     return figure
 
 
