@@ -32,8 +32,8 @@ from sepdist.data.order import units_per_epoch
 from sepdist.data.shards import all_facts, read_manifest
 from sepdist.reporting import read_metrics, to_png
 
-COLOURS = ("#3b6fb6", "#e07b28", "#3f9b4b", "#a64d79", "#7a7a7a", "#8c6d31")  # as in the paper: blue, orange, green
-COLOURS += ("#2aa7a7", "#c44e52", "#6a51a3", "#1b1b1b")
+COLOURS: tuple[str, ...] = ("#3b6fb6", "#e07b28", "#3f9b4b", "#a64d79", "#7a7a7a", "#8c6d31")
+COLOURS += ("#2aa7a7", "#c44e52", "#6a51a3", "#1b1b1b")  # the first three as in the paper
 
 
 @dataclasses.dataclass(frozen=True)
