@@ -6,7 +6,6 @@ linear layer. In a row means in time: [m; s1; s2] at once (OTFP), or [m; s] for 
 Shapes: B batch, S sources, T samples, K segments in a row, F features.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +48,7 @@ class SSQPNet(nn.Module):
             raise ValueError(f"sample_rate={sample_rate}: the encoder works at {SAMPLE_RATE} Hz, a multiple is needed")
         self.num_speakers, self.mode, self.freeze = num_speakers, mode, freeze
         self.factor = SAMPLE_RATE // sample_rate
-        self.max_window = math.inf if window_seconds is None else round(window_seconds * SAMPLE_RATE)
+        self.max_window = None if window_seconds is None else round(window_seconds * SAMPLE_RATE)
         self.encoder, config = speech_encoder(
             pretrained,
             encoder,
@@ -59,7 +58,7 @@ class SSQPNet(nn.Module):
         )
         self.node_changes = {"pretrained": None, "encoder": config}
         self.min_length = -(-self.encoder.min_samples // self.factor)
-        if self.max_window < 2 * self.encoder.min_samples:
+        if self.max_window is not None and self.max_window < 2 * self.encoder.min_samples:
             raise ValueError(
                 f"window_seconds={window_seconds}: the encoder needs {2 * self.encoder.min_samples} samples"
             )
@@ -95,8 +94,10 @@ class SSQPNet(nn.Module):
         with torch.autocast(segments_BKT.device.type, enabled=False):
             segments_BKT = upsample(as_heard(segments_BKT.float()), self.factor)
         _, num_segments, length = segments_BKT.shape
-        most = min(self.encoder.max_samples // num_segments if self.encoder.max_samples else math.inf, self.max_window)
-        num_windows = max(1, math.ceil(length / most))
+        most = min(
+            length, self.max_window or length, (self.encoder.max_samples or num_segments * length) // num_segments
+        )
+        num_windows = -(-length // most)
         features = [self.encoder(window.flatten(1)) for window in segments_BKT.tensor_split(num_windows, 2)]
         return torch.cat(features, 1).float().mean(1)
 

@@ -227,8 +227,6 @@ class DeepSpeedEngine:
             return all_metrics, norm, False
         if self.clip_norm and norm > self.clip_norm:
             total.mul_(self.clip_norm / norm)
-        if self.zero_stage > 0 and not self.world.is_main:
-            total.mul_(0.0)
         pieces = [piece.view_as(p) for piece, p in zip(total.split([p.numel() for p in params]), params, strict=True)]
         if self.zero_stage == 0:
             for p, piece in zip(params, pieces, strict=True):
@@ -236,6 +234,8 @@ class DeepSpeedEngine:
         else:
             # A loss whose gradient is exactly `piece` hands the result to ZeRO's own partitioning. Rank 0 gives all of
             # it and the others zeros, because a sum of one number and zeros is exact in any order.
+            if not self.world.is_main:
+                total.mul_(0.0)  # and with it the pieces, which are parts of it
             self._engine.backward(sum((p * piece).sum() for p, piece in zip(params, pieces, strict=True)))
         self._engine.step()
         return all_metrics, norm, True
