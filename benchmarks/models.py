@@ -1,13 +1,16 @@
 """How fast and how large is a training step of each model, beside the published implementation, on this machine?
 
-    python -m benchmarks.models [--models conv_tasnet dprnn] [--seconds 1] [--batch 2] [--threads 2] [--repeats 5]
+    python -m benchmarks.models [--models conv_tasnet dprnn] [--seconds 1] [--batch 2] [--threads 2] [--keep]
 
 One JSON line per model, a file of configs/model, and a last one with the ratios. The peer (peers.py) runs on the same
 batch with its own weights given to ours; before anything is timed, estimates and the gradient of the encoder, which
 every other gradient shapes, are compared in float64 on a short piece, and ours in fp32 with the same. A step is
 forward and backward. The turns are interleaved, so that other load on the machine falls on both alike; the best and the
 median are given. Memory is the highest resident size of a process that takes two steps, less what it had before them.
-Where a peer is not installed, the line says what to install and has our figures alone.
+The roofline is the time that the peer's matrix products and convolutions would take at the rate of one large product
+of fp32, measured in the same turns: no step of the same arithmetic in fp32 is faster. With --keep the process keeps
+freed memory, as sepdist's workers do (sepdist/allocator.py), and both sides gain. Where a peer is not installed, the
+line says what to install and has our figures alone.
 """
 
 import argparse
@@ -25,10 +28,13 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import PEERS
+from sepdist.allocator import keep_freed_memory
 from sepdist.config import build
 
+PRODUCT_SIZE = 2048
 CONFIGS = Path(__file__).parent.parent / "configs" / "model"
 
 
@@ -90,9 +96,17 @@ def resident(field: str) -> float:
 def memory_of(preset: str, side: str, arguments: argparse.Namespace) -> float | None:
     """What two steps need, in MiB, measured in a process of its own."""
     settings = [f"--{name}={getattr(arguments, name)}" for name in ("seconds", "batch", "threads")]
+    settings += ["--keep"] * arguments.keep
     command = [sys.executable, "-m", "benchmarks.models", "--models", preset, "--memory-of", side, *settings]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, check=False)
     return float(done.stdout) if done.returncode == 0 else None
+
+
+def operations_of(model: nn.Module, mixture: Tensor) -> int:
+    """Floating-point operations of a step in products and convolutions: forward, and twice that for backward."""
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).to("meta")(mixture.to("meta"))  # computes nothing
+    return 3 * counter.get_total_flops()
 
 
 def batch_of(model: nn.Module, arguments: argparse.Namespace) -> Tensor:
@@ -118,6 +132,8 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
             sys.exit(f"{preset}: not the same arithmetic: {in_float64:.2g} in float64, {in_fp32:.2g} in fp32")
         report |= {"difference_float64": float(f"{in_float64:.2g}"), "difference_fp32": float(f"{in_fp32:.2g}")}
         steps["peer"] = train_step(peer, mixture)
+        square = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
+        steps["product"] = lambda: square @ square
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(arguments.repeats + 1):
         for name, step in steps.items():
@@ -130,6 +146,10 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     report["audio_seconds_per_second"] = round(arguments.batch * arguments.seconds / min(times["ours"]), 2)
     report["memory_mib"] = {side: memory_of(preset, side, arguments) for side in ("ours", "peer") if side in steps}
     if peer is not None:
+        operations, rate = operations_of(peer, mixture), 2 * PRODUCT_SIZE**3 / min(times["product"])
+        report |= {"gflop": round(operations / 1e9, 1), "product_gflops": round(rate / 1e9, 1)}
+        report["roofline_seconds"] = round(operations / rate, 4)
+        report["speedup_at_roofline"] = round(min(times["peer"]) / report["roofline_seconds"], 2)
         report["speedup"] = round(min(times["peer"]) / min(times["ours"]), 2)
         report["speedup_of_medians"] = round(statistics.median(times["peer"]) / statistics.median(times["ours"]), 2)
         report["memory_ratio"] = round(report["memory_mib"]["ours"] / report["memory_mib"]["peer"], 2)
@@ -143,6 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--keep", action="store_true", help="freed memory stays in the process")
     parser.add_argument("--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS)  # what memory_of runs
     return parser.parse_args()
 
@@ -151,6 +172,8 @@ def main() -> None:
     """A line per model, then the summary."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
+    if arguments.keep:
+        keep_freed_memory()
     if arguments.memory_of:
         ours, peer, _ = build_pair(arguments.models[0])
         step = train_step({"ours": ours, "peer": peer}[arguments.memory_of], batch_of(ours, arguments))
@@ -163,8 +186,8 @@ def main() -> None:
         reports.append(measure(preset, arguments))
         print(json.dumps(reports[-1]), flush=True)
     summary = {"benchmark": "models", "torch": torch.__version__}
-    summary |= {name: getattr(arguments, name) for name in ("seconds", "batch", "threads", "repeats")}
-    for ratio in ("speedup", "memory_ratio"):
+    summary |= {name: getattr(arguments, name) for name in ("seconds", "batch", "threads", "repeats", "keep")}
+    for ratio in ("speedup", "speedup_at_roofline", "memory_ratio"):
         summary[ratio] = {report["model"]: report[ratio] for report in reports if ratio in report}
     print(json.dumps(summary))
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 import sepdist
 from sepdist import config, storage
+from sepdist.allocator import keep_freed_memory
 from sepdist.cluster import connected
 from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig
 from sepdist.console import user_console
@@ -163,7 +164,8 @@ def check_fit(cfg: EvaluateConfig, export: Export, dataset: Dataset) -> None:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """One thread for torch inside, because sums over threads round differently."""
+    """One thread for torch inside, because sums over threads round differently; and freed memory is kept."""
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -297,8 +299,8 @@ def on_ray(
 
 def score_remotely(cfg: EvaluateConfig, part: int, count: int, num_parts: int) -> Iterator[tuple[int, Score]]:
     """What a Ray task runs: it reads model and data itself, so that only scores cross the network."""
-    torch.set_num_threads(1)
-    yield from score_part(load_export(cfg.model).model, open_dataset(cfg), range(part, count, num_parts), cfg)
+    with single_threaded():
+        yield from score_part(load_export(cfg.model).model, open_dataset(cfg), range(part, count, num_parts), cfg)
 
 
 def write_listening(cfg: EvaluateConfig, model: nn.Module, dataset: Dataset, index: int) -> None:

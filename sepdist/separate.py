@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from sepdist import storage
+from sepdist.allocator import keep_freed_memory
 from sepdist.metrics.permutation import best_permutation
 
 BLOCK_SAMPLES = 1 << 16
@@ -411,6 +412,7 @@ def main() -> None:
 
         export = load_separator(arguments.model)
         model = export.model.to(arguments.device)
+        keep_freed_memory()
     except (ValueError, OSError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False)
         sys.exit(1)
