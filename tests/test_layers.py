@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    **dict.fromkeys(("config", "storage", "audio", "seeding", "reporting", "cluster", "console"), 0),
+    **dict.fromkeys(("config", "storage", "audio", "seeding", "allocator", "reporting", "cluster", "console"), 0),
     **dict.fromkeys(("data", "corpora", "models", "objectives", "metrics", "recognisers"), 1),
     "training": 2,
     **dict.fromkeys(("train", "evaluate", "separate", "audit", "plot", "sharding"), 3),
