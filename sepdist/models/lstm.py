@@ -45,7 +45,7 @@ def _library() -> ctypes.CDLL | None:
             done.check_returncode()
             return ctypes.CDLL(str(built))
         except (subprocess.CalledProcessError, OSError) as error:
-            logger.warning("torch's LSTM is used, about a third slower: %s\n%s", error, done.stderr)
+            logger.warning("torch's LSTM is used, which takes about twice the memory: %s\n%s", error, done.stderr)
             return None
 
 
