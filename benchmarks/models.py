@@ -9,7 +9,7 @@ forward and backward. The turns are interleaved, so that other load on the machi
 median are given. Memory is the highest resident size of a process that takes two steps, less what it had before them.
 The roofline is the time that the peer's matrix products and convolutions would take at the rate of one large product
 of fp32, measured in the same turns: no step of the same arithmetic in fp32 is faster. With --keep the process keeps
-freed memory, as sepdist's workers do (sepdist/allocator.py), and both sides gain. Where a peer is not installed, the
+freed memory, as evaluation does (sepdist/allocator.py), and both sides gain. Where a peer is not installed, the
 line says what to install and has our figures alone.
 """
 

@@ -4,11 +4,11 @@
 
 Two processes fine-tune SSQP-Net (OTFP) on a wav2vec 2.0 of 768 features and 12 layers, random weights, over gloo on
 this machine: two virtual shards of one item, Adam, at each ZeRO stage, at 0 and 3 also with gradient checkpointing,
-each in processes of its own, and twice: keeping freed memory, as training does (sepdist/allocator.py), and with the C
-library told to give every large block back at once (MALLOC_MMAP_THRESHOLD_), which is slower and whose peak tells what
-is needed. One JSON line for each way, and a last one with all: of a worker's resident memory in GB what the imports
-take, the peak until the engine stands and the peak of the steps, all of the second kind, then the peak of the steps and
-the median step in seconds of the first. Linux with glibc.
+each in processes of its own, and twice: as it is, and with the C library told to give every large block back at once
+(MALLOC_MMAP_THRESHOLD_), which is slower. Without that it keeps freed blocks, as much as a GB, and the peak tells
+nothing of what is needed. One JSON line for each way, and a last one with all: of a worker's resident memory in GB what
+the imports take, the peak until the engine stands and the peak of the steps, all of the second kind, the peak of the
+steps and the median step in seconds as it is. Linux with glibc.
 """
 
 import json
@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sepdist.allocator import keep_freed_memory
 from sepdist.data.records import Batch
 from sepdist.models.speech_encoders import speech_encoder
 from sepdist.models.ssqp import SSQPNet
@@ -55,11 +54,9 @@ def batch_at(position: int, seconds: float) -> Batch:
     return Batch([str(position)], where, sources.sum(1), sources, None, lengths, estimates=estimates)
 
 
-def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float, keep: bool) -> None:
+def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float) -> None:
     stage, reduction, checkpointed = way
     torch.set_num_threads(1)
-    if keep:
-        keep_freed_memory()
     import deepspeed  # noqa: F401
 
     speech_encoder(None, BASE | {"num_hidden_layers": 1, "hidden_size": 48})  # imports transformers
@@ -96,10 +93,10 @@ def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float, 
     dist.destroy_process_group()
 
 
-def measured(way: tuple[int, str, bool], seconds: float, keep: bool) -> dict[str, Any]:
-    """What `measure` writes, of two processes that keep freed memory or give it back."""
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {} if keep else GIVE_BACK):
-        mp.spawn(measure, (folder, way, seconds, keep), nprocs=2)
+def measured(way: tuple[int, str, bool], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+    """What `measure` writes, of two processes that begin with `environment`."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, environment):
+        mp.spawn(measure, (folder, way, seconds), nprocs=2)
         return json.loads(Path(folder, "result.json").read_text())
 
 
@@ -108,8 +105,8 @@ def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
     rows = []
     for way in WAYS:
-        row, keeping = (measured(way, seconds, keep) for keep in (False, True))
-        row |= {"steps_gigabytes_keeping": keeping["steps_gigabytes"], "step_seconds": keeping["step_seconds"]}
+        row, as_it_is = (measured(way, seconds, environment) for environment in (GIVE_BACK, {}))
+        row |= {"steps_gigabytes_as_it_is": as_it_is["steps_gigabytes"], "step_seconds": as_it_is["step_seconds"]}
         rows.append(row)
         print(json.dumps(row), flush=True)
     with torch.device("meta"):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from sepdist import config, seeding, storage
-from sepdist.allocator import keep_freed_memory
 from sepdist.config import TrainConfig
 from sepdist.data.records import MAIN, Batch
 from sepdist.data.stream import TrainStream
@@ -71,8 +70,6 @@ def train(
         RuntimeError: steps went wrong again after `training.max_rollbacks` rollbacks.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
-    if world.device.type == "cpu":
-        keep_freed_memory()
     watchdog = Watchdog(cfg.cluster.hang_seconds, cfg.cluster.startup_seconds)
     left_out: list[list[int]] = []
     try:
