@@ -22,10 +22,10 @@ demo: $(VENV)/.installed ## the main job on generated speech: shard, pre-train, 
 	$(RUN) tools/shard_data.py write corpus=demo split=train output=demo/data/train num_workers=2
 	$(RUN) tools/shard_data.py write corpus=demo split=dev output=demo/data/dev
 	$(RUN) tools/shard_data.py write corpus=demo split=test output=demo/data/test
-	$(RUN) -m sepdist.train experiment=demo/pretrain
-	$(RUN) -m sepdist.train experiment=demo/finetune
-	$(RUN) -m sepdist.evaluate model=demo/runs/finetune data=demo/data/test output=demo/evaluation num_workers=2
-	$(RUN) -m sepdist.separate --model demo/runs/finetune --output demo/separated demo/evaluation/listening/0/mixture.wav
+	$(RUN) -m sepdist train experiment=demo/pretrain
+	$(RUN) -m sepdist train experiment=demo/finetune
+	$(RUN) -m sepdist evaluate model=demo/runs/finetune data=demo/data/test output=demo/evaluation num_workers=2
+	$(RUN) -m sepdist separate --model demo/runs/finetune --output demo/separated demo/evaluation/listening/0/mixture.wav
 	@echo
 	@echo "separated voices:   demo/separated/mixture_s1.wav demo/separated/mixture_s2.wav"
 	@echo "TensorBoard:        $(BIN)/tensorboard --logdir demo/runs"

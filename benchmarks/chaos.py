@@ -26,12 +26,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sepdist.audit import audit
+from sepdist.cli.audit import audit
 from sepdist.config import ShardConfig
+from sepdist.data.sharding import write_data_set
 from sepdist.reporting import read_metrics
-from sepdist.sharding import write_data_set
-from tests.disturb import Nodes, Run, left_alone
-from tests.runs import ROOT, final_hash, history
+from tests.support.disturb import Nodes, Run, left_alone
+from tests.support.runs import ROOT, final_hash, history
 
 KINDS = ("kill", "stop", "livelock", "node", "preempt", "driver")
 NOTICE_SECONDS = 12
@@ -51,7 +51,12 @@ SETTINGS = [
 
 
 def make_data(folder: Path) -> dict[str, str]:
-    corpus = {"_target_": "sepdist.corpora.demo.DemoCorpus", "num_train": 240, "num_dev": 8, "num_test": 8}
+    corpus = {
+        "_target_": "sepdist.corpora.demo.DemoCorpus",
+        "num_train": 240,
+        "num_dev": 8,
+        "num_test": 8,
+    }
     places = {split: str(folder / split) for split in ("train", "dev")}
     for split, place in places.items():
         write_data_set(ShardConfig(corpus=corpus, split=split, output=place, samples_per_shard=40))
@@ -96,7 +101,9 @@ class Chaos:
         return self.node()
 
     def driver(self) -> float:
-        return self.run.seconds_to_next_step(lambda: self._start_again(self.chance.randint(1, self.most_ever)))
+        return self.run.seconds_to_next_step(
+            lambda: self._start_again(self.chance.randint(1, self.most_ever))
+        )
 
     def _start_again(self, most_workers: int) -> None:
         self.most_workers = most_workers
@@ -111,7 +118,12 @@ class Chaos:
 
 
 def disturb(
-    data: dict[str, str], folder: Path, steps: int, faults: Sequence[str], most_workers: int, seed: int
+    data: dict[str, str],
+    folder: Path,
+    steps: int,
+    faults: Sequence[str],
+    most_workers: int,
+    seed: int,
 ) -> dict[str, Any]:
     chance = random.Random(seed)
     nodes = Nodes(num_cpus=(most_workers // 2, most_workers // 2))
@@ -147,12 +159,16 @@ def in_short(values: list[float]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--faults", "--kills", type=int, default=20, metavar="N")
     parser.add_argument("--steps", type=int, default=0, help="default: 150 for every fault")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=4, help="at most, an even number; default: %(default)s")
+    parser.add_argument(
+        "--workers", type=int, default=4, help="at most, an even number; default: %(default)s"
+    )
     parser.add_argument("--kinds", default=",".join(KINDS), help="default: %(default)s")
     given = parser.parse_args(arguments)
     steps = given.steps or 150 * given.faults
@@ -183,12 +199,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             | verdict
             | {"weights_sha256": run[1], "last_loss": losses[steps].hex()}
             | {"steps_by_workers": found.world_sizes, "recovery_seconds": in_short(together)}
-            | {"by_kind": {kind: {"count": len(values)} | in_short(values) for kind, values in recovery.items()}}
-            | {"goodput": {name.removeprefix("goodput/"): value for name, value in last.items() if "goodput/" in name}}
+            | {
+                "by_kind": {
+                    kind: {"count": len(values)} | in_short(values)
+                    for kind, values in recovery.items()
+                }
+            }
+            | {
+                "goodput": {
+                    name.removeprefix("goodput/"): value
+                    for name, value in last.items()
+                    if "goodput/" in name
+                }
+            }
             | result
         )
     )
-    return 0 if verdict == {"same_losses": True, "same_weights": True, "lost": 0, "repeated": 0} else 1
+    return (
+        0 if verdict == {"same_losses": True, "same_weights": True, "lost": 0, "repeated": 0} else 1
+    )
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ import torch
 import webdataset
 
 from sepdist.data import shards
+from sepdist.data.dataset import Dataset
 from sepdist.data.records import Mixture
-from sepdist.data.stream import Crops, Dataset, TrainStream
+from sepdist.data.stream import Crops, TrainStream
 from sepdist.seeding import rng
-from tests.s3server import ADMIN, S3Server, find_weed
+from tests.support.s3server import ADMIN, S3Server, find_weed
 
 RATE = 8000
 CROP_SECONDS = 3.0
@@ -48,7 +49,9 @@ def mixture(number: int) -> Mixture:
         time_seconds = np.arange(num_samples) / RATE
         parts = {}
         for name in ("s1", "s2", "noise"):
-            wave = np.fft.irfft(np.fft.rfft(random.standard_normal(num_samples)) * shape, num_samples)
+            wave = np.fft.irfft(
+                np.fft.rfft(random.standard_normal(num_samples)) * shape, num_samples
+            )
             wave *= 0.2 + np.sin(2 * np.pi * 2 * time_seconds + random.uniform(0, 6)) ** 2
             parts[name] = (0.3 * wave / np.abs(wave).max()).astype(np.float32)
         return parts
@@ -81,7 +84,8 @@ def from_webdataset(folder: str) -> Iterator[torch.Tensor]:
     rows = []
     for sample in webdataset.WebDataset(urls, shardshuffle=False):
         waves = [
-            soundfile.read(io.BytesIO(sample[f"{name}.flac"]), dtype="float32")[0] for name in ("s1", "s2", "noise")
+            soundfile.read(io.BytesIO(sample[f"{name}.flac"]), dtype="float32")[0]
+            for name in ("s1", "s2", "noise")
         ]
         start = int(random.integers(len(waves[0]) - crop + 1))
         rows.append(np.stack([wave[start : start + crop] for wave in waves]))

@@ -83,7 +83,8 @@ def differences(ours: nn.Module, peer: nn.Module, mixture: Tensor) -> tuple[floa
     wide = [estimates_and_gradient(model, mixture.double()) for model in copies]
     narrow = estimates_and_gradient(ours, mixture)
     return tuple(  # type: ignore[return-value]
-        max(float((a - b).norm() / b.norm()) for a, b in zip(got, wide[1], strict=True)) for got in (wide[0], narrow)
+        max(float((a - b).norm() / b.norm()) for a, b in zip(got, wide[1], strict=True))
+        for got in (wide[0], narrow)
     )
 
 
@@ -97,8 +98,19 @@ def memory_of(preset: str, side: str, arguments: argparse.Namespace) -> float | 
     """What two steps need, in MiB, measured in a process of its own."""
     settings = [f"--{name}={getattr(arguments, name)}" for name in ("seconds", "batch", "threads")]
     settings += ["--keep"] * arguments.keep
-    command = [sys.executable, "-m", "benchmarks.models", "--models", preset, "--memory-of", side, *settings]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.models",
+        "--models",
+        preset,
+        "--memory-of",
+        side,
+        *settings,
+    ]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, check=False
+    )
     return float(done.stdout) if done.returncode == 0 else None
 
 
@@ -119,7 +131,10 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The line of one model."""
     ours, peer, missing = build_pair(preset)
     mixture = batch_of(ours, arguments)
-    report: dict[str, Any] = {"model": preset, "parameters": sum(p.numel() for p in ours.parameters())}
+    report: dict[str, Any] = {
+        "model": preset,
+        "parameters": sum(p.numel() for p in ours.parameters()),
+    }
     began = time.perf_counter()
     train_step(ours, mixture)()
     report["first_step_seconds"] = round(time.perf_counter() - began, 1)
@@ -127,10 +142,17 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if peer is None:
         report["peer"] = missing
     else:
-        in_float64, in_fp32 = differences(ours, peer, mixture[:, : ours.min_length + 250 * ours.stride])
+        in_float64, in_fp32 = differences(
+            ours, peer, mixture[:, : ours.min_length + 250 * ours.stride]
+        )
         if in_float64 > 1e-9 or in_fp32 > 1e-3:
-            sys.exit(f"{preset}: not the same arithmetic: {in_float64:.2g} in float64, {in_fp32:.2g} in fp32")
-        report |= {"difference_float64": float(f"{in_float64:.2g}"), "difference_fp32": float(f"{in_fp32:.2g}")}
+            sys.exit(
+                f"{preset}: not the same arithmetic: {in_float64:.2g} in float64, {in_fp32:.2g} in fp32"
+            )
+        report |= {
+            "difference_float64": float(f"{in_float64:.2g}"),
+            "difference_fp32": float(f"{in_fp32:.2g}"),
+        }
         steps["peer"] = train_step(peer, mixture)
         square = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
         steps["product"] = lambda: square @ square
@@ -142,29 +164,43 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
             if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - began)
     report["best_seconds"] = {name: round(min(values), 4) for name, values in times.items()}
-    report["median_seconds"] = {name: round(statistics.median(values), 4) for name, values in times.items()}
-    report["audio_seconds_per_second"] = round(arguments.batch * arguments.seconds / min(times["ours"]), 2)
-    report["memory_mib"] = {side: memory_of(preset, side, arguments) for side in ("ours", "peer") if side in steps}
+    report["median_seconds"] = {
+        name: round(statistics.median(values), 4) for name, values in times.items()
+    }
+    report["audio_seconds_per_second"] = round(
+        arguments.batch * arguments.seconds / min(times["ours"]), 2
+    )
+    report["memory_mib"] = {
+        side: memory_of(preset, side, arguments) for side in ("ours", "peer") if side in steps
+    }
     if peer is not None:
         operations, rate = operations_of(peer, mixture), 2 * PRODUCT_SIZE**3 / min(times["product"])
         report |= {"gflop": round(operations / 1e9, 1), "product_gflops": round(rate / 1e9, 1)}
         report["roofline_seconds"] = round(operations / rate, 4)
         report["speedup_at_roofline"] = round(min(times["peer"]) / report["roofline_seconds"], 2)
         report["speedup"] = round(min(times["peer"]) / min(times["ours"]), 2)
-        report["speedup_of_medians"] = round(statistics.median(times["peer"]) / statistics.median(times["ours"]), 2)
-        report["memory_ratio"] = round(report["memory_mib"]["ours"] / report["memory_mib"]["peer"], 2)
+        report["speedup_of_medians"] = round(
+            statistics.median(times["peer"]) / statistics.median(times["ours"]), 2
+        )
+        report["memory_ratio"] = round(
+            report["memory_mib"]["ours"] / report["memory_mib"]["peer"], 2
+        )
     return report
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(PEERS), help="files of configs/model")
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--keep", action="store_true", help="freed memory stays in the process")
-    parser.add_argument("--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS)  # what memory_of runs
+    parser.add_argument(
+        "--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS
+    )  # what memory_of runs
     return parser.parse_args()
 
 
@@ -176,7 +212,9 @@ def main() -> None:
         keep_freed_memory()
     if arguments.memory_of:
         ours, peer, _ = build_pair(arguments.models[0])
-        step = train_step({"ours": ours, "peer": peer}[arguments.memory_of], batch_of(ours, arguments))
+        step = train_step(
+            {"ours": ours, "peer": peer}[arguments.memory_of], batch_of(ours, arguments)
+        )
         before = resident("VmRSS")
         step(), step()
         print(resident("VmHWM") - before)
@@ -186,7 +224,10 @@ def main() -> None:
         reports.append(measure(preset, arguments))
         print(json.dumps(reports[-1]), flush=True)
     summary = {"benchmark": "models", "torch": torch.__version__}
-    summary |= {name: getattr(arguments, name) for name in ("seconds", "batch", "threads", "repeats", "keep")}
+    summary |= {
+        name: getattr(arguments, name)
+        for name in ("seconds", "batch", "threads", "repeats", "keep")
+    }
     for ratio in ("speedup", "speedup_at_roofline", "memory_ratio"):
         summary[ratio] = {report["model"]: report[ratio] for report in reports if ratio in report}
     print(json.dumps(summary))

@@ -25,8 +25,15 @@ class Peer:
 
 def _linear(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
     """A linear layer from a 1x1 convolution or a linear layer, [out, in, ...]."""
-    found = {part: state[f"{theirs}.{part}"] for part in ("weight", "bias") if f"{theirs}.{part}" in state}
-    return {f"{ours}.{part}": tensor.flatten(1) if part == "weight" else tensor for part, tensor in found.items()}
+    found = {
+        part: state[f"{theirs}.{part}"]
+        for part in ("weight", "bias")
+        if f"{theirs}.{part}" in state
+    }
+    return {
+        f"{ours}.{part}": tensor.flatten(1) if part == "weight" else tensor
+        for part, tensor in found.items()
+    }
 
 
 def _norm(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
@@ -34,15 +41,24 @@ def _norm(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
 
 
 def _lstm(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
-    names = {"in_weight": "weight_ih", "hidden_weight": "weight_hh", "in_bias": "bias_ih", "hidden_bias": "bias_hh"}
+    names = {
+        "in_weight": "weight_ih",
+        "hidden_weight": "weight_hh",
+        "in_bias": "bias_ih",
+        "hidden_bias": "bias_hh",
+    }
     return {
-        f"{ours}.{own}": torch.stack([state[f"{theirs}.{name}_l0{way}"] for way in ("", "_reverse")])
+        f"{ours}.{own}": torch.stack(
+            [state[f"{theirs}.{name}_l0{way}"] for way in ("", "_reverse")]
+        )
         for own, name in names.items()
     }
 
 
 def _codec(state: State) -> dict[str, Tensor]:
-    encoder, decoder = (state[f"{part}.filterbank._filters"][:, 0] for part in ("encoder", "decoder"))
+    encoder, decoder = (
+        state[f"{part}.filterbank._filters"][:, 0] for part in ("encoder", "decoder")
+    )
     return {"encoder.weight": encoder, "decoder.weight": decoder.T}
 
 
@@ -58,7 +74,9 @@ def _gated_head(state: State) -> dict[str, Tensor]:
 
 def _count(state: State, prefix: str) -> int:
     """How many blocks there are whose names begin with `prefix` and a number."""
-    return 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
+    return 1 + max(
+        int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix)
+    )
 
 
 def _conv_tasnet(sizes: Mapping[str, Any]) -> nn.Module:
@@ -81,7 +99,9 @@ def _conv_tasnet(sizes: Mapping[str, Any]) -> nn.Module:
 
 def _conv_tasnet_weights(state: State) -> dict[str, Tensor]:
     weights = _codec(state) | _norm(state, "masker.bottleneck.0", "bottleneck")
-    weights |= _linear(state, "masker.bottleneck.1", "bottleneck") | _linear(state, "masker.mask_net.1", "mask_conv")
+    weights |= _linear(state, "masker.bottleneck.1", "bottleneck") | _linear(
+        state, "masker.mask_net.1", "mask_conv"
+    )
     weights["prelu.weight"] = state["masker.mask_net.0.weight"]
     for index in range(_count(state, "masker.TCN.")):
         block, ours = f"masker.TCN.{index}.", f"blocks.{index}."
@@ -118,11 +138,15 @@ def _dprnn(sizes: Mapping[str, Any]) -> nn.Module:
 
 def _dprnn_weights(state: State) -> dict[str, Tensor]:
     weights = _codec(state) | _norm(state, "masker.bottleneck.0", "norm")
-    weights |= _linear(state, "masker.bottleneck.1", "bottleneck") | _linear(state, "masker.mask_net", "mask")
+    weights |= _linear(state, "masker.bottleneck.1", "bottleneck") | _linear(
+        state, "masker.mask_net", "mask"
+    )
     for index in range(_count(state, "masker.net.")):
         for path in ("intra", "inter"):
             theirs, ours = f"masker.net.{index}.{path}_", f"{path}.{index}."
-            weights |= _lstm(state, f"{theirs}RNN.rnn", f"{ours}lstm") | _norm(state, f"{theirs}norm", f"{ours}norm")
+            weights |= _lstm(state, f"{theirs}RNN.rnn", f"{ours}lstm") | _norm(
+                state, f"{theirs}norm", f"{ours}norm"
+            )
             weights |= _linear(state, f"{theirs}linear", f"{ours}linear")
     return weights | _gated_head(state)
 
@@ -148,7 +172,8 @@ def _dptnet_weights(state: State) -> dict[str, Tensor]:
         for number, path in enumerate(("intra", "inter")):
             theirs, ours = f"masker.layers.{index}.{number}.", f"{path}.{index}."
             weights |= {
-                f"{ours}attention.qkv.{part}": state[f"{theirs}mha.in_proj_{part}"] for part in ("weight", "bias")
+                f"{ours}attention.qkv.{part}": state[f"{theirs}mha.in_proj_{part}"]
+                for part in ("weight", "bias")
             }
             weights |= _linear(state, f"{theirs}mha.out_proj", f"{ours}attention.out")
             weights |= _lstm(state, f"{theirs}recurrent", f"{ours}lstm")
@@ -175,7 +200,11 @@ def _sepformer(sizes: Mapping[str, Any]) -> nn.Module:
         masknet_chunksize=sizes["chunk_size"],
         masknet_numlayers=sizes["num_blocks"],
         masknet_numspks=sizes["num_speakers"],
-        **{f"{path}_{theirs}": sizes[ours] for path in ("intra", "inter") for theirs, ours in both.items()},
+        **{
+            f"{path}_{theirs}": sizes[ours]
+            for path in ("intra", "inter")
+            for theirs, ours in both.items()
+        },
     )
     for module in peer.modules():  # as its recipes set them; this constructor cannot
         if isinstance(module, nn.Dropout):
@@ -186,7 +215,9 @@ def _sepformer(sizes: Mapping[str, Any]) -> nn.Module:
 
 
 def _sepformer_weights(state: State) -> dict[str, Tensor]:
-    halves = [_linear(state, f"masknet.{part}.0", "gate.linear") for part in ("output", "output_gate")]
+    halves = [
+        _linear(state, f"masknet.{part}.0", "gate.linear") for part in ("output", "output_gate")
+    ]
     weights = {
         "encoder.weight": state["encoder.conv1d.weight"][:, 0],
         "decoder.weight": state["decoder.weight"][:, 0].T,
@@ -197,14 +228,21 @@ def _sepformer_weights(state: State) -> dict[str, Tensor]:
         **_linear(state, "masknet.end_conv1x1", "mask_out"),
     }
     norms = {"masknet.norm": "norm"}
-    layer_names = {"self_att.att.out_proj": "attention.out", "pos_ffn.ffn.0": "up", "pos_ffn.ffn.3": "down"}
+    layer_names = {
+        "self_att.att.out_proj": "attention.out",
+        "pos_ffn.ffn.0": "up",
+        "pos_ffn.ffn.3": "down",
+    }
     for index in range(_count(state, "masknet.dual_mdl.")):
         for path in ("intra", "inter"):
             theirs, ours = f"masknet.dual_mdl.{index}.{path}_", f"{path}.{index}."
             norms[f"{theirs}norm"] = f"{ours}global_norm"
             plain_norms = {f"{theirs}mdl.mdl.norm.norm": f"{ours}layer_norm"}
             for layer in range(_count(state, f"{theirs}mdl.mdl.layers.")):
-                their_layer, our_layer = f"{theirs}mdl.mdl.layers.{layer}.", f"{ours}layers.{layer}."
+                their_layer, our_layer = (
+                    f"{theirs}mdl.mdl.layers.{layer}.",
+                    f"{ours}layers.{layer}.",
+                )
                 for their_name, our_name in layer_names.items():
                     weights |= _linear(state, their_layer + their_name, our_layer + our_name)
                 for part in ("weight", "bias"):
@@ -213,9 +251,15 @@ def _sepformer_weights(state: State) -> dict[str, Tensor]:
                 plain_norms[f"{their_layer}norm1.norm"] = f"{our_layer}attention_norm"
                 plain_norms[f"{their_layer}norm2.norm"] = f"{our_layer}norm"
             for their_name, our_name in plain_norms.items():
-                weights |= {f"{our_name}.{part}": state[f"{their_name}.{part}"] for part in ("weight", "bias")}
+                weights |= {
+                    f"{our_name}.{part}": state[f"{their_name}.{part}"]
+                    for part in ("weight", "bias")
+                }
     for their_name, our_name in norms.items():
-        weights |= {f"{our_name}.gain": state[f"{their_name}.weight"], f"{our_name}.shift": state[f"{their_name}.bias"]}
+        weights |= {
+            f"{our_name}.gain": state[f"{their_name}.weight"],
+            f"{our_name}.shift": state[f"{their_name}.bias"],
+        }
     return weights
 
 

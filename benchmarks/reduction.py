@@ -67,7 +67,9 @@ def measure(rank: int, folder: str) -> None:
         result[size] = {
             "parameters": sum(p.numel() for p in engines[WAYS[0]].model.parameters()),
             "milliseconds": {
-                f"zero{stage}_{reduction}": round(statistics.median(times[stage, reduction]) * 1e3, 1)
+                f"zero{stage}_{reduction}": round(
+                    statistics.median(times[stage, reduction]) * 1e3, 1
+                )
                 for stage, reduction in WAYS
             },
             "canonical_cost_percent": {
@@ -76,7 +78,9 @@ def measure(rank: int, folder: str) -> None:
                     * (
                         statistics.median(
                             mine / its
-                            for mine, its in zip(times[stage, "canonical"], times[stage, "native"], strict=True)
+                            for mine, its in zip(
+                                times[stage, "canonical"], times[stage, "native"], strict=True
+                            )
                         )
                         - 1
                     ),
@@ -96,7 +100,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(measure, (folder,), nprocs=2)
         result = json.loads(Path(folder, "result.json").read_text())
-    print(json.dumps({"benchmark": "reduction", "workers": 2, "virtual_shards": NUM_SHARDS} | result))
+    print(
+        json.dumps({"benchmark": "reduction", "workers": 2, "virtual_shards": NUM_SHARDS} | result)
+    )
 
 
 if __name__ == "__main__":

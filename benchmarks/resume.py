@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loader import start_s3, write
-from sepdist.data.stream import Crops, Dataset, TrainStream
+from sepdist.data.dataset import Dataset
+from sepdist.data.stream import Crops, TrainStream
 from sepdist.reporting import read_metrics
-from tests.s3server import FaultyProxy, S3Server
+from tests.support.s3server import FaultyProxy, S3Server
 
 REPEATS, DELAY = 9, 0.05
 NUM_STEPS, CHECKPOINT_EVERY, LOG_EVERY = 300, 100, 10
@@ -51,23 +52,53 @@ def first_batches(url: str) -> dict[str, float]:
         for share, measured in times.items():
             measured.append(seconds_to_first_batch(url, share))
     start, end = (statistics.median(measured) for measured in times.values())
-    return {"at_0_percent": round(start, 4), "at_99_percent": round(end, 4), "ratio": round(end / start, 3)}
+    return {
+        "at_0_percent": round(start, 4),
+        "at_99_percent": round(end, 4),
+        "ratio": round(end / start, 3),
+    }
 
 
 def train(endpoint: str, folder: Path) -> dict[str, Any]:
     """The account of a run behind a slow proxy."""
     run_dir = "s3://bench/run"
     arguments = [
-        *("-m", "sepdist.train", "experiment=two_cores/pretrain", "objective=separation", "num_speakers=2"),
-        *("data.num_sources=2", "data.noise=true", "data.train=s3://bench/set", "data.validation=s3://bench/set"),
-        *(f"run_dir={run_dir}", f"data.cache_dir={folder / 'cache'}", f"training.max_steps={NUM_STEPS}"),
+        *(
+            "-m",
+            "sepdist",
+            "train",
+            "experiment=two_cores/pretrain",
+            "objective=separation",
+            "num_speakers=2",
+        ),
+        *(
+            "data.num_sources=2",
+            "data.noise=true",
+            "data.train=s3://bench/set",
+            "data.validation=s3://bench/set",
+        ),
+        *(
+            f"run_dir={run_dir}",
+            f"data.cache_dir={folder / 'cache'}",
+            f"training.max_steps={NUM_STEPS}",
+        ),
         *(f"training.checkpoint_every={CHECKPOINT_EVERY}", f"training.log_every={LOG_EVERY}"),
-        *("validation.every_steps=1000000", "validation.num_mixtures=2", "validation.num_listening=0"),
+        *(
+            "validation.every_steps=1000000",
+            "validation.num_mixtures=2",
+            "validation.num_listening=0",
+        ),
     ]
     environment = {**os.environ, "AWS_ENDPOINT_URL": endpoint, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
+    subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, check=True, stdout=sys.stderr
+    )
     rows = [row for row in read_metrics(run_dir) if "goodput/step_seconds" in row]
-    warm = next(row for row in rows if row["step"] * GLOBAL_BATCH > Dataset("s3://bench/set").manifest.num_samples)
+    warm = next(
+        row
+        for row in rows
+        if row["step"] * GLOBAL_BATCH > Dataset("s3://bench/set").manifest.num_samples
+    )
     last = rows[-1]
     steps = last["goodput/step_seconds"]
     return {

@@ -14,7 +14,7 @@ from pathlib import Path
 from sepdist import config
 from sepdist.cluster import connected
 from sepdist.config import ShardConfig
-from sepdist.sharding import write_data_set
+from sepdist.data.sharding import write_data_set
 
 NUM_SHARDS = 8
 SAMPLES_PER_SHARD = 25
@@ -23,7 +23,10 @@ REPEATS = 3
 
 def measure(num_workers: int) -> dict[str, float]:
     """Shards per minute and seconds of audio (each of s1, s2 and noise counts) per second, medians."""
-    corpus = {"_target_": "sepdist.corpora.demo.DemoCorpus", "num_train": NUM_SHARDS * SAMPLES_PER_SHARD}
+    corpus = {
+        "_target_": "sepdist.corpora.demo.DemoCorpus",
+        "num_train": NUM_SHARDS * SAMPLES_PER_SHARD,
+    }
     shards_per_minute, audio_per_second = [], []
     for _ in range(REPEATS):
         with tempfile.TemporaryDirectory() as folder:

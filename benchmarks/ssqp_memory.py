@@ -35,8 +35,19 @@ from sepdist.training.world import World
 BASE = {"model_type": "wav2vec2"}
 NUM_STEPS = 4  # the first, in which the optimizer's state comes to be, is not timed
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # bytes; unset, it grows up to 32 MB
-WAYS = [(0, "canonical", False), (0, "native", False), (1, "canonical", False), (1, "native", False)]
-WAYS += [(2, "canonical", False), (2, "native", False), (3, "native", False), (0, "native", True), (3, "native", True)]
+WAYS = [
+    (0, "canonical", False),
+    (0, "native", False),
+    (1, "canonical", False),
+    (1, "native", False),
+]
+WAYS += [
+    (2, "canonical", False),
+    (2, "native", False),
+    (3, "native", False),
+    (0, "native", True),
+    (3, "native", True),
+]
 
 
 def take_peak() -> float:
@@ -51,7 +62,9 @@ def batch_at(position: int, seconds: float) -> Batch:
     sources = 0.05 * torch.randn(1, 2, length, generator=torch.Generator().manual_seed(position))
     estimates = sources + 0.3 * sources.flip(1)
     where, lengths = torch.tensor([position]), torch.tensor([length])
-    return Batch([str(position)], where, sources.sum(1), sources, None, lengths, estimates=estimates)
+    return Batch(
+        [str(position)], where, sources.sum(1), sources, None, lengths, estimates=estimates
+    )
 
 
 def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float) -> None:
@@ -93,7 +106,9 @@ def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float) 
     dist.destroy_process_group()
 
 
-def measured(way: tuple[int, str, bool], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+def measured(
+    way: tuple[int, str, bool], seconds: float, environment: dict[str, str]
+) -> dict[str, Any]:
     """What `measure` writes, of two processes that begin with `environment`."""
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, environment):
         mp.spawn(measure, (folder, way, seconds), nprocs=2)
@@ -106,12 +121,20 @@ def main() -> None:
     rows = []
     for way in WAYS:
         row, as_it_is = (measured(way, seconds, environment) for environment in (GIVE_BACK, {}))
-        row |= {"steps_gigabytes_as_it_is": as_it_is["steps_gigabytes"], "step_seconds": as_it_is["step_seconds"]}
+        row |= {
+            "steps_gigabytes_as_it_is": as_it_is["steps_gigabytes"],
+            "step_seconds": as_it_is["step_seconds"],
+        }
         rows.append(row)
         print(json.dumps(row), flush=True)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in SSQPNet(encoder=BASE).parameters())
-    head = {"benchmark": "ssqp_memory", "workers": 2, "parameters": parameters, "crop_seconds": seconds}
+    head = {
+        "benchmark": "ssqp_memory",
+        "workers": 2,
+        "parameters": parameters,
+        "crop_seconds": seconds,
+    }
     print(json.dumps(head | {"ways": rows}))
 
 

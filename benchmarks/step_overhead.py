@@ -120,7 +120,9 @@ def main() -> None:
                 scaling_config=ScalingConfig(num_workers=1),
                 torch_config=TorchConfig(backend="gloo"),
                 run_config=RunConfig(
-                    name="bench", storage_path=folder, worker_runtime_env={"env_vars": worker_environment(cfg)}
+                    name="bench",
+                    storage_path=folder,
+                    worker_runtime_env={"env_vars": worker_environment(cfg)},
                 ),
             ).fit()
         outside = json.loads(Path(f"{folder}/outside.json").read_text())["bare"]

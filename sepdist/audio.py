@@ -19,7 +19,9 @@ import soxr
 from scipy.signal import resample_poly as scipy_resample_poly
 
 SUFFIXES = (".flac", ".wav")
-SILENCE = 2.0**-15  # one step of 16-bit audio: a wave that never reaches it would be stored as zeros
+SILENCE = (
+    2.0**-15
+)  # one step of 16-bit audio: a wave that never reaches it would be stored as zeros
 MIN_LOUDNESS_SECONDS = 0.4  # one gating block of ITU-R BS.1770
 
 
@@ -34,7 +36,9 @@ def decode(source: str | Path | bytes, stop: int | None = None) -> tuple[np.ndar
     """
     name = f"{len(source)} bytes of audio" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise AudioError(f"{name}: no such file; check the corpus's root folder and that its download is complete")
+        raise AudioError(
+            f"{name}: no such file; check the corpus's root folder and that its download is complete"
+        )
     try:
         wave, rate = soundfile.read(
             io.BytesIO(source) if isinstance(source, bytes) else str(source),
@@ -63,13 +67,19 @@ def load_channel(path: str | Path, stop: int | None = None) -> tuple[np.ndarray,
 def check(wave_T: np.ndarray, name: str) -> np.ndarray:
     """The wave itself, if it is not empty, all finite and not silent; else an AudioError that begins with `name`."""
     if wave_T.size == 0:
-        raise AudioError(f"{name}: empty, it has no samples; fetch the file again or leave it out of the corpus")
+        raise AudioError(
+            f"{name}: empty, it has no samples; fetch the file again or leave it out of the corpus"
+        )
     peak = float(np.max(np.abs(wave_T)))
     if not np.isfinite(peak):
         at = int(np.argmin(np.isfinite(wave_T)))
-        raise AudioError(f"{name}: NaN or infinite, first at sample {at}; fetch the file again or leave it out")
+        raise AudioError(
+            f"{name}: NaN or infinite, first at sample {at}; fetch the file again or leave it out"
+        )
     if peak < SILENCE:
-        raise AudioError(f"{name}: silent, its peak {peak:.2g} is below one 16-bit step; leave it out of the corpus")
+        raise AudioError(
+            f"{name}: silent, its peak {peak:.2g} is below one 16-bit step; leave it out of the corpus"
+        )
     return wave_T
 
 
@@ -77,7 +87,9 @@ def require_rate(rate: int, wanted: int, name: str, *, exactly: bool = False) ->
     """AudioError unless audio at `rate` Hz may serve at `wanted` Hz; up-sampling adds no band and is refused."""
     if rate == wanted or (rate > wanted and not exactly):
         return
-    raise AudioError(f"{name}: its rate is {rate} Hz where {wanted} Hz is wanted; set sample_rate={rate} or convert it")
+    raise AudioError(
+        f"{name}: its rate is {rate} Hz where {wanted} Hz is wanted; set sample_rate={rate} or convert it"
+    )
 
 
 def resample(wave_T: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
@@ -112,10 +124,14 @@ def loudness(wave_T: np.ndarray, rate: int, name: str = "the wave") -> float:
     """Integrated loudness in LUFS (ITU-R BS.1770-4); AudioError below 0.4 s or where the gate passes nothing."""
     if wave_T.size < MIN_LOUDNESS_SECONDS * rate:
         seconds = wave_T.size / rate
-        raise AudioError(f"{name}: lasts {seconds:.2f} s, loudness needs {MIN_LOUDNESS_SECONDS} s; leave it out")
+        raise AudioError(
+            f"{name}: lasts {seconds:.2f} s, loudness needs {MIN_LOUDNESS_SECONDS} s; leave it out"
+        )
     measured = float(_meter(rate).integrated_loudness(wave_T))
     if not np.isfinite(measured):
-        raise AudioError(f"{name}: below the loudness gate of -70 LUFS throughout; leave it out of the corpus")
+        raise AudioError(
+            f"{name}: below the loudness gate of -70 LUFS throughout; leave it out of the corpus"
+        )
     return measured
 
 
@@ -135,7 +151,11 @@ def gain_for_snr(signal_T: np.ndarray, noise_T: np.ndarray, snr_db: float) -> fl
 def at_level_of(mixture_T: np.ndarray, wave_T: np.ndarray, max_peak: float = 1.0) -> np.ndarray:
     """The wave at the mixture's RMS, or below it where its peak would pass `max_peak`; silence stays silence."""
     peak = float(np.abs(wave_T).max())
-    return wave_T * np.float32(min(rms(mixture_T) / rms(wave_T), max_peak / peak)) if peak > 0 else wave_T
+    return (
+        wave_T * np.float32(min(rms(mixture_T) / rms(wave_T), max_peak / peak))
+        if peak > 0
+        else wave_T
+    )
 
 
 def fit(wave_T: np.ndarray, num_samples: int) -> np.ndarray:
@@ -163,10 +183,20 @@ def find_files(folder: str | Path) -> list[Path]:
     """Every .wav and .flac file below a local folder, sorted by path; AudioError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
-        beside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
-        there = f"its parent holds {', '.join(beside[:8])}" if beside else "its parent does not exist or is empty"
+        beside = (
+            sorted(p.name for p in folder.parent.iterdir() if p.is_dir())
+            if folder.parent.is_dir()
+            else []
+        )
+        there = (
+            f"its parent holds {', '.join(beside[:8])}"
+            if beside
+            else "its parent does not exist or is empty"
+        )
         raise AudioError(f"{folder}: no such folder ({there}); check the root and the split")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise AudioError(f"{folder}: no {' or '.join(SUFFIXES)} file below it; check the root and the split")
+        raise AudioError(
+            f"{folder}: no {' or '.join(SUFFIXES)} file below it; check the root and the split"
+        )
     return found

@@ -3,11 +3,16 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+from sepdist.config import ConfigError
 
 
 @contextlib.contextmanager
-def connected(num_cpus: int, *, address: str | None = None, verbose: bool = False) -> Iterator[None]:
+def connected(
+    num_cpus: int, *, address: str | None = None, verbose: bool = False
+) -> Iterator[None]:
     """Be connected to Ray inside: to `address`, to RAY_ADDRESS (as `ray job submit` sets it), or to a Ray started here.
 
     One started here counts at least `num_cpus` logical CPUs, so that more workers than cores may share the machine;
@@ -25,7 +30,9 @@ def connected(num_cpus: int, *, address: str | None = None, verbose: bool = Fals
         ray.init(address=address, logging_level=logging.WARNING)
     else:
         # Ray protects a local cluster by a token of its own accord, and says so each time.
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
+            logging.ERROR
+        )
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, num_cpus),
@@ -39,3 +46,37 @@ def connected(num_cpus: int, *, address: str | None = None, verbose: bool = Fals
         yield
     finally:
         ray.shutdown()
+
+
+def run_tasks(
+    work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]], *, num_gpus: float = 0.0
+) -> Iterator[Any]:
+    """Run the generator `work` on each of `calls`, one Ray task per call; yields items as they come.
+
+    A task whose worker dies is run again, up to three times.
+
+    Raises:
+        ConfigError: `num_gpus` per task are asked for and no node has a GPU.
+        ValueError, OSError: as `work` raised them.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    with connected(len(calls)):
+        if num_gpus and not ray.cluster_resources().get("GPU"):  # the tasks would wait forever
+            raise ConfigError("use_gpu=true, but no node of this Ray cluster has a GPU")
+        task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(work)
+        streams: list[Any] = [task.options(num_returns="streaming").remote(*call) for call in calls]
+        try:
+            while streams:
+                [stream], _ = ray.wait(streams, num_returns=1)
+                reference = next(cast(Iterator[Any], stream), None)
+                if reference is None:
+                    streams.remove(stream)
+                    continue
+                yield ray.get(reference)
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
+        finally:
+            for stream in streams:
+                ray.cancel(stream)

@@ -35,7 +35,9 @@ class ExtraConfig:
     url: str = MISSING
     num_sources: int = 1
     noise: bool = True
-    weight: float | None = None  # batches for each one of data.train; None = by its size, so that an epoch is one pass
+    weight: float | None = (
+        None  # batches for each one of data.train; None = by its size, so that an epoch is one pass
+    )
 
 
 @dataclass
@@ -46,19 +48,27 @@ class DataConfig:
     validation: str = MISSING
     num_sources: int = 2  # how many of s1, s2, ... enter the mixture and are targets
     noise: bool = False  # whether the noise of each sample is part of the mixture
-    mixing: Any = (
-        None  # a node that makes new mixtures of data.train's first sources (configs/mixing); None = as stored
+    mixing: Any = None  # a node that makes new mixtures of data.train's first sources (configs/mixing); None = as stored
+    extra: list[ExtraConfig] = field(
+        default_factory=list
+    )  # more data sets, for objectives of several tasks
+    interleave: str = (
+        "drawn"  # how their batches come between those of data.train: drawn (permuted) | even
     )
-    extra: list[ExtraConfig] = field(default_factory=list)  # more data sets, for objectives of several tasks
-    interleave: str = "drawn"  # how their batches come between those of data.train: drawn (permuted) | even
     crop_seconds: float = 3.0
-    num_virtual_shards: int = 4  # V: fixes the data order and the reduction tree; world sizes 1..V can run it
-    micro_batch: int = 2  # samples per virtual shard and step; global batch = num_virtual_shards * micro_batch
+    num_virtual_shards: int = (
+        4  # V: fixes the data order and the reduction tree; world sizes 1..V can run it
+    )
+    micro_batch: int = (
+        2  # samples per virtual shard and step; global batch = num_virtual_shards * micro_batch
+    )
     cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
     cache_gigabytes: float = 50.0
     num_threads: int = 1  # decoding threads per worker
     prefetch_steps: int = 4
-    max_damaged: int = 0  # damaged samples that may be replaced by the next position before the run stops
+    max_damaged: int = (
+        0  # damaged samples that may be replaced by the next position before the run stops
+    )
 
 
 @dataclass
@@ -85,9 +95,13 @@ class ScheduleConfig:
 class InitConfig:
     """Hand-off: weights of an earlier stage and the parameters that start afresh."""
 
-    weights: str | None = None  # a run_dir, an export folder or a .safetensors file; None = from scratch
+    weights: str | None = (
+        None  # a run_dir, an export folder or a .safetensors file; None = from scratch
+    )
     part: str | None = None  # take only the weights below this prefix, without it; None = all
-    reinit: list[str] = field(default_factory=list)  # parameter-name prefixes that keep their fresh values
+    reinit: list[str] = field(
+        default_factory=list
+    )  # parameter-name prefixes that keep their fresh values
 
 
 @dataclass
@@ -102,10 +116,10 @@ class TrainingConfig:
     keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good
     max_failed_checkpoints: int = 3  # in a row, that storage would not take, before the run ends
     early_stop_patience: int = 30  # validations without improvement; 0 = never
-    spike_factor: float = 100.0  # skip a step whose gradient norm is so many times the median; 0 = only if not finite
-    max_skipped: int = (
-        20  # skipped steps in a row that send the run back to its newest checkpoint, to go on without them
+    spike_factor: float = (
+        100.0  # skip a step whose gradient norm is so many times the median; 0 = only if not finite
     )
+    max_skipped: int = 20  # skipped steps in a row that send the run back to its newest checkpoint, to go on without them
     max_rollbacks: int = 3
 
 
@@ -119,13 +133,17 @@ class ClusterConfig:
     threads_per_worker: int = 1
     address: str | None = None  # None: the cluster of the job it runs in, else a local Ray
     max_failures: int = 5  # in a row, without a new checkpoint between them; preemptions do not count; -1 = no limit
-    elastic_check_seconds: float = 60.0  # with [min, max]: how often a running group looks for room for more workers
-    preemption_check_steps: int = 10  # steps between two looks for a notice that a node is about to be taken away
-    collective_timeout_seconds: int = 600
-    hang_seconds: float = (
-        30.0  # a worker without progress for so long ends itself; more where steps are slow; 0 = never
+    elastic_check_seconds: float = (
+        60.0  # with [min, max]: how often a running group looks for room for more workers
     )
-    startup_seconds: float = 600.0  # the same for the first step and the first validation, which compile
+    preemption_check_steps: int = (
+        10  # steps between two looks for a notice that a node is about to be taken away
+    )
+    collective_timeout_seconds: int = 600
+    hang_seconds: float = 30.0  # a worker without progress for so long ends itself; more where steps are slow; 0 = never
+    startup_seconds: float = (
+        600.0  # the same for the first step and the first validation, which compile
+    )
     verbose: bool = False  # show what Ray's processes print, where a local Ray is started
 
 
@@ -136,7 +154,9 @@ class TrainConfig:
     name: str = MISSING  # derives the run's identity; never from the time
     run_dir: str = MISSING
     seed: int = 0
-    data_root: str = "data"  # folder or s3:// prefix of the data sets, where an experiment names them by it
+    data_root: str = (
+        "data"  # folder or s3:// prefix of the data sets, where an experiment names them by it
+    )
     sample_rate: int = 8000
     num_speakers: int = 2
     model: Any = MISSING
@@ -158,8 +178,12 @@ class StageConfig:
     kind: str = "train"  # or shards, evaluate, judge, recognise, labels, figure
     experiment: str = ""  # train: a file of configs/experiment
     label: str = ""  # its name in a figure
-    uses: list[str] = field(default_factory=list)  # earlier stages: initial weights, the model to score, what to draw
-    overrides: list[str] = field(default_factory=list)  # key=value of its program; the value @stage is a stage's folder
+    uses: list[str] = field(
+        default_factory=list
+    )  # earlier stages: initial weights, the model to score, what to draw
+    overrides: list[str] = field(
+        default_factory=list
+    )  # key=value of its program; the value @stage is a stage's folder
 
 
 @dataclass
@@ -176,8 +200,12 @@ class GridRowConfig:
     """One row of a grid: what it measures for each column."""
 
     label: str = MISSING
-    cells: list[str] = field(default_factory=list)  # stage:a.b is the number a.b in the results.json of that stage; "-"
-    paper: list[Any] = field(default_factory=list)  # the same as the paper has it; null where it has none
+    cells: list[str] = field(
+        default_factory=list
+    )  # stage:a.b is the number a.b in the results.json of that stage; "-"
+    paper: list[Any] = field(
+        default_factory=list
+    )  # the same as the paper has it; null where it has none
 
 
 @dataclass
@@ -192,19 +220,25 @@ class GridConfig:
 
 @dataclass
 class PipelineConfig:
-    """`configs/pipeline.yaml`: python -m sepdist.pipeline."""
+    """`configs/pipeline.yaml`: python -m sepdist pipeline."""
 
     name: str = MISSING
     title: str = ""
     output: str = MISSING  # folder or s3:// prefix
     data_root: str = "data"  # folder or s3:// prefix of the data sets that the experiments name
     test_data: str = ""  # what evaluations score, where their overrides name nothing else
-    vars: dict[str, Any] = field(default_factory=dict)  # what stages of this experiment name as ${vars.x}
-    results: str = "table"  # the name of the files with the tables, for experiments that share an output
+    vars: dict[str, Any] = field(
+        default_factory=dict
+    )  # what stages of this experiment name as ${vars.x}
+    results: str = (
+        "table"  # the name of the files with the tables, for experiments that share an output
+    )
     variant: str = ""  # ends the name of every stage's experiment: _mini
     seeds: list[int] = field(default_factory=lambda: [0])
     stages: dict[str, StageConfig] = field(default_factory=dict)  # in the order in which they run
-    overrides: dict[str, list[str]] = field(default_factory=dict)  # by kind, for all its stages, before their own
+    overrides: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # by kind, for all its stages, before their own
     table: list[RowConfig] = field(default_factory=list)
     grids: list[GridConfig] = field(default_factory=list)
 
@@ -227,16 +261,22 @@ class ShardConfig:
     split: str = MISSING
     output: str = MISSING  # folder or s3:// prefix of the one data set to write, verify or describe
     samples_per_shard: int = 200
-    num_workers: int = 0  # Ray tasks at once; 0 = in this process, -1 = as many as the cluster has CPUs
+    num_workers: int = (
+        0  # Ray tasks at once; 0 = in this process, -1 = as many as the cluster has CPUs
+    )
     limit: int = 0  # only the first so many records; 0 = all
-    part: list[float] = field(default_factory=lambda: [0.0, 1.0])  # of them, shuffled always alike: two shares of 0..1
-    mixtures_only: bool = False  # store the mixture alone, as of recordings whose sources nobody knows
+    part: list[float] = field(
+        default_factory=lambda: [0.0, 1.0]
+    )  # of them, shuffled always alike: two shares of 0..1
+    mixtures_only: bool = (
+        False  # store the mixture alone, as of recordings whose sources nobody knows
+    )
     gpus_per_worker: float = 0.0  # for corpus=separated with corpus.device=cuda
 
 
 @dataclass
 class EvaluateConfig:
-    """`configs/evaluate.yaml`: python -m sepdist.evaluate."""
+    """`configs/evaluate.yaml`: python -m sepdist evaluate."""
 
     model: str = MISSING  # a run_dir (its best checkpoint is taken) or an export folder
     data: str = MISSING  # folder or s3:// prefix of the test set
@@ -254,11 +294,15 @@ class EvaluateConfig:
 
 @dataclass
 class RecogniseConfig:
-    """`configs/recognise.yaml`: python -m sepdist.recognise."""
+    """`configs/recognise.yaml`: python -m sepdist recognise."""
 
-    model: str | None = None  # a run_dir (its best checkpoint is taken) or an export folder; None = mixtures alone
+    model: str | None = (
+        None  # a run_dir (its best checkpoint is taken) or an export folder; None = mixtures alone
+    )
     corpus: Any = MISSING  # gives mixtures with transcripts: libricss, overlap
-    conditions: list[str] = field(default_factory=lambda: ["OV10", "OV20", "OV30", "OV40"])  # splits of the corpus
+    conditions: list[str] = field(
+        default_factory=lambda: ["OV10", "OV20", "OV30", "OV40"]
+    )  # splits of the corpus
     recogniser: Any = MISSING
     output: str = MISSING  # folder or s3:// prefix for results.json and utterances.csv
     limit: int = 0  # only the first so many utterances of each condition; 0 = all
@@ -270,7 +314,11 @@ def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
     """The least and the greatest number of workers that `cluster.num_workers` allows; equal where it is one number."""
     value = cluster.num_workers
     pair = value if isinstance(value, list | tuple) else [value, value]
-    if len(pair) != 2 or any(type(number) is not int for number in pair) or not 1 <= pair[0] <= pair[1]:
+    if (
+        len(pair) != 2
+        or any(type(number) is not int for number in pair)
+        or not 1 <= pair[0] <= pair[1]
+    ):
         raise ConfigError(
             f"cluster.num_workers={value!r}: give a number of workers from 1 up, or [min, max] with 1 <= min <= max"
         )
@@ -290,6 +338,15 @@ def register_schemas() -> None:
         store.store(name=name, node=node)
 
 
+def register_evaluate() -> None:
+    """Give Hydra the config of the scoring programs.
+
+    Hydra must not look into configs/ itself for them: there it takes model=... and data=... for choices in the groups
+    model/ and data/, and refuses a path.
+    """
+    ConfigStore.instance().store("evaluate", OmegaConf.load(Path(config_dir(), "evaluate.yaml")))
+
+
 def config_dir() -> str:
     """The absolute folder of the shipped YAML: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parent
@@ -303,7 +360,9 @@ def typed(composed: DictConfig, schema: type[_T]) -> _T:
     """The composed config as real dataclasses; a mandatory value left at ??? is an error that names it."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
-        raise ConfigError(f"no value given for {', '.join(missing)} (pass {missing[0]}=... on the command line)")
+        raise ConfigError(
+            f"no value given for {', '.join(missing)} (pass {missing[0]}=... on the command line)"
+        )
     result = OmegaConf.to_object(composed)
     if not isinstance(result, schema):
         raise TypeError(f"expected a {schema.__name__}, got {type(result).__name__}")
@@ -339,7 +398,9 @@ def load_frozen(url: str) -> TrainConfig:
 
 
 def _allowed(name: str) -> bool:
-    return name.startswith(ALLOWED_TARGETS) or any(name + "." == prefix for prefix in ALLOWED_TARGETS)
+    return name.startswith(ALLOWED_TARGETS) or any(
+        name + "." == prefix for prefix in ALLOWED_TARGETS
+    )
 
 
 def resolve(target: str) -> Any:
@@ -365,7 +426,9 @@ def build(node: Mapping[str, Any], **runtime: Any) -> Any:
     if "_target_" not in node:
         raise ConfigError(f"cannot build {dict(node)!r}: it has no _target_")
     target = resolve(str(node["_target_"]))
-    arguments = {key: _build_nested(value) for key, value in node.items() if key != "_target_"} | runtime
+    arguments = {
+        key: _build_nested(value) for key, value in node.items() if key != "_target_"
+    } | runtime
     try:
         inspect.signature(target).bind(**arguments)
     except TypeError as error:
@@ -376,7 +439,11 @@ def build(node: Mapping[str, Any], **runtime: Any) -> Any:
 
 def _build_nested(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return build(value) if "_target_" in value else {key: _build_nested(item) for key, item in value.items()}
+        return (
+            build(value)
+            if "_target_" in value
+            else {key: _build_nested(item) for key, item in value.items()}
+        )
     if isinstance(value, list | tuple):
         return [_build_nested(item) for item in value]
     return value

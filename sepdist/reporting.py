@@ -8,27 +8,26 @@ folder and put there as whole files, because an object cannot be appended to. Lo
 `tensorboard --logdir run_dir/tensorboard`.
 """
 
+import csv
 import io
 import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import scipy.signal
 import torch
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from sepdist import storage
+from sepdist.plotting import spectrogram_figure
 
 LISTENING_PEAK = 0.9
-DYNAMIC_RANGE_DB = 70.0
 UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl that nobody asked for: how old a progress bar may be
 EVENT_FILE_BYTES = 16_000_000  # on s3://, where a flush puts whole files: what one flush may repeat of the one before
 
@@ -74,7 +73,9 @@ class Reporter:
         A value that is not finite is null in metrics.jsonl, because JSON has no NaN, and NaN in TensorBoard.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        assert all("/" in name for name in values), f"metrics are named group/name, not {sorted(values)}"
+        assert all("/" in name for name in values), (
+            f"metrics are named group/name, not {sorted(values)}"
+        )
         seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
         row: dict[str, float | None] = {"step": int(step), "seconds": seconds}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -94,7 +95,9 @@ class Reporter:
 
     def audio(self, step: int, name: str, wave: np.ndarray, rate: int) -> None:
         """Sound [T] at `rate`, its peak brought to 0.9: SI-SNR leaves the level of an estimate open."""
-        self._writer.add_audio(name, torch.from_numpy(for_listening(wave, name))[None], step, sample_rate=rate)
+        self._writer.add_audio(
+            name, torch.from_numpy(for_listening(wave, name))[None], step, sample_rate=rate
+        )
 
     def spectrogram(self, step: int, name: str, waves: Mapping[str, np.ndarray], rate: int) -> None:
         """A picture of `spectrogram_figure`."""
@@ -112,7 +115,9 @@ class Reporter:
         self._writer.flush()
         if not self._pool:
             return
-        self._upload(["metrics.jsonl"] + [f"tensorboard/{path.name}" for path in self._event_files()])
+        self._upload(
+            ["metrics.jsonl"] + [f"tensorboard/{path.name}" for path in self._event_files()]
+        )
         if self._event_files()[-1].stat().st_size > EVENT_FILE_BYTES:
             self._writer.close()  # the next event opens another file
 
@@ -122,14 +127,18 @@ class Reporter:
         self._file.close()
         if self._pool and self._scratch:
             try:
-                self._upload(["metrics.jsonl"] + [f"tensorboard/{path.name}" for path in self._event_files()])
+                self._upload(
+                    ["metrics.jsonl"] + [f"tensorboard/{path.name}" for path in self._event_files()]
+                )
                 self._wait()
             finally:
                 self._pool.shutdown()
                 self._scratch.cleanup()
 
     def _event_files(self) -> list[Path]:
-        return sorted((self._folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return sorted(
+            (self._folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns
+        )
 
     def _upload(self, names: list[str]) -> None:
         """Put whole files in the background; the bytes are taken now, because the files go on growing."""
@@ -165,12 +174,16 @@ def read_metrics(run_dir: str) -> list[dict[str, float]]:
         return []
     lines = storage.read_bytes(url).split(b"\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
+    for number, line in enumerate(
+        lines[:-1], start=1
+    ):  # what follows the last newline is empty or torn
         try:
             row = json.loads(line)
             row["step"], row["seconds"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ReportingError(f"{url}: line {number} is damaged; mend or move the file") from error
+            raise ReportingError(
+                f"{url}: line {number} is damaged; mend or move the file"
+            ) from error
         rows.append(row)
     return rows
 
@@ -184,66 +197,23 @@ def for_listening(wave: np.ndarray, name: str = "wave") -> np.ndarray:
     wave = np.asarray(wave, dtype=np.float32)
     assert wave.ndim == 1, f"{name}: a wave is [T], not {wave.shape}"
     if not np.isfinite(wave).all():
-        raise ReportingError(f"{name}: {np.count_nonzero(~np.isfinite(wave))} of {wave.size} samples are not finite")
+        raise ReportingError(
+            f"{name}: {np.count_nonzero(~np.isfinite(wave))} of {wave.size} samples are not finite"
+        )
     peak = float(np.abs(wave).max(initial=0.0))
     return wave * np.float32(LISTENING_PEAK / peak) if peak > 0 else wave
 
 
-def decibel_spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Power in dB below the loudest bin, float32 [F, N]; 32-ms Hann windows every 8 ms. Silence is at the floor."""
-    size = max(int(0.032 * rate), 16)
-    wave = np.pad(np.asarray(wave, dtype=np.float32), (0, max(0, size - len(wave))))
-    _, _, spectrum = scipy.signal.stft(wave, rate, nperseg=size, noverlap=size - size // 4)
-    power = np.abs(spectrum) ** 2
-    loudest = power.max()
-    if loudest == 0:
-        return np.full(power.shape, -DYNAMIC_RANGE_DB, dtype=np.float32)
-    decibels = 10 * np.log10(np.maximum(power / loudest, np.finfo(np.float32).tiny))
-    return np.maximum(decibels, -DYNAMIC_RANGE_DB).astype(np.float32)
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """A CSV file: floats with four decimals, the values of a tuple separated by blanks."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return stream.getvalue().encode()
 
 
-def spectrogram_figure(waves: Mapping[str, np.ndarray], rate: int) -> Figure:
-    """Spectrograms on one dB scale, a column for each first word of the names, so that source 1 is beside estimate 1.
-
-    Every panel is relative to its own loudest bin, because SI-SNR leaves the level of an estimate open. It draws
-    through matplotlib's object interface and so works in any thread.
-    """
-    columns: dict[str, list[str]] = {}
-    for name in waves:
-        columns.setdefault(name.split()[0], []).append(name)
-    num_rows = max(len(names) for names in columns.values())
-    figure = Figure(figsize=(1.2 + 4.2 * len(columns), 0.8 + 2.4 * num_rows), dpi=80, layout="constrained")
-    axes = figure.subplots(num_rows, len(columns), squeeze=False, sharex=True, sharey=True)
-    image = None
-    for column, names in enumerate(columns.values()):
-        for row in range(num_rows):
-            axis: Axes = axes[row, column]
-            if row >= len(names):
-                axis.set_visible(False)
-                continue
-            wave = np.asarray(waves[names[row]])
-            image = axis.imshow(
-                decibel_spectrogram(wave, rate),
-                origin="lower",
-                aspect="auto",
-                extent=(0.0, len(wave) / rate, 0.0, rate / 2000),
-                vmin=-DYNAMIC_RANGE_DB,
-                vmax=0.0,
-                cmap="magma",
-            )
-            axis.set_title(names[row])
-            if row == len(names) - 1:
-                axis.set_xlabel("time in seconds")
-                axis.tick_params(labelbottom=True)
-            if column == 0:
-                axis.set_ylabel("frequency in kHz")
-    assert image is not None, "a picture needs at least one wave"
-    figure.colorbar(image, ax=axes, label="dB below the loudest of the panel", fraction=0.04)
-    return figure
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
-    return stream.getvalue()
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_cell, value))
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -29,7 +29,9 @@ from urllib.parse import urlsplit
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-PART_BYTES = 16 * 2**20  # above twice this an upload goes in parts of this size; S3 allows no smaller ones than 5 MiB
+PART_BYTES = (
+    16 * 2**20
+)  # above twice this an upload goes in parts of this size; S3 allows no smaller ones than 5 MiB
 FIRST_WAIT_SECONDS = 0.5  # before the second try; doubles from try to try, up to 10 s
 MIN_UPLOAD_BYTES_PER_SECOND = 2**16  # an upload slower than this is given up
 NUM_PARTS_AT_ONCE = 4  # bounds the memory of one upload to NUM_PARTS_AT_ONCE * PART_BYTES
@@ -43,7 +45,11 @@ _TRANSIENT_CODES = {
     "OperationAborted",
     "ConditionalRequestConflict",
 }  # those that are not 5xx
-_REDIRECTS = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+_REDIRECTS = {
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+}
 
 
 class StorageError(OSError):
@@ -54,7 +60,9 @@ def is_remote(url: str | Path) -> bool:
     """Whether `url` is in object storage; ValueError for a scheme that is neither s3:// nor a plain path."""
     scheme, separator, _ = str(url).partition("://")
     if separator and scheme != "s3":
-        raise ValueError(f"{url}: {scheme}:// is not supported; give a local path or s3://bucket/prefix")
+        raise ValueError(
+            f"{url}: {scheme}:// is not supported; give a local path or s3://bucket/prefix"
+        )
     return bool(separator)
 
 
@@ -62,7 +70,17 @@ def join(url: str | Path, *parts: str) -> str:
     """`url` with `parts` below it, for both kinds."""
     base = str(url)
     is_remote(base)
-    return "/".join([base if base.endswith("://") else base.rstrip("/"), *(part.strip("/") for part in parts)])
+    return "/".join(
+        [base if base.endswith("://") else base.rstrip("/"), *(part.strip("/") for part in parts)]
+    )
+
+
+def absolute(url: str | Path) -> str:
+    """`url` in a form that means the same in every working directory: `~` expanded, made absolute.
+
+    Workers run elsewhere, so every path of a config goes through here before it is handed on.
+    """
+    return str(url) if is_remote(url) else str(_path(url).resolve())
 
 
 def exists(url: str | Path) -> bool:
@@ -91,7 +109,9 @@ def list_names(url: str | Path) -> list[str]:
     if not is_remote(url):
         with _local(url, "list"):
             try:
-                return sorted(name for name in os.listdir(_path(url)) if not name.endswith(TEMP_SUFFIX))
+                return sorted(
+                    name for name in os.listdir(_path(url)) if not name.endswith(TEMP_SUFFIX)
+                )
             except (FileNotFoundError, NotADirectoryError):
                 return []
     names, more = set[str](), dict[str, str]()
@@ -168,7 +188,12 @@ def remove(url: str | Path) -> None:
     while names:
         _delete_objects(url, bucket, names)
         names = _list_page(url, MaxKeys=1000)[0]
-        folders.update(name[: at + 1] for name in names for at in range(len(key) + 1, len(name)) if name[at] == "/")
+        folders.update(
+            name[: at + 1]
+            for name in names
+            for at in range(len(key) + 1, len(name))
+            if name[at] == "/"
+        )
     # The markers that consoles make of folders; some services go on listing an empty folder while it has one.
     markers = sorted(folders, key=len, reverse=True)
     for start in range(0, len(markers), 1000):
@@ -190,7 +215,9 @@ def _local(url: str | Path, action: str) -> Iterator[None]:
     except StorageError:
         raise
     except FileNotFoundError as error:
-        raise FileNotFoundError(error.args[0] if error.errno is None else f"{url}: no such file") from None
+        raise FileNotFoundError(
+            error.args[0] if error.errno is None else f"{url}: no such file"
+        ) from None
     except FileExistsError:
         raise FileExistsError(f"{url}: exists already") from None
     except OSError as error:
@@ -204,7 +231,9 @@ def disk_error(url: str | Path, action: str, error: OSError) -> StorageError:
     reason = error.strerror or type(error).__name__
     if error.errno in DISK_FULL:
         what = "what was there before is unchanged"
-        return StorageError(f"cannot {action} {url}: {reason}; free some space or choose another folder, {what}")
+        return StorageError(
+            f"cannot {action} {url}: {reason}; free some space or choose another folder, {what}"
+        )
     hints = {
         errno.EACCES: "; check the permissions of the file and of its folder",
         errno.EPERM: "; check the permissions of the file and of its folder",
@@ -381,7 +410,9 @@ def _list_page(url: str | Path, **arguments: Any) -> tuple[list[str], str | None
     bucket, key = _split(url, whole_bucket=True)
     prefix = key and key + "/"
     page = _call(url, "list", "list_objects_v2", Bucket=bucket, Prefix=prefix, **arguments)
-    keys = [one["Key"] for one in page.get("Contents", [])] + [one["Prefix"] for one in page.get("CommonPrefixes", [])]
+    keys = [one["Key"] for one in page.get("Contents", [])] + [
+        one["Prefix"] for one in page.get("CommonPrefixes", [])
+    ]
     return [key for key in keys if key != prefix], page.get("NextContinuationToken")
 
 
@@ -396,7 +427,9 @@ def _delete_objects(url: str | Path, bucket: str, keys: list[str]) -> None:
         )
 
 
-def _put_object(url: str | Path, length: int, block: Callable[[int, int], bytes], create_only: bool) -> None:
+def _put_object(
+    url: str | Path, length: int, block: Callable[[int, int], bytes], create_only: bool
+) -> None:
     """Upload `length` bytes, which `block(start, stop)` supplies; the object appears whole or not at all.
 
     Not by `open(url, "wb")`: leaving that by an exception publishes what was written so far.
@@ -422,7 +455,9 @@ def _put_object(url: str | Path, length: int, block: Callable[[int, int], bytes]
 
     def put_part(number: int) -> dict[str, Any]:
         body = block(number * part_bytes, min((number + 1) * part_bytes, length))
-        done = _call(url, "write", "upload_part", **where, UploadId=upload, PartNumber=number + 1, Body=body)
+        done = _call(
+            url, "write", "upload_part", **where, UploadId=upload, PartNumber=number + 1, Body=body
+        )
         return {"PartNumber": number + 1, "ETag": done["ETag"]}
 
     try:
@@ -430,7 +465,9 @@ def _put_object(url: str | Path, length: int, block: Callable[[int, int], bytes]
             parts = list(pool.map(put_part, range(-(-length // part_bytes))))
         finish("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
     except BaseException:
-        with contextlib.suppress(OSError):  # the error under way says more; a lifecycle rule collects leftovers
+        with contextlib.suppress(
+            OSError
+        ):  # the error under way says more; a lifecycle rule collects leftovers
             _call(url, "abort the upload of", "abort_multipart_upload", **where, UploadId=upload)
         raise
 
@@ -446,8 +483,12 @@ def _retry(url: str | Path, action: str, function: Callable[[], _T]) -> _T:
             if attempt == attempts or not _is_transient(error):
                 # Without the cause: botocore's exceptions do not survive pickling, and may carry request headers.
                 raise explained from None
-            seconds = min(FIRST_WAIT_SECONDS * 2 ** (attempt - 1), 10.0) * random.SystemRandom().uniform(0.5, 1.0)
-            logger.warning("%s (attempt %d of %d); again in %.1f s", explained, attempt, attempts, seconds)
+            seconds = min(
+                FIRST_WAIT_SECONDS * 2 ** (attempt - 1), 10.0
+            ) * random.SystemRandom().uniform(0.5, 1.0)
+            logger.warning(
+                "%s (attempt %d of %d); again in %.1f s", explained, attempt, attempts, seconds
+            )
             time.sleep(seconds)
     raise AssertionError("unreachable")
 
@@ -480,7 +521,10 @@ def _explain(url: str | Path, action: str, error: BaseException, attempt: int) -
     from botocore import exceptions as boto
 
     code, status = _code(error)
-    what, tried = f"cannot {action} {url}: {_endpoint()}", f" after {attempt} attempt{'s' * (attempt > 1)}"
+    what, tried = (
+        f"cannot {action} {url}: {_endpoint()}",
+        f" after {attempt} attempt{'s' * (attempt > 1)}",
+    )
     if code == "NoSuchBucket":
         return StorageError(f"{what} has no such bucket; create it or correct the url")
     if status == 404 or (not status and isinstance(error, FileNotFoundError)):
@@ -490,12 +534,18 @@ def _explain(url: str | Path, action: str, error: BaseException, attempt: int) -
     if status == 416:
         return _BeyondEndError()
     if status in (301, 307) or code in _REDIRECTS:
-        return StorageError(f"{what} says that the bucket is in another region ({code}); set AWS_REGION to it")
+        return StorageError(
+            f"{what} says that the bucket is in another region ({code}); set AWS_REGION to it"
+        )
     if status in (401, 403):
         todo = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what this key may do in this bucket"
         return StorageError(f"{what} rejected the key ({code or status}); {todo}")
     if status:
-        hint = "the service is busy or failing, try again later" if _is_transient(error) else "check the url"
+        hint = (
+            "the service is busy or failing, try again later"
+            if _is_transient(error)
+            else "check the url"
+        )
         return StorageError(f"{what} answered {status} {code}{tried}; {hint}")
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return StorageError(f"{what} needs a key; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
@@ -506,7 +556,11 @@ def _explain(url: str | Path, action: str, error: BaseException, attempt: int) -
         todo = "check AWS_ENDPOINT_URL and that the service runs"
         return StorageError(f"{what} cannot be reached{tried} (refused, or no such host); {todo}")
     if _is_transient(error):
-        return StorageError(f"{what} broke off the connection{tried} ({type(error).__name__}); check the network")
+        return StorageError(
+            f"{what} broke off the connection{tried} ({type(error).__name__}); check the network"
+        )
     if isinstance(error, OSError) and error.errno is not None:
         return error  # of the local file, which `_local` names
-    return StorageError(f"{what} failed ({type(error).__name__}); check AWS_ENDPOINT_URL, AWS_REGION and the url")
+    return StorageError(
+        f"{what} failed ({type(error).__name__}); check AWS_ENDPOINT_URL, AWS_REGION and the url"
+    )

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import settings
 
 from sepdist.config import ShardConfig
-from sepdist.sharding import write_data_set
-from tests.s3server import ADMIN, S3Server
+from sepdist.data.sharding import write_data_set
+from tests.support.s3server import ADMIN, S3Server
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background; some tests send a Ctrl-C
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background; some tests send a Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("suite", deadline=None)  # no assertion about time: machines differ
@@ -81,7 +83,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB, where the tests may mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a tmpfs is not permitted here")
     yield folder
@@ -92,9 +96,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """10 mixtures to train on and 4 others, of generated speech."""
     folder = tmp_path_factory.mktemp("data")
-    corpus = {"_target_": "sepdist.corpora.demo.DemoCorpus", "num_train": 10, "num_dev": 4, "num_test": 4}
+    corpus = {
+        "_target_": "sepdist.corpora.demo.DemoCorpus",
+        "num_train": 10,
+        "num_dev": 4,
+        "num_test": 4,
+    }
     places = {}
     for split in ("train", "dev"):
         places[split] = str(folder / split)
-        write_data_set(ShardConfig(corpus=corpus, split=split, output=places[split], samples_per_shard=4))
+        write_data_set(
+            ShardConfig(corpus=corpus, split=split, output=places[split], samples_per_shard=4)
+        )
     return places

@@ -23,7 +23,9 @@ print(resident_megabytes() - before)
 
 
 def grown(*arguments: str) -> float:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
+    )
     return float(done.stdout)
 
 

@@ -28,14 +28,21 @@ def test_a_file_and_its_bytes_decode_to_the_samples_that_were_written(tmp_path: 
 
 def test_the_first_channel_is_taken_of_a_file_with_two(tmp_path: Path) -> None:
     left, right = noise(500, 1), noise(500, 2)
-    soundfile.write(str(tmp_path / "a.wav"), np.stack([left, right], axis=1), 16000, subtype="FLOAT")
+    soundfile.write(
+        str(tmp_path / "a.wav"), np.stack([left, right], axis=1), 16000, subtype="FLOAT"
+    )
     assert audio.decode(tmp_path / "a.wav")[0].shape == (500, 2)
     np.testing.assert_array_equal(audio.load_channel(tmp_path / "a.wav")[0], left)
 
 
 @pytest.mark.parametrize(
     ("samples", "message"),
-    [([], "empty"), ([0.0, 0.0], "silent"), ([0.1, np.nan, np.nan], "sample 1"), ([0.1, 0.1, -np.inf], "sample 2")],
+    [
+        ([], "empty"),
+        ([0.0, 0.0], "silent"),
+        ([0.1, np.nan, np.nan], "sample 1"),
+        ([0.1, 0.1, -np.inf], "sample 2"),
+    ],
 )
 def test_a_bad_wave_is_an_error_that_names_the_file_and_the_fault(
     tmp_path: Path, samples: list[float], message: str
@@ -59,7 +66,9 @@ def test_a_missing_or_undecodable_file_is_an_error_that_names_it(tmp_path: Path)
 
 def test_a_rate_may_be_lowered_but_not_raised() -> None:
     audio.require_rate(16000, 8000, "x")
-    with pytest.raises(AudioError, match=r"x: its rate is 8000 Hz where 16000 Hz.*sample_rate=8000"):
+    with pytest.raises(
+        AudioError, match=r"x: its rate is 8000 Hz where 16000 Hz.*sample_rate=8000"
+    ):
         audio.require_rate(8000, 16000, "x")
     with pytest.raises(AudioError, match="16000 Hz where 8000"):
         audio.require_rate(16000, 8000, "x", exactly=True)
@@ -101,7 +110,10 @@ def test_a_gain_puts_the_signal_so_many_decibels_above_the_noise() -> None:
     signal, other = noise(1000, 1), 3 * noise(1000, 2)
     scaled = audio.gain_for_snr(signal, other, 5.0) * other
     assert 10 * np.log10(np.mean(signal**2) / np.mean(scaled**2)) == pytest.approx(5.0, abs=1e-4)
-    assert audio.rms(np.array([3.0, -4.0])) == pytest.approx(np.sqrt(12.5)) and audio.rms(np.zeros(0)) == 0
+    assert (
+        audio.rms(np.array([3.0, -4.0])) == pytest.approx(np.sqrt(12.5))
+        and audio.rms(np.zeros(0)) == 0
+    )
     with pytest.raises(AudioError, match="silent"):
         audio.gain_for_snr(signal, np.zeros(10), 0.0)
 

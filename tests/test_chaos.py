@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from tests.runs import program
+from tests.support.runs import program
 
-pytestmark = pytest.mark.xdist_group("ray")  # one after the other: they share two cores and take time
+pytestmark = pytest.mark.xdist_group(
+    "ray"
+)  # one after the other: they share two cores and take time
 
 
 def test_a_run_through_three_faults_ends_with_the_bits_of_one_left_alone() -> None:
@@ -15,4 +17,8 @@ def test_a_run_through_three_faults_ends_with_the_bits_of_one_left_alone() -> No
     found = json.loads(output.strip().splitlines()[-1])
     assert found["same_losses"] and found["same_weights"]
     assert (found["lost"], found["repeated"]) == (0, 0)
-    assert {kind: told["count"] for kind, told in found["by_kind"].items()} == {"kill": 1, "livelock": 1, "driver": 1}
+    assert {kind: told["count"] for kind, told in found["by_kind"].items()} == {
+        "kill": 1,
+        "livelock": 1,
+        "driver": 1,
+    }

@@ -28,7 +28,7 @@ def read(name: str) -> Any:
 
 
 def composes(words: list[str]) -> config.TrainConfig:
-    """The config that `python -m sepdist.train WORDS` would run."""
+    """The config that `python -m sepdist train WORDS` would run."""
     config.register_schemas()
     with initialize_config_dir(config.config_dir(), version_base="1.3"):
         return config.typed(compose("train", overrides=words), config.TrainConfig)
@@ -47,7 +47,14 @@ def containers(name: str) -> list[dict[str, Any]]:
 
 def test_the_folder_holds_the_files_that_these_tests_check() -> None:
     found = {str(path.relative_to(CLUSTER)) for path in CLUSTER.rglob("*") if path.is_file()}
-    checked = {*RAY_LAUNCHER, *KUBERAY, "README.md", "Dockerfile", "runtime_env.yaml", "slurm/train.sbatch"}
+    checked = {
+        *RAY_LAUNCHER,
+        *KUBERAY,
+        "README.md",
+        "Dockerfile",
+        "runtime_env.yaml",
+        "slurm/train.sbatch",
+    }
     assert found == checked
 
 
@@ -67,7 +74,9 @@ def test_ray_up_clusters_ask_for_a_token_and_keep_the_dashboard_on_loopback(name
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_kuberay_files_run_the_ray_version_of_the_project_with_token_authentication(name: str) -> None:
+def test_kuberay_files_run_the_ray_version_of_the_project_with_token_authentication(
+    name: str,
+) -> None:
     document, spec = read(name), cluster_spec(name)
     assert document["apiVersion"] == "ray.io/v1" and document["kind"] in ("RayCluster", "RayJob")
     wanted = next(line for line in PROJECT["dependencies"] if line.startswith("ray["))
@@ -84,18 +93,22 @@ def test_pods_request_what_they_are_limited_to_and_mount_what_they_declare(name:
     for group in cluster_spec(name)["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         pod = group["template"]["spec"]
-        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        mounted = {
+            mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]
+        }
         assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
 def test_the_entry_point_of_the_ray_job_is_a_command_that_composes_and_fits_its_workers() -> None:
     program, *words = shlex.split(read("kuberay/rayjob.yaml")["spec"]["entrypoint"])[2:]
-    assert program == "sepdist.train"
+    assert program == "sepdist"
     cfg = composes(words)
     assert cfg.run_dir.startswith("s3://") and cfg.data.train.startswith("s3://")
     group = cluster_spec("kuberay/rayjob.yaml")["workerGroupSpecs"][0]
     offered = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert cfg.cluster.use_gpu and cfg.cluster.num_workers <= group["maxReplicas"] * int(offered["nvidia.com/gpu"])
+    assert cfg.cluster.use_gpu and cfg.cluster.num_workers <= group["maxReplicas"] * int(
+        offered["nvidia.com/gpu"]
+    )
     assert cfg.cluster.cpus_per_worker <= int(offered["cpu"])
 
 
@@ -111,10 +124,19 @@ def test_runtime_environments_are_valid_and_carry_no_credential(text: str) -> No
 def test_a_job_that_is_submitted_from_the_checkout_takes_all_code_and_configs_along() -> None:
     excluded = [_get_excludes(ROOT, read("runtime_env.yaml")["excludes"])]
     excluded += get_excludes_from_ignore_files(ROOT, include_gitignore=True)
-    files = [p for folder in ("sepdist", "configs", "tools") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    files = [
+        p
+        for folder in ("sepdist", "configs", "tools")
+        for p in (ROOT / folder).rglob("*")
+        if p.is_file()
+    ]
     needed = [path for path in files if path.suffix in (".py", ".yaml")]
     assert len(needed) > 20
-    assert [str(path.relative_to(ROOT)) for path in needed if any(leaves_out(path) for leaves_out in excluded)] == []
+    assert [
+        str(path.relative_to(ROOT))
+        for path in needed
+        if any(leaves_out(path) for leaves_out in excluded)
+    ] == []
     assert any(leaves_out(ROOT / ".git" / "config") for leaves_out in excluded)
 
 
@@ -123,18 +145,25 @@ def test_the_slurm_script_is_valid_shell_and_its_training_command_composes() -> 
     subprocess.run(["bash", "-n", str(path)], check=True)
     text = path.read_text()
     assert "--exclusive" in text and "--requeue" in text and "RAY_AUTH_MODE=token" in text
-    assert composes(["cluster=gpu", "cluster.num_workers=8", "experiment=demo/finetune"]).cluster.use_gpu
+    assert composes(
+        ["cluster=gpu", "cluster.num_workers=8", "experiment=demo/finetune"]
+    ).cluster.use_gpu
 
 
 def test_the_slurm_script_without_an_experiment_says_how_to_give_one() -> None:
     result = subprocess.run(
-        ["bash", str(CLUSTER / "slurm" / "train.sbatch")], capture_output=True, text=True, check=False
+        ["bash", str(CLUSTER / "slurm" / "train.sbatch")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 2 and "no experiment given" in result.stderr
 
 
 def test_what_the_dockerfile_copies_exists() -> None:
-    copies = re.findall(r"^COPY (?:--\S+ )*(.+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    copies = re.findall(
+        r"^COPY (?:--\S+ )*(.+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE
+    )
     sources = [source for line in copies for source in line.split()[:-1]]
     assert "pyproject.toml" in sources and "sepdist" in sources
     assert [source for source in sources if not (ROOT / source).exists()] in ([], ["README.md"])

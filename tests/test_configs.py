@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 from torch import nn
 
-from sepdist import config, pipeline
+from sepdist import config
 from sepdist.config import ConfigError
+from sepdist.papers import pipeline
 
 CONFIGS = Path(config.config_dir())
 config.register_schemas()
@@ -24,16 +25,31 @@ def composed(name: str, *overrides: str) -> object:
 
 
 def files(group: str) -> list[str]:
-    return sorted(str(p.relative_to(CONFIGS / group).with_suffix("")) for p in (CONFIGS / group).rglob("*.yaml"))
+    return sorted(
+        str(p.relative_to(CONFIGS / group).with_suffix(""))
+        for p in (CONFIGS / group).rglob("*.yaml")
+    )
 
 
 def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_composes() -> None:
     primary = {"train.yaml", "shard.yaml", "evaluate.yaml", "recognise.yaml", "pipeline.yaml"}
-    groups = {"model", "objective", "engine", "optim", "cluster", "scale", "experiment", "corpus", "mixing"}
+    groups = {
+        "model",
+        "objective",
+        "engine",
+        "optim",
+        "cluster",
+        "scale",
+        "experiment",
+        "corpus",
+        "mixing",
+    }
     groups |= {"recogniser"}
     found = {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml")}
     assert primary <= found
-    assert {name for name in found if name not in primary and name.split("/")[0] not in groups} == set()
+    assert {
+        name for name in found if name not in primary and name.split("/")[0] not in groups
+    } == set()
     assert len(found) == NUM_CONFIGS
 
 
@@ -43,7 +59,8 @@ NUM_CONFIGS = 139
 @pytest.mark.parametrize("name", files("model"))
 def test_every_model_builds_a_module(name: str) -> None:
     assert isinstance(
-        built(config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig).model), nn.Module
+        built(config.typed(composed("train", f"model={name}", *NEEDED), config.TrainConfig).model),
+        nn.Module,
     )
 
 
@@ -57,7 +74,9 @@ def built(node: dict[str, Any]) -> Any:
 
 def judge(folder: Path) -> Path:
     """An export to load as a judge; whether a module is one shows when it is called."""
-    node = yaml.safe_load((CONFIGS / "model" / "conv_tasnet_small.yaml").read_text()) | {"num_speakers": 1}
+    node = yaml.safe_load((CONFIGS / "model" / "conv_tasnet_small.yaml").read_text()) | {
+        "num_speakers": 1
+    }
     (folder / "model.yaml").write_text(yaml.safe_dump({"model": node, "sample_rate": 8000}))
     save_file(config.build(node).state_dict(), folder / "model.safetensors")
     return folder
@@ -70,7 +89,11 @@ def test_every_objective_builds_a_callable(name: str, tmp_path: Path) -> None:
         (tmp_path / "labels.csv").write_text("id,permutation\na,0\n")
         given.append(f"objective.labels={tmp_path}/labels.csv")
     if name == "semisupervised":
-        given += [f"objective.judge.url={judge(tmp_path)}", "objective.labelled_share=0.1", "objective.epoch_samples=1"]
+        given += [
+            f"objective.judge.url={judge(tmp_path)}",
+            "objective.labelled_share=0.1",
+            "objective.epoch_samples=1",
+        ]
     cfg = config.typed(composed("train", f"objective={name}", *NEEDED, *given), config.TrainConfig)
     assert callable(config.build(cfg.objective))
 
@@ -97,12 +120,16 @@ def test_every_pipeline_composes_with_all_its_stages(name: str) -> None:
     assert len({stage.folder for stage in stages}) == len(stages) == len(cfg.stages)
     assert all(stage.config.data for stage in stages if stage.kind == "evaluate")
     if name.endswith("_mini"):
-        assert all(stage.config.cluster.num_workers == 2 for stage in stages if stage.kind == "train")
+        assert all(
+            stage.config.cluster.num_workers == 2 for stage in stages if stage.kind == "train"
+        )
 
 
 @pytest.mark.parametrize("name", files("mixing"))
 def test_every_mixing_is_a_node_of_the_data_section_with_known_arguments(name: str) -> None:
-    node = config.typed(composed("train", f"mixing={name}", *NEEDED), config.TrainConfig).data.mixing
+    node = config.typed(
+        composed("train", f"mixing={name}", *NEEDED), config.TrainConfig
+    ).data.mixing
     known = inspect.signature(config.resolve(node["_target_"])).parameters
     assert {"dataset", "seed", "num_sources", "crop_seconds"} <= known.keys() and node.keys() - {
         "_target_"
@@ -137,7 +164,9 @@ def test_every_recogniser_is_called_and_takes_its_keys_and_a_device(name: str) -
     cfg = config.typed(composed("recognise", f"recogniser={name}", *given), config.RecogniseConfig)
     recogniser = config.resolve(cfg.recogniser["_target_"])
     assert callable(recogniser.__call__)
-    assert {"device", *cfg.recogniser} - {"_target_"} == inspect.signature(recogniser).parameters.keys()
+    assert {"device", *cfg.recogniser} - {"_target_"} == inspect.signature(
+        recogniser
+    ).parameters.keys()
 
 
 NEEDED = ["name=x", "data.train=a", "data.validation=b", "training.max_steps=1"]
@@ -159,7 +188,15 @@ def test_a_missing_value_is_an_error_that_says_how_to_give_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "sepdist.storage.os.system", "builtins.eval", "torch.hub.load", "sepdistx.evil", "sepdist"]
+    "target",
+    [
+        "os.system",
+        "sepdist.storage.os.system",
+        "builtins.eval",
+        "torch.hub.load",
+        "sepdistx.evil",
+        "sepdist",
+    ],
 )
 def test_a_target_outside_the_allow_list_is_refused_even_through_an_alias(target: str) -> None:
     with pytest.raises(ConfigError, match="_target_"):
@@ -174,7 +211,9 @@ def test_a_nested_target_is_checked_too() -> None:
 
 def test_a_wrong_argument_of_a_part_names_the_part_and_what_it_takes() -> None:
     with pytest.raises(ConfigError, match=r"typo.*num_speakers"):
-        config.build({"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "num_speakers": 2, "typo": 1})
+        config.build(
+            {"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "num_speakers": 2, "typo": 1}
+        )
 
 
 def test_a_frozen_config_reads_back_equal() -> None:

@@ -22,16 +22,23 @@ from rich.console import Console
 from sepdist import config, storage
 from sepdist.config import ClusterConfig, ConfigError, TrainConfig
 from sepdist.reporting import read_metrics
-from sepdist.train import freeze
 from sepdist.training import launch
 from sepdist.training.checkpoint import find_committed
-from tests.disturb import Nodes, Run, left_alone
-from tests.runs import TINY, final_hash, frozen, history
+from sepdist.training.run import freeze
+from tests.support.disturb import Nodes, Run, left_alone
+from tests.support.runs import TINY, final_hash, frozen, history
 
-pytestmark = pytest.mark.xdist_group("ray")  # one after the other: they share two cores and take time
+pytestmark = pytest.mark.xdist_group(
+    "ray"
+)  # one after the other: they share two cores and take time
 
 QUICK_STEPS, SLOW_STEPS, ELASTIC_STEPS = 40, 300, 1000
-OFTEN = [*TINY, "validation.every_steps=40", "training.checkpoint_every=5", "validation.num_listening=0"]
+OFTEN = [
+    *TINY,
+    "validation.every_steps=40",
+    "training.checkpoint_every=5",
+    "validation.num_listening=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +82,30 @@ def told(run: Run) -> list[tuple[str, int]]:
 def test_the_number_of_workers_is_a_number_or_a_range_also_after_freezing(given, range_) -> None:
     config.register_schemas()
     with initialize_config_dir(config.config_dir(), version_base="1.3"):
-        places = ["data.train=a", "data.validation=b", "name=n", "run_dir=r", "training.max_steps=1"]
+        places = [
+            "data.train=a",
+            "data.validation=b",
+            "name=n",
+            "run_dir=r",
+            "training.max_steps=1",
+        ]
         composed = compose("train", overrides=[*places, f"cluster.num_workers={given}"])
     cfg = config.typed(composed, TrainConfig)
     assert config.worker_range(cfg.cluster) == range_
     assert config.worker_range(config.from_yaml(config.to_yaml(cfg), TrainConfig).cluster) == range_
 
 
-@pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "two", None, [], [1], [2, 1], [0, 2], [1, 2, 3], [1, "x"], {}])
+@pytest.mark.parametrize(
+    "wrong", [0, -1, True, 1.5, "two", None, [], [1], [2, 1], [0, 2], [1, 2, 3], [1, "x"], {}]
+)
 def test_any_other_number_of_workers_is_refused_with_what_to_give(wrong) -> None:
     with pytest.raises(ConfigError, match=r"cluster.num_workers=.*\[min, max\]"):
         config.worker_range(ClusterConfig(num_workers=wrong))
 
 
-def test_an_elastic_run_that_native_reduction_cannot_take_is_refused_before_it_starts(tiny_data, tmp_path) -> None:
+def test_an_elastic_run_that_native_reduction_cannot_take_is_refused_before_it_starts(
+    tiny_data, tmp_path
+) -> None:
     path = frozen(tiny_data, tmp_path / "run", "training.max_steps=1", "engine.reduction=native")
     cfg = config.load_frozen(path)
     for fits in ([1, 2], 4):
@@ -112,7 +129,9 @@ def restarting(text: str) -> RestartingState:
     return RestartingState(ray.train.WorkerGroupError(text, {0: ValueError(text)}))
 
 
-def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_starts_the_count_afresh(tmp_path) -> None:
+def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_starts_the_count_afresh(
+    tmp_path,
+) -> None:
     recovery = launch.Recovery(str(tmp_path), 2, elastic=False)
     before = SimpleNamespace()
     for step in range(10):  # ten failures, each after a new checkpoint
@@ -129,12 +148,16 @@ def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_starts_the_co
         recovery.after_controller_state_update(before, restarting("a bug"))
 
 
-def test_a_controller_gives_back_what_the_one_before_it_in_this_run_had_reserved(tmp_path, monkeypatch) -> None:
+def test_a_controller_gives_back_what_the_one_before_it_in_this_run_had_reserved(
+    tmp_path, monkeypatch
+) -> None:
     asked = []
     monkeypatch.setattr(launch, "TIMINGS", {})
     monkeypatch.setattr(launch, "ask_coordinator", lambda *words: asked.append(words))
     for run_id in ("a", "b", "c"):
-        launch.Recovery(str(tmp_path), 2, elastic=True).after_controller_start(SimpleNamespace(run_id=run_id))
+        launch.Recovery(str(tmp_path), 2, elastic=True).after_controller_start(
+            SimpleNamespace(run_id=run_id)
+        )
     assert asked == [("cancel_request", "train-a"), ("cancel_request", "train-b")]
 
 
@@ -151,19 +174,29 @@ def test_events_go_on_in_the_file_of_an_earlier_controller_and_outlast_storage_t
     log("started", "failed")
     later = log("started")
     put = storage.put_bytes
-    monkeypatch.setattr(storage, "put_bytes", lambda *_, **__: (_ for _ in ()).throw(storage.StorageError("away")))
+    monkeypatch.setattr(
+        storage, "put_bytes", lambda *_, **__: (_ for _ in ()).throw(storage.StorageError("away"))
+    )
     later._record("failed")
     later.after_controller_finish(None)
     monkeypatch.setattr(storage, "put_bytes", put)
     later._record("finished")
     later.after_controller_finish(None)
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["started", "failed", "started", "failed", "finished"]
+    assert [line["event"] for line in lines] == [
+        "started",
+        "failed",
+        "started",
+        "failed",
+        "finished",
+    ]
     assert all(abs(line["time"] - time.time()) < 60 for line in lines)
 
 
 @pytest.mark.slow
-def test_a_run_that_lost_a_worker_of_two_ends_with_the_bits_of_one_left_alone(tiny_data, tmp_path, started) -> None:
+def test_a_run_that_lost_a_worker_of_two_ends_with_the_bits_of_one_left_alone(
+    tiny_data, tmp_path, started
+) -> None:
     run = started(tiny_data, tmp_path / "run", "cluster.num_workers=2", steps=QUICK_STEPS)
     alone = left_alone(tiny_data, tmp_path / "alone", QUICK_STEPS, OFTEN)
     run.until_step(12)
@@ -205,7 +238,9 @@ def test_a_stopped_worker_is_taken_for_hung_and_replaced(
     print(f"one of {num_workers} workers stopped -> next step: {seconds:.1f} s")
     run.finish()
     same(run, undisturbed)
-    assert told(run) == [(event, num_workers) for event in ("started", "failed", "started", "finished")]
+    assert told(run) == [
+        (event, num_workers) for event in ("started", "failed", "started", "finished")
+    ]
     assert seconds < 75
 
 
@@ -283,7 +318,11 @@ def test_a_preemption_notice_makes_a_checkpoint_and_the_run_goes_on_from_it(
 ) -> None:
     """No other checkpoint is due in this run, so what it goes on from is the one of the notice."""
     seldom = ["training.checkpoint_every=100000", "validation.every_steps=100000"]
-    elastic = ["cluster.num_workers=[1,2]", "cluster.elastic_check_seconds=600", "cluster.preemption_check_steps=5"]
+    elastic = [
+        "cluster.num_workers=[1,2]",
+        "cluster.elastic_check_seconds=600",
+        "cluster.preemption_check_steps=5",
+    ]
     run = started(tiny_data, tmp_path / "run", *seldom, *elastic, nodes.address)
     run.until_step(12)
     assert not committed_steps(run)

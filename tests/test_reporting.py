@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sepdist import reporting, storage
-from sepdist.reporting import Reporter, ReportingError, decibel_spectrogram, for_listening, read_metrics, to_png
+from sepdist import plotting, reporting, storage
+from sepdist.plotting import decibel_spectrogram, to_png
+from sepdist.reporting import Reporter, ReportingError, for_listening, read_metrics
 
 RATE = 8000
 
@@ -20,7 +21,9 @@ def tone(hertz: float, seconds: float = 1.0) -> np.ndarray:
 
 
 def board(folder: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "audio": 0})
+    accumulator = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "images": 0, "audio": 0}
+    )
     accumulator.Reload()
     return accumulator
 
@@ -39,7 +42,9 @@ def test_a_row_has_step_seconds_and_the_metrics_by_name(tmp_path: Path) -> None:
     reporter.log(20, {"loss/total": 1.5, "speed/steps_per_second": 4})
     reporter.log(40, {"loss/total": float("nan")})
     reporter.close()
-    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    first, second = (
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    )
     assert first.pop("seconds") <= second["seconds"]
     assert first == {"step": 20, "loss/total": 1.5, "speed/steps_per_second": 4.0}
     assert second["loss/total"] is None
@@ -113,7 +118,9 @@ def test_a_spectrogram_shows_a_tone_at_its_frequency_and_silence_at_the_floor() 
     assert decibels.max() == 0
     bins = decibels.shape[0]
     middle = decibels[:, decibels.shape[1] // 2]
-    assert np.argmax(middle) * (RATE / 2) / (bins - 1) == pytest.approx(1000, abs=RATE / 2 / (bins - 1))
+    assert np.argmax(middle) * (RATE / 2) / (bins - 1) == pytest.approx(
+        1000, abs=RATE / 2 / (bins - 1)
+    )
     assert (decibel_spectrogram(np.zeros(RATE), RATE) == -70).all()
     assert (decibel_spectrogram(tone(100, 0.001), RATE) >= -70).all()
 
@@ -132,12 +139,14 @@ def test_a_picture_is_drawn_outside_the_main_thread(tmp_path: Path) -> None:
 
 def test_panels_stand_in_columns_by_kind_on_one_colour_scale() -> None:
     names = ["mixture", "source 1", "source 2", "estimate 1", "estimate 2"]
-    figure = reporting.spectrogram_figure({name: tone(500) for name in names}, RATE)
+    figure = plotting.spectrogram_figure({name: tone(500) for name in names}, RATE)
     to_png(figure)
     shown = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
     assert list(sorted(shown)) == sorted(names)
     assert {axis.images[0].get_clim() for axis in shown.values()} == {(-70.0, 0.0)}
-    assert shown["source 2"].get_position().y0 == pytest.approx(shown["estimate 2"].get_position().y0)
+    assert shown["source 2"].get_position().y0 == pytest.approx(
+        shown["estimate 2"].get_position().y0
+    )
     assert shown["source 1"].get_position().x0 == pytest.approx(shown["source 2"].get_position().x0)
     assert shown["mixture"].get_xlim() == (0.0, 1.0) and shown["mixture"].get_ylim() == (0.0, 4.0)
 
@@ -167,7 +176,9 @@ class Objects:
         return folder
 
 
-def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(tmp_path: Path, bucket: str) -> None:
+def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(
+    tmp_path: Path, bucket: str
+) -> None:
     run_dir = f"s3://{bucket}/run"
     reporter = Reporter(run_dir)
     scratch = Path(reporter._folder)
@@ -212,7 +223,9 @@ def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put
     assert [event.step for event in board(folder).Audio("listen_0/mixture")] == [1, 2, 3]
 
 
-def test_an_upload_that_failed_is_an_error_of_the_next_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_failed_is_an_error_of_the_next_flush(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     objects = Objects(monkeypatch)
     reporter = Reporter("s3://b/run")
     reporter.log(1, {"loss/total": 1.0})

@@ -19,7 +19,7 @@ import pytest
 
 from sepdist import storage
 from sepdist.storage import StorageError
-from tests.s3server import ADMIN, READ_ONLY, FaultyProxy, S3Server, free_ports
+from tests.support.s3server import ADMIN, READ_ONLY, FaultyProxy, S3Server, free_ports
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -50,7 +50,16 @@ def test_what_is_put_is_read_back_whole_and_in_ranges(root: str) -> None:
     storage.put_bytes(url, data)
     assert storage.read_bytes(url) == data
     assert storage.size(url) == 5000
-    for start, end in [(0, 10), (100, 4999), (10, None), (None, 7), (4990, 9999), (5000, 5001), (9000, None), (3, 3)]:
+    for start, end in [
+        (0, 10),
+        (100, 4999),
+        (10, None),
+        (None, 7),
+        (4990, 9999),
+        (5000, 5001),
+        (9000, None),
+        (3, 3),
+    ]:
         assert storage.read_bytes(url, start, end) == data[start:end], (start, end)
     storage.put_bytes(url, b"")
     assert storage.read_bytes(url) == b"" and storage.size(url) == 0
@@ -61,7 +70,9 @@ def test_a_put_replaces_and_a_create_only_put_does_not(root: str) -> None:
     storage.put_bytes(url, b"first", create_only=True)
     with pytest.raises(FileExistsError, match=re.escape(url)):
         storage.put_bytes(url, b"second", create_only=True)
-    with pytest.raises(FileExistsError, match=re.escape(url)):  # the same bytes are no excuse: somebody was first
+    with pytest.raises(
+        FileExistsError, match=re.escape(url)
+    ):  # the same bytes are no excuse: somebody was first
         storage.put_bytes(url, b"first", create_only=True)
     assert storage.read_bytes(url) == b"first"
     storage.put_bytes(url, b"third")
@@ -90,7 +101,11 @@ def test_of_many_create_only_puts_at_once_exactly_one_wins(root: str) -> None:
 
 def test_missing_things_are_named(root: str, tmp_path: Path) -> None:
     url = storage.join(root, "nothing")
-    for function in (storage.size, storage.read_bytes, lambda u: storage.fetch_file(u, tmp_path / "fetched")):
+    for function in (
+        storage.size,
+        storage.read_bytes,
+        lambda u: storage.fetch_file(u, tmp_path / "fetched"),
+    ):
         with pytest.raises(FileNotFoundError, match=re.escape(url)):
             function(url)
     assert not storage.exists(url) and storage.list_names(url) == []
@@ -110,7 +125,9 @@ def test_names_are_the_sorted_children_and_folders_have_no_slash(root: str) -> N
     assert storage.list_names(root) == ["a", "a.json", "b", "c d+e%20"]
     assert storage.list_names(root + "/") == ["a", "a.json", "b", "c d+e%20"]
     assert storage.list_names(storage.join(root, "a")) == ["x", "y"]
-    assert storage.exists(storage.join(root, "a")) and not storage.exists(storage.join(root, "a.js"))
+    assert storage.exists(storage.join(root, "a")) and not storage.exists(
+        storage.join(root, "a.js")
+    )
     assert storage.read_bytes(storage.join(root, "c d+e%20")) == b"."
 
 
@@ -133,7 +150,9 @@ def test_remove_takes_the_folder_and_not_its_namesakes(root: str) -> None:
     assert storage.list_names(root) == ["run-2"]
 
 
-def test_files_travel_whole_also_in_parts(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_travel_whole_also_in_parts(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "PART_BYTES", 5 * 2**20)
     url, data = storage.join(root, "big.bin"), noise(13 * 2**20 + 1)
     (tmp_path / "big").write_bytes(data)
@@ -147,7 +166,9 @@ def test_files_travel_whole_also_in_parts(root: str, tmp_path: Path, monkeypatch
     assert storage.read_bytes(url) == data[::-1]
 
 
-def test_large_uploads_really_go_in_parts(bucket: str, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_uploads_really_go_in_parts(
+    bucket: str, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "PART_BYTES", 5 * 2**20)
     storage.put_bytes(f"s3://{bucket}/x", noise(11 * 2**20))
     assert s3_env.client().head_object(Bucket=bucket, Key="x")["ETag"].endswith('-3"')
@@ -158,7 +179,9 @@ def test_a_failed_upload_of_parts_leaves_nothing_behind(
 ) -> None:
     monkeypatch.setattr(storage, "PART_BYTES", 5 * 2**20)
     monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "1")
-    proxy = FaultyProxy(s3_env.ports["s3"], lambda number, line: "reset" if "partNumber=2" in line else "")
+    proxy = FaultyProxy(
+        s3_env.ports["s3"], lambda number, line: "reset" if "partNumber=2" in line else ""
+    )
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     storage.put_bytes(f"s3://{bucket}/x", b"old")
     with pytest.raises(StorageError, match="broke off"):
@@ -175,7 +198,11 @@ def test_join_builds_urls_of_both_kinds() -> None:
     assert storage.join("/", "a") == "/a"
     assert storage.join("runs/x") == "runs/x"
     assert storage.join(Path("/tmp/x"), "/a") == "/tmp/x/a"
-    assert storage.is_remote("s3://b/k") and not storage.is_remote("b/k") and not storage.is_remote(Path("/b"))
+    assert (
+        storage.is_remote("s3://b/k")
+        and not storage.is_remote("b/k")
+        and not storage.is_remote(Path("/b"))
+    )
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/x", "https://host/x", "file:///x"])
@@ -194,7 +221,9 @@ def test_a_whole_bucket_is_never_written_or_removed(url: str) -> None:
 # Faults of the disk.
 
 
-def test_a_full_disk_is_an_error_that_says_so_and_the_old_content_is_whole(small_disk: Path) -> None:
+def test_a_full_disk_is_an_error_that_says_so_and_the_old_content_is_whole(
+    small_disk: Path,
+) -> None:
     storage.put_bytes(small_disk / "x", b"old")
     large = small_disk.with_name("large")
     large.write_bytes(bytes(2**20))
@@ -231,12 +260,20 @@ def test_a_disk_that_fills_up_at_the_flush_leaves_the_old_content(
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     storage.put_bytes(tmp_path / "x", b".")
-    for function in (lambda: storage.put_bytes(tmp_path / "x" / "y", b""), lambda: storage.read_bytes(tmp_path)):
-        with pytest.raises(StorageError, match=f"{re.escape(str(tmp_path))}.*; (one of its folders|a file is wanted)"):
+    for function in (
+        lambda: storage.put_bytes(tmp_path / "x" / "y", b""),
+        lambda: storage.read_bytes(tmp_path),
+    ):
+        with pytest.raises(
+            StorageError,
+            match=f"{re.escape(str(tmp_path))}.*; (one of its folders|a file is wanted)",
+        ):
             function()
 
 
-def test_a_killed_writer_leaves_the_old_content_and_the_next_put_clears_its_rest(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_old_content_and_the_next_put_clears_its_rest(
+    tmp_path: Path,
+) -> None:
     target = tmp_path / "x"
     storage.put_bytes(target, b"old")
     source = tmp_path / "pipe"
@@ -264,7 +301,12 @@ def test_a_refusing_endpoint_is_named_with_what_was_tried(
 ) -> None:
     port = free_ports(1)[0]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    for function in (storage.read_bytes, storage.exists, storage.list_names, lambda u: storage.put_bytes(u, b".")):
+    for function in (
+        storage.read_bytes,
+        storage.exists,
+        storage.list_names,
+        lambda u: storage.put_bytes(u, b"."),
+    ):
         with pytest.raises(StorageError) as caught:
             function("s3://somewhere/x")
         assert "s3://somewhere/x: " in str(caught.value)
@@ -277,7 +319,10 @@ def test_an_endpoint_that_never_answers_ends_in_an_error_within_the_budget(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        for function in (lambda u: storage.fetch_file(u, tmp_path / "x"), lambda u: storage.put_bytes(u, b".")):
+        for function in (
+            lambda u: storage.fetch_file(u, tmp_path / "x"),
+            lambda u: storage.put_bytes(u, b"."),
+        ):
             began = time.monotonic()
             with pytest.raises(StorageError, match=r"no answer within 1 s after 2 attempts"):
                 function("s3://somewhere/x")
@@ -287,17 +332,27 @@ def test_an_endpoint_that_never_answers_ends_in_an_error_within_the_budget(
 
 @pytest.mark.parametrize("fault", ["reset", "503", "lose", "cut"])
 def test_a_fault_that_passes_is_survived_and_logged(
-    bucket: str, s3_env: S3Server, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bucket: str,
+    s3_env: S3Server,
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     data = noise(300_000)
     storage.put_bytes(f"s3://{bucket}/x", data)
     spoilt = iter([fault] * 3)
-    proxy = FaultyProxy(s3_env.ports["s3"], lambda number, line: next(spoilt, "") if line.startswith("GET") else "")
+    proxy = FaultyProxy(
+        s3_env.ports["s3"], lambda number, line: next(spoilt, "") if line.startswith("GET") else ""
+    )
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     with caplog.at_level(logging.WARNING):
         assert storage.read_bytes(f"s3://{bucket}/x") == data
     proxy.close()
-    assert next(spoilt, None) is None and f"s3://{bucket}/x" in caplog.text and "attempt 1 of 6" in caplog.text
+    assert (
+        next(spoilt, None) is None
+        and f"s3://{bucket}/x" in caplog.text
+        and "attempt 1 of 6" in caplog.text
+    )
 
 
 def test_a_service_that_stays_busy_ends_in_an_error(
@@ -305,7 +360,9 @@ def test_a_service_that_stays_busy_ends_in_an_error(
 ) -> None:
     proxy = FaultyProxy(s3_env.ports["s3"], lambda number, line: "503")
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    with pytest.raises(StorageError, match="answered 503 SlowDown after 2 attempts; the service is busy"):
+    with pytest.raises(
+        StorageError, match="answered 503 SlowDown after 2 attempts; the service is busy"
+    ):
         storage.put_bytes(f"s3://{bucket}/x", b".")
     proxy.close()
     assert len(proxy.requests) == 2
@@ -319,7 +376,8 @@ def test_a_create_only_put_whose_answer_is_lost_knows_its_own_work(
     lost = iter(["lose"])
     ends = ("POST /" if num_bytes > 100 else "PUT /", "uploadId" if num_bytes > 100 else "")
     proxy = FaultyProxy(
-        s3_env.ports["s3"], lambda n, line: next(lost, "") if line.startswith(ends[0]) and ends[1] in line else ""
+        s3_env.ports["s3"],
+        lambda n, line: next(lost, "") if line.startswith(ends[0]) and ends[1] in line else "",
     )
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     data = noise(num_bytes)
@@ -346,14 +404,22 @@ def test_a_wrong_secret_is_told_without_any_key(
             lambda u: storage.put_file(tmp_path / "x", u),
             lambda u: storage.fetch_file(u, tmp_path / "y"),
         ):
-            with pytest.raises(StorageError, match=r"rejected the key .*check AWS_ACCESS_KEY_ID") as caught:
+            with pytest.raises(
+                StorageError, match=r"rejected the key .*check AWS_ACCESS_KEY_ID"
+            ) as caught:
                 function(f"s3://{bucket}/x")
             told = f"{caught.value!s} {caught.value!r} {caplog.text}"
-            assert f"s3://{bucket}/x" in told and ADMIN[0] not in told and "wrongsecret-42" not in told
-            assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # Ray carries it to the driver
+            assert (
+                f"s3://{bucket}/x" in told and ADMIN[0] not in told and "wrongsecret-42" not in told
+            )
+            assert str(pickle.loads(pickle.dumps(caught.value))) == str(
+                caught.value
+            )  # Ray carries it to the driver
 
 
-def test_a_key_that_may_only_read_cannot_write_or_remove(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_may_only_read_cannot_write_or_remove(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage.put_bytes(f"s3://{bucket}/x/y", b"kept")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", READ_ONLY[0])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READ_ONLY[1])
@@ -363,14 +429,18 @@ def test_a_key_that_may_only_read_cannot_write_or_remove(bucket: str, monkeypatc
     assert storage.read_bytes(f"s3://{bucket}/x/y") == b"kept"
 
 
-def test_no_key_at_all_says_which_variables_to_set(s3_env: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_key_at_all_says_which_variables_to_set(
+    s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StorageError, match="needs a key; set AWS_ACCESS_KEY_ID"):
         storage.read_bytes("s3://somewhere/x")
 
 
-def test_secrets_in_the_endpoint_url_are_not_shown(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_in_the_endpoint_url_are_not_shown(
+    impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:hidden@127.0.0.1:{free_ports(1)[0]}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "abc")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "def")
@@ -381,11 +451,15 @@ def test_secrets_in_the_endpoint_url_are_not_shown(impatient: None, monkeypatch:
 
 def test_a_missing_bucket_is_named(s3_env: S3Server) -> None:
     for function in (storage.list_names, storage.exists, lambda u: storage.put_bytes(u, b".")):
-        with pytest.raises(StorageError, match=r"s3://no-such-bucket/x: .* has no such bucket; create it"):
+        with pytest.raises(
+            StorageError, match=r"s3://no-such-bucket/x: .* has no such bucket; create it"
+        ):
             function("s3://no-such-bucket/x")
 
 
-def test_an_endpoint_that_is_no_url_is_named(s3_env: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_is_no_url_is_named(
+    s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
     with pytest.raises(StorageError, match="check AWS_ENDPOINT_URL"):
         storage.read_bytes("s3://somewhere/x")

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from sepdist import storage
-from sepdist.data.stream import Crops, Dataset, TrainStream
+from sepdist.data.dataset import Dataset
+from sepdist.data.stream import Crops, TrainStream
 from sepdist.storage import StorageError
 from sepdist.training import checkpoint
 from sepdist.training.checkpoint import Checkpointer, collect_orphans, find_committed, load_newest
-from tests.data import toy
-from tests.s3server import FaultyProxy, S3Server, free_ports
+from tests.support import toy
+from tests.support.s3server import FaultyProxy, S3Server, free_ports
 from tests.training.test_checkpoint import assert_equal, checkpointer, snapshot
 
 NUM_STEPS = 12
@@ -61,7 +62,9 @@ class Dice:
 
 
 @pytest.fixture
-def through(s3_env: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultyProxy]]:
+def through(
+    s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., FaultyProxy]]:
     """Send what follows through a proxy with these faults."""
     proxies = []
 
@@ -85,7 +88,11 @@ class Outage:
     def __init__(self, server: S3Server, number: int, method: str) -> None:
         self.server, self.number, self.method = server, number, method
         self.seen = 0
-        self.reached, self.killed, self.met = threading.Event(), threading.Event(), threading.Event()
+        self.reached, self.killed, self.met = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
 
     def __call__(self, number: int, line: str) -> str:
         self.seen += line.startswith(self.method)
@@ -129,12 +136,18 @@ def test_a_run_writes_and_reads_its_checkpoints_through_any_fault_that_passes(
     assert_equal(load_newest(run_dir), snapshot(3))
     assert writer.num_failed == 0 and num_spoilt(proxy) > 5
     (only,) = find_committed(f"{run_dir}/checkpoints")
-    assert only.step == 3 and only.url == f"{run_dir}/checkpoints/{storage.list_names(f'{run_dir}/checkpoints')[0]}"
+    assert (
+        only.step == 3
+        and only.url == f"{run_dir}/checkpoints/{storage.list_names(f'{run_dir}/checkpoints')[0]}"
+    )
     assert len(storage.list_names(f"{run_dir}/checkpoints")) == 1
 
 
 def test_a_server_that_restarts_in_the_middle_of_a_save_costs_nothing(
-    bucket: str, s3_env: S3Server, through: Callable[..., FaultyProxy], monkeypatch: pytest.MonkeyPatch
+    bucket: str,
+    s3_env: S3Server,
+    through: Callable[..., FaultyProxy],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "30")
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.5)
@@ -149,10 +162,17 @@ def test_a_server_that_restarts_in_the_middle_of_a_save_costs_nothing(
 
 
 def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_run_goes_on(
-    bucket: str, impatient: None, through: Callable[..., FaultyProxy], caplog: pytest.LogCaptureFixture
+    bucket: str,
+    impatient: None,
+    through: Callable[..., FaultyProxy],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     busy, run_dir = threading.Event(), f"s3://{bucket}/run"
-    through(lambda number, line: "503" if busy.is_set() and line.startswith("PUT") and "optimizer" in line else "")
+    through(
+        lambda number, line: (
+            "503" if busy.is_set() and line.startswith("PUT") and "optimizer" in line else ""
+        )
+    )
     writer = checkpointer(run_dir)
     writer.save(snapshot(1))
     writer.wait()
@@ -171,7 +191,10 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_run_goes_on(
         and "3 in a row are allowed" in caplog.text
     )
     assert_equal(load_newest(run_dir), snapshot(4))
-    assert [name[:14] for name in storage.list_names(f"{run_dir}/checkpoints")] == ["step-000000001", "step-000000004"]
+    assert [name[:14] for name in storage.list_names(f"{run_dir}/checkpoints")] == [
+        "step-000000001",
+        "step-000000004",
+    ]
 
 
 def test_more_failed_checkpoints_in_a_row_than_allowed_end_the_run_with_endpoint_and_advice(
@@ -185,7 +208,10 @@ def test_more_failed_checkpoints_in_a_row_than_allowed_end_the_run_with_endpoint
     with pytest.raises(StorageError) as caught:
         writer.save(snapshot(4))
     told = str(caught.value)
-    assert f"{endpoint} cannot be reached after 2 attempts" in told and "check AWS_ENDPOINT_URL" in told
+    assert (
+        f"{endpoint} cannot be reached after 2 attempts" in told
+        and "check AWS_ENDPOINT_URL" in told
+    )
     assert "3 in a row" in told and "2 in a row are allowed, the run ends" in told
     with pytest.raises(StorageError):
         writer.close()
@@ -228,7 +254,9 @@ def test_a_disk_that_fills_up_is_survived_as_soon_as_there_is_room(small_disk: P
     writer.save(snapshot(2))
     with pytest.raises(StorageError, match="No space left on device; free some space"):
         writer.wait()
-    assert len(storage.list_names(small_disk / "checkpoints")) == 1  # what there was of it does not keep the disk full
+    assert (
+        len(storage.list_names(small_disk / "checkpoints")) == 1
+    )  # what there was of it does not keep the disk full
     ballast.unlink()
     writer.save(snapshot(3))
     writer.close()
@@ -239,7 +267,9 @@ def test_a_disk_that_fills_up_is_survived_as_soon_as_there_is_room(small_disk: P
 # The loader.
 
 
-def batches(url: str, cache_dir: Path, during: Callable[[], None] = lambda: None) -> list[list[torch.Tensor]]:
+def batches(
+    url: str, cache_dir: Path, during: Callable[[], None] = lambda: None
+) -> list[list[torch.Tensor]]:
     """All tensors of some steps from an empty cache; `during` runs in this thread while another reads."""
     found: list[list[torch.Tensor]] = []
     errors: list[BaseException] = []
@@ -248,14 +278,22 @@ def batches(url: str, cache_dir: Path, during: Callable[[], None] = lambda: None
         try:
             dataset = Dataset(url, noise=True, cache_dir=str(cache_dir), cache_gigabytes=1e-6)
             feeds = {"main": Crops(dataset, seed=5, crop_seconds=64 / toy.RATE)}
-            options = {"seed": 5, "num_virtual_shards": 2, "micro_batch": 2, "rank": 0, "world_size": 1}
+            options = {
+                "seed": 5,
+                "num_virtual_shards": 2,
+                "micro_batch": 2,
+                "rank": 0,
+                "world_size": 1,
+            }
             stream = TrainStream(feeds, num_threads=2, prefetch_steps=1, **options)  # type: ignore[arg-type]
             steps = stream.steps(0)
             try:
                 for _ in range(NUM_STEPS):
                     for one in next(steps):
                         assert one.sources is not None and one.noise is not None
-                        found.append([one.positions, one.lengths, one.mixture, one.sources, one.noise])
+                        found.append(
+                            [one.positions, one.lengths, one.mixture, one.sources, one.noise]
+                        )
             finally:
                 steps.close()
                 stream.close()
@@ -289,7 +327,10 @@ def assert_same_bits(found: list[list[torch.Tensor]], wanted: list[list[torch.Te
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_loader_gives_the_same_bits_through_any_fault_that_passes(
-    seed: int, data_set: tuple[str, list[list[torch.Tensor]]], through: Callable[..., FaultyProxy], tmp_path: Path
+    seed: int,
+    data_set: tuple[str, list[list[torch.Tensor]]],
+    through: Callable[..., FaultyProxy],
+    tmp_path: Path,
 ) -> None:
     url, wanted = data_set
     proxy = through(Dice(seed, ("delay:0.05", "503", "reset", "lose", "cut")))
@@ -332,4 +373,8 @@ def test_a_loader_without_storage_ends_with_endpoint_and_advice(
     proxy = through(lambda number, line: fault if ".tar" in line and number > 6 else "")
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError) as caught:
         batches(data_set[0], tmp_path / "cache")
-    assert data_set[0] in str(caught.value) and proxy.endpoint in str(caught.value) and told in str(caught.value)
+    assert (
+        data_set[0] in str(caught.value)
+        and proxy.endpoint in str(caught.value)
+        and told in str(caught.value)
+    )

@@ -20,13 +20,24 @@ import soundfile
 import yaml
 
 from sepdist import storage
-from sepdist.audit import audit
+from sepdist.cli.audit import audit
+from sepdist.inference.export import load_export
 from sepdist.reporting import read_metrics
 from sepdist.training.checkpoint import find_committed, load_newest
-from sepdist.training.export import load_export
-from tests.runs import ROOT, TINY, final_hash, frozen, history, loop, program, train_arguments
+from tests.support.runs import (
+    ROOT,
+    TINY,
+    final_hash,
+    frozen,
+    history,
+    loop,
+    program,
+    train_arguments,
+)
 
-pytestmark = pytest.mark.xdist_group("ray")  # one after the other: they share two cores and take time
+pytestmark = pytest.mark.xdist_group(
+    "ray"
+)  # one after the other: they share two cores and take time
 
 
 def upload(folder: str, url: str) -> str:
@@ -36,7 +47,9 @@ def upload(folder: str, url: str) -> str:
     return url
 
 
-def test_a_run_cut_in_an_epoch_and_started_again_ends_with_the_same_bits(tiny_data, tmp_path) -> None:
+def test_a_run_cut_in_an_epoch_and_started_again_ends_with_the_same_bits(
+    tiny_data, tmp_path
+) -> None:
     """10 mixtures, 4 a step: epochs end inside steps. The second run stops at 4 of 7 steps and goes on."""
     every = ["validation.every_steps=2", "training.checkpoint_every=1"]
     loop(frozen(tiny_data, tmp_path / "whole", "training.max_steps=7", *every))
@@ -53,45 +66,78 @@ def test_a_run_cut_in_an_epoch_and_started_again_ends_with_the_same_bits(tiny_da
     assert state["samples_seen"] == 28 and state["world_size"] == 1
 
 
-def test_the_whole_road_on_object_storage_with_two_workers_at_zero_1(tiny_data, bucket, tmp_path) -> None:
+def test_the_whole_road_on_object_storage_with_two_workers_at_zero_1(
+    tiny_data, bucket, tmp_path
+) -> None:
     """shards in s3:// -> SE -> hand-off -> PIT -> evaluate -> separate; every run_dir and result in s3:// too."""
-    data = {split: upload(folder, f"s3://{bucket}/data/{split}") for split, folder in tiny_data.items()}
-    common = ["cluster.num_workers=2", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=2"]
+    data = {
+        split: upload(folder, f"s3://{bucket}/data/{split}") for split, folder in tiny_data.items()
+    }
+    common = [
+        "cluster.num_workers=2",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "training.max_steps=2",
+    ]
     pretrained, finetuned = f"s3://{bucket}/runs/pre", f"s3://{bucket}/runs/fine"
     program(*train_arguments("demo/pretrain", data, pretrained, "engine.zero_stage=1", *common))
     fine = train_arguments("demo/finetune", data, finetuned, "engine.zero_stage=1", *common)
     output = program(*fine, f"init.weights={pretrained}")
     assert "re-initialised: mask_conv.bias, mask_conv.weight" in output.replace("\n", "")
 
-    assert storage.exists(f"{finetuned}/config.yaml") and storage.exists(f"{finetuned}/metrics.jsonl")
+    assert storage.exists(f"{finetuned}/config.yaml") and storage.exists(
+        f"{finetuned}/metrics.jsonl"
+    )
     assert any("tfevents" in name for name in storage.list_names(f"{finetuned}/tensorboard"))
     lineage = load_export(finetuned).lineage
     assert lineage["reinitialised"] == ["mask_conv.bias", "mask_conv.weight"]
     assert lineage["parent"]["run"] == "demo-pretrain" and lineage["parent"]["step"] == 2
     rows = read_metrics(finetuned)
-    wanted = {"loss/total", "train/si_snri", "optim/lr", "optim/grad_norm", "speed/audio_seconds_per_second"}
+    wanted = {
+        "loss/total",
+        "train/si_snri",
+        "optim/lr",
+        "optim/grad_norm",
+        "speed/audio_seconds_per_second",
+    }
     assert wanted | {"speed/data_wait_share", "speed/checkpoint_share"} <= rows[0].keys()
     assert "validation/si_snri" in {name for row in rows for name in row}
 
     place = f"s3://{bucket}/evaluation"
     arguments = [f"model={finetuned}", f"data={data['dev']}", f"output={place}", "num_workers=2"]
-    program("-m", "sepdist.evaluate", *arguments, f"cache_dir={tmp_path / 'cache'}")
+    program("-m", "sepdist", "evaluate", *arguments, f"cache_dir={tmp_path / 'cache'}")
     results = json.loads(storage.read_bytes(f"{place}/results.json"))
     assert "si_snri" in json.dumps(results) and "sdri" in json.dumps(results)
 
     time_s = np.arange(9001) / 11025
     recording = tmp_path / "two.wav"
-    soundfile.write(recording, 0.3 * np.sin(2 * np.pi * 200 * time_s) + 0.3 * np.sin(2 * np.pi * 330 * time_s), 11025)
-    program("-m", "sepdist.separate", "--model", finetuned, "--output", str(tmp_path / "out"), str(recording))
+    soundfile.write(
+        recording,
+        0.3 * np.sin(2 * np.pi * 200 * time_s) + 0.3 * np.sin(2 * np.pi * 330 * time_s),
+        11025,
+    )
+    program(
+        "-m",
+        "sepdist",
+        "separate",
+        "--model",
+        finetuned,
+        "--output",
+        str(tmp_path / "out"),
+        str(recording),
+    )
     for speaker in ("s1", "s2"):
         wave, rate = soundfile.read(tmp_path / "out" / f"two_{speaker}.wav")
         assert rate == 11025 and len(wave) == 9001 and np.isfinite(wave).all()
 
 
-def test_two_workers_at_zero_1_and_one_process_without_ray_end_with_the_same_bits(tiny_data, tmp_path) -> None:
+def test_two_workers_at_zero_1_and_one_process_without_ray_end_with_the_same_bits(
+    tiny_data, tmp_path
+) -> None:
     more = ["training.max_steps=3", "validation.every_steps=2"]
     loop(frozen(tiny_data, tmp_path / "alone", *more))
-    arguments = train_arguments("demo/finetune", tiny_data, tmp_path / "ray", *more, "engine.zero_stage=1")
+    arguments = train_arguments(
+        "demo/finetune", tiny_data, tmp_path / "ray", *more, "engine.zero_stage=1"
+    )
     program(*arguments, "cluster.num_workers=2", "init.weights=null", "init.reinit=[]")
     assert history(tmp_path / "ray") == history(tmp_path / "alone")
     assert final_hash(tmp_path / "ray") == final_hash(tmp_path / "alone")
@@ -119,8 +165,12 @@ def test_two_workers_at_zero_1_and_one_process_without_ray_end_with_the_same_bit
         ("objective=masked", "model.masking=false"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_worker_starts(override, named, tiny_data, tmp_path, s3_env) -> None:
-    arguments = train_arguments("demo/finetune", tiny_data, tmp_path / "run", "init.weights=null", "init.reinit=[]")
+def test_what_cannot_work_is_refused_before_any_worker_starts(
+    override, named, tiny_data, tmp_path, s3_env
+) -> None:
+    arguments = train_arguments(
+        "demo/finetune", tiny_data, tmp_path / "run", "init.weights=null", "init.reinit=[]"
+    )
     if override.startswith("experiment="):
         arguments[2] = override
         override = "seed=0"
@@ -131,7 +181,9 @@ def test_what_cannot_work_is_refused_before_any_worker_starts(override, named, t
 
 def test_weights_of_another_model_are_refused_with_the_way_out(tiny_data, tmp_path) -> None:
     loop(frozen(tiny_data, tmp_path / "first", "training.max_steps=1"))
-    arguments = train_arguments("demo/pretrain", tiny_data, tmp_path / "second", f"init.weights={tmp_path / 'first'}")
+    arguments = train_arguments(
+        "demo/pretrain", tiny_data, tmp_path / "second", f"init.weights={tmp_path / 'first'}"
+    )
     output = program(*arguments, expect=1).replace("\n", " ")
     assert "mask_conv.bias" in output and "init.reinit=['mask_conv']" in output
 
@@ -143,12 +195,19 @@ def test_a_damaged_shard_stops_training_by_name(tiny_data, tmp_path) -> None:
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 4
     victim.write_bytes(content)
-    arguments = train_arguments("demo/finetune", data, tmp_path / "run", "init.weights=null", "init.reinit=[]")
+    arguments = train_arguments(
+        "demo/finetune", data, tmp_path / "run", "init.weights=null", "init.reinit=[]"
+    )
     output = program(*arguments, "training.max_steps=3", "cluster.max_failures=0", expect=1)
     assert victim.name in output.replace("\n", "") and ": damaged, " in output.replace("\n", " ")
 
 
-PTFT = [*TINY, "validation.every_steps=20", "training.checkpoint_every=20", "training.keep_every=20"]
+PTFT = [
+    *TINY,
+    "validation.every_steps=20",
+    "training.checkpoint_every=20",
+    "training.keep_every=20",
+]
 STAGES = {
     "se": {"experiment": "demo/pretrain", "overrides": ["training.max_steps=2"]},
     "ptft": {"experiment": "demo/finetune", "uses": ["se"], "overrides": ["training.max_steps=60"]},
@@ -161,7 +220,11 @@ STAGES = {
 def pipeline_arguments(data: dict[str, str], output: object, folder: Path) -> list[str]:
     """SE, PIT from it, and what that comes to, with two workers everywhere, as an experiment in `folder`."""
     cache = folder / "cache"
-    places = [f"data.train={data['train']}", f"data.validation={data['dev']}", f"data.cache_dir={cache}"]
+    places = [
+        f"data.train={data['train']}",
+        f"data.validation={data['dev']}",
+        f"data.cache_dir={cache}",
+    ]
     scored = ["num_workers=2", f"cache_dir={cache}"]
     train = [*places, *PTFT, "cluster.num_workers=2", "engine.zero_stage=1"]
     experiment = {
@@ -174,7 +237,7 @@ def pipeline_arguments(data: dict[str, str], output: object, folder: Path) -> li
     (folder / "experiment" / "tiny.yaml").write_text(
         "# @package _global_\n" + yaml.safe_dump(experiment, sort_keys=False)
     )
-    program = ["-m", "sepdist.pipeline", "--config-dir", str(folder), "experiment=tiny"]
+    program = ["-m", "sepdist", "pipeline", "--config-dir", str(folder), "experiment=tiny"]
     return [*program, f"output={output}", f"test_data={data['dev']}"]
 
 
@@ -185,7 +248,10 @@ def check_pipeline(output: str) -> None:
     assert storage.read_bytes(f"{seed}/figure/figure.png").startswith(b"\x89PNG")
     results = json.loads(storage.read_bytes(f"{seed}/ptft_test/results.json"))
     [row] = json.loads(storage.read_bytes(f"{output}/table.json"))["rows"]
-    assert row["seeds"]["0"]["si_snri"] == results["metrics_db"]["si_snri"]["mean"] and row["seeds"]["0"]["steps"] == 60
+    assert (
+        row["seeds"]["0"]["si_snri"] == results["metrics_db"]["si_snri"]["mean"]
+        and row["seeds"]["0"]["steps"] == 60
+    )
     assert load_export(f"{seed}/ptft").lineage["parent"]["run"] == "tiny-se-0"
     rates = json.loads(storage.read_bytes(f"{seed}/labels/switching.json"))["rates"]
     assert [(one["from"], one["to"]) for one in rates] == [(20, 40), (40, 60)]
@@ -195,21 +261,29 @@ def check_pipeline(output: str) -> None:
 def test_a_pipeline_in_object_storage_is_stopped_goes_on_and_ends_with_the_bits_of_one_process(
     tiny_data, bucket, tmp_path
 ) -> None:
-    data = {split: upload(folder, f"s3://{bucket}/data/{split}") for split, folder in tiny_data.items()}
+    data = {
+        split: upload(folder, f"s3://{bucket}/data/{split}") for split, folder in tiny_data.items()
+    }
     output = f"s3://{bucket}/tiny"
     arguments = pipeline_arguments(data, output, tmp_path)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "first.log", "wb") as log:
-        first = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=log, stderr=log)
+        first = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=env, stdout=log, stderr=log
+        )
     try:
         until = time.monotonic() + 900
         while not find_committed(f"{output}/seed-0/ptft/checkpoints"):
-            assert first.poll() is None and time.monotonic() < until, (tmp_path / "first.log").read_text()
+            assert first.poll() is None and time.monotonic() < until, (
+                tmp_path / "first.log"
+            ).read_text()
             time.sleep(0.2)
         first.send_signal(signal.SIGINT)
         assert first.wait(120) == 130, (tmp_path / "first.log").read_text()
     finally:
-        for process in psutil.Process(first.pid).children(recursive=True) if first.poll() is None else []:
+        for process in (
+            psutil.Process(first.pid).children(recursive=True) if first.poll() is None else []
+        ):
             with_suppressed_kill(process)
         first.kill()
     assert "the same command goes on" in (tmp_path / "first.log").read_text()
@@ -221,7 +295,11 @@ def test_a_pipeline_in_object_storage_is_stopped_goes_on_and_ends_with_the_bits_
     check_pipeline(output)
     losses = history(f"{output}/seed-0/ptft")
     assert list(losses) == list(range(1, 61))
-    hand_off = [f"init.weights={output}/seed-0/se", "init.reinit=[mask_conv]", "training.max_steps=60"]
+    hand_off = [
+        f"init.weights={output}/seed-0/se",
+        "init.reinit=[mask_conv]",
+        "training.max_steps=60",
+    ]
     hand_off.append("engine.zero_stage=1")
     loop(frozen(tiny_data, tmp_path / "alone", *hand_off, settings=PTFT), timeout=900)
     assert history(tmp_path / "alone") == losses
@@ -252,8 +330,20 @@ def ray_head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     }
     env = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
     ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
-    command = [ray, "start", "--head", "--block", f"--port={_free_port()}", f"--dashboard-port={dashboard}"]
-    command += ["--dashboard-host=127.0.0.1", "--num-cpus=4", f"--temp-dir={folder}", "--object-store-memory=100000000"]
+    command = [
+        ray,
+        "start",
+        "--head",
+        "--block",
+        f"--port={_free_port()}",
+        f"--dashboard-port={dashboard}",
+    ]
+    command += [
+        "--dashboard-host=127.0.0.1",
+        "--num-cpus=4",
+        f"--temp-dir={folder}",
+        "--object-store-memory=100000000",
+    ]
     # Jobs are taken in at this port, of which a machine has one unless it is chosen.
     command += [f"--dashboard-agent-listen-port={_free_port()}"]
     with open(tmp_path / "head.log", "wb") as log:
@@ -294,16 +384,33 @@ def submit(ray_head: tuple[str, dict[str, str]], arguments: list[str]) -> None:
     """Run `python arguments...` as a job of that cluster, to its end."""
     address, environment = ray_head
     ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
-    command = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable, *arguments]
+    command = [
+        ray,
+        "job",
+        "submit",
+        "--address",
+        address,
+        "--working-dir",
+        ".",
+        "--",
+        sys.executable,
+        *arguments,
+    ]
     env = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert "succeeded" in done.stdout
 
 
-def test_ray_job_submit_trains_on_a_cluster_with_token_authentication(ray_head, tiny_data, tmp_path) -> None:
+def test_ray_job_submit_trains_on_a_cluster_with_token_authentication(
+    ray_head, tiny_data, tmp_path
+) -> None:
     run_dir = tmp_path / "run"
-    arguments = train_arguments("demo/finetune", tiny_data, run_dir, "init.weights=null", "init.reinit=[]")
+    arguments = train_arguments(
+        "demo/finetune", tiny_data, run_dir, "init.weights=null", "init.reinit=[]"
+    )
     submit(ray_head, [*arguments, "training.max_steps=2", "cluster.num_workers=2"])
     assert sorted(history(run_dir)) == [1, 2]
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["cluster"]["num_workers"] == 2

@@ -110,7 +110,16 @@ def _with_siblings(voices: tuple[Voice, ...]) -> tuple[Voice, ...]:
             for shift, steps in ((27, 1), (54, 3)):
                 accent = accents[(accents.index(voice.accent) + steps) % len(accents)]
                 pitch = 10 + (voice.pitch - 10 + shift) % 80
-                family.append(Voice(voice.sex, accent, voice.variant, pitch, voice.range, voice.rate - shift // 4))
+                family.append(
+                    Voice(
+                        voice.sex,
+                        accent,
+                        voice.variant,
+                        pitch,
+                        voice.range,
+                        voice.rate - shift // 4,
+                    )
+                )
     return tuple(family)
 
 
@@ -140,7 +149,9 @@ class DemoCorpus:
         max_seconds: float = 5.0,
     ) -> None:
         if not 4000 <= sample_rate <= ESPEAK_RATE:
-            raise ConfigError(f"demo corpus: sample_rate must be 4000 to {ESPEAK_RATE} Hz, it is {sample_rate}")
+            raise ConfigError(
+                f"demo corpus: sample_rate must be 4000 to {ESPEAK_RATE} Hz, it is {sample_rate}"
+            )
         if not (min_seconds >= 2.0 and min_seconds + 1.0 <= max_seconds <= 60.0):
             raise ConfigError(
                 "demo corpus: needs 2 <= min_seconds, min_seconds + 1 <= max_seconds <= 60, "
@@ -151,7 +162,9 @@ class DemoCorpus:
             if count < 0:
                 raise ConfigError(f"demo corpus: num_{split} must not be negative, it is {count}")
         if importlib.util.find_spec("espeakng_loader") is None:
-            raise ConfigError("demo corpus: its voices need eSpeak NG; run: pip install 'sepdist[demo]'")
+            raise ConfigError(
+                "demo corpus: its voices need eSpeak NG; run: pip install 'sepdist[demo]'"
+            )
         self.seed = seed
         self.sample_rate = sample_rate
         self.min_seconds = min_seconds
@@ -188,7 +201,10 @@ class DemoCorpus:
         text = ""
         while len(text) < 0.75 * wanted:
             tried = [sentence(random, split) for _ in range(6)]
-            text = min((f"{text} {more}".strip() for more in tried), key=lambda joined: abs(len(joined) - wanted))
+            text = min(
+                (f"{text} {more}".strip() for more in tried),
+                key=lambda joined: abs(len(joined) - wanted),
+            )
         return text
 
 
@@ -240,7 +256,9 @@ def make_noise(random: np.random.Generator, spec: MixtureSpec, length: int) -> n
     if random.uniform() < 1 / 3:
         return noise
     babble = np.zeros(length)
-    for number in random.choice(others, size=min(len(others), int(random.integers(3, 6))), replace=False):
+    for number in random.choice(
+        others, size=min(len(others), int(random.integers(3, 6))), replace=False
+    ):
         voice = babble_voice(spec.seed, spec.split, int(number), spec.sample_rate)
         start = int(random.integers(len(voice)))
         babble += np.take(voice, np.arange(start, start + length), mode="wrap")
@@ -265,7 +283,9 @@ def babble_voice(seed: int, split: str, number: int, sample_rate: int) -> np.nda
     return wave / np.sqrt(np.mean(wave**2))
 
 
-def speak_within(text: str, voice: Voice, seconds: tuple[float, float], sample_rate: int) -> np.ndarray:
+def speak_within(
+    text: str, voice: Voice, seconds: tuple[float, float], sample_rate: int
+) -> np.ndarray:
     """The spoken text, float32 [T] with T/sample_rate within `seconds`; the voice hurries or drawls if it must."""
     shortest, longest = seconds
     rate = voice.rate
@@ -276,7 +296,9 @@ def speak_within(text: str, voice: Voice, seconds: tuple[float, float], sample_r
             return wave
         wanted = 0.94 * longest if duration > longest else 1.06 * shortest
         rate = round(min(max(rate * duration / wanted, 80), 400))
-    raise ValueError(f"voice {voice.name} took {duration:.2f} s, not {shortest} to {longest} s, to say {text!r}")
+    raise ValueError(
+        f"voice {voice.name} took {duration:.2f} s, not {shortest} to {longest} s, to say {text!r}"
+    )
 
 
 # --- eSpeak NG ---------------------------------------------------------------------------------------------------
@@ -287,7 +309,9 @@ _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4  # espeak_PARAMETER
 _VOLUME_PERCENT = 50  # at 100 some variants clip inside eSpeak
 # The loader knows a copy by its path, /proc/self/fd/N, so two threads could be given one. eSpeak also sets the locale.
 _ONE_AT_A_TIME = threading.Lock()
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
 
 
 def speak(text: str, voice: Voice, rate: int, sample_rate: int) -> np.ndarray:
@@ -320,7 +344,9 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
     chunks: list[bytes] = []
 
     @_CALLBACK
-    def collect(wave: "ctypes._Pointer[ctypes.c_short]", num_samples: int, events: int | None) -> int:
+    def collect(
+        wave: "ctypes._Pointer[ctypes.c_short]", num_samples: int, events: int | None
+    ) -> int:
         if wave and num_samples > 0:
             chunks.append(ctypes.string_at(wave, 2 * num_samples))
         return 0
@@ -330,15 +356,24 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
         assert found_rate == ESPEAK_RATE, f"eSpeak NG says {found_rate} Hz, not {ESPEAK_RATE}"
         library.espeak_SetSynthCallback(collect)
         if library.espeak_SetVoiceByName(f"{voice.accent}+{voice.variant}".encode()) != 0:
-            raise ConfigError(f"eSpeak NG has no voice {voice.accent}+{voice.variant}: install the pinned extra `demo`")
-        levels = ((_RATE, rate), (_VOLUME, _VOLUME_PERCENT), (_PITCH, voice.pitch), (_RANGE, voice.range))
+            raise ConfigError(
+                f"eSpeak NG has no voice {voice.accent}+{voice.variant}: install the pinned extra `demo`"
+            )
+        levels = (
+            (_RATE, rate),
+            (_VOLUME, _VOLUME_PERCENT),
+            (_PITCH, voice.pitch),
+            (_RANGE, voice.range),
+        )
         for parameter, value in levels:
             status = library.espeak_SetParameter(parameter, value, 0)
             assert status == 0, f"eSpeak NG refused parameter {parameter} = {value}"
         library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         spoken = text.encode() + b"\0"
         with interrupts_afterwards():
-            status = library.espeak_Synth(spoken, ctypes.c_size_t(len(spoken)), 0, 0, 0, _UTF8, None, None)
+            status = library.espeak_Synth(
+                spoken, ctypes.c_size_t(len(spoken)), 0, 0, 0, _UTF8, None, None
+            )
         assert status == 0, f"eSpeak NG ended with status {status} on {text!r}"
         library.espeak_Terminate()
     finally:
@@ -351,7 +386,10 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
 @contextlib.contextmanager
 def interrupts_afterwards() -> Iterator[None]:
     """Ctrl-C takes effect at the end of the block: in a function that C calls back, it would be printed and lost."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is None
+    ):
         yield
         return
     caught: list[tuple[Any, ...]] = []
@@ -369,4 +407,6 @@ def _library() -> tuple[bytes, bytes]:
     """The bytes of eSpeak NG's shared library, and the folder of its voices."""
     import espeakng_loader
 
-    return Path(espeakng_loader.get_library_path()).read_bytes(), str(espeakng_loader.get_data_path()).encode()
+    return Path(espeakng_loader.get_library_path()).read_bytes(), str(
+        espeakng_loader.get_data_path()
+    ).encode()

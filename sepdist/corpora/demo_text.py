@@ -79,7 +79,11 @@ def sentence(random: np.random.Generator, split: str) -> str:
     """One sentence that belongs to `split`: its checksum decides, one in ten each for dev and test."""
     while True:
         template = _TEMPLATES[random.integers(len(_TEMPLATES))]
-        text = re.sub(r"\{(\w+)\}", lambda slot: _LISTS[slot[1]][random.integers(len(_LISTS[slot[1]]))], template)
+        text = re.sub(
+            r"\{(\w+)\}",
+            lambda slot: _LISTS[slot[1]][random.integers(len(_LISTS[slot[1]]))],
+            template,
+        )
         text = text[0].upper() + text[1:]
         if {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train") == split:
             return text

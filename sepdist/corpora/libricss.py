@@ -17,7 +17,7 @@ import numpy as np
 
 from sepdist.audio import AudioError
 from sepdist.corpora.librispeech import load
-from sepdist.data.mixing import sample_key
+from sepdist.corpora.recipes import sample_key
 from sepdist.data.records import Mixture
 
 SPLITS = ("0L", "0S", "OV10", "OV20", "OV30", "OV40")
@@ -37,7 +37,9 @@ def parse_meeting(name: str) -> tuple[str, int] | None:
 def read_transcripts(path: Path) -> dict[str, str]:
     """Key without .wav -> text, of a file of <key>TAB<text> lines; AudioError where it is missing or another file."""
     if not path.is_file():
-        raise AudioError(f"{path}: no such transcript; LibriCSS's segment_libricss.py writes it beside the utterances")
+        raise AudioError(
+            f"{path}: no such transcript; LibriCSS's segment_libricss.py writes it beside the utterances"
+        )
     texts: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         key, tab, text = line.partition("\t")
@@ -68,7 +70,11 @@ class LibriCss:
         if split not in SPLITS:
             raise ValueError(f"LibriCSS: no condition {split!r}, it has {', '.join(SPLITS)}")
         for meeting, folder, texts in self._meetings(split):
-            numbered = {int(found[1]): path for path in folder.glob("*.wav") if (found := _FILE.fullmatch(path.name))}
+            numbered = {
+                int(found[1]): path
+                for path in folder.glob("*.wav")
+                if (found := _FILE.fullmatch(path.name))
+            }
             alone = sorted({path.stem for path in numbered.values()} ^ texts.keys())
             if alone or not numbered:
                 lacks = "transcript" if alone and alone[0] not in texts else "audio"
@@ -91,7 +97,9 @@ class LibriCss:
         prepared = self.root / "monaural" if (self.root / "monaural").is_dir() else self.root
         base = self.root / split if published else prepared / "utterances"
         parsed = {path: parse_meeting(path.name) for path in base.glob("*") if path.is_dir()}
-        meetings = {facts[1]: path for path, facts in sorted(parsed.items()) if facts and facts[0] == split}
+        meetings = {
+            facts[1]: path for path, facts in sorted(parsed.items()) if facts and facts[0] == split
+        }
         if not meetings:
             raise AudioError(
                 f"{base}: no meeting overlap_ratio_<r>_sil<a>_<b>_session<n>_actual<x> of condition {split}; root is "
@@ -99,12 +107,23 @@ class LibriCss:
             )
         merged: dict[str, str] = {}
         if not published:
-            places = [folder / TRANSCRIPTS for folder in (prepared, prepared / "utterances", prepared.parent)]
+            places = [
+                folder / TRANSCRIPTS
+                for folder in (prepared, prepared / "utterances", prepared.parent)
+            ]
             merged = read_transcripts(next((path for path in places if path.is_file()), places[0]))
         for _, path in sorted(meetings.items()):
             if published:
-                yield path.name, path / "record" / "utterances", read_transcripts(path / "transcription" / TRANSCRIPTS)
+                yield (
+                    path.name,
+                    path / "record" / "utterances",
+                    read_transcripts(path / "transcription" / TRANSCRIPTS),
+                )
             else:
                 prefix = f"{path.name}_"
-                own = {key.removeprefix(prefix): text for key, text in merged.items() if key.startswith(prefix)}
+                own = {
+                    key.removeprefix(prefix): text
+                    for key, text in merged.items()
+                    if key.startswith(prefix)
+                }
                 yield path.name, path, own

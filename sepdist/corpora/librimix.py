@@ -20,10 +20,14 @@ import numpy as np
 from sepdist import audio, storage
 from sepdist.audio import AudioError
 from sepdist.corpora.librispeech import speaker_of, transcripts, utterance_paths
-from sepdist.data.mixing import Mode, Part, Recipe, draw, render, sample_key, unique
+from sepdist.corpora.recipes import Mode, Part, Recipe, draw, render, sample_key, unique
 from sepdist.data.records import Mixture
 
-NOISE_SPLITS = {"train": "tr", "dev": "cv", "test": "tt"}  # LibriMix's pairing of LibriSpeech with WHAM! splits
+NOISE_SPLITS = {
+    "train": "tr",
+    "dev": "cv",
+    "test": "tt",
+}  # LibriMix's pairing of LibriSpeech with WHAM! splits
 
 
 def write_recipes(path: Path, recipes: Sequence[Recipe]) -> None:
@@ -45,7 +49,9 @@ def write_recipes(path: Path, recipes: Sequence[Recipe]) -> None:
     if path.exists():
         if path.read_bytes() == content:
             return
-        raise FileExistsError(f"{path} holds other mixtures: remove it, or give another metadata_out or seed")
+        raise FileExistsError(
+            f"{path} holds other mixtures: remove it, or give another metadata_out or seed"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.put_bytes(str(path), content)
 
@@ -53,8 +59,12 @@ def write_recipes(path: Path, recipes: Sequence[Recipe]) -> None:
 def read_recipes(path: Path, num_sources: int) -> list[Recipe]:
     """The rows of a LibriMix metadata CSV with at least `num_sources` sources each; ValueError names file and line."""
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("libri*mix_*.csv") if "_info" not in p.name))
-        raise ValueError(f"{path}: no such metadata; {path.parent} has {there or 'no libri*mix_*.csv'}")
+        there = ", ".join(
+            sorted(p.name for p in path.parent.glob("libri*mix_*.csv") if "_info" not in p.name)
+        )
+        raise ValueError(
+            f"{path}: no such metadata; {path.parent} has {there or 'no libri*mix_*.csv'}"
+        )
     recipes = []
     with path.open(newline="", encoding="utf-8") as file:
         for line, row in enumerate(csv.DictReader(file), start=2):
@@ -63,7 +73,11 @@ def read_recipes(path: Path, num_sources: int) -> list[Recipe]:
                     Part(row[f"source_{number}_path"], float(row[f"source_{number}_gain"]))
                     for number in range(1, num_sources + 1)
                 )
-                noise = Part(row["noise_path"], float(row["noise_gain"])) if row.get("noise_path") else None
+                noise = (
+                    Part(row["noise_path"], float(row["noise_gain"]))
+                    if row.get("noise_path")
+                    else None
+                )
                 recipes.append(Recipe(row["mixture_ID"], sources, noise))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
@@ -87,7 +101,9 @@ def load_generated(paths: tuple[tuple[str, str], ...], sample_rate: int) -> dict
         audio.require_rate(rate, sample_rate, path, exactly=True)
         parts[member] = wave
         if wave.size != parts[paths[0][0]].size:
-            raise AudioError(f"{path}: {wave.size} samples where {paths[0][1]} has {parts[paths[0][0]].size}")
+            raise AudioError(
+                f"{path}: {wave.size} samples where {paths[0][1]} has {parts[paths[0][0]].size}"
+            )
     return parts
 
 
@@ -120,19 +136,29 @@ class LibriMix:
         speakers: Sequence[float] = (0.0, 1.0),
         metadata_out: str | None = None,
     ) -> None:
-        ways = [name for name, given in (("metadata", metadata), ("generated", generated), ("draw", draw)) if given]
+        ways = [
+            name
+            for name, given in (("metadata", metadata), ("generated", generated), ("draw", draw))
+            if given
+        ]
         if len(ways) != 1:
-            raise ValueError(f"LibriMix: give exactly one of metadata, generated and draw, not {ways or 'none'}")
+            raise ValueError(
+                f"LibriMix: give exactly one of metadata, generated and draw, not {ways or 'none'}"
+            )
         if mode not in ("min", "max"):
             raise ValueError(f"LibriMix: mode is min or max, not {mode!r}")
         if not 1 <= num_speakers <= 3:
             raise ValueError(f"LibriMix: num_speakers is 1, 2 or 3, not {num_speakers}")
         if generated is None and (speech_root is None or (noise and noise_root is None)):
-            raise ValueError(f"LibriMix: {ways[0]} needs speech_root, and noise_root unless noise=false")
+            raise ValueError(
+                f"LibriMix: {ways[0]} needs speech_root, and noise_root unless noise=false"
+            )
         if draw and num_mixtures < 1:
             raise ValueError("LibriMix: draw needs num_mixtures, at least 1")
         if len(speakers) != 2 or not 0 <= speakers[0] < speakers[1] <= 1:
-            raise ValueError(f"LibriMix: speakers is [from, to) with 0 <= from < to <= 1, not {list(speakers)}")
+            raise ValueError(
+                f"LibriMix: speakers is [from, to) with 0 <= from < to <= 1, not {list(speakers)}"
+            )
         self.name = f"libri{num_speakers}mix"
         self.sample_rate = sample_rate
         self.num_speakers = num_speakers
@@ -140,7 +166,9 @@ class LibriMix:
         self.mode: Mode = mode
         self.noise = noise
         self.speech_root = Path(speech_root or "").expanduser()
-        self.noise_root = Path(noise_root).expanduser() if noise and noise_root is not None else None
+        self.noise_root = (
+            Path(noise_root).expanduser() if noise and noise_root is not None else None
+        )
         self.metadata = Path(metadata).expanduser() if metadata else None
         self.generated = Path(generated).expanduser() if generated else None
         self.num_mixtures = num_mixtures
@@ -193,7 +221,9 @@ class LibriMix:
                 speakers[speaker_of(path)].append(path)
         recipes = draw(
             speakers,
-            [] if self.noise_root is None else audio.find_files(self.noise_root / self._noise_split(split)),
+            []
+            if self.noise_root is None
+            else audio.find_files(self.noise_root / self._noise_split(split)),
             self.speech_root,
             self.noise_root,
             num_mixtures=self.num_mixtures,
@@ -219,7 +249,11 @@ class LibriMix:
     def _require_files(self, recipes: Sequence[Recipe]) -> None:
         paths = {self.speech_root / part.path for recipe in recipes for part in recipe.sources}
         if self.noise_root is not None:
-            paths |= {self.noise_root / recipe.noise.path for recipe in recipes if recipe.noise is not None}
+            paths |= {
+                self.noise_root / recipe.noise.path
+                for recipe in recipes
+                if recipe.noise is not None
+            }
         missing = sorted(str(path) for path in paths if not path.is_file())
         if missing:
             raise AudioError(
@@ -238,7 +272,9 @@ class LibriMix:
                 f"none of {', '.join(map(str, tables))}: check the root, sample_rate, mode and split (its generated "
                 "name, such as train-100); where only mix_clean was generated, set noise=false"
             )
-        members = [f"s{number}" for number in range(1, self.num_speakers + 1)] + ["noise"] * self.noise
+        members = [f"s{number}" for number in range(1, self.num_speakers + 1)] + [
+            "noise"
+        ] * self.noise
         columns = [f"source_{m[1:]}_path" if m != "noise" else "noise_path" for m in members]
         with table.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -246,15 +282,27 @@ class LibriMix:
         for row in rows:
             absent = [column for column in columns if not row.get(column)]
             if absent:
-                raise ValueError(f"{table}: mixture {row['mixture_ID']} has no {absent[0]}; is num_speakers right?")
+                raise ValueError(
+                    f"{table}: mixture {row['mixture_ID']} has no {absent[0]}; is num_speakers right?"
+                )
             # The table's paths are absolute on the machine that generated it; their last two parts hold anywhere.
-            files = [base.joinpath(split, *PurePosixPath(row[column]).parts[-2:]) for column in columns]
+            files = [
+                base.joinpath(split, *PurePosixPath(row[column]).parts[-2:]) for column in columns
+            ]
             for path in files:
                 if not path.is_file():
-                    raise AudioError(f"{path}: no such file, but {table} lists it; generate the split again")
+                    raise AudioError(
+                        f"{path}: no such file, but {table} lists it; generate the split again"
+                    )
             yield Mixture(
                 id=sample_key(row["mixture_ID"]),
-                speakers=tuple(name.split("-")[0] for name in row["mixture_ID"].split("_")[: self.num_speakers]),
+                speakers=tuple(
+                    name.split("-")[0] for name in row["mixture_ID"].split("_")[: self.num_speakers]
+                ),
                 sample_rate=self.sample_rate,
-                load=partial(load_generated, tuple(zip(members, map(str, files), strict=True)), self.sample_rate),
+                load=partial(
+                    load_generated,
+                    tuple(zip(members, map(str, files), strict=True)),
+                    self.sample_rate,
+                ),
             )

@@ -12,7 +12,7 @@ import numpy as np
 
 from sepdist import audio
 from sepdist.audio import AudioError
-from sepdist.data.mixing import unique
+from sepdist.corpora.recipes import unique
 from sepdist.data.records import Utterance
 
 
@@ -22,7 +22,9 @@ def utterance_paths(root: Path, split: str) -> list[Path]:
     paths = audio.find_files(folder)
     for path in paths:
         if len(path.relative_to(folder).parts) != 3:
-            raise AudioError(f"{path}: not at <speaker>/<chapter>/<file> below {folder}; is {root} LibriSpeech's root?")
+            raise AudioError(
+                f"{path}: not at <speaker>/<chapter>/<file> below {folder}; is {root} LibriSpeech's root?"
+            )
     unique([path.stem for path in paths], str(folder))
     return paths
 
@@ -47,7 +49,11 @@ def sexes(root: Path) -> dict[str, str]:
     path = root / "SPEAKERS.TXT"
     if not path.is_file():
         return {}
-    rows = [line.split("|") for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(";")]
+    rows = [
+        line.split("|")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if not line.startswith(";")
+    ]
     return {row[0].strip(): row[1].strip() for row in rows if len(row) >= 2}
 
 

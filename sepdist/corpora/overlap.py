@@ -17,13 +17,18 @@ import numpy as np
 
 from sepdist import audio
 from sepdist.corpora.librispeech import load, speaker_of, transcripts, utterance_paths
-from sepdist.data.mixing import SPEECH_LUFS, guarded_gains
+from sepdist.corpora.recipes import SPEECH_LUFS, guarded_gains
 from sepdist.data.records import Mixture
 from sepdist.seeding import rng
 
 
 def overlapped(
-    target: str, other: str, levels: tuple[float, float], share: float, at_end: bool, sample_rate: int
+    target: str,
+    other: str,
+    levels: tuple[float, float],
+    share: float,
+    at_end: bool,
+    sample_rate: int,
 ) -> dict[str, np.ndarray]:
     """s1 [T], the target, and s2 [T], silent but for round(share * T) samples of `other`; s1 alone where share is 0.
 
@@ -37,11 +42,17 @@ def overlapped(
         heard.append(np.pad(waves[1][:count] if at_end else waves[1][-count:], around))
     gains = guarded_gains(
         levels[: len(waves)],
-        [audio.loudness(wave, sample_rate, path) for wave, path in zip(waves, (target, other), strict=False)],
+        [
+            audio.loudness(wave, sample_rate, path)
+            for wave, path in zip(waves, (target, other), strict=False)
+        ],
         [float(np.max(np.abs(wave))) for wave in waves],
         lambda: heard,
     )
-    return {f"s{i}": wave * np.float32(gain) for i, (wave, gain) in enumerate(zip(heard, gains, strict=True), start=1)}
+    return {
+        f"s{i}": wave * np.float32(gain)
+        for i, (wave, gain) in enumerate(zip(heard, gains, strict=True), start=1)
+    }
 
 
 class Overlap:
@@ -69,7 +80,9 @@ class Overlap:
         """The mixtures of an overlap, always the same ones in the same order."""
         found = re.fullmatch(r"OV(\d{1,3})", split)
         if found is None or int(found[1]) > 100:
-            raise ValueError(f"corpus overlap: a split is OV0 to OV100, the overlap in percent, not {split!r}")
+            raise ValueError(
+                f"corpus overlap: a split is OV0 to OV100, the overlap in percent, not {split!r}"
+            )
         share = int(found[1]) / 100
         texts: dict[Path, str] = {}
         speakers: dict[str, list[Path]] = defaultdict(list)
@@ -87,15 +100,22 @@ class Overlap:
         seconds = {path: audio.duration_seconds(path) for path in texts}
         for number in range(self.num_mixtures):
             turn, place = divmod(number, len(texts))
-            order = rng(self.seed, "overlap targets", self.speech_split, turn).permutation(len(texts))
+            order = rng(self.seed, "overlap targets", self.speech_split, turn).permutation(
+                len(texts)
+            )
             target = list(texts)[order[place]]
             generator = rng(self.seed, "overlap mixture", self.speech_split, number)
-            levels = (float(generator.uniform(*SPEECH_LUFS)), float(generator.uniform(*SPEECH_LUFS)))
+            levels = (
+                float(generator.uniform(*SPEECH_LUFS)),
+                float(generator.uniform(*SPEECH_LUFS)),
+            )
             at_end = bool(generator.integers(2))
             names = [name for name in sorted(speakers) if name != speaker_of(target)]
             drawn = [speakers[names[i]] for i in generator.permutation(len(names))]
             others = [theirs[i] for theirs in drawn for i in generator.permutation(len(theirs))]
-            other = next((path for path in others if seconds[path] >= share * seconds[target]), None)
+            other = next(
+                (path for path in others if seconds[path] >= share * seconds[target]), None
+            )
             if other is None:
                 raise ValueError(
                     f"{target}: no other speaker has an utterance of {share * seconds[target]:.1f} s, {split} of it"
@@ -105,6 +125,8 @@ class Overlap:
                 id="_".join([f"{number:04d}", *(path.stem for path in both)]),
                 speakers=tuple(speaker_of(path) for path in both),
                 sample_rate=self.sample_rate,
-                load=partial(overlapped, str(target), str(other), levels, share, at_end, self.sample_rate),
+                load=partial(
+                    overlapped, str(target), str(other), levels, share, at_end, self.sample_rate
+                ),
                 texts=(texts[target], "")[: len(both)],
             )

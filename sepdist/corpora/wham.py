@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sepdist import audio
-from sepdist.data.mixing import sample_key, unique
+from sepdist.corpora.recipes import sample_key, unique
 from sepdist.data.records import Utterance
 
 
@@ -37,7 +37,9 @@ class Wham:
         """The noises of a split, in the order of their paths."""
         folder = self.root / split
         paths = audio.find_files(folder)
-        keys = [sample_key("-".join(path.relative_to(folder).with_suffix("").parts)) for path in paths]
+        keys = [
+            sample_key("-".join(path.relative_to(folder).with_suffix("").parts)) for path in paths
+        ]
         unique(keys, str(folder))
         for key, path in zip(keys, paths, strict=True):
             yield Utterance(

@@ -16,7 +16,7 @@ import numpy as np
 
 from sepdist import audio
 from sepdist.audio import AudioError
-from sepdist.data.mixing import Mode, fit_lengths, sample_key, unique
+from sepdist.corpora.recipes import Mode, fit_lengths, sample_key, unique
 from sepdist.data.records import Mixture
 
 FULL_SCALE = 2**15
@@ -26,7 +26,9 @@ def read_levels(path: Path) -> dict[str, float]:
     """Utterance -> mean square of its active speech, from one activlev_*.txt or all of a folder's."""
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise ValueError(f"{path}: no activlev_*.txt there; they are in metadata/activlev of pywsj0-mix")
+        raise ValueError(
+            f"{path}: no activlev_*.txt there; they are in metadata/activlev of pywsj0-mix"
+        )
     levels: dict[str, float] = {}
     for file in files:
         for number, line in enumerate(file.read_text().splitlines(), start=1):
@@ -36,9 +38,13 @@ def read_levels(path: Path) -> dict[str, float]:
             try:
                 utterance, level = fields[0], float(fields[1])
             except (IndexError, ValueError) as error:
-                raise ValueError(f"{file}, line {number}: expected '<utterance> <level>', found {line!r}") from error
+                raise ValueError(
+                    f"{file}, line {number}: expected '<utterance> <level>', found {line!r}"
+                ) from error
             if not 0 < level < 1:
-                raise ValueError(f"{file}, line {number}: {level} is no mean square of speech, 0 < level < 1")
+                raise ValueError(
+                    f"{file}, line {number}: {level} is no mean square of speech, 0 < level < 1"
+                )
             levels[utterance] = level
     return levels
 
@@ -46,7 +52,9 @@ def read_levels(path: Path) -> dict[str, float]:
 def read_list(path: Path, num_speakers: int) -> list[list[tuple[str, float]]]:
     """Per mixture its (path, level in dB) pairs; ValueError names the file and line."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such list; splits are tr, cv and tt, the lists come with pywsj0-mix's metadata")
+        raise ValueError(
+            f"{path}: no such list; splits are tr, cv and tt, the lists come with pywsj0-mix's metadata"
+        )
     mixtures = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         fields = line.split()
@@ -57,7 +65,9 @@ def read_list(path: Path, num_speakers: int) -> list[list[tuple[str, float]]]:
                 raise ValueError(f"{len(fields)} fields")
             mixtures.append([(fields[i], float(fields[i + 1])) for i in range(0, len(fields), 2)])
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: expected {num_speakers} x '<wav> <dB>' ({error})") from error
+            raise ValueError(
+                f"{path}, line {number}: expected {num_speakers} x '<wav> <dB>' ({error})"
+            ) from error
     return mixtures
 
 
@@ -66,7 +76,9 @@ def mixture_name(parts: list[tuple[str, float]]) -> str:
     return "_".join(f"{PurePosixPath(path).stem}_{level:.8g}" for path, level in parts)
 
 
-def mix(files: tuple[tuple[str, float, float], ...], sample_rate: int, mode: Mode) -> dict[str, np.ndarray]:
+def mix(
+    files: tuple[tuple[str, float, float], ...], sample_rate: int, mode: Mode
+) -> dict[str, np.ndarray]:
     """The sources of one mixture from (path, active level, dB) each: float32 [T], exact multiples of 1 / 2^15.
 
     resample_poly, / sqrt(active level), x 10^(dB / 20), cut to the shortest (min) or padded to the longest (max),
@@ -80,9 +92,13 @@ def mix(files: tuple[tuple[str, float, float], ...], sample_rate: int, mode: Mod
         resampled = audio.resample_poly(wave, rate, sample_rate).astype(np.float64)
         waves.append(resampled / np.sqrt(active_level) * 10.0 ** (decibels / 20.0))
     sources_ST = np.stack(fit_lengths(waves, mode))
-    peak = max(1.0, float(np.max(np.abs(sources_ST.sum(axis=0)))), float(np.max(np.abs(sources_ST))))
+    peak = max(
+        1.0, float(np.max(np.abs(sources_ST.sum(axis=0)))), float(np.max(np.abs(sources_ST)))
+    )
     rounded_ST = np.round(sources_ST / (peak / 0.9) * FULL_SCALE) / FULL_SCALE
-    return {f"s{number}": source.astype(np.float32) for number, source in enumerate(rounded_ST, start=1)}
+    return {
+        f"s{number}": source.astype(np.float32) for number, source in enumerate(rounded_ST, start=1)
+    }
 
 
 def load_generated(paths: tuple[str, ...], sample_rate: int) -> dict[str, np.ndarray]:
@@ -149,9 +165,13 @@ class Wsj0Mix:
             for name, decibels in parts:
                 path = self.wsj0.joinpath(*PurePosixPath(name.removeprefix("wsj0/")).parts)
                 if path.stem not in levels:
-                    raise ValueError(f"{self.levels}: no active level of utterance {path.stem}, in {list_path}")
+                    raise ValueError(
+                        f"{self.levels}: no active level of utterance {path.stem}, in {list_path}"
+                    )
                 if not path.is_file():
-                    raise AudioError(f"{path}: no such file, in {list_path}; wsj0 is the folder that holds si_tr_s/")
+                    raise AudioError(
+                        f"{path}: no such file, in {list_path}; wsj0 is the folder that holds si_tr_s/"
+                    )
                 files.append((str(path), levels[path.stem], decibels))
             yield Mixture(
                 id=sample_key(mixture_name(parts)),
@@ -161,12 +181,20 @@ class Wsj0Mix:
             )
 
     def _generated_records(self, root: Path, split: str) -> Iterator[Mixture]:
-        base = root / f"{self.num_speakers}speakers" / f"wav{self.sample_rate // 1000}k" / self.mode / split
+        base = (
+            root
+            / f"{self.num_speakers}speakers"
+            / f"wav{self.sample_rate // 1000}k"
+            / self.mode
+            / split
+        )
         for first in audio.find_files(base / "s1"):
             paths = [base / f"s{number}" / first.name for number in range(1, self.num_speakers + 1)]
             for path in paths:
                 if not path.is_file():
-                    raise AudioError(f"{path}: no such file, but {first} is there; generate the split again")
+                    raise AudioError(
+                        f"{path}: no such file, but {first} is there; generate the split again"
+                    )
             yield Mixture(
                 id=sample_key(first.stem),
                 # WSJ0 utterances are named speaker (3 characters), session, text: 40na010x.

@@ -27,7 +27,9 @@ class Background:
         self._num_threads = num_threads
         self._name = name
         self._jobs: _Queue = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []  # started by the first submit, so that nothing runs before a fork
+        self._threads: list[
+            threading.Thread
+        ] = []  # started by the first submit, so that nothing runs before a fork
         self._lock = threading.Lock()
         self._end = weakref.finalize(self, _end, self._jobs, self._threads)
 

@@ -40,7 +40,9 @@ class OpenShard:
 
     file: BufferedReader
     samples: list[Sample]
-    damaged: Mapping[int, str]  # sample number -> what is wrong; empty where size and sha256 are the manifest's
+    damaged: Mapping[
+        int, str
+    ]  # sample number -> what is wrong; empty where size and sha256 are the manifest's
 
 
 class ShardCache:
@@ -56,7 +58,9 @@ class ShardCache:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._pending: dict[int, Future[OpenShard]] = {}
         self._wanted: frozenset[int] = frozenset()
-        self._verified: dict[int, tuple[int, ...]] = {}  # shard -> the identity of the file that was sound
+        self._verified: dict[
+            int, tuple[int, ...]
+        ] = {}  # shard -> the identity of the file that was sound
         self._fetchers = Background(NUM_FETCHERS, "shard")
 
     def open(self, number: int) -> OpenShard:
@@ -101,7 +105,9 @@ class ShardCache:
             with self._lock:
                 self._open[number] = opened
                 if len(self._open) > MAX_OPEN:
-                    self._open.popitem(last=False)  # the file is closed when its last reader drops it
+                    self._open.popitem(
+                        last=False
+                    )  # the file is closed when its last reader drops it
             return opened
         finally:
             with self._lock:
@@ -121,7 +127,9 @@ class ShardCache:
         path = self._copy_path(shard)
         file = self._sound_copy(number, path)
         if file is None:
-            with _locked(path.with_suffix(".lock")):  # one process of the machine fetches, the others find the copy
+            with _locked(
+                path.with_suffix(".lock")
+            ):  # one process of the machine fetches, the others find the copy
                 file = self._sound_copy(number, path)
                 if file is None:
                     return self._fetch(number, path)
@@ -148,7 +156,9 @@ class ShardCache:
             try:
                 storage.fetch_file(place, path)
             except FileNotFoundError:
-                raise DataError(f"{place}: the shard is missing; write the data set again") from None
+                raise DataError(
+                    f"{place}: the shard is missing; write the data set again"
+                ) from None
             file = open(path, "rb")  # noqa: SIM115
             complaint = self._complaint(file, number)
             if not complaint:
@@ -182,9 +192,18 @@ class ShardCache:
                 damaged[number] = str(error)
         place = storage.join(self.url, shard.name)
         if not damaged:
-            raise DataError(f"{place}: damaged, {complaint}, yet every sample decodes; write the shard again")
+            raise DataError(
+                f"{place}: damaged, {complaint}, yet every sample decodes; write the shard again"
+            )
         first = next(iter(damaged.values()))
-        logger.warning("%s: %s; %d of %d samples damaged: %s", place, complaint, len(damaged), len(samples), first)
+        logger.warning(
+            "%s: %s; %d of %d samples damaged: %s",
+            place,
+            complaint,
+            len(damaged),
+            len(samples),
+            first,
+        )
         return damaged
 
     def _copy_path(self, shard: ShardInfo) -> Path:
@@ -199,7 +218,10 @@ class ShardCache:
                 status = path.stat()
                 copies.append((status.st_atime_ns, status.st_size, path))
         with self._lock:
-            wanted = {self._copy_path(self.manifest.shards[number]) for number in self._wanted | set(self._pending)}
+            wanted = {
+                self._copy_path(self.manifest.shards[number])
+                for number in self._wanted | set(self._pending)
+            }
         total = sum(size for _, size, _ in copies) + num_bytes
         for _, size, path in sorted(copies):
             if total <= self.max_bytes:
@@ -218,7 +240,9 @@ class ShardCache:
     def _forget(self, path: Path) -> None:
         """Close an evicted shard here, else its disk space would not be free."""
         with self._lock:
-            for number in [n for n in self._open if self._copy_path(self.manifest.shards[n]) == path]:
+            for number in [
+                n for n in self._open if self._copy_path(self.manifest.shards[n]) == path
+            ]:
                 del self._open[number]
 
 

@@ -13,12 +13,13 @@ from itertools import zip_longest
 import numpy as np
 
 from sepdist import audio
+from sepdist.corpora.recipes import NOISE_LUFS, SPEECH_LUFS, extend_noise, guarded_gains
 from sepdist.data.cache import OpenShard
+from sepdist.data.dataset import Dataset, Item
 from sepdist.data.members import DataError
-from sepdist.data.mixing import NOISE_LUFS, SPEECH_LUFS, extend_noise, guarded_gains
 from sepdist.data.order import Order
 from sepdist.data.shards import Sample
-from sepdist.data.stream import MAX_REPLACEMENTS, Damage, Dataset, Item, beyond_replacing, crop_length
+from sepdist.data.stream import MAX_REPLACEMENTS, Damage, beyond_replacing, crop_length
 from sepdist.seeding import derive, rng
 
 
@@ -52,7 +53,9 @@ class _Clips:
     def find(self, part: int, position: int, others: Sequence[str], damages: list[Damage]) -> _Clip:
         """The first clip from `position` on in the order of `part` that is sound and of no speaker in `others`."""
         order, met = self.orders[part], list[Damage]()
-        for candidate in range(position, position + 2 * order.num_samples):  # there is a whole epoch in it
+        for candidate in range(
+            position, position + 2 * order.num_samples
+        ):  # there is a whole epoch in it
             place = order.locate(candidate)
             shard, number = self.dataset.cache.open(place[0]), place[1]
             sample = shard.samples[number]
@@ -69,7 +72,9 @@ class _Clips:
             return _Clip(self.dataset, shard, number, loudness, peak)
         if met:
             raise beyond_replacing(met) from met[-1].error
-        raise DataError(f"{self.dataset.url}: has no utterance of another speaker than {', '.join(others)}")
+        raise DataError(
+            f"{self.dataset.url}: has no utterance of another speaker than {', '.join(others)}"
+        )
 
     def _measure(self, place: tuple[int, int], shard: OpenShard) -> tuple[float, float]:
         """Loudness and peak of a whole clip, measured once in a process; DataError, each time, of a damaged one."""
@@ -83,7 +88,9 @@ class _Clips:
 
     def prefetch(self, positions: range) -> None:
         by_part = zip_longest(*(order.upcoming(positions) for order in self.orders))
-        self.dataset.cache.prefetch([number for turn in by_part for number in turn if number is not None])
+        self.dataset.cache.prefetch(
+            [number for turn in by_part for number in turn if number is not None]
+        )
 
 
 class DynamicMixing:
@@ -110,20 +117,33 @@ class DynamicMixing:
     ) -> None:
         manifest = dataset.manifest
         if not speeds or min(speeds) <= 0:
-            raise ValueError(f"speeds={list(speeds)}: give at least one, all above 0; 1 leaves the speed as it is")
+            raise ValueError(
+                f"speeds={list(speeds)}: give at least one, all above 0; 1 leaves the speed as it is"
+            )
         if "s1" not in manifest.members or manifest.num_speakers < num_sources:
             raise DataError(
                 f"{dataset.url}: has {manifest.num_speakers} speakers and the members {', '.join(manifest.members)}; "
                 f"mixing needs s1 of {num_sources} different speakers"
             )
-        self.url, self.num_samples, self.rate = dataset.url, manifest.num_samples, manifest.sample_rate
+        self.url, self.num_samples, self.rate = (
+            dataset.url,
+            manifest.num_samples,
+            manifest.sample_rate,
+        )
         self.crop_samples = crop_length(crop_seconds, self.rate)
         self.seed, self.speeds, self.levels, self.noise_levels = seed, speeds, levels, noise_levels
-        self.voices = _Clips(dataset, [derive(seed, "mixing order", f"s{i + 1}") for i in range(num_sources)])
+        self.voices = _Clips(
+            dataset, [derive(seed, "mixing order", f"s{i + 1}") for i in range(num_sources)]
+        )
         self.noises: _Clips | None = None
         if noise is not None:
             cache = dataset.cache
-            found = Dataset(noise, num_sources=1, cache_dir=str(cache.folder), cache_gigabytes=cache.max_bytes / 1e9)
+            found = Dataset(
+                noise,
+                num_sources=1,
+                cache_dir=str(cache.folder),
+                cache_gigabytes=cache.max_bytes / 1e9,
+            )
             if found.manifest.members != ("s1",) or found.manifest.sample_rate != self.rate:
                 raise DataError(
                     f"{noise}: has the members {', '.join(found.manifest.members)} at {found.manifest.sample_rate} Hz; "
@@ -134,19 +154,26 @@ class DynamicMixing:
     def item(self, position: int, damages: list[Damage]) -> Item:
         """The mixture of `position`; its id names the utterances and the position, because it never comes again."""
         # The raw stream of the bit generator, because that one never changes between versions of NumPy.
-        raw = rng(self.seed, "dynamic mixing", position).bit_generator.random_raw(3 * len(self.voices.orders) + 2)
+        raw = rng(self.seed, "dynamic mixing", position).bit_generator.random_raw(
+            3 * len(self.voices.orders) + 2
+        )
         draws = iter(((raw >> np.uint64(11)) * 2.0**-53).tolist())  # in [0, 1)
         clips: list[_Clip] = []
         waves: list[np.ndarray] = []
         targets: list[float] = []
         for part in range(len(self.voices.orders)):
-            clip = self.voices.find(part, position, [other.sample.speakers[0] for other in clips], damages)
+            clip = self.voices.find(
+                part, position, [other.sample.speakers[0] for other in clips], damages
+            )
             speed = self.speeds[int(next(draws) * len(self.speeds))]
             waves.append(self._crop(clip, speed, next(draws)))
             targets.append(_between(self.levels, next(draws)))
             clips.append(clip)
         names, length = [f"s{i + 1}" for i in range(len(clips))], max(wave.size for wave in waves)
-        who, key = tuple(clip.sample.speakers[0] for clip in clips), "_".join(clip.sample.key for clip in clips)
+        who, key = (
+            tuple(clip.sample.speakers[0] for clip in clips),
+            "_".join(clip.sample.key for clip in clips),
+        )
         if self.noises is not None:
             clip = self.noises.find(0, position, (), damages)
             spare = clip.sample.num_samples - length
@@ -157,7 +184,9 @@ class DynamicMixing:
             clips.append(clip)
             names.append("noise")
         waves = [audio.fit(wave, length) for wave in waves]
-        gains = guarded_gains(targets, [clip.loudness for clip in clips], [clip.peak for clip in clips], lambda: waves)
+        gains = guarded_gains(
+            targets, [clip.loudness for clip in clips], [clip.peak for clip in clips], lambda: waves
+        )
         scaled = [wave * np.float32(gain) for wave, gain in zip(waves, gains, strict=True)]
         return Item(f"{key}@{position}", who, dict(zip(names, scaled, strict=True)))
 
@@ -176,7 +205,9 @@ class DynamicMixing:
 
     def digest(self) -> str:
         """The sha256 of the data sets."""
-        return " with ".join(clips.dataset.manifest.digest() for clips in (self.voices, self.noises) if clips)
+        return " with ".join(
+            clips.dataset.manifest.digest() for clips in (self.voices, self.noises) if clips
+        )
 
     def close(self) -> None:
         """End the threads."""

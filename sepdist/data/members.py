@@ -46,7 +46,11 @@ def split_members(members: Sequence[str]) -> tuple[list[str], list[str], list[st
     """The sources, the estimates and the rest of some names of members, in their order."""
     numbered = [name for name in members if _NUMBERED.fullmatch(name)]
     sources = [name for name in numbered if name[0] == "s"]
-    return sources, [name for name in numbered if name[0] == "e"], [name for name in members if name not in numbered]
+    return (
+        sources,
+        [name for name in numbered if name[0] == "e"],
+        [name for name in members if name not in numbered],
+    )
 
 
 def check_ids(records: Sequence[Utterance | Mixture]) -> None:
@@ -55,9 +59,13 @@ def check_ids(records: Sequence[Utterance | Mixture]) -> None:
     for record in records:
         what = f"record {record.id!r}"
         if not _ID.fullmatch(record.id):
-            raise DataError(f"{what}: '.', '/' and control characters are not allowed, WebDataset ends a key at a dot")
+            raise DataError(
+                f"{what}: '.', '/' and control characters are not allowed, WebDataset ends a key at a dot"
+            )
         if len(f"{record.id}.noise.flac".encode()) > _MAX_NAME_BYTES:
-            raise DataError(f"{what}: the id is too long, a name in a tar has at most {_MAX_NAME_BYTES} bytes")
+            raise DataError(
+                f"{what}: the id is too long, a name in a tar has at most {_MAX_NAME_BYTES} bytes"
+            )
         if record.id in seen:
             raise DataError(f"{what}: occurs twice; every id of a data set is different")
         if record.sample_rate != records[0].sample_rate:
@@ -74,9 +82,15 @@ def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
     sources, estimates, rest = split_members(in_order(list(waves)))
     numbered = sources == [f"s{i + 1}" for i in range(len(sources))]
     matching = not estimates or estimates == [f"e{i + 1}" for i in range(len(sources))]
-    if not (numbered and matching and rest in ([], ["noise"]) if sources else rest == ["mix"] and not estimates):
+    if not (
+        numbered and matching and rest in ([], ["noise"])
+        if sources
+        else rest == ["mix"] and not estimates
+    ):
         there = ", ".join(waves) or "nothing"
-        wanted = "s1, s2, ... and possibly noise, and e1, e2, ... for each of them or none; or mix alone"
+        wanted = (
+            "s1, s2, ... and possibly noise, and e1, e2, ... for each of them or none; or mix alone"
+        )
         raise DataError(f"{what}: its parts are {there}; give {wanted}")
     num_speakers = len(people(record)[0])
     if sources and num_speakers != len(sources):
@@ -84,7 +98,9 @@ def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
     checked = {name: _to_int16(waves[name], f"{what}, {name}") for name in in_order(list(waves))}
     lengths = {name: len(wave) for name, wave in checked.items()}
     if len(set(lengths.values())) > 1:
-        raise DataError(f"{what}: its parts have different lengths, {lengths}; cut or pad them in the corpus")
+        raise DataError(
+            f"{what}: its parts have different lengths, {lengths}; cut or pad them in the corpus"
+        )
     return checked
 
 
@@ -100,7 +116,9 @@ def _to_int16(wave_T: np.ndarray, what: str) -> np.ndarray:
     if peak > 1.0:
         raise DataError(f"{what}: outside [-1, 1], its peak is {peak:.4g}; scale it in the corpus")
     # Not by libsndfile, which multiplies by 32767 and reads back by 32768: 16-bit audio would not survive that.
-    return np.clip(np.rint(wave_T.astype(np.float64) * _FULL_SCALE), -_FULL_SCALE, _FULL_SCALE - 1).astype(np.int16)
+    return np.clip(
+        np.rint(wave_T.astype(np.float64) * _FULL_SCALE), -_FULL_SCALE, _FULL_SCALE - 1
+    ).astype(np.int16)
 
 
 def encode(record: Utterance | Mixture, waves: Mapping[str, np.ndarray]) -> dict[str, bytes]:
@@ -131,11 +149,17 @@ def decode(data: bytes, num_samples: int, start: int, stop: int, place: str) -> 
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as stream:
             if stream.frames != num_samples:
-                raise DataError(f"{place}: damaged, has {stream.frames} samples where the index says {num_samples}")
+                raise DataError(
+                    f"{place}: damaged, has {stream.frames} samples where the index says {num_samples}"
+                )
             stream.seek(start)
             wave = stream.read(stop - start, dtype="float32")
     except soundfile.LibsndfileError as error:
-        raise DataError(f"{place}: damaged, {error}; fetch the shard again or write it again") from error
+        raise DataError(
+            f"{place}: damaged, {error}; fetch the shard again or write it again"
+        ) from error
     if wave.shape != (stop - start,):
-        raise DataError(f"{place}: damaged, gives {list(wave.shape)} where [{stop - start}] is wanted")
+        raise DataError(
+            f"{place}: damaged, gives {list(wave.shape)} where [{stop - start}] is wanted"
+        )
     return wave

@@ -25,7 +25,9 @@ class Order:
 
     def __init__(self, seed: int, shard_sizes: tuple[int, ...], block_shards: int = 8) -> None:
         if not shard_sizes or min(shard_sizes) < 1 or block_shards < 1:
-            raise ValueError(f"no order over shards of sizes {shard_sizes} in blocks of {block_shards}")
+            raise ValueError(
+                f"no order over shards of sizes {shard_sizes} in blocks of {block_shards}"
+            )
         self.seed = seed
         self.shard_sizes = shard_sizes
         self.block_shards = block_shards
@@ -90,9 +92,13 @@ class Blend:
     1, 2, ... for ever, so that it neither loses nor repeats a sample, however the epochs of blend and set meet.
     """
 
-    def __init__(self, seed: int, units: tuple[int, ...], micro_batch: int, interleave: str = "drawn") -> None:
+    def __init__(
+        self, seed: int, units: tuple[int, ...], micro_batch: int, interleave: str = "drawn"
+    ) -> None:
         if not units or min(units) < 1 or micro_batch < 1 or interleave not in INTERLEAVES:
-            raise ValueError(f"no blend of {units} units per epoch, of {micro_batch} samples each, {interleave!r}")
+            raise ValueError(
+                f"no blend of {units} units per epoch, of {micro_batch} samples each, {interleave!r}"
+            )
         self.interleave = interleave
         self.seed = seed
         self.units = units
@@ -131,7 +137,9 @@ class Blend:
         return labels, np.cumsum(own, axis=1) - own
 
 
-def units_per_epoch(num_samples: Sequence[int], weights: Sequence[float | None], micro_batch: int) -> tuple[int, ...]:
+def units_per_epoch(
+    num_samples: Sequence[int], weights: Sequence[float | None], micro_batch: int
+) -> tuple[int, ...]:
     """The units of each data set in an epoch: one pass of it, or its weight times those of the first set's pass."""
     first = max(1, round(num_samples[0] / micro_batch))
     return tuple(
@@ -150,7 +158,9 @@ def _permutation(size: int, seed: int, purpose: str, *position: int) -> np.ndarr
 def owned_virtual_shards(num_virtual_shards: int, rank: int, world_size: int) -> range:
     """The contiguous block of virtual shards of one rank; the first ranks own one more where it does not divide."""
     if not 0 <= rank < world_size <= num_virtual_shards:
-        raise ValueError(f"rank {rank} of {world_size} with {num_virtual_shards} virtual shards: 1 to that many ranks")
+        raise ValueError(
+            f"rank {rank} of {world_size} with {num_virtual_shards} virtual shards: 1 to that many ranks"
+        )
     each, rest = divmod(num_virtual_shards, world_size)
     first = rank * each + min(rank, rest)
     return range(first, first + each + (rank < rest))

@@ -42,7 +42,9 @@ class Mixture:
     sample_rate: int
     load: Callable[[], Mapping[str, np.ndarray]]
     texts: tuple[str, ...] = ()
-    measure: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] | None = None  # the parts in, more facts to store out
+    measure: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] | None = (
+        None  # the parts in, more facts to store out
+    )
 
 
 @dataclass
@@ -57,7 +59,9 @@ class Batch:
     lengths: Tensor  # int64 [B]
     speakers: list[tuple[str, ...]] = field(default_factory=list)
     data_set: str = MAIN  # all items of a batch come from one
-    estimates: Tensor | None = None  # float32 [B, S, T], of a separator, in the order of the sources
+    estimates: Tensor | None = (
+        None  # float32 [B, S, T], of a separator, in the order of the sources
+    )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

@@ -27,7 +27,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sepdist import audio, storage
-from sepdist.data.members import DataError, check_ids, decode, encode, in_order, load_members, people
+from sepdist.data.members import (
+    DataError,
+    check_ids,
+    decode,
+    encode,
+    in_order,
+    load_members,
+    people,
+)
 from sepdist.data.records import Mixture, Utterance
 
 FORMAT_VERSION = 1
@@ -53,7 +61,9 @@ class Manifest:
     corpus: str
     split: str
     sample_rate: int
-    members: tuple[str, ...]  # ("s1", "s2", "noise", "e1", "e2") or ("mix",); every sample has all of them
+    members: tuple[
+        str, ...
+    ]  # ("s1", "s2", "noise", "e1", "e2") or ("mix",); every sample has all of them
     num_samples: int
     hours: float
     num_speakers: int
@@ -83,7 +93,9 @@ def shard_name(corpus: str, split: str, i: int) -> str:
 # Writing.
 
 
-def write_shard(records: Sequence[Utterance | Mixture], output_url: str | Path, name: str) -> ShardInfo:
+def write_shard(
+    records: Sequence[Utterance | Mixture], output_url: str | Path, name: str
+) -> ShardInfo:
     """Write, or keep, the shard `name` of `records`; it is stored and verified when this returns.
 
     A finished shard of the same records (ids, speakers, texts, rate) whose bytes are sound is kept without loading any
@@ -101,7 +113,9 @@ def write_shard(records: Sequence[Utterance | Mixture], output_url: str | Path, 
             samples = _write_tar(records, path)
         except OSError as error:
             if error.errno in storage.DISK_FULL:
-                raise storage.disk_error(f"{path} (TMPDIR chooses the folder)", "write", error) from error
+                raise storage.disk_error(
+                    f"{path} (TMPDIR chooses the folder)", "write", error
+                ) from error
             raise
         index: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -135,11 +149,17 @@ def write_manifest(
     manifest = _describe(output_url, corpus, split, sample_rate, infos)
     url = storage.join(output_url, MANIFEST)
     with contextlib.suppress(FileExistsError):
-        storage.put_bytes(url, json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode(), create_only=True)
+        storage.put_bytes(
+            url,
+            json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode(),
+            create_only=True,
+        )
     there = read_manifest(output_url)
     if there != manifest:
         digests = f"its digest is {there.digest()[:12]}, not {manifest.digest()[:12]}"
-        raise DataError(f"{url}: is of another data set ({digests}); remove that one or write to another place")
+        raise DataError(
+            f"{url}: is of another data set ({digests}); remove that one or write to another place"
+        )
     return manifest
 
 
@@ -148,7 +168,9 @@ def _fingerprint(records: Sequence[Utterance | Mixture]) -> str:
     return hashlib.sha256(_canonical([FORMAT_VERSION, facts])).hexdigest()
 
 
-def _finished(records: Sequence[Utterance | Mixture], url: str | Path, name: str) -> ShardInfo | None:
+def _finished(
+    records: Sequence[Utterance | Mixture], url: str | Path, name: str
+) -> ShardInfo | None:
     """The shard as an earlier run finished it; None if it is missing, of other records or damaged."""
     try:
         text = storage.read_bytes(_index_url(url, name))
@@ -183,21 +205,32 @@ def _write_tar(records: Sequence[Utterance | Mixture], path: Path) -> list[dict[
             shape = shape or tuple(waves)
             if tuple(waves) != shape:
                 have = f"has {', '.join(waves)} where the records before it have {', '.join(shape)}"
-                raise DataError(f"record {record.id!r}: {have}; all samples of a data set have the same members")
+                raise DataError(
+                    f"record {record.id!r}: {have}; all samples of a data set have the same members"
+                )
             places = {}
             for suffix, data in encode(record, waves).items():
-                entry = tarfile.TarInfo(f"{record.id}.{suffix}")  # mtime, uid and gid are 0, user and group empty
+                entry = tarfile.TarInfo(
+                    f"{record.id}.{suffix}"
+                )  # mtime, uid and gid are 0, user and group empty
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
                 padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 places[suffix.removesuffix(".flac")] = [tar.offset - padded, len(data)]
             num_samples = len(waves[shape[0]])
-            facts = {"key": record.id, "num_samples": num_samples, "speakers": people(record)[0], "members": places}
+            facts = {
+                "key": record.id,
+                "num_samples": num_samples,
+                "speakers": people(record)[0],
+                "members": places,
+            }
             entries.append(facts)
     return entries
 
 
-def _describe(url: str | Path, corpus: str, split: str, sample_rate: int, infos: Sequence[ShardInfo]) -> Manifest:
+def _describe(
+    url: str | Path, corpus: str, split: str, sample_rate: int, infos: Sequence[ShardInfo]
+) -> Manifest:
     """The manifest of shards that are there and fit together; else a DataError names the shard or the key."""
     members: tuple[str, ...] = ()
     where: dict[str, str] = {}
@@ -205,7 +238,9 @@ def _describe(url: str | Path, corpus: str, split: str, sample_rate: int, infos:
     for shard in infos:
         index = _load_index(url, shard)
         if index["sample_rate"] != sample_rate:
-            raise DataError(f"{shard.name}: {index['sample_rate']} Hz in a data set of {sample_rate} Hz")
+            raise DataError(
+                f"{shard.name}: {index['sample_rate']} Hz in a data set of {sample_rate} Hz"
+            )
         _require_size(url, shard)
         for sample in _samples(index):
             own = in_order([name for name in sample.members if name != "json"])
@@ -214,7 +249,9 @@ def _describe(url: str | Path, corpus: str, split: str, sample_rate: int, infos:
                 have = f"has {', '.join(own)} where the samples before it have {', '.join(members)}"
                 raise DataError(f"{shard.name}, {sample.key}: {have}")
             if sample.key in where:
-                raise DataError(f"{shard.name}, {sample.key}: is in {where[sample.key]} too; ids are unique")
+                raise DataError(
+                    f"{shard.name}, {sample.key}: is in {where[sample.key]} too; ids are unique"
+                )
             where[sample.key] = shard.name
             speakers.update(sample.speakers)
             num_frames += sample.num_samples
@@ -242,17 +279,27 @@ def read_manifest(url: str | Path) -> Manifest:
         raw = json.loads(storage.read_bytes(place))
         version = raw["format_version"]
         if version != FORMAT_VERSION:
-            raise DataError(f"{place}: is of format {version}, but format {FORMAT_VERSION} is read; write it again")
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
-        manifest = Manifest(**fields | {"shards": tuple(ShardInfo(**shard) for shard in raw["shards"])})
+            raise DataError(
+                f"{place}: is of format {version}, but format {FORMAT_VERSION} is read; write it again"
+            )
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()
+        }
+        manifest = Manifest(
+            **fields | {"shards": tuple(ShardInfo(**shard) for shard in raw["shards"])}
+        )
     except FileNotFoundError:
         todo = f"run tools/shard_data.py write ... output={url} (finished shards are kept)"
         raise DataError(f"no {MANIFEST} in {url}: not a finished data set; {todo}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{place}: is not a readable manifest ({error}); restore it or write it again") from error
+        raise DataError(
+            f"{place}: is not a readable manifest ({error}); restore it or write it again"
+        ) from error
     num_samples = sum(shard.num_samples for shard in manifest.shards)
     if manifest.num_samples != num_samples:
-        raise DataError(f"{place}: was changed, it counts {manifest.num_samples} samples and its shards {num_samples}")
+        raise DataError(
+            f"{place}: was changed, it counts {manifest.num_samples} samples and its shards {num_samples}"
+        )
     return manifest
 
 
@@ -262,7 +309,11 @@ def read_index(url: str | Path, shard: ShardInfo) -> list[Sample]:
 
 
 def read_sample(
-    tar: Path | BinaryIO, sample: Sample, members: Sequence[str], start: int = 0, stop: int | None = None
+    tar: Path | BinaryIO,
+    sample: Sample,
+    members: Sequence[str],
+    start: int = 0,
+    stop: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The samples `start` to `stop` (None: the end) of some members, each float32 [stop - start], full scale 1.0.
 
@@ -271,25 +322,37 @@ def read_sample(
     """
     stop = sample.num_samples if stop is None else stop
     if not 0 <= start < stop <= sample.num_samples:
-        raise ValueError(f"{sample.key}: cannot read [{start}, {stop}) of {sample.num_samples} samples")
+        raise ValueError(
+            f"{sample.key}: cannot read [{start}, {stop}) of {sample.num_samples} samples"
+        )
     absent = [member for member in members if member not in sample.members]
     if absent:
-        raise DataError(f"{sample.key}: has no {', '.join(absent)}; it has {', '.join(sorted(sample.members))}")
+        raise DataError(
+            f"{sample.key}: has no {', '.join(absent)}; it has {', '.join(sorted(sample.members))}"
+        )
     if isinstance(tar, Path):
         try:
             with open(tar, "rb") as file:
-                return {member: _read_member(file, sample, member, start, stop) for member in members}
+                return {
+                    member: _read_member(file, sample, member, start, stop) for member in members
+                }
         except FileNotFoundError:
-            raise DataError(f"{tar}: the shard is missing; fetch it again or write the data set again") from None
+            raise DataError(
+                f"{tar}: the shard is missing; fetch it again or write the data set again"
+            ) from None
     return {member: _read_member(tar, sample, member, start, stop) for member in members}
 
 
 def _read_member(file: BinaryIO, sample: Sample, member: str, start: int, stop: int) -> np.ndarray:
     offset, num_bytes = sample.members[member]
     place = _place(Path(str(getattr(file, "name", "shard"))).name, sample, member)
-    data = os.pread(file.fileno(), num_bytes, offset)  # moves no shared position, so threads do not disturb each other
+    data = os.pread(
+        file.fileno(), num_bytes, offset
+    )  # moves no shared position, so threads do not disturb each other
     if len(data) != num_bytes:
-        raise DataError(f"{place}: truncated, the shard ends after {len(data)} of {num_bytes} bytes")
+        raise DataError(
+            f"{place}: truncated, the shard ends after {len(data)} of {num_bytes} bytes"
+        )
     return decode(data, sample.num_samples, start, stop, place)
 
 
@@ -368,9 +431,13 @@ def _load_index(url: str | Path, shard: ShardInfo) -> dict[str, Any]:
     try:
         text = storage.read_bytes(place)
     except FileNotFoundError:
-        raise DataError(f"{shard.name}: its index {place} is missing; write the data set again") from None
+        raise DataError(
+            f"{shard.name}: its index {place} is missing; write the data set again"
+        ) from None
     if hashlib.sha256(text).hexdigest() != shard.index_sha256:
-        raise DataError(f"{shard.name}: its index {place} was changed (sha256); write the data set again")
+        raise DataError(
+            f"{shard.name}: its index {place} was changed (sha256); write the data set again"
+        )
     return json.loads(text)
 
 
@@ -393,7 +460,9 @@ def _require_size(url: str | Path, shard: ShardInfo) -> None:
     except FileNotFoundError:
         raise DataError(f"{place}: the shard is missing; write it again") from None
     if num_bytes != shard.bytes:
-        raise DataError(f"{place}: has {num_bytes} bytes where {shard.bytes} were written; write it again")
+        raise DataError(
+            f"{place}: has {num_bytes} bytes where {shard.bytes} were written; write it again"
+        )
 
 
 @contextlib.contextmanager

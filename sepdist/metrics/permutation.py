@@ -22,7 +22,9 @@ def best_permutation(scores_BSS: Tensor) -> tuple[Tensor, Tensor]:
     first wins, up to 3 sources.
     """
     if scores_BSS.ndim != 3 or scores_BSS.shape[1] != scores_BSS.shape[2]:
-        raise ValueError(f"scores of shape {tuple(scores_BSS.shape)}: expected [B, S, S], one estimate per source")
+        raise ValueError(
+            f"scores of shape {tuple(scores_BSS.shape)}: expected [B, S, S], one estimate per source"
+        )
     num_sources = scores_BSS.shape[1]
     order_BS = (_exhaustive if num_sources <= MAX_EXHAUSTIVE else _hungarian)(scores_BSS.detach())
     return scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1).mean(-1), order_BS

@@ -16,5 +16,7 @@ def speakers_of(estimates_BMT: Tensor, num_extra_outputs: int = 0, num_loudest: 
     if not num_loudest:
         return kept_BST
     energy_BM = kept_BST.detach().double().square().sum(-1)
-    chosen_BS = energy_BM.argsort(dim=1, descending=True, stable=True)[:, :num_loudest].sort(dim=1).values
+    chosen_BS = (
+        energy_BM.argsort(dim=1, descending=True, stable=True)[:, :num_loudest].sort(dim=1).values
+    )
     return torch.take_along_dim(kept_BST, chosen_BS.unsqueeze(-1), dim=1)

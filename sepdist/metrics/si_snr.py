@@ -13,7 +13,9 @@ from torch import Tensor
 def si_snr(estimates: Tensor, sources: Tensor, eps: float = 1e-8) -> Tensor:
     """SI-SNR in dB over the last axis, [..., T] and [..., T] -> [...]; leading axes broadcast."""
     if estimates.shape[-1] != sources.shape[-1]:
-        raise ValueError(f"estimates have {estimates.shape[-1]} samples, sources {sources.shape[-1]}")
+        raise ValueError(
+            f"estimates have {estimates.shape[-1]} samples, sources {sources.shape[-1]}"
+        )
     estimates, sources = _centred(estimates), _centred(sources)
     energy = sources.square().sum(-1, keepdim=True)
     projection = (estimates * sources).sum(-1, keepdim=True) / (energy + eps) * sources

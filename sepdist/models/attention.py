@@ -19,7 +19,11 @@ def sinusoids(length: int, like: Tensor) -> Tensor:
     places = torch.arange(length, device=like.device, dtype=torch.float32)
     even = torch.arange(0, num_features, 2, device=like.device, dtype=torch.float32)
     angles = torch.outer(places, torch.exp(even * (-math.log(10000) / num_features)))
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :num_features].to(like.dtype)
+    return (
+        torch.stack([angles.sin(), angles.cos()], dim=-1)
+        .flatten(1)[:, :num_features]
+        .to(like.dtype)
+    )
 
 
 class Attention(nn.Module):
@@ -28,7 +32,9 @@ class Attention(nn.Module):
     def __init__(self, num_features: int, num_heads: int) -> None:
         super().__init__()
         if num_features % num_heads:
-            raise ValueError(f"{num_features} features in num_heads={num_heads} heads: not a whole number in each")
+            raise ValueError(
+                f"{num_features} features in num_heads={num_heads} heads: not a whole number in each"
+            )
         self.num_heads = num_heads
         self.qkv = nn.Linear(num_features, 3 * num_features)
         self.out = nn.Linear(num_features, num_features)
@@ -40,6 +46,9 @@ class Attention(nn.Module):
         """Each place's view of its own sequence."""
         # In thirds, whose gradients are joined in one pass; a dimension of three would be joined, then transposed.
         query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x_RLF).chunk(3, dim=-1)
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(x_RLF).chunk(3, dim=-1)
         )
-        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return self.out(
+            F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        )

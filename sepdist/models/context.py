@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.layers import num_frames
+from sepdist.models.frames import num_frames
 
 
 class ContextModel(nn.Module):
@@ -38,30 +38,49 @@ class ContextModel(nn.Module):
     ) -> None:
         super().__init__()
         if not hasattr(separator, "features"):
-            raise ValueError(f"{type(separator).__name__} gives no features that a context network could read")
+            raise ValueError(
+                f"{type(separator).__name__} gives no features that a context network could read"
+            )
         for name, size in (("kernel_size", kernel_size), ("num_position_taps", num_position_taps)):
             if size % 2 == 0:
-                raise ValueError(f"{name}={size}: must be odd, so that the frames stay where they are")
+                raise ValueError(
+                    f"{name}={size}: must be odd, so that the frames stay where they are"
+                )
         self.min_length = separator.min_length
         self.num_layers, self.stride = num_layers, stride
         self.separator = separator
         self.down = nn.Conv1d(
-            separator.num_features, num_targets, kernel_size, stride, kernel_size // 2, groups=num_groups
+            separator.num_features,
+            num_targets,
+            kernel_size,
+            stride,
+            kernel_size // 2,
+            groups=num_groups,
         )
         self.project = nn.Linear(num_targets, num_hidden)
         self.position = nn.Conv1d(
-            num_hidden, num_hidden, num_position_taps, padding=num_position_taps // 2, groups=num_groups
+            num_hidden,
+            num_hidden,
+            num_position_taps,
+            padding=num_position_taps // 2,
+            groups=num_groups,
         )
         self.norm = nn.LayerNorm(num_hidden)
         self.dropout = nn.Dropout(dropout)
-        self.layer = TransformerLayer(num_hidden, num_heads, num_feedforward, dropout)  # one, used `num_layers` times
+        self.layer = TransformerLayer(
+            num_hidden, num_heads, num_feedforward, dropout
+        )  # one, used `num_layers` times
         self.head = nn.Linear(num_hidden, num_targets)
 
     def num_frames(self, num_samples: int) -> int:
         """How many frames N the context network sees of `num_samples`."""
-        return (num_frames(num_samples, self.separator.kernel_size, self.separator.stride) - 1) // self.stride + 1
+        return (
+            num_frames(num_samples, self.separator.kernel_size, self.separator.stride) - 1
+        ) // self.stride + 1
 
-    def forward(self, mixture_BT: Tensor, hidden_BN: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, mixture_BT: Tensor, hidden_BN: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The separator's estimates; or, with frames to hide (bool), the true features and the predicted, [B, N, F]."""
         if hidden_BN is None:
             return self.separator(mixture_BT)
@@ -77,7 +96,9 @@ class ContextModel(nn.Module):
 class TransformerLayer(nn.Module):
     """Self-attention and two linear layers, each added and then normalised: [B, N, H] -> [B, N, H]."""
 
-    def __init__(self, num_hidden: int, num_heads: int, num_feedforward: int, dropout: float) -> None:
+    def __init__(
+        self, num_hidden: int, num_heads: int, num_feedforward: int, dropout: float
+    ) -> None:
         super().__init__()
         if num_hidden % num_heads:
             raise ValueError(f"num_hidden={num_hidden} does not divide into num_heads={num_heads}")
@@ -91,7 +112,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x_BNH: Tensor) -> Tensor:
         """The next x."""
-        queries, keys, values = self.attend(x_BNH).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = (
+            self.attend(x_BNH).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         share = self.dropout.p if self.training else 0.0
         heads = F.scaled_dot_product_attention(queries, keys, values, dropout_p=share)
         x_BNH = self.norm1(x_BNH + self.dropout(self.join(heads.transpose(1, 2).flatten(2))))

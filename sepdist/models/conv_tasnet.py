@@ -10,7 +10,9 @@ Shapes: B batch, S speakers, T samples, N frames, F encoder filters.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.layers import ConvBlock, NormLinear, apply_masks, check_sizes, decode, encode
+from sepdist.models.checks import check_sizes
+from sepdist.models.conv_block import ConvBlock, NormLinear, apply_masks
+from sepdist.models.frames import decode, encode
 
 
 class ConvTasNet(nn.Module):
@@ -63,7 +65,11 @@ class ConvTasNet(nn.Module):
         """Estimates [B, S, T] of the speakers, in no particular order."""
         encoded_BNF, logits_BNF = self._encode(mixture_BT)
         logits_BNSF = logits_BNF.unflatten(-1, (self.num_speakers, self.num_filters))
-        made_BNSF = apply_masks(logits_BNSF, encoded_BNF, self.compiled) if self.masking else F.relu(logits_BNSF)
+        made_BNSF = (
+            apply_masks(logits_BNSF, encoded_BNF, self.compiled)
+            if self.masking
+            else F.relu(logits_BNSF)
+        )
         return decode(made_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
 
     def features(self, mixture_BT: Tensor) -> Tensor:

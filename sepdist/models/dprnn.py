@@ -10,8 +10,9 @@ Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk,
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, split, swapped
-from sepdist.models.layers import check_sizes, decode, encode
+from sepdist.models.frames import decode, encode
 from sepdist.models.lstm import BiLSTM
 
 
@@ -58,8 +59,12 @@ class DPRNN(nn.Module):
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.norm = GlobalNorm(num_filters)
         self.bottleneck = nn.Linear(num_filters, num_bottleneck)
-        self.intra = nn.ModuleList(PathRNN(num_bottleneck, num_hidden, compile) for _ in range(num_repeats))
-        self.inter = nn.ModuleList(PathRNN(num_bottleneck, num_hidden, compile) for _ in range(num_repeats))
+        self.intra = nn.ModuleList(
+            PathRNN(num_bottleneck, num_hidden, compile) for _ in range(num_repeats)
+        )
+        self.inter = nn.ModuleList(
+            PathRNN(num_bottleneck, num_hidden, compile) for _ in range(num_repeats)
+        )
         self.prelu = nn.PReLU()
         self.mask_conv = nn.Linear(num_bottleneck, num_speakers * num_bottleneck)
         self.gate = Gate(num_bottleneck)
@@ -74,7 +79,9 @@ class DPRNN(nn.Module):
         x = segment(self.bottleneck(self.norm(encoded_BNF)), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(inter(swapped(intra(x))))
-        y_BNSF = split(merge(self.prelu(x), encoded_BNF.shape[1]), self.mask_conv, self.num_speakers)
+        y_BNSF = split(
+            merge(self.prelu(x), encoded_BNF.shape[1]), self.mask_conv, self.num_speakers
+        )
         masks_BNSF = F.relu(self.mask(self.gate(y_BNSF)))
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
         return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])

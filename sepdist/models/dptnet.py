@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention
+from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, swapped
-from sepdist.models.layers import check_sizes, decode, encode
+from sepdist.models.frames import decode, encode
 from sepdist.models.lstm import BiLSTM
 
 

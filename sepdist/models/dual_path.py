@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.layers import EPS, widen
+from sepdist.models.frames import EPS, widen
 
 
 def segment(frames_BNF: Tensor, chunk_size: int) -> Tensor:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sepdist.models.layers import has_compiler, widen
+from sepdist.models.conv_block import has_compiler
+from sepdist.models.frames import widen
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,11 @@ def _library() -> ctypes.CDLL | None:
             done.check_returncode()
             return ctypes.CDLL(str(built))
         except (subprocess.CalledProcessError, OSError) as error:
-            logger.warning("torch's LSTM is used, which takes about twice the memory: %s\n%s", error, done.stderr)
+            logger.warning(
+                "torch's LSTM is used, which takes about twice the memory: %s\n%s",
+                error,
+                done.stderr,
+            )
             return None
 
 
@@ -54,19 +59,30 @@ def _call(name: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
     numbers = [ctypes.c_long(size) for size in (*sizes, torch.get_num_threads())]
     library = _library()
     assert library is not None
-    getattr(library, name)(*numbers, *(ctypes.c_void_p(x.data_ptr() if x is not None else None) for x in tensors))
+    getattr(library, name)(
+        *numbers, *(ctypes.c_void_p(x.data_ptr() if x is not None else None) for x in tensors)
+    )
 
 
 def _packed(weight: Tensor) -> Tensor:
     """[2, 4 H, K] as [2, H / WIDTH, K, 4, WIDTH], the order in which the forward pass reads it."""
     directions, outputs, depth = weight.shape
-    return weight.view(directions, 4, outputs // (4 * WIDTH), WIDTH, depth).permute(0, 2, 4, 1, 3).contiguous()
+    return (
+        weight.view(directions, 4, outputs // (4 * WIDTH), WIDTH, depth)
+        .permute(0, 2, 4, 1, 3)
+        .contiguous()
+    )
 
 
 class _LSTMFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, in_weight: Tensor, hidden_weight: Tensor, in_bias: Tensor, hidden_bias: Tensor
+        ctx: Any,
+        x: Tensor,
+        in_weight: Tensor,
+        hidden_weight: Tensor,
+        in_bias: Tensor,
+        hidden_bias: Tensor,
     ) -> Tensor:
         rows, steps, features = x.shape
         hidden = hidden_weight.shape[-1]
@@ -76,7 +92,16 @@ class _LSTMFunction(torch.autograd.Function):
         gates = x.new_empty(rows * steps, 8 * hidden) if kept else None
         cells = x.new_empty(rows * steps, 2 * hidden) if kept else None
         weights = _packed(torch.cat([in_weight, hidden_weight], dim=-1))
-        _call("lstm_forward", (rows, steps, features, hidden), x, weights, in_bias + hidden_bias, gates, cells, out)
+        _call(
+            "lstm_forward",
+            (rows, steps, features, hidden),
+            x,
+            weights,
+            in_bias + hidden_bias,
+            gates,
+            cells,
+            out,
+        )
         if kept:
             ctx.save_for_backward(x, in_weight, hidden_weight, cells, out)
             ctx.gates = gates
@@ -87,24 +112,33 @@ class _LSTMFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, in_weight, hidden_weight, cells, out = ctx.saved_tensors
         if ctx.gates is None:
-            raise RuntimeError("an LSTM's second backward pass: the first one has overwritten the gates")
+            raise RuntimeError(
+                "an LSTM's second backward pass: the first one has overwritten the gates"
+            )
         dgates, ctx.gates = ctx.gates, None
         rows, steps, features = x.shape
         hidden = hidden_weight.shape[-1]
-        weights = hidden_weight.view(2, 4 * hidden, hidden // (4 * WIDTH), 4 * WIDTH).transpose(1, 2).contiguous()
+        weights = (
+            hidden_weight.view(2, 4 * hidden, hidden // (4 * WIDTH), 4 * WIDTH)
+            .transpose(1, 2)
+            .contiguous()
+        )
         _call("lstm_backward", (rows, steps, hidden), dout.contiguous(), weights, cells, dgates)
 
         states = out.view(rows, steps, 2, hidden)
         before = (F.pad(states[:, :-1, 0], (0, 0, 1, 0)), F.pad(states[:, 1:, 1], (0, 0, 0, 1)))
         dweights = [
-            dgates[:, 4 * hidden * direction :][:, : 4 * hidden].T @ torch.cat([x, state], dim=-1).flatten(0, 1)
+            dgates[:, 4 * hidden * direction :][:, : 4 * hidden].T
+            @ torch.cat([x, state], dim=-1).flatten(0, 1)
             for direction, state in enumerate(before)
         ]
         din_weight, dhidden_weight = torch.stack(dweights).split([features, hidden], dim=-1)
         dbias = dgates.sum(0).view(2, 4 * hidden)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         if dx is not None:  # in pieces: about a fifth faster than in one
-            for piece, into in zip(dgates.split(1024), dx.view(-1, features).split(1024), strict=True):
+            for piece, into in zip(
+                dgates.split(1024), dx.view(-1, features).split(1024), strict=True
+            ):
                 torch.mm(piece, in_weight.view(-1, features), out=into)
         return dx, din_weight, dhidden_weight, dbias, dbias
 
@@ -123,7 +157,9 @@ class BiLSTM(nn.Module):
         self.in_bias = nn.Parameter(torch.empty(2, 4 * num_hidden))
         self.hidden_bias = nn.Parameter(torch.empty(2, 4 * num_hidden))
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -(num_hidden**-0.5), num_hidden**-0.5)  # as torch's LSTM starts
+            nn.init.uniform_(
+                parameter, -(num_hidden**-0.5), num_hidden**-0.5
+            )  # as torch's LSTM starts
 
     def forward(self, x_RTF: Tensor) -> Tensor:
         """Outputs [R, T, 2 H]: the forward direction's, then the backward direction's, at each step."""
@@ -135,4 +171,6 @@ class BiLSTM(nn.Module):
         x_RTF = widen(x_RTF)
         start = x_RTF.new_zeros(2, x_RTF.shape[0], self.hidden_weight.shape[-1])
         weights = [parameter[direction] for direction in (0, 1) for parameter in parameters]
-        return torch.lstm(x_RTF, (start, start), weights, True, 1, 0.0, self.training, True, True)[0]
+        return torch.lstm(x_RTF, (start, start), weights, True, 1, 0.0, self.training, True, True)[
+            0
+        ]

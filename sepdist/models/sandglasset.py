@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention, sinusoids
+from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import merge, segment, split, swapped
-from sepdist.models.layers import check_sizes, decode, encode, widen
+from sepdist.models.frames import decode, encode, widen
 from sepdist.models.lstm import BiLSTM
 
 
@@ -47,7 +48,9 @@ class GlobalAttention(nn.Module):
 
     def __init__(self, num_features: int, num_heads: int, factor: int, dropout: float) -> None:
         super().__init__()
-        self.down_taps, self.up_taps = (nn.Parameter(torch.empty(factor, num_features)) for _ in range(2))
+        self.down_taps, self.up_taps = (
+            nn.Parameter(torch.empty(factor, num_features)) for _ in range(2)
+        )
         self.down_bias, self.up_bias = (nn.Parameter(torch.empty(num_features)) for _ in range(2))
         # As torch's depth-wise nn.Conv1d and nn.ConvTranspose1d start.
         for parameter in (self.down_taps, self.up_taps, self.down_bias, self.up_bias):
@@ -104,8 +107,12 @@ class Sandglasset(nn.Module):
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.norm = nn.LayerNorm(num_filters, elementwise_affine=False)
         self.bottleneck = nn.Linear(num_filters, num_features)
-        self.local = nn.ModuleList(LocalRecurrence(num_features, num_hidden, compile) for _ in factors)
-        self.coarse = nn.ModuleList(GlobalAttention(num_features, num_heads, factor, dropout) for factor in factors)
+        self.local = nn.ModuleList(
+            LocalRecurrence(num_features, num_hidden, compile) for _ in factors
+        )
+        self.coarse = nn.ModuleList(
+            GlobalAttention(num_features, num_heads, factor, dropout) for factor in factors
+        )
         self.prelu = nn.PReLU()
         self.mask_conv = nn.Linear(num_features, num_speakers * num_filters)
         self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
@@ -122,6 +129,8 @@ class Sandglasset(nn.Module):
                 finer.append(x)
             elif block > blocks_left:
                 x = x + finer.pop()
-        masks_BNSE = F.relu(split(merge(self.prelu(x), encoded_BNE.shape[1]), self.mask_conv, self.num_speakers))
+        masks_BNSE = F.relu(
+            split(merge(self.prelu(x), encoded_BNE.shape[1]), self.mask_conv, self.num_speakers)
+        )
         masked_BNSE = masks_BNSE * encoded_BNE.unsqueeze(2)
         return decode(masked_BNSE, self.decoder, self.stride, mixture_BT.shape[1])

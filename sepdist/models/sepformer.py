@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sepdist.models.attention import Attention, sinusoids
+from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, split, swapped
-from sepdist.models.layers import check_sizes, decode, encode, widen
+from sepdist.models.frames import decode, encode, widen
 
 NORM_EPS = 1e-6
 
@@ -39,10 +40,19 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
     """Positions, layers, layer norm, and gLN over all sequences of an item, residual: [B, M, L, F] -> [B, M, L, F]."""
 
-    def __init__(self, num_features: int, num_layers: int, num_heads: int, num_hidden: int, checkpointed: bool) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        num_layers: int,
+        num_heads: int,
+        num_hidden: int,
+        checkpointed: bool,
+    ) -> None:
         super().__init__()
         self.checkpointed = checkpointed
-        self.layers = nn.ModuleList(TransformerLayer(num_features, num_heads, num_hidden) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            TransformerLayer(num_features, num_heads, num_hidden) for _ in range(num_layers)
+        )
         self.layer_norm = nn.LayerNorm(num_features, eps=NORM_EPS)
         self.global_norm = GlobalNorm(num_features)
 
@@ -99,7 +109,9 @@ class SepFormer(nn.Module):
         x = to_chunks(widen(self.bottleneck(self.norm(encoded_BNF))), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(inter(swapped(intra(x))))
-        y_BNSF = split(from_chunks(self.prelu(x), encoded_BNF.shape[1]), self.mask_conv, self.num_speakers)
+        y_BNSF = split(
+            from_chunks(self.prelu(x), encoded_BNF.shape[1]), self.mask_conv, self.num_speakers
+        )
         masks_BNSF = F.relu(self.mask_out(self.gate(y_BNSF)))
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
         return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])

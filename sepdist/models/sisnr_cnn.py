@@ -9,8 +9,8 @@ Shapes: B batch, S sources, T samples, N frames, F features.
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.judges import check_estimates, standardise
-from sepdist.models.layers import EPS
+from sepdist.models.estimators import check_estimates, standardise
+from sepdist.models.frames import EPS
 
 NUM_FEATURES, KERNEL_SIZE = 128, 4
 STRIDES = (1, 2, 2, 2, 2)
@@ -35,7 +35,9 @@ class SISNREstimator(nn.Module):
         for number, stride in enumerate(STRIDES):
             if number:
                 self.convolutions.append(nn.ReLU())
-            self.convolutions.append(nn.Conv1d(NUM_FEATURES if number else 2, NUM_FEATURES, KERNEL_SIZE, stride))
+            self.convolutions.append(
+                nn.Conv1d(NUM_FEATURES if number else 2, NUM_FEATURES, KERNEL_SIZE, stride)
+            )
         self.head = nn.Sequential(
             nn.Linear(2 * NUM_FEATURES, 2 * NUM_FEATURES), nn.ReLU(), nn.Linear(2 * NUM_FEATURES, 1)
         )
@@ -46,5 +48,9 @@ class SISNREstimator(nn.Module):
         pairs = torch.stack([estimates_BST, mixture_BT.unsqueeze(1).expand_as(estimates_BST)], 2)
         features_BFN = self.convolutions(standardise(pairs.flatten(0, 1).float())).float()
         deviation_BF = (features_BFN.var(2, correction=0) + EPS).sqrt()
-        logits = self.head(torch.cat([features_BFN.mean(2), deviation_BF], 1)).float().view(estimates_BST.shape[:2])
+        logits = (
+            self.head(torch.cat([features_BFN.mean(2), deviation_BF], 1))
+            .float()
+            .view(estimates_BST.shape[:2])
+        )
         return 10 * torch.sigmoid(logits) if self.clipped else logits

@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SAMPLE_RATE = 16000
-FAMILIES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel", "whisper": "WhisperEncoder"}
+FAMILIES = {
+    "wav2vec2": "Wav2Vec2Model",
+    "hubert": "HubertModel",
+    "wavlm": "WavLMModel",
+    "whisper": "WhisperEncoder",
+}
 # LayerDrop and SpecAugment draw from the global generators of torch and numpy, in transformers' own order.
 OFF = {
     "layerdrop": 0.0,
@@ -33,10 +38,20 @@ OFF = {
     "add_adapter": False,
 }
 # Of a stored config: where it was read, and what is no part of the encoder.
-LEFT_OUT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id"}
+LEFT_OUT = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "id2label",
+    "label2id",
+}
 
 MEL_WINDOW, MEL_HOP = 400, 160
-SPEECH_LEVEL = 0.06  # RMS of speech as it is recorded: what Whisper, which normalises no level, has seen
+SPEECH_LEVEL = (
+    0.06  # RMS of speech as it is recorded: what Whisper, which normalises no level, has seen
+)
 HALF_WIDTH, KAISER_BETA = 32, 8.0  # of the up-sampling filter, in input samples
 
 
@@ -58,16 +73,22 @@ def speech_encoder(
     """
     config = _config(pretrained, encoder or {}, num_layers)
     family = config.model_type
-    kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), FAMILIES[family])
+    kind = getattr(
+        importlib.import_module(f"transformers.models.{family}.modeling_{family}"), FAMILIES[family]
+    )
     network = _read(pretrained, _weights_of(kind, config)) if pretrained else kind(config)
-    built: WaveEncoder | MelEncoder = MelEncoder(network) if family == "whisper" else WaveEncoder(network)
+    built: WaveEncoder | MelEncoder = (
+        MelEncoder(network) if family == "whisper" else WaveEncoder(network)
+    )
     if freeze not in ("none", "convolutions", "encoder"):
         raise ValueError(f"freeze={freeze!r}: choose none, convolutions or encoder")
     if freeze != "none":
         for module in built.convolutions() if freeze == "convolutions" else [built]:
             module.requires_grad_(False)
     if gradient_checkpointing:
-        for block in built.blocks():  # transformers' own switch does nothing in eval mode, where a judge is used
+        for block in (
+            built.blocks()
+        ):  # transformers' own switch does nothing in eval mode, where a judge is used
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return built, {name: value for name, value in config.to_dict().items() if name not in LEFT_OUT}
 
@@ -86,21 +107,35 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
     stored = _read(pretrained, auto.from_pretrained).to_dict() if pretrained else {}
     family = encoder.get("model_type", stored.get("model_type"))
     if family not in FAMILIES or stored.get("model_type", family) != family:
-        there = f"{pretrained} is a {stored['model_type']}" if pretrained else "give model.pretrained, or this one of"
-        raise ValueError(f"model.encoder.model_type={family}: {there}; the encoders are {', '.join(FAMILIES)}")
+        there = (
+            f"{pretrained} is a {stored['model_type']}"
+            if pretrained
+            else "give model.pretrained, or this one of"
+        )
+        raise ValueError(
+            f"model.encoder.model_type={family}: {there}; the encoders are {', '.join(FAMILIES)}"
+        )
     default = auto.for_model(family)
     unknown = sorted(name for name in encoder if not hasattr(default, name))
     if unknown:
         raise ValueError(f"model.encoder: a {family} has no {', '.join(unknown)}")
     switched_on = [name for name, value in OFF.items() if encoder.get(name, value) != value]
     if switched_on:
-        raise ValueError(f"model.encoder.{switched_on[0]}={encoder[switched_on[0]]}: stays {OFF[switched_on[0]]} here")
+        raise ValueError(
+            f"model.encoder.{switched_on[0]}={encoder[switched_on[0]]}: stays {OFF[switched_on[0]]} here"
+        )
     values = stored | dict(encoder) | OFF
-    known = {name: value for name, value in values.items() if hasattr(default, name) and name not in LEFT_OUT}
+    known = {
+        name: value
+        for name, value in values.items()
+        if hasattr(default, name) and name not in LEFT_OUT
+    }
     config = auto.for_model(**known | {"model_type": family})
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:
-            raise ValueError(f"num_layers={num_layers}: this {family} has 1 to {config.num_hidden_layers}")
+            raise ValueError(
+                f"num_layers={num_layers}: this {family} has 1 to {config.num_hidden_layers}"
+            )
         config.num_hidden_layers = num_layers
     return config
 
@@ -116,7 +151,9 @@ def _weights_of(kind: Any, config: Any) -> Callable[[str], nn.Module]:
         )
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
-            raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more of a {kind.__name__}")
+            raise ValueError(
+                f"its weights lack {missing[0]} and {len(missing) - 1} more of a {kind.__name__}"
+            )
         return model
 
     return load
@@ -159,7 +196,9 @@ class WaveEncoder(nn.Module):
         self.model = model
         self.num_features = model.config.hidden_size
         self.min_samples = 1
-        for kernel, stride in zip(model.config.conv_kernel[::-1], model.config.conv_stride[::-1], strict=True):
+        for kernel, stride in zip(
+            model.config.conv_kernel[::-1], model.config.conv_stride[::-1], strict=True
+        ):
             self.min_samples = (self.min_samples - 1) * stride + kernel
         # In training it would switch on the gradient of its input, which fails where that is no leaf.
         model.feature_extractor._requires_grad = False
@@ -212,7 +251,9 @@ def log_mel(wave_BT: Tensor, num_bands: int) -> Tensor:
     with torch.autocast(wave_BT.device.type, enabled=False):
         wave_BT = wave_BT.float()
         window = torch.hann_window(MEL_WINDOW, device=wave_BT.device)
-        spectrum = torch.stft(wave_BT, MEL_WINDOW, MEL_HOP, window=window, return_complex=True)[..., :-1]
+        spectrum = torch.stft(wave_BT, MEL_WINDOW, MEL_HOP, window=window, return_complex=True)[
+            ..., :-1
+        ]
         power = torch.view_as_real(spectrum).square().sum(-1)  # abs() has no gradient at zero
         levels = (_mel_filters(num_bands).to(power) @ power).clamp_min(1e-10).log10()
         return (levels.maximum(levels.amax((1, 2), keepdim=True) - 8) + 4) / 4
@@ -222,7 +263,9 @@ def log_mel(wave_BT: Tensor, num_bands: int) -> Tensor:
 def _mel_filters(num_bands: int) -> Tensor:
     """[M, 201], triangles of equal area on Slaney's scale up to 8 kHz."""
     make = importlib.import_module("transformers.audio_utils").mel_filter_bank
-    filters = make(1 + MEL_WINDOW // 2, num_bands, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    filters = make(
+        1 + MEL_WINDOW // 2, num_bands, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+    )
     return torch.from_numpy(filters.T.copy())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.judges import check_estimates, standardise
+from sepdist.models.estimators import check_estimates, standardise
 from sepdist.models.speech_encoders import SAMPLE_RATE, speech_encoder, upsample
 
 
@@ -45,7 +45,9 @@ class SSQPNet(nn.Module):
         if mode not in ("otfp", "otfs"):
             raise ValueError(f"mode={mode!r}: choose otfp or otfs")
         if sample_rate < 1 or SAMPLE_RATE % sample_rate:
-            raise ValueError(f"sample_rate={sample_rate}: the encoder works at {SAMPLE_RATE} Hz, a multiple is needed")
+            raise ValueError(
+                f"sample_rate={sample_rate}: the encoder works at {SAMPLE_RATE} Hz, a multiple is needed"
+            )
         self.num_speakers, self.mode, self.freeze = num_speakers, mode, freeze
         self.factor = SAMPLE_RATE // sample_rate
         self.max_window = None if window_seconds is None else round(window_seconds * SAMPLE_RATE)
@@ -76,12 +78,16 @@ class SSQPNet(nn.Module):
         check_estimates(mixture_BT, estimates_BST, self.min_length)
         batch, num_speakers, _ = estimates_BST.shape
         if self.mode == "otfs":
-            pairs = torch.stack([mixture_BT.unsqueeze(1).expand_as(estimates_BST), estimates_BST], 2)
+            pairs = torch.stack(
+                [mixture_BT.unsqueeze(1).expand_as(estimates_BST), estimates_BST], 2
+            )
             segments_BKT = pairs.flatten(0, 1)
         elif num_speakers == self.num_speakers:
             segments_BKT = torch.cat([mixture_BT.unsqueeze(1), estimates_BST], 1)
         else:
-            raise ValueError(f"{num_speakers} estimates for model.num_speakers={self.num_speakers} (mode=otfp)")
+            raise ValueError(
+                f"{num_speakers} estimates for model.num_speakers={self.num_speakers} (mode=otfp)"
+            )
         return self.head(self.mean_features(segments_BKT)).float().view(batch, num_speakers)
 
     def mean_features(self, segments_BKT: Tensor) -> Tensor:
@@ -95,10 +101,14 @@ class SSQPNet(nn.Module):
             segments_BKT = upsample(as_heard(segments_BKT.float()), self.factor)
         _, num_segments, length = segments_BKT.shape
         most = min(
-            length, self.max_window or length, (self.encoder.max_samples or num_segments * length) // num_segments
+            length,
+            self.max_window or length,
+            (self.encoder.max_samples or num_segments * length) // num_segments,
         )
         num_windows = -(-length // most)
-        features = [self.encoder(window.flatten(1)) for window in segments_BKT.tensor_split(num_windows, 2)]
+        features = [
+            self.encoder(window.flatten(1)) for window in segments_BKT.tensor_split(num_windows, 2)
+        ]
         return torch.cat(features, 1).float().mean(1)
 
 

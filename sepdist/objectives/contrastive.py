@@ -42,17 +42,25 @@ class Contrastive:
         noise_probability: float = 0.2,
     ) -> None:
         if not 0 < share < 1 or span < 1 or num_negatives < 1 or temperature <= 0:
-            raise ValueError(f"share={share}, span={span}, num_negatives={num_negatives}, temperature={temperature}")
+            raise ValueError(
+                f"share={share}, span={span}, num_negatives={num_negatives}, temperature={temperature}"
+            )
         self.seed = seed
         self.share, self.span, self.all_frames = share, span, all_frames
         self.num_negatives = num_negatives
-        self.temperature, self.temperature_decay, self.epoch_samples = temperature, temperature_decay, epoch_samples
+        self.temperature, self.temperature_decay, self.epoch_samples = (
+            temperature,
+            temperature_decay,
+            epoch_samples,
+        )
         self.noise_probability = noise_probability
 
     def check_model(self, model: Any) -> None:
         """Refuse a model that predicts nothing."""
         if not hasattr(model, "num_frames"):
-            raise ValueError("objective contrastive needs a model of sepdist.models.context.ContextModel")
+            raise ValueError(
+                "objective contrastive needs a model of sepdist.models.context.ContextModel"
+            )
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; reads the first source and the noise, not the mixture."""
@@ -63,7 +71,11 @@ class Contrastive:
         for hidden_N, draw, length in zip(hidden_BN, draws, batch.lengths.tolist(), strict=True):
             starts = span_starts(draw, model.num_frames(length), self.span, self.share, least=2)
             hidden_N[starts[:, None] + np.arange(self.span)] = True
-            places_K = hidden_N.nonzero()[:, 0] if self.all_frames else torch.from_numpy(starts + self.span // 2)
+            places_K = (
+                hidden_N.nonzero()[:, 0]
+                if self.all_frames
+                else torch.from_numpy(starts + self.span // 2)
+            )
             targets.append(places_K.to(given_BT.device))
             negatives.append(self._negatives(draw, len(places_K)).to(given_BT.device))
         features_BNF, predictions_BNF = model(given_BT, hidden_BN.to(given_BT.device))
@@ -73,8 +85,12 @@ class Contrastive:
                 features_KF = F.normalize(features_BNF[item, places_K].float(), dim=-1)
                 predictions_KF = F.normalize(predictions_BNF[item, places_K].float(), dim=-1)
                 similar_KK = predictions_KF @ features_KF.T
-                scores_K1M = torch.cat([similar_KK.diagonal()[:, None], similar_KK.gather(1, negatives_KM)], dim=1)
-                epoch = int(batch.positions[item]) // self.epoch_samples if self.epoch_samples else 0
+                scores_K1M = torch.cat(
+                    [similar_KK.diagonal()[:, None], similar_KK.gather(1, negatives_KM)], dim=1
+                )
+                epoch = (
+                    int(batch.positions[item]) // self.epoch_samples if self.epoch_samples else 0
+                )
                 logits_K1M = scores_K1M / (self.temperature * self.temperature_decay**epoch)
                 losses.append((logits_K1M.logsumexp(1) - logits_K1M[:, 0]).mean())
                 accuracies.append((scores_K1M[:, 0] > scores_K1M[:, 1:].amax(1)).float().mean())
@@ -83,6 +99,8 @@ class Contrastive:
     def _negatives(self, draw: np.random.Generator, num_targets: int) -> Tensor:
         """For each target the numbers of the other targets that it is compared with, int64 [K, M]."""
         count = self.num_negatives if self.num_negatives < num_targets else num_targets // 2
-        keys = draw.bit_generator.random_raw(num_targets * (num_targets - 1)).reshape(num_targets, -1)
+        keys = draw.bit_generator.random_raw(num_targets * (num_targets - 1)).reshape(
+            num_targets, -1
+        )
         others = np.argsort(keys, axis=1, kind="stable")[:, :count]
         return torch.from_numpy(others + (others >= np.arange(num_targets)[:, None]))

@@ -24,7 +24,9 @@ class Enhancement:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; needs `batch.sources`, of which it reads the first."""
         if batch.sources is None:
-            raise ValueError("objective enhancement needs a clean source; this data set has mixtures only")
+            raise ValueError(
+                "objective enhancement needs a clean source; this data set has mixtures only"
+            )
         estimates_BST = model(batch.mixture)
         clean_BST = batch.sources[:, :1]
         if estimates_BST.shape != clean_BST.shape:

@@ -63,9 +63,13 @@ def read_labels(url: str) -> dict[str, int]:
         try:
             id_, rank = row["id"], int(row["permutation"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{url}, line {rows.line_num}: no id and permutation ({error!r})") from error
+            raise ValueError(
+                f"{url}, line {rows.line_num}: no id and permutation ({error!r})"
+            ) from error
         if labels.setdefault(id_, rank) != rank:
-            raise ValueError(f"{url}, line {rows.line_num}: {id_} is {rank} here and {labels[id_]} above")
+            raise ValueError(
+                f"{url}, line {rows.line_num}: {id_} is {rank} here and {labels[id_]} above"
+            )
     if not labels:
         raise ValueError(f"{url}: no labels; expected a CSV with the header id,permutation")
     return labels

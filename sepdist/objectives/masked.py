@@ -37,8 +37,16 @@ class Masked:
         noise_gain: float = 0.5,
         band_share: float = 0.0,
     ) -> None:
-        if not 0 < share < 1 or replace < 0 or keep < 0 or replace + keep > 1 or not 0 <= band_share < 1:
-            raise ValueError(f"share={share}, replace={replace}, keep={keep}, band_share={band_share}: not shares of 1")
+        if (
+            not 0 < share < 1
+            or replace < 0
+            or keep < 0
+            or replace + keep > 1
+            or not 0 <= band_share < 1
+        ):
+            raise ValueError(
+                f"share={share}, replace={replace}, keep={keep}, band_share={band_share}: not shares of 1"
+            )
         self.seed = seed
         self.share, self.span = share, max(1, round(span_seconds * sample_rate))
         self.replace, self.keep = replace, keep
@@ -75,7 +83,10 @@ class Masked:
         draws = generators(batch, self.seed, "masked")
         given_BT, clean_BT = noisy(batch, draws, self.noise_probability, self.noise_gain)
         num_samples, device = clean_BT.shape[1], clean_BT.device
-        plans = [self._plan(draw, n, num_samples) for draw, n in zip(draws, batch.lengths.tolist(), strict=True)]
+        plans = [
+            self._plan(draw, n, num_samples)
+            for draw, n in zip(draws, batch.lengths.tolist(), strict=True)
+        ]
         taken_BT, shown_BT, counts_BT, passed_BK = (
             torch.from_numpy(np.stack(rows)).to(device) for rows in zip(*plans, strict=True)
         )
@@ -84,7 +95,9 @@ class Masked:
             altered_BT = torch.fft.irfft(torch.fft.rfft(altered_BT) * passed_BK, n=num_samples)
         return altered_BT, clean_BT, counts_BT
 
-    def _plan(self, draw: np.random.Generator, length: int, num_samples: int) -> tuple[np.ndarray, ...]:
+    def _plan(
+        self, draw: np.random.Generator, length: int, num_samples: int
+    ) -> tuple[np.ndarray, ...]:
         """For one item: from where each sample is taken, whether it is shown and counts; which bins pass."""
         taken, shown = np.arange(num_samples), np.ones(num_samples, np.float32)
         counts, passed = np.zeros(num_samples, bool), np.ones(num_samples // 2 + 1, np.float32)

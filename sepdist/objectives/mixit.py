@@ -49,37 +49,54 @@ class MixIT:
         """Refuse a model with fewer outputs than a mixture of mixtures has speakers."""
         needed = 2 * self.num_loudest
         if (num_outputs := getattr(model, "num_speakers", needed)) < needed:
-            raise ValueError(f"mixit adds up two mixtures: {num_outputs} outputs are few; model.num_speakers={needed}")
+            raise ValueError(
+                f"mixit adds up two mixtures: {num_outputs} outputs are few; model.num_speakers={needed}"
+            )
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; reads `batch.sources` of labelled ones only."""
-        metrics = dict.fromkeys(("mixture_snr", "si_snr", "si_snri", "oracle_si_snr"), batch.mixture.new_zeros(0))
+        metrics = dict.fromkeys(
+            ("mixture_snr", "si_snr", "si_snri", "oracle_si_snr"), batch.mixture.new_zeros(0)
+        )
         if batch.data_set not in self.data_sets:
-            raise ValueError(f"objective mixit has no use for {batch.data_set!r}, only for {self.data_sets}")
+            raise ValueError(
+                f"objective mixit has no use for {batch.data_set!r}, only for {self.data_sets}"
+            )
         if model.training and batch.data_set == (self.data_set or MAIN):
             losses_B = self.unlabelled(model, batch.mixture)
-            return self.unlabelled_weight * losses_B.mean(), metrics | {"mixture_snr": -losses_B.detach()}
+            return self.unlabelled_weight * losses_B.mean(), metrics | {
+                "mixture_snr": -losses_B.detach()
+            }
         loss, found = self.labelled(model, batch)
         return loss, metrics | found
 
     def unlabelled(self, model: nn.Module, mixture_BT: Tensor) -> Tensor:
         """The loss [B] in dB of each mixture, by the best of all divisions of the outputs between the two of a pair."""
         if len(mixture_BT) % 2:
-            raise ValueError(f"MixIT adds mixtures up in pairs: make data.micro_batch={len(mixture_BT)} even")
+            raise ValueError(
+                f"MixIT adds mixtures up in pairs: make data.micro_batch={len(mixture_BT)} even"
+            )
         mixtures_P2T = mixture_BT.unflatten(0, (-1, 2))
         estimates_PMT = model(mixtures_P2T.sum(1))
         with torch.autocast(mixture_BT.device.type, enabled=False):
             estimates_PMT = estimates_PMT.float()
             divisions_K2M = divisions(estimates_PMT.shape[1]).to(estimates_PMT)
             with torch.no_grad():  # one by one, as all together are K times the memory
-                tried = [self.loss(division @ estimates_PMT - mixtures_P2T, mixtures_P2T) for division in divisions_K2M]
+                tried = [
+                    self.loss(division @ estimates_PMT - mixtures_P2T, mixtures_P2T)
+                    for division in divisions_K2M
+                ]
                 best_P = torch.stack(tried).sum(2).argmin(0)
-            return self.loss(divisions_K2M[best_P] @ estimates_PMT - mixtures_P2T, mixtures_P2T).flatten()
+            return self.loss(
+                divisions_K2M[best_P] @ estimates_PMT - mixtures_P2T, mixtures_P2T
+            ).flatten()
 
     def labelled(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a batch with sources."""
         if batch.sources is None:
-            raise ValueError("labelled batches and validation of mixit need sources; this data set has mixtures only")
+            raise ValueError(
+                "labelled batches and validation of mixit need sources; this data set has mixtures only"
+            )
         estimates_BMT = model(batch.mixture)
         num_sources, num_outputs = batch.sources.shape[1], estimates_BMT.shape[1]
         if num_sources != self.num_loudest or num_outputs < num_sources:
@@ -89,9 +106,13 @@ class MixIT:
             )
         with torch.autocast(batch.mixture.device.type, enabled=False):
             estimates_BMT = estimates_BMT.float()
-            losses_BMS = self.loss(batch.sources[:, None] - estimates_BMT[:, :, None], batch.sources[:, None])
+            losses_BMS = self.loss(
+                batch.sources[:, None] - estimates_BMT[:, :, None], batch.sources[:, None]
+            )
             silences_BM1 = self.loss(estimates_BMT, batch.mixture[:, None]).unsqueeze(2)
-            losses_BMM = torch.cat([losses_BMS, *[silences_BM1] * (num_outputs - num_sources)], dim=2)
+            losses_BMM = torch.cat(
+                [losses_BMS, *[silences_BM1] * (num_outputs - num_sources)], dim=2
+            )
             loss = -best_permutation(-losses_BMM)[0].mean()
             with torch.no_grad():
                 loudest_BST = speakers_of(estimates_BMT, num_loudest=num_sources)
@@ -100,7 +121,11 @@ class MixIT:
                 scores_BMS = pairwise_si_snr(estimates_BMT, batch.sources)
                 choices = itertools.permutations(range(num_outputs), num_sources)
                 totals = [scores_BMS[:, choice, range(num_sources)].mean(1) for choice in choices]
-        found = {"si_snr": scores_B, "si_snri": scores_B - before_B, "oracle_si_snr": torch.stack(totals).amax(0)}
+        found = {
+            "si_snr": scores_B,
+            "si_snri": scores_B - before_B,
+            "oracle_si_snr": torch.stack(totals).amax(0),
+        }
         return loss, found
 
     def loss(self, error: Tensor, reference: Tensor, eps: float = 1e-8) -> Tensor:
@@ -110,7 +135,9 @@ class MixIT:
         """
         energy = reference.square().sum(-1)
         bound = 10 ** (-self.max_snr_db / 10) * energy
-        return 10 * torch.log10(error.square().sum(-1) + bound + eps) - 10 * torch.log10(energy + eps)
+        return 10 * torch.log10(error.square().sum(-1) + bound + eps) - 10 * torch.log10(
+            energy + eps
+        )
 
 
 @functools.cache

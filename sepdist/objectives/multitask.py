@@ -35,7 +35,9 @@ class MultiTask:
         nothing = batch.mixture.new_zeros(0)
         if batch.data_set == self.data_set:
             loss, found = self.enhancement(_Outputs(model, slice(-1, None)), batch)
-            return loss, {"si_snr": nothing, "si_snri": nothing} | {f"enhancement_{k}": v for k, v in found.items()}
+            return loss, {"si_snr": nothing, "si_snri": nothing} | {
+                f"enhancement_{k}": v for k, v in found.items()
+            }
         num_sources = 0 if batch.sources is None else batch.sources.shape[1]
         loss, found = self.separation(_Outputs(model, slice(num_sources), num_sources + 1), batch)
         return loss, found | {"enhancement_si_snr": nothing, "enhancement_si_snri": nothing}

@@ -40,9 +40,16 @@ class Quality:
         true_BS = si_snr(batch.estimates, batch.sources)
         predicted_BS = model(batch.mixture, batch.estimates).float()
         if predicted_BS.shape != true_BS.shape:
-            raise ValueError(f"the model gives {tuple(predicted_BS.shape)} for {tuple(true_BS.shape)} [B, S] estimates")
+            raise ValueError(
+                f"the model gives {tuple(predicted_BS.shape)} for {tuple(true_BS.shape)} [B, S] estimates"
+            )
         target_BS = true_BS if self.limits is None else true_BS.clamp(*self.limits)
         error_BS = predicted_BS.detach() - true_BS
-        metrics = {"mae": error_BS.abs(), "bias": error_BS, "predicted": predicted_BS.detach(), "true_si_snr": true_BS}
+        metrics = {
+            "mae": error_BS.abs(),
+            "bias": error_BS,
+            "predicted": predicted_BS.detach(),
+            "true_si_snr": true_BS,
+        }
         loss = (predicted_BS - target_BS).abs().mean()
         return loss, {name: values.mean(1) for name, values in metrics.items()}

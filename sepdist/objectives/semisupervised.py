@@ -56,7 +56,12 @@ class SemiSupervised:
         max_gap_db: float | None = None,
         on_gap: str = "warn",
     ) -> None:
-        if not 0 < labelled_share < 1 or epoch_samples < 1 or ramp_epochs < 1 or not 0 <= max_weight <= 1:
+        if (
+            not 0 < labelled_share < 1
+            or epoch_samples < 1
+            or ramp_epochs < 1
+            or not 0 <= max_weight <= 1
+        ):
             raise ValueError(
                 f"labelled_share={labelled_share} (between 0 and 1), epoch_samples={epoch_samples}, "
                 f"ramp_epochs={ramp_epochs} (from 1 up), max_weight={max_weight} (0 to 1)"
@@ -81,7 +86,9 @@ class SemiSupervised:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; needs `batch.data_set`, and `batch.sources` but for the unlabelled."""
         if batch.data_set not in self.data_sets:
-            raise ValueError(f"objective semisupervised has no use for {batch.data_set!r}, only for {self.data_sets}")
+            raise ValueError(
+                f"objective semisupervised has no use for {batch.data_set!r}, only for {self.data_sets}"
+            )
         nothing = batch.mixture.new_zeros(0)
         metrics = dict.fromkeys(("si_snr", "si_snri", "predicted_si_snr"), nothing)
         estimates_BST = model(batch.mixture)
@@ -90,13 +97,18 @@ class SemiSupervised:
             metrics["unsupervised_weight"] = torch.tensor(f, dtype=torch.float64)
             if batch.data_set == self.data_set:
                 predicted_B = self.predict(batch.mixture, estimates_BST)
-                return -f / (1 - share) * predicted_B.mean(), metrics | {"predicted_si_snr": predicted_B.detach()}
+                return -f / (1 - share) * predicted_B.mean(), metrics | {
+                    "predicted_si_snr": predicted_B.detach()
+                }
         best_B, order_BS = best_permutation(score_pairs(estimates_BST, batch))
         metrics |= report(best_B, order_BS, batch)
         if model.training:
             return -(1 - f) / share * best_B.mean(), metrics
         predicted_B = self.predict(batch.mixture, estimates_BST)
-        return -best_B.mean(), metrics | {"predicted_si_snr": predicted_B, "gap": predicted_B - best_B}
+        return -best_B.mean(), metrics | {
+            "predicted_si_snr": predicted_B,
+            "gap": predicted_B - best_B,
+        }
 
     def weight(self, position: int) -> float:
         """f at a global position of the data order."""
@@ -115,7 +127,9 @@ class SemiSupervised:
 
     def observe(self, validation_means: Mapping[str, float]) -> None:
         """Act on the gap that a validation found."""
-        true, predicted, gap = (validation_means[name] for name in ("si_snr", "predicted_si_snr", "gap"))
+        true, predicted, gap = (
+            validation_means[name] for name in ("si_snr", "predicted_si_snr", "gap")
+        )
         if gap <= self.max_gap_db:
             self.factor = min(1.0, 2 * self.factor)
             return

@@ -58,7 +58,11 @@ def report(best_B: Tensor, order_BS: Tensor, batch: Batch) -> dict[str, Tensor]:
     """The metrics of the best assignment: `si_snr`, `si_snri` (dB, mean over sources) and `permutation`."""
     before_B = si_snr(batch.mixture.unsqueeze(1), sources_of(batch)).mean(1)
     scores_B = best_B.detach()
-    return {"si_snr": scores_B, "si_snri": scores_B - before_B, "permutation": permutation_rank(order_BS)}
+    return {
+        "si_snr": scores_B,
+        "si_snri": scores_B - before_B,
+        "permutation": permutation_rank(order_BS),
+    }
 
 
 def mean_above(losses_B: Tensor, threshold: float | None) -> Tensor:

@@ -24,7 +24,9 @@ class SoftPit:
 
     def __init__(self, temperature: float = 1.0) -> None:
         if temperature <= 0:
-            raise ValueError(f"temperature={temperature} dB: above 0; for PIT itself take objective=separation")
+            raise ValueError(
+                f"temperature={temperature} dB: above 0; for PIT itself take objective=separation"
+            )
         self.temperature = temperature
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

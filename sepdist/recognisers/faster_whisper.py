@@ -27,9 +27,13 @@ class FasterWhisper:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise ConfigError(f"recogniser faster_whisper: {error}; run: pip install 'sepdist[whisper]'") from error
+            raise ConfigError(
+                f"recogniser faster_whisper: {error}; run: pip install 'sepdist[whisper]'"
+            ) from error
         try:
-            self.model = WhisperModel(folder, device=device, compute_type=compute_type, cpu_threads=num_threads)
+            self.model = WhisperModel(
+                folder, device=device, compute_type=compute_type, cpu_threads=num_threads
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"recogniser.folder={folder}: neither a local folder with a CTranslate2 Whisper model nor one that the "

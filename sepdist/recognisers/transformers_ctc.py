@@ -23,7 +23,9 @@ class TransformersCtc:
             from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
-            raise ConfigError(f"recogniser transformers_ctc: {error}; run: pip install 'sepdist[asr]'") from error
+            raise ConfigError(
+                f"recogniser transformers_ctc: {error}; run: pip install 'sepdist[asr]'"
+            ) from error
         disable_progress_bar()  # of loading weights, in the midst of ours
         try:
             # One by one, because a processor with a language model would want another package for it.

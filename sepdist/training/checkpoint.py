@@ -53,8 +53,12 @@ class Snapshot:
     weights: dict[str, Tensor]
     optimizer: OptimizerState
     state: dict[str, Any]
-    score: float | None = None  # validation score, higher is better; None where none was taken at this step
-    ledger: list[Entry] = field(default_factory=list)  # what all ranks consumed since the snapshot before
+    score: float | None = (
+        None  # validation score, higher is better; None where none was taken at this step
+    )
+    ledger: list[Entry] = field(
+        default_factory=list
+    )  # what all ranks consumed since the snapshot before
     url: str = ""  # where it was read from
 
 
@@ -149,7 +153,9 @@ class Checkpointer:
         since = "" if self._newest is None else f", none since step {self._newest.step}"
         what = f"{error} (checkpoint not written, {self._failed_in_a_row} in a row{since})"
         if self._failed_in_a_row > self.max_failed:
-            raise storage.StorageError(f"{what}; {self.max_failed} in a row are allowed, the run ends") from error
+            raise storage.StorageError(
+                f"{what}; {self.max_failed} in a row are allowed, the run ends"
+            ) from error
         logger.warning("%s; the run goes on, %d in a row are allowed", what, self.max_failed)
 
     def _write(self, snapshot: Snapshot) -> None:
@@ -158,9 +164,18 @@ class Checkpointer:
         url = storage.join(self.folder, name)
         self._consumed += snapshot.ledger
         ledger = put_segment(self.run_dir, name, self._consumed, self._previous)
-        weights = safetensors.torch.save({name: value.contiguous() for name, value in snapshot.weights.items()})
-        lineage = self.lineage | {"step": snapshot.step, "sha256": hashlib.sha256(weights).hexdigest()}
-        state = {"step": snapshot.step, "optimizer_scalars": snapshot.optimizer.scalars, "ledger": asdict(ledger)}
+        weights = safetensors.torch.save(
+            {name: value.contiguous() for name, value in snapshot.weights.items()}
+        )
+        lineage = self.lineage | {
+            "step": snapshot.step,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+        }
+        state = {
+            "step": snapshot.step,
+            "optimizer_scalars": snapshot.optimizer.scalars,
+            "ledger": asdict(ledger),
+        }
         state = snapshot.state | state
         contents = {
             "model.safetensors": weights,
@@ -169,13 +184,23 @@ class Checkpointer:
             "model.yaml": self.model_yaml.encode(),
             "lineage.json": json.dumps(lineage, indent=1).encode(),
         }
-        files = {name: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in contents.items()}
-        commit: dict[str, Any] = {"format": FORMAT, "step": snapshot.step, "score": snapshot.score, "files": files}
+        files = {
+            name: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()}
+            for name, d in contents.items()
+        }
+        commit: dict[str, Any] = {
+            "format": FORMAT,
+            "step": snapshot.step,
+            "score": snapshot.score,
+            "files": files,
+        }
         commit["sha256"] = _digest(commit)
         try:
             for name, data in contents.items():
                 storage.put_bytes(storage.join(url, name), data)
-            storage.put_bytes(storage.join(url, COMMIT), json.dumps(commit).encode(), create_only=True)
+            storage.put_bytes(
+                storage.join(url, COMMIT), json.dumps(commit).encode(), create_only=True
+            )
         except OSError:
             self._unfinished.append(url)
             if not storage.is_remote(url):  # at once, else a full disk would stay full
@@ -197,8 +222,12 @@ class Checkpointer:
         committed = find_committed(self.folder)
         if written.url not in {one.url for one in committed}:
             todo = "this one ends; if both are wanted, give them different run_dirs"
-            raise CheckpointError(f"{written.url} was removed by another attempt of this run: {todo}")
-        until_now = [one for one in committed if one.step <= written.step and one.url != written.url]
+            raise CheckpointError(
+                f"{written.url} was removed by another attempt of this run: {todo}"
+            )
+        until_now = [
+            one for one in committed if one.step <= written.step and one.url != written.url
+        ]
         keep = {written.url} | {one.url for one in [*until_now, written][-self.keep_last :]}
         if self.keep_every:
             keep |= {one.url for one in committed if one.step % self.keep_every == 0}
@@ -209,7 +238,9 @@ class Checkpointer:
         self._unfinished.clear()
         for one in until_now:
             if one.url not in keep:
-                storage.remove(storage.join(one.url, COMMIT))  # first, so that a torn removal is never loadable
+                storage.remove(
+                    storage.join(one.url, COMMIT)
+                )  # first, so that a torn removal is never loadable
                 storage.remove(one.url)
 
 
@@ -229,9 +260,13 @@ def parse_commit(url: str) -> Committed:
             raise ValueError("its sha256 is another")
         one = Committed(url, int(commit["step"]), commit["score"], files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{url}/{COMMIT} is damaged ({type(error).__name__}: {error})") from None
+        raise CheckpointError(
+            f"{url}/{COMMIT} is damaged ({type(error).__name__}: {error})"
+        ) from None
     if its_format != FORMAT:
-        raise CheckpointError(f"{url}/{COMMIT} is of format {its_format}, this sepdist reads up to {FORMAT}")
+        raise CheckpointError(
+            f"{url}/{COMMIT} is of format {its_format}, this sepdist reads up to {FORMAT}"
+        )
     return one
 
 
@@ -247,7 +282,9 @@ def _read_commit(url: str) -> Committed | None:
     missing = sorted(set(one.files) - set(names))
     if missing:
         # An attempt that was thought dead committed a folder of which its successor had collected the first files.
-        logger.warning("%s: committed, but %s is missing; the checkpoint is left out", url, ", ".join(missing))
+        logger.warning(
+            "%s: committed, but %s is missing; the checkpoint is left out", url, ", ".join(missing)
+        )
         return None
     return one
 
@@ -291,7 +328,9 @@ def read_file(one: Committed, name: str) -> bytes:
     except (KeyError, FileNotFoundError) as error:
         raise CheckpointError(f"{one.url}: {name} is missing") from error
     if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-        raise CheckpointError(f"{one.url}: {name} is damaged ({len(data)} bytes, {expected['bytes']} were committed)")
+        raise CheckpointError(
+            f"{one.url}: {name} is damaged ({len(data)} bytes, {expected['bytes']} were committed)"
+        )
     return data
 
 
@@ -299,7 +338,9 @@ def _check(one: Committed) -> None:
     """Read a checkpoint back; CheckpointError if it is not what was written."""
     found = _read_commit(one.url)
     if found is None or found.files != one.files:
-        raise CheckpointError(f"{one.url}: {'gone' if found is None else 'changed'} since it was committed")
+        raise CheckpointError(
+            f"{one.url}: {'gone' if found is None else 'changed'} since it was committed"
+        )
     for name in one.files:
         read_file(one, name)
 
@@ -330,7 +371,9 @@ def load_newest(run_dir: str) -> Snapshot | None:
     damaged += [problems[one.url] for one in committed]
     if damaged:
         todo = "restore one of them, or remove the folder to start from the beginning"
-        raise CheckpointError(f"{folder}: no checkpoint is whole: {'; '.join(map(str, damaged))}; {todo}")
+        raise CheckpointError(
+            f"{folder}: no checkpoint is whole: {'; '.join(map(str, damaged))}; {todo}"
+        )
     return None
 
 
@@ -361,7 +404,9 @@ def collect_orphans(run_dir: str) -> list[str]:
     collected = []
     for url in unfinished:
         try:
-            with contextlib.suppress(FileExistsError):  # an earlier start was interrupted here, or files are missing
+            with contextlib.suppress(
+                FileExistsError
+            ):  # an earlier start was interrupted here, or files are missing
                 storage.put_bytes(storage.join(url, COMMIT), COLLECTED, create_only=True)
             if _read_commit(url) is not None:
                 continue  # its writer was not dead, and came first

@@ -2,9 +2,10 @@
 
 from sepdist import config, seeding
 from sepdist.config import ConfigError, TrainConfig
+from sepdist.data.dataset import Dataset
 from sepdist.data.order import INTERLEAVES
 from sepdist.data.records import MAIN
-from sepdist.data.stream import Crops, Dataset, Feed
+from sepdist.data.stream import Crops, Feed
 
 
 def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
@@ -12,7 +13,11 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
     data = cfg.data
     seconds = data.crop_seconds
     if data.mixing is None:
-        main: Feed = Crops(_open(cfg, data.train, data.num_sources, data.noise), seed=cfg.seed, crop_seconds=seconds)
+        main: Feed = Crops(
+            _open(cfg, data.train, data.num_sources, data.noise),
+            seed=cfg.seed,
+            crop_seconds=seconds,
+        )
     elif data.noise != bool(data.mixing.get("noise")):
         raise ConfigError(
             f"data.noise={data.noise} with data.mixing.noise={data.mixing.get('noise')}: new mixtures have noise where "
@@ -23,15 +28,23 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
         options = {"num_sources": data.num_sources, "seed": cfg.seed, "crop_seconds": seconds}
         main = config.build(data.mixing, dataset=voices, **options)
     if data.interleave not in INTERLEAVES:
-        raise ConfigError(f"data.interleave={data.interleave!r}: it is one of {', '.join(INTERLEAVES)}")
+        raise ConfigError(
+            f"data.interleave={data.interleave!r}: it is one of {', '.join(INTERLEAVES)}"
+        )
     feeds: dict[str, Feed] = {MAIN: main}
     for one in data.extra:
         if one.name in feeds:
-            raise ConfigError(f"data.extra: two data sets are named {one.name!r} ({MAIN!r} is that of data.train)")
+            raise ConfigError(
+                f"data.extra: two data sets are named {one.name!r} ({MAIN!r} is that of data.train)"
+            )
         if one.weight is not None and one.weight <= 0:
-            raise ConfigError(f"data.extra: weight={one.weight} of {one.name!r}: it must be positive, or null")
+            raise ConfigError(
+                f"data.extra: weight={one.weight} of {one.name!r}: it must be positive, or null"
+            )
         seed = seeding.derive(cfg.seed, "data set", one.name)
-        feeds[one.name] = Crops(_open(cfg, one.url, one.num_sources, one.noise), seed=seed, crop_seconds=seconds)
+        feeds[one.name] = Crops(
+            _open(cfg, one.url, one.num_sources, one.noise), seed=seed, crop_seconds=seconds
+        )
     return feeds, _open(cfg, data.validation, data.num_sources, data.noise)
 
 

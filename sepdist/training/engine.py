@@ -21,7 +21,7 @@ from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
 from sepdist.data.records import Batch
 from sepdist.training.checkpoint import OptimizerState
-from sepdist.training.export import OUTPUT_RULES
+from sepdist.training.handoff import OUTPUT_RULES
 from sepdist.training.reduction import TreeSum, reduce_canonically
 from sepdist.training.world import World, sum_over_world
 
@@ -57,7 +57,9 @@ class StepResult:
     loss: float
     means: dict[str, float]
     grad_norm: float
-    applied: bool  # False: the gradient was not finite or above the limit, and the weights are unchanged
+    applied: (
+        bool  # False: the gradient was not finite or above the limit, and the weights are unchanged
+    )
     local_metrics: list[Metrics]  # of this rank's batches, in their order
 
 
@@ -174,7 +176,9 @@ class DeepSpeedEngine:
         A combined gradient that is not finite is not applied, nor, in canonical reduction, one whose norm is above
         `norm_limit`.
         """
-        assert len(batches) == len(self.owned), f"{len(batches)} batches for {len(self.owned)} virtual shards"
+        assert len(batches) == len(self.owned), (
+            f"{len(batches)} batches for {len(self.owned)} virtual shards"
+        )
         self.model.train()
         losses = torch.zeros(self.num_virtual_shards, dtype=torch.float64)
         if self.canonical:
@@ -191,7 +195,11 @@ class DeepSpeedEngine:
                     table[0, row, shard] = items[name].double().mean()
                     table[1, row, shard] = 1
         sums, counts = sum_over_world(table, self.world).sum(2).tolist()
-        means = {name: total / count for name, total, count in zip(names, sums[1:], counts[1:], strict=True) if count}
+        means = {
+            name: total / count
+            for name, total, count in zip(names, sums[1:], counts[1:], strict=True)
+            if count
+        }
         return StepResult(sums[0] / self.num_virtual_shards, means, grad_norm, applied, metrics)
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -221,13 +229,18 @@ class DeepSpeedEngine:
             del grads  # as large as the model
             losses[shard] = loss.detach()
             all_metrics.append(metrics)
-        total = reduce_canonically(tree, self.world.rank, self.world.size).div_(self.num_virtual_shards)
+        total = reduce_canonically(tree, self.world.rank, self.world.size).div_(
+            self.num_virtual_shards
+        )
         norm = float(torch.linalg.vector_norm(total, dtype=torch.float64))
         if not math.isfinite(norm) or norm > norm_limit:
             return all_metrics, norm, False
         if self.clip_norm and norm > self.clip_norm:
             total.mul_(self.clip_norm / norm)
-        pieces = [piece.view_as(p) for piece, p in zip(total.split([p.numel() for p in params]), params, strict=True)]
+        pieces = [
+            piece.view_as(p)
+            for piece, p in zip(total.split([p.numel() for p in params]), params, strict=True)
+        ]
         if self.zero_stage == 0:
             for p, piece in zip(params, pieces, strict=True):
                 p.grad = piece
@@ -236,11 +249,15 @@ class DeepSpeedEngine:
             # it and the others zeros, because a sum of one number and zeros is exact in any order.
             if not self.world.is_main:
                 total.mul_(0.0)  # and with it the pieces, which are parts of it
-            self._engine.backward(sum((p * piece).sum() for p, piece in zip(params, pieces, strict=True)))
+            self._engine.backward(
+                sum((p * piece).sum() for p, piece in zip(params, pieces, strict=True))
+            )
         self._engine.step()
         return all_metrics, norm, True
 
-    def _step_native(self, batches: list[Batch], losses: Tensor) -> tuple[list[Metrics], float, bool]:
+    def _step_native(
+        self, batches: list[Batch], losses: Tensor
+    ) -> tuple[list[Metrics], float, bool]:
         all_metrics = []
         for shard, batch in zip(self.owned, batches, strict=True):
             loss, metrics = self._forward(self._engine, batch)
@@ -250,7 +267,9 @@ class DeepSpeedEngine:
             losses[shard] = loss.detach()
             all_metrics.append(metrics)
             if shard == self.owned[-1] and self.zero_stage == 0:
-                squares = [p.grad.double().square().sum() for _, p in self._named if p.grad is not None]
+                squares = [
+                    p.grad.double().square().sum() for _, p in self._named if p.grad is not None
+                ]
                 norm = float(torch.stack(squares).sum().sqrt())
                 if not math.isfinite(norm):
                     self._engine.zero_grad()
@@ -287,13 +306,21 @@ class DeepSpeedEngine:
         if self.zero_stage < 3:
             if not self.world.is_main:
                 return {}
-            return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-        weights = {name: self._fragments.safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self._named}
+            return {
+                name: value.detach().cpu().clone()
+                for name, value in self.model.state_dict().items()
+            }
+        weights = {
+            name: self._fragments.safe_get_full_fp32_param(p).detach().cpu().clone()
+            for name, p in self._named
+        }
         for name, p in self.model.named_parameters():
             if not p.requires_grad:  # the optimizer knows nothing of it
                 with self._gathered([p]):
                     weights[name] = p.detach().cpu().clone()
-        return weights | {name: buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
+        return weights | {
+            name: buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()
+        }
 
     def optimizer_state(self) -> OptimizerState:
         """The optimizer's state, gathered to whole parameters, on CPU: of the main rank; collective at ZeRO >= 1."""
@@ -306,7 +333,11 @@ class DeepSpeedEngine:
         tensors = {}
         for name, p in self._named:
             for key in keys:
-                value = state[p][key] if self.zero_stage == 0 else self._fragments.safe_get_full_optimizer_state(p, key)
+                value = (
+                    state[p][key]
+                    if self.zero_stage == 0
+                    else self._fragments.safe_get_full_optimizer_state(p, key)
+                )
                 if self.world.is_main:
                     tensors[f"{key}/{name}"] = value.detach().reshape(self._shape(p)).cpu().clone()
         return OptimizerState(tensors, scalars)
@@ -331,8 +362,12 @@ class DeepSpeedEngine:
                 elif self.zero_stage == 3:
                     # safe_set_full_optimizer_state fails on parameters that the world size does not divide.
                     size = self._fragments.safe_get_local_optimizer_state(p, key).numel()
-                    padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
-                    self._fragments.safe_set_local_optimizer_state(p, padded[self.world.rank * size :][:size], key)
+                    padded = torch.nn.functional.pad(
+                        value.flatten(), (0, size * self.world.size - value.numel())
+                    )
+                    self._fragments.safe_set_local_optimizer_state(
+                        p, padded[self.world.rank * size :][:size], key
+                    )
                 else:
                     self._fragments.safe_set_full_optimizer_state(p, value, key)
 
@@ -384,7 +419,9 @@ def check_engine_options(
             "shard; start fewer workers or raise data.num_virtual_shards"
         )
     if reduction == "canonical" and zero_stage == 3:
-        raise ConfigError("engine.zero_stage=3 partitions the weights; it needs engine.reduction=native")
+        raise ConfigError(
+            "engine.zero_stage=3 partitions the weights; it needs engine.reduction=native"
+        )
     if reduction == "native" and num_virtual_shards % world_size:
         raise ConfigError(
             f"engine.reduction=native needs a world size that divides data.num_virtual_shards={num_virtual_shards}, "

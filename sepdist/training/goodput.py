@@ -49,7 +49,9 @@ class Goodput:
     def read(self) -> dict[str, float]:
         """Metrics: seconds by kind, and the share of `step` in all."""
         total = sum(self.seconds.values())
-        metrics = {f"goodput/{kind}_seconds": round(value, 3) for kind, value in self.seconds.items()}
+        metrics = {
+            f"goodput/{kind}_seconds": round(value, 3) for kind, value in self.seconds.items()
+        }
         return metrics | {"goodput/share": self.seconds["step"] / total if total else 0.0}
 
     def note(self, now: float) -> str:

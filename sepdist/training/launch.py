@@ -49,7 +49,10 @@ TIMINGS = {
 # How long an elastic group waits for the room it was promised before it asks again: after the loss of a node the
 # promise may be stale. A group of fixed size has nothing else to ask for and keeps Ray's 60 s.
 ELASTIC_START_SECONDS = "10"
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # gloo's words for a worker that is gone
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+)  # gloo's words for a worker that is gone
 
 
 class TrainingFailedError(RuntimeError):
@@ -81,7 +84,8 @@ def launch(cfg: TrainConfig) -> None:
                 | ({"GPU": 1.0} if cfg.cluster.use_gpu else {}),
             ),
             torch_config=TorchConfig(
-                backend="nccl" if cfg.cluster.use_gpu else "gloo", timeout_s=cfg.cluster.collective_timeout_seconds
+                backend="nccl" if cfg.cluster.use_gpu else "gloo",
+                timeout_s=cfg.cluster.collective_timeout_seconds,
             ),
             run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train v1
                 name="ray",
@@ -177,7 +181,9 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
         self._unwritten: list[str] = []
         self._workers = 0
         self._seen: BaseException | None = None
-        self._pool: ThreadPoolExecutor | None = None  # made in the controller: a pool does not travel
+        self._pool: ThreadPoolExecutor | None = (
+            None  # made in the controller: a pool does not travel
+        )
         self._last: Future[None] | None = None
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
@@ -206,7 +212,9 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
             logger.warning("%s: the last events could not be written in 60 s", self._url)
 
     def _record(self, event: str, **more: Any) -> None:
-        line = json.dumps({"time": round(time.time(), 3), "event": event, "workers": self._workers} | more)
+        line = json.dumps(
+            {"time": round(time.time(), 3), "event": event, "workers": self._workers} | more
+        )
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="events")
         self._last = self._pool.submit(self._write, line)
 
@@ -215,7 +223,9 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
         try:
             if self._lines is None:
                 self._lines = read_lines(self._url)
-            storage.put_bytes(self._url, "".join(f"{one}\n" for one in self._lines + self._unwritten).encode())
+            storage.put_bytes(
+                self._url, "".join(f"{one}\n" for one in self._lines + self._unwritten).encode()
+            )
         except OSError as error:
             logger.warning("events are kept for the next attempt: %s", error)
             return
@@ -248,15 +258,22 @@ class Recovery(ControllerCallback):
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Count a failure, and look at the cluster anew before the size of the next group is decided."""
         if current_state is previous_state:
-            time.sleep(0.5)  # no room for the least number of workers; Ray's controller would ask without a pause
+            time.sleep(
+                0.5
+            )  # no room for the least number of workers; Ray's controller would ask without a pause
         elif state_name(current_state) == "RESTARTING":
             self._count(current_state.training_failed_error)
         if self._elastic and state_name(current_state) in ("RESTARTING", "RESCHEDULING"):
             self._look_at_the_cluster()
 
     def _count(self, error: BaseException) -> None:
-        deaths = [getattr(one, "health_check_failure", one) for one in getattr(error, "worker_failures", {}).values()]
-        if isinstance(error, PreemptionError) or any(getattr(one, "preempted", False) for one in deaths):
+        deaths = [
+            getattr(one, "health_check_failure", one)
+            for one in getattr(error, "worker_failures", {}).values()
+        ]
+        if isinstance(error, PreemptionError) or any(
+            getattr(one, "preempted", False) for one in deaths
+        ):
             return
         try:
             newest = max((one.step for one in find_committed(self._checkpoints)), default=-1)
@@ -275,7 +292,9 @@ class Recovery(ControllerCallback):
                 ask_coordinator("cancel_request", requester)
             storage.put_bytes(self._requester_url, self._requester.encode())
         except OSError as error:
-            logger.warning("a killed driver's reservation may hold up this run for three minutes: %s", error)
+            logger.warning(
+                "a killed driver's reservation may hold up this run for three minutes: %s", error
+            )
 
     def _look_at_the_cluster(self) -> None:
         """Ray's coordinator sees nodes come and go every 20 s only; a group sized by what it saw would wait."""
@@ -289,9 +308,14 @@ def ask_coordinator(what: str, requester: str, **more: Any) -> None:
     )
 
     try:
-        ray.get(getattr(get_or_create_autoscaling_coordinator(), what).remote(requester, **more), timeout=5)
+        ray.get(
+            getattr(get_or_create_autoscaling_coordinator(), what).remote(requester, **more),
+            timeout=5,
+        )
     except ray.exceptions.RayError as error:
-        logger.warning("the coordinator did not answer; the next group may be of the wrong size: %s", error)
+        logger.warning(
+            "the coordinator did not answer; the next group may be of the wrong size: %s", error
+        )
 
 
 def state_name(state: Any) -> str:
@@ -318,8 +342,12 @@ def root_cause(error: BaseException) -> str:
         return one_line(error.controller_failure)
     failures = dict(sorted((getattr(error, "worker_failures", None) or {}).items()))
     messages = {rank: one_line(failure) for rank, failure in failures.items()}
-    own = {rank: text for rank, text in messages.items() if not any(sign in text for sign in LOST_PEER)} or messages
-    return "; ".join(f"worker {rank}: {text}" for rank, text in list(own.items())[:1]) or one_line(error)
+    own = {
+        rank: text for rank, text in messages.items() if not any(sign in text for sign in LOST_PEER)
+    } or messages
+    return "; ".join(f"worker {rank}: {text}" for rank, text in list(own.items())[:1]) or one_line(
+        error
+    )
 
 
 def one_line(failure: BaseException) -> str:
@@ -330,6 +358,9 @@ def one_line(failure: BaseException) -> str:
     if isinstance(innermost, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         return "its process died"
     lines = [line.strip() for line in str(innermost).strip().splitlines() if line.strip()]
-    if type(innermost).__name__ in ("WorkerHealthCheckTimeoutError", "WorkerGroupStartupTimeoutError"):
+    if type(innermost).__name__ in (
+        "WorkerHealthCheckTimeoutError",
+        "WorkerGroupStartupTimeoutError",
+    ):
         return lines[0].partition(" Potential causes")[0]
     return lines[-1] if lines else type(innermost).__name__

@@ -5,7 +5,7 @@
 A segment holds what every rank really fetched in the steps since the checkpoint before. It is put before the
 checkpoint commits, whose state.json names it by its sha256, as the segment names its predecessor: so the newest
 commit fixes the whole history of the run that led to it, and what dead attempts wrote beside it does not count.
-`python -m sepdist.audit` checks that history.
+`python -m sepdist audit` checks that history.
 """
 
 import hashlib
@@ -17,7 +17,9 @@ from typing import Any
 from sepdist import storage
 from sepdist.data.records import Batch
 
-Entry = list[Any]  # [step, what became of it, [[start, stop], ...]], or after `merge` a list of such ranges per rank
+Entry = list[
+    Any
+]  # [step, what became of it, [[start, stop], ...]], or after `merge` a list of such ranges per rank
 
 LEFT_OUT = "left out"  # by a rollback: the positions count as consumed, nobody trains on them
 SKIPPED = "skipped"  # fetched, but the gradient was not applied
@@ -83,7 +85,9 @@ def put_segment(run_dir: str, name: str, merged: list[Entry], previous: Link | N
     return Link(name, hashlib.sha256(segment).hexdigest())
 
 
-def read_history(run_dir: str, head: Link | None) -> Iterator[tuple[int, str, list[list[list[int]]]]]:
+def read_history(
+    run_dir: str, head: Link | None
+) -> Iterator[tuple[int, str, list[list[list[int]]]]]:
     """(step, outcome, ranges by rank) of the history that ends at `head`, newest segment first.
 
     Raises:
@@ -94,7 +98,9 @@ def read_history(run_dir: str, head: Link | None) -> Iterator[tuple[int, str, li
         try:
             data = storage.read_bytes(url)
         except FileNotFoundError as error:
-            raise LedgerError(f"{url} is missing: the history before it cannot be checked") from error
+            raise LedgerError(
+                f"{url} is missing: the history before it cannot be checked"
+            ) from error
         if hashlib.sha256(data).hexdigest() != head.sha256:
             raise LedgerError(f"{url} is damaged: its sha256 is not the one that was committed")
         segment = json.loads(data)

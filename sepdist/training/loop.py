@@ -39,9 +39,9 @@ from sepdist.training.engine import (
     stop_reason,
     tell,
 )
-from sepdist.training.export import inherit, load_weights
 from sepdist.training.goodput import Goodput
 from sepdist.training.guard import GradientGuard, Rollback
+from sepdist.training.handoff import inherit, load_weights
 from sepdist.training.ledger import APPLIED, LEFT_OUT, SKIPPED, Ledger, Link, merge
 from sepdist.training.meter import Meter, readable
 from sepdist.training.schedule import PlateauSchedule
@@ -79,7 +79,9 @@ def train(
                 return
             except Rollback as rollback:  # on all ranks alike
                 left_out.append([rollback.first, rollback.stop])
-                logger.warning("%s: going back to the newest checkpoint, to go on without them", rollback)
+                logger.warning(
+                    "%s: going back to the newest checkpoint, to go on without them", rollback
+                )
                 watchdog.expect_slow()
     finally:
         watchdog.close()
@@ -142,7 +144,9 @@ def attempt(
         min_lr=cfg.schedule.min_lr,
         early_stop_patience=cfg.training.early_stop_patience,
     )
-    guard = GradientGuard(spike_factor=cfg.training.spike_factor, max_skipped=cfg.training.max_skipped)
+    guard = GradientGuard(
+        spike_factor=cfg.training.spike_factor, max_skipped=cfg.training.max_skipped
+    )
     switches = SwitchTracker()
     ledger = Ledger()
     first_step, previous = 0, None
@@ -179,7 +183,12 @@ def attempt(
             max_failed=cfg.training.max_failed_checkpoints,
             previous=previous,
         )
-    logger.info("training from step %d to %d on %d worker(s)", first_step, cfg.training.max_steps, world.size)
+    logger.info(
+        "training from step %d to %d on %d worker(s)",
+        first_step,
+        cfg.training.max_steps,
+        world.size,
+    )
 
     # 4. The loop.
     meter = Meter(stream, world, goodput)
@@ -187,7 +196,10 @@ def attempt(
     try:
         for step in range(first_step, cfg.training.max_steps):
             if schedule.should_stop:
-                logger.info("early stop: no better validation for %d of them", cfg.training.early_stop_patience)
+                logger.info(
+                    "early stop: no better validation for %d of them",
+                    cfg.training.early_stop_patience,
+                )
                 break
             if reason := stop_reason(objective):
                 logger.warning("step %d: the run ends: %s", step, reason)
@@ -220,35 +232,61 @@ def attempt(
             if done % cfg.validation.every_steps == 0 or last:
                 watchdog.expect_slow()
                 with meter.pause():
-                    metrics = validate(engine, objective, validation_set, world, cfg.validation, watchdog.beat)
+                    metrics = validate(
+                        engine, objective, validation_set, world, cfg.validation, watchdog.beat
+                    )
                     score = metrics["score"]
                     improved = schedule.observe(score)
                     tell(objective, metrics)
                     listen(engine, objective, validation_set, reporter, done, cfg.validation)
                 if reporter:
-                    reporter.log(done, {f"validation/{name}": v for name, v in metrics.items() if name != "score"})
-                logger.info("step %d: validation %s%s", done, readable(metrics), " (best so far)" if improved else "")
+                    reporter.log(
+                        done,
+                        {f"validation/{name}": v for name, v in metrics.items() if name != "score"},
+                    )
+                logger.info(
+                    "step %d: validation %s%s",
+                    done,
+                    readable(metrics),
+                    " (best so far)" if improved else "",
+                )
                 report({"step": float(done)} | metrics)
             leaving = done % cfg.cluster.preemption_check_steps == 0 and preempted()
             if leaving:
-                logger.warning("step %d: a machine is about to be taken away; committing a checkpoint", done)
+                logger.warning(
+                    "step %d: a machine is about to be taken away; committing a checkpoint", done
+                )
             due = score is not None or leaving or done % cfg.training.checkpoint_every == 0
-            if last or (due and not guard.num_in_a_row):  # in a bad spell the checkpoint before it may be wanted
+            if last or (
+                due and not guard.num_in_a_row
+            ):  # in a bad spell the checkpoint before it may be wanted
                 if reporter:
                     reporter.flush()  # before the checkpoint: its rows are there when the run goes on from it
                 watchdog.expect_slow()
                 with meter.checkpointing():
                     if checkpointer:
                         checkpointer.settle()  # here, where the others wait in a collective that may take its time
-                    weights, optimizer = engine.weights(), engine.optimizer_state()  # collective at ZeRO >= 1
+                    weights, optimizer = (
+                        engine.weights(),
+                        engine.optimizer_state(),
+                    )  # collective at ZeRO >= 1
                     switches.merge(gather_objects(switches.state_dict(), world))
                     consumed = merge(gather_objects(ledger.take(), world))
                     if checkpointer:
                         state = data_state(cfg, stream, done * global_batch)
-                        state |= {"schedule": schedule.state_dict(), "switches": switches.state_dict()}
-                        state |= {"guard": guard.state_dict(), "left_out": left_out, "world_size": world.size}
+                        state |= {
+                            "schedule": schedule.state_dict(),
+                            "switches": switches.state_dict(),
+                        }
+                        state |= {
+                            "guard": guard.state_dict(),
+                            "left_out": left_out,
+                            "world_size": world.size,
+                        }
                         state |= {"objective": state_of(objective)}
-                        checkpointer.save(Snapshot(done, weights, optimizer, state, score, consumed))
+                        checkpointer.save(
+                            Snapshot(done, weights, optimizer, state, score, consumed)
+                        )
                     if leaving:
                         if checkpointer:
                             checkpointer.settle()
@@ -281,15 +319,23 @@ def continue_goodput(reporter: Reporter, run_dir: str) -> Goodput:
     return goodput
 
 
-def initialise(model: torch.nn.Module, cfg: TrainConfig, snapshot: Snapshot | None) -> dict[str, Any]:
+def initialise(
+    model: torch.nn.Module, cfg: TrainConfig, snapshot: Snapshot | None
+) -> dict[str, Any]:
     """Fill `model` from the checkpoint or the parent stage; returns the lineage that this run's checkpoints carry."""
     parent: dict[str, Any] | None = None
     fresh: list[str] = []
     if cfg.init.weights:
         fresh, parent = inherit(model, cfg.init)
-        logger.info("weights from %s; re-initialised: %s", parent["url"], ", ".join(fresh) or "none")
+        logger.info(
+            "weights from %s; re-initialised: %s", parent["url"], ", ".join(fresh) or "none"
+        )
     if snapshot is not None:
-        load_weights(model, snapshot.weights, source=f"the checkpoint of step {snapshot.step} in {cfg.run_dir}")
+        load_weights(
+            model,
+            snapshot.weights,
+            source=f"the checkpoint of step {snapshot.step} in {cfg.run_dir}",
+        )
     return {"run": cfg.name, "run_dir": cfg.run_dir, "parent": parent, "reinitialised": fresh}
 
 
@@ -309,7 +355,9 @@ def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
     names = [name for name in current if name != "samples_seen" and saved[name] != current[name]]
     if names:
         changes = ", ".join(f"{name} was {saved[name]}, is {current[name]}" for name in names)
-        raise CheckpointError(f"the run's data changed since its checkpoint ({changes}); start another run_dir")
+        raise CheckpointError(
+            f"the run's data changed since its checkpoint ({changes}); start another run_dir"
+        )
 
 
 def track_switches(
@@ -328,7 +376,9 @@ def track_switches(
         (stream.main_epoch(int(position)), id_, int(label))
         for batch, metrics in zip(batches, result.local_metrics, strict=True)
         if batch.data_set == MAIN and "permutation" in metrics
-        for position, id_, label in zip(batch.positions, batch.ids, metrics["permutation"], strict=True)
+        for position, id_, label in zip(
+            batch.positions, batch.ids, metrics["permutation"], strict=True
+        )
     ]
     rates = {}
     last = stream.main_epoch(positions.stop)
@@ -345,8 +395,12 @@ def track_switches(
 
 def main() -> None:
     """Run the loop in this process, as torchrun starts it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="the frozen config of a run, run_dir/config.yaml (a path or s3://)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "config", help="the frozen config of a run, run_dir/config.yaml (a path or s3://)"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     cfg = config.load_frozen(arguments.config)

@@ -79,7 +79,9 @@ class Meter:
             "data/damaged_samples": float(damaged.sum()),
         }
         for name in sorted({name for result in results for name in result.means}):
-            metrics[f"train/{name}"] = _mean([result.means[name] for result in applied if name in result.means])
+            metrics[f"train/{name}"] = _mean(
+                [result.means[name] for result in applied if name in result.means]
+            )
         if self._goodput:
             work = {"data_wait": waited, "checkpoint": self._checkpoint, "validation": self._paused}
             self._goodput.add(work | {"step": max(seconds - waited - self._checkpoint, 0.0)})

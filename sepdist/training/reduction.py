@@ -35,7 +35,9 @@ class TreeSum:
 
     def result(self) -> Tensor:
         """The sum of all leaves, once every one of them has been pushed."""
-        assert len(self.partials) == 1 and self.partials[0][0][1] == 0, [node for node, _ in self.partials]
+        assert len(self.partials) == 1 and self.partials[0][0][1] == 0, [
+            node for node, _ in self.partials
+        ]
         return self.partials[0][1]
 
 
@@ -55,7 +57,9 @@ def tree_sum(leaves: list[Tensor]) -> Tensor:
     return tree.result()
 
 
-def reduce_canonically(local: TreeSum, rank: int, world_size: int, block_elements: int = 4_000_000) -> Tensor:
+def reduce_canonically(
+    local: TreeSum, rank: int, world_size: int, block_elements: int = 4_000_000
+) -> Tensor:
     """The canonical sum over all ranks' leaves, the same bits on every rank; collective.
 
     `local` holds this rank's leaves (1-D, one length on all ranks), those of `owned_virtual_shards`, and is used up:
@@ -66,10 +70,13 @@ def reduce_canonically(local: TreeSum, rank: int, world_size: int, block_element
         return local.result()
     num_leaves = local.num_leaves
     nodes = [
-        covering_nodes(owned_virtual_shards(num_leaves, other, world_size), num_leaves) for other in range(world_size)
+        covering_nodes(owned_virtual_shards(num_leaves, other, world_size), num_leaves)
+        for other in range(world_size)
     ]
     mine = [value for _, value in local.partials]
-    assert [node for node, _ in local.partials] == nodes[rank], "the leaves pushed are not those this rank owns"
+    assert [node for node, _ in local.partials] == nodes[rank], (
+        "the leaves pushed are not those this rank owns"
+    )
     total = mine[0]
     for start in range(0, len(total), block_elements):
         block = torch.stack([value[start : start + block_elements] for value in mine])
@@ -92,7 +99,9 @@ def _reduce_block(mine_NL: Tensor, nodes: list[list[Node]], num_leaves: int) -> 
         input_split_sizes=[num_mine * chunk] * world_size,
     )
     tree = TreeSum(num_leaves)
-    for node, value in zip([node for part in nodes for node in part], incoming.view(-1, chunk), strict=True):
+    for node, value in zip(
+        [node for part in nodes for node in part], incoming.view(-1, chunk), strict=True
+    ):
         tree.push(node, value)
     gathered = outgoing.new_empty(chunk * world_size)
     dist.all_gather_into_tensor(gathered, tree.result().contiguous())

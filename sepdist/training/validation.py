@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sepdist.config import ValidationConfig
-from sepdist.data.stream import Dataset
+from sepdist.data.dataset import Dataset
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import pairwise_si_snr
@@ -38,7 +38,11 @@ def validate(
         batch = dataset.full(min(index, count - 1), options.max_seconds).to(world.device)
         with torch.no_grad(), engine.autocast():
             loss, metrics = objective(engine.model, batch)
-        measured = {name: value for name, value in metrics.items() if value.is_floating_point() and value.numel()}
+        measured = {
+            name: value
+            for name, value in metrics.items()
+            if value.is_floating_point() and value.numel()
+        }
         values = {"loss": loss} | measured
         for name, value in values.items():
             row = rows.setdefault(name, torch.zeros(count, dtype=torch.float64))

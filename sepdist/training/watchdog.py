@@ -59,7 +59,9 @@ class Watchdog:
             if self._allowed < self.startup_seconds:
                 self._intervals.append(now - self._last_beat)
             self._last_beat = now
-            usual = statistics.quantiles(self._intervals, n=20)[-1] if len(self._intervals) > 1 else 0.0
+            usual = (
+                statistics.quantiles(self._intervals, n=20)[-1] if len(self._intervals) > 1 else 0.0
+            )
             self._allowed = min(max(self.hang_seconds, TIMES_USUAL * usual), self.startup_seconds)
 
     def expect_slow(self) -> None:
@@ -88,6 +90,10 @@ class Watchdog:
             silent, allowed = now - self._last_beat, self._allowed
         if silent <= allowed:
             return False
-        logger.error("no progress for %.0f s, %.0f s are allowed: ending this worker; its threads:", silent, allowed)
+        logger.error(
+            "no progress for %.0f s, %.0f s are allowed: ending this worker; its threads:",
+            silent,
+            allowed,
+        )
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         return True

@@ -13,7 +13,9 @@ SPEAKERS = {"19": 3, "26": 1, "103": 2, "1034": 1}  # speaker -> number of utter
 def signal(seed: int, num_samples: int, level: float = 0.05) -> np.ndarray:
     generator = np.random.default_rng(seed)
     swell = 1.0 + 0.5 * np.sin(np.arange(num_samples) / 700.0)
-    return (level * swell * np.clip(generator.standard_normal(num_samples), -3, 3)).astype(np.float32)
+    return (level * swell * np.clip(generator.standard_normal(num_samples), -3, 3)).astype(
+        np.float32
+    )
 
 
 def write(path: Path, wave: np.ndarray, rate: int = RATE) -> None:
@@ -36,7 +38,9 @@ def speech_root(tmp_path: Path) -> Path:
                 signal(number, 12000 + 1501 * number, level),
             )
             lines.append(f"{utterance} WORDS OF {utterance}\n")
-        (root / "train-clean-100" / speaker / "7" / f"{speaker}-7.trans.txt").write_text("".join(lines))
+        (root / "train-clean-100" / speaker / "7" / f"{speaker}-7.trans.txt").write_text(
+            "".join(lines)
+        )
     (root / "SPEAKERS.TXT").write_text(
         ";ID  |SEX| SUBSET           |MINUTES| NAME\n19   | F | train-clean-100  | 25.19 | Kara | Shallenberg\n"
         "26   | M | train-clean-100  | 25.08 | Denny Sayers\n"
@@ -47,7 +51,11 @@ def speech_root(tmp_path: Path) -> Path:
 @pytest.fixture
 def noise_root(tmp_path: Path) -> Path:
     root = tmp_path / "wham_noise"
-    for number, (name, num_samples) in enumerate((("40na010x_1.9857_01xo031a_-1.9857", 17000), ("long", 60000))):
-        stereo = np.stack([signal(70 + number, num_samples, 0.1), signal(80 + number, num_samples, 0.3)], axis=1)
+    for number, (name, num_samples) in enumerate(
+        (("40na010x_1.9857_01xo031a_-1.9857", 17000), ("long", 60000))
+    ):
+        stereo = np.stack(
+            [signal(70 + number, num_samples, 0.1), signal(80 + number, num_samples, 0.3)], axis=1
+        )
         write(root / "tr" / f"{name}.wav", stereo)
     return root

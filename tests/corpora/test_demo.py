@@ -21,7 +21,9 @@ from sepdist.corpora.demo_text import sentence
 from sepdist.data.records import Mixture
 from sepdist.seeding import rng
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra `demo`")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra `demo`"
+)
 
 ROOT = Path(__file__).parents[2]
 RATE = 8000
@@ -32,11 +34,15 @@ EVERY_VOICE = [voice for voices in VOICES.values() for voice in voices]
 @pytest.fixture(scope="module")
 def mixtures() -> list[tuple[Mixture, dict[str, np.ndarray]]]:
     corpus = DemoCorpus(num_train=14, num_dev=4, num_test=4)
-    return [(r, dict(r.load())) for split in ("train", "dev", "test") for r in corpus.records(split)]
+    return [
+        (r, dict(r.load())) for split in ("train", "dev", "test") for r in corpus.records(split)
+    ]
 
 
 def digest(record: Mixture) -> str:
-    return hashlib.sha256(b"".join(name.encode() + x.tobytes() for name, x in record.load().items())).hexdigest()
+    return hashlib.sha256(
+        b"".join(name.encode() + x.tobytes() for name, x in record.load().items())
+    ).hexdigest()
 
 
 def fundamental(wave: np.ndarray) -> float:
@@ -69,9 +75,13 @@ def test_there_are_at_least_24_voices_and_no_speaker_or_variant_is_in_two_splits
 
 
 def test_no_sentence_is_in_two_splits_and_they_are_varied() -> None:
-    said = {s: {sentence(rng(1, "test", s, i), s) for i in range(400)} for s in ("train", "dev", "test")}
+    said = {
+        s: {sentence(rng(1, "test", s, i), s) for i in range(400)} for s in ("train", "dev", "test")
+    }
     assert all(len(sentences) > 395 for sentences in said.values())
-    assert not (said["train"] & said["dev"] or said["train"] & said["test"] or said["dev"] & said["test"])
+    assert not (
+        said["train"] & said["dev"] or said["train"] & said["test"] or said["dev"] & said["test"]
+    )
     assert all(8 <= len(text.split()) <= 24 for texts in said.values() for text in texts)
     assert not any("{" in text or "  " in text for texts in said.values() for text in texts)
 
@@ -136,7 +146,11 @@ def test_levels_are_those_of_librimix(mixtures: list) -> None:
         peak = max(np.abs(x).max() for x in (*parts.values(), sum(parts.values())))
         if peak > 0.89:
             continue  # turned down as a whole
-        for name, (lowest, highest) in {"s1": (-33, -25), "s2": (-33, -25), "noise": (-38, -30)}.items():
+        for name, (lowest, highest) in {
+            "s1": (-33, -25),
+            "s2": (-33, -25),
+            "noise": (-38, -30),
+        }.items():
             loudness = meter.integrated_loudness(parts[name].astype(np.float64))
             assert lowest - 0.05 <= loudness <= highest + 0.05
 
@@ -164,11 +178,16 @@ def test_voices_of_a_split_differ_in_pitch_or_colour(split: str) -> None:
         for second in range(first):
             apart = abs(np.log2(pitches[first] / pitches[second])) * 12  # semitones
             distance = np.sqrt(np.mean((colours[first] - colours[second]) ** 2))
-            assert apart > 1.0 or distance > 2.0, (VOICES[split][first].name, VOICES[split][second].name)
+            assert apart > 1.0 or distance > 2.0, (
+                VOICES[split][first].name,
+                VOICES[split][second].name,
+            )
 
 
 def test_a_voice_spoken_higher_is_higher_and_faster_is_shorter() -> None:
-    low, high = (fundamental(speak(LINE, Voice("m", "en-us", "m3", p, 50, 170), 170, RATE)) for p in (30, 70))
+    low, high = (
+        fundamental(speak(LINE, Voice("m", "en-us", "m3", p, 50, 170), 170, RATE)) for p in (30, 70)
+    )
     assert 70 < low < 100 < high < 170
     voice = VOICES["test"][0]
     slow, fast = (len(speak(LINE, voice, rate, RATE)) for rate in (120, 240))

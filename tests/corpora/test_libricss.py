@@ -14,8 +14,8 @@ import soxr
 from sepdist.audio import AudioError
 from sepdist.config import ShardConfig
 from sepdist.corpora.libricss import LibriCss, parse_meeting
+from sepdist.data.sharding import write_data_set
 from sepdist.data.shards import verify
-from sepdist.sharding import write_data_set
 from tests.corpora.conftest import RATE, signal, write
 
 
@@ -23,7 +23,9 @@ def meeting_name(percent: int, session: int, silence: str = "0.1_1.0") -> str:
     return f"overlap_ratio_{percent}.0_sil{silence}_session{session}_actual{percent}.{session}"
 
 
-def write_meeting(root: Path, condition: str, name: str, utterances: dict[int, tuple[str, np.ndarray]]) -> None:
+def write_meeting(
+    root: Path, condition: str, name: str, utterances: dict[int, tuple[str, np.ndarray]]
+) -> None:
     """A meeting as LibriCSS publishes it: `utterances` by number, the wave on channel 0 and other noise on the rest."""
     lines = []
     for number, (text, wave) in utterances.items():
@@ -32,7 +34,9 @@ def write_meeting(root: Path, condition: str, name: str, utterances: dict[int, t
         write(path, np.stack([wave, *others], axis=1))
         lines.append(f"utterance_{number}.wav\t{text}\n")
     (root / condition / name / "transcription").mkdir()
-    (root / condition / name / "transcription" / "utterance_transcription.txt").write_text("".join(lines))
+    (root / condition / name / "transcription" / "utterance_transcription.txt").write_text(
+        "".join(lines)
+    )
 
 
 @pytest.fixture
@@ -40,45 +44,65 @@ def root(tmp_path: Path) -> Path:
     """Condition OV20 with sessions 2 and 10, and 0S with one utterance."""
     root = tmp_path / "for_release"
     for session, numbers in ((10, [0]), (2, [0, 2, 10])):
-        utterances = {n: (f"WORDS {session} {n}", signal(session + n, 2000 + 100 * n)) for n in numbers}
+        utterances = {
+            n: (f"WORDS {session} {n}", signal(session + n, 2000 + 100 * n)) for n in numbers
+        }
         write_meeting(root, "OV20", meeting_name(20, session), utterances)
     write_meeting(root, "0S", meeting_name(0, 0, "0.1_0.5"), {0: ("HELLO", signal(7, 2000))})
     return root
 
 
-def test_utterances_come_by_session_and_number_with_transcript_and_an_id_without_dots(root: Path) -> None:
+def test_utterances_come_by_session_and_number_with_transcript_and_an_id_without_dots(
+    root: Path,
+) -> None:
     records = list(LibriCss(str(root)).records("OV20"))
-    assert [record.texts for record in records] == [("WORDS 2 0",), ("WORDS 2 2",), ("WORDS 2 10",), ("WORDS 10 0",)]
+    assert [record.texts for record in records] == [
+        ("WORDS 2 0",),
+        ("WORDS 2 2",),
+        ("WORDS 2 10",),
+        ("WORDS 10 0",),
+    ]
     assert records[2].id == "overlap_ratio_20p0_sil0p1_1p0_session2_actual20p2_utterance_10"
     assert [record.texts for record in LibriCss(str(root)).records("0S")] == [("HELLO",)]
 
 
-def test_the_first_channel_is_read_at_another_rate_or_as_it_is_and_records_survive_pickling(root: Path) -> None:
+def test_the_first_channel_is_read_at_another_rate_or_as_it_is_and_records_survive_pickling(
+    root: Path,
+) -> None:
     folder = root / "OV20" / meeting_name(20, 2) / "record" / "utterances"
     stored = soundfile.read(str(folder / "utterance_2.wav"), dtype="float32")[0]
     assert stored.shape == (2200, 7)
     record = pickle.loads(pickle.dumps(list(LibriCss(str(root)).records("OV20"))[1]))
     assert record.sample_rate == 8000
-    np.testing.assert_array_equal(record.load()["mix"], soxr.resample(stored[:, 0], RATE, 8000, quality="VHQ"))
     np.testing.assert_array_equal(
-        list(LibriCss(str(root), 16000).records("OV20"))[1].load()["mix"], np.ascontiguousarray(stored[:, 0])
+        record.load()["mix"], soxr.resample(stored[:, 0], RATE, 8000, quality="VHQ")
+    )
+    np.testing.assert_array_equal(
+        list(LibriCss(str(root), 16000).records("OV20"))[1].load()["mix"],
+        np.ascontiguousarray(stored[:, 0]),
     )
 
 
 @pytest.mark.parametrize("place", ["", "monaural", "monaural/utterances"])
-def test_the_layout_of_dataprep_gives_the_same_records(root: Path, tmp_path: Path, place: str) -> None:
+def test_the_layout_of_dataprep_gives_the_same_records(
+    root: Path, tmp_path: Path, place: str
+) -> None:
     exp, lines = tmp_path / "exp", []
     for meeting in root.glob("*/*"):
         folder = exp / "monaural" / "utterances" / meeting.name
         folder.mkdir(parents=True)
         for path in (meeting / "record" / "utterances").iterdir():
             write(folder / path.name, soundfile.read(str(path))[0][:, :1])
-        for line in (meeting / "transcription" / "utterance_transcription.txt").read_text().splitlines():
+        for line in (
+            (meeting / "transcription" / "utterance_transcription.txt").read_text().splitlines()
+        ):
             lines.append(f"{meeting.name}_{line.replace('.wav', '')}\n")
     (exp / place / "utterance_transcription.txt").write_text("".join(sorted(lines)))
     published = list(LibriCss(str(root)).records("OV20"))
     prepared = list(LibriCss(str(exp if place == "" else exp / "monaural")).records("OV20"))
-    assert [(record.id, record.texts) for record in prepared] == [(record.id, record.texts) for record in published]
+    assert [(record.id, record.texts) for record in prepared] == [
+        (record.id, record.texts) for record in published
+    ]
     np.testing.assert_array_equal(prepared[3].load()["mix"], published[3].load()["mix"])
 
 
@@ -91,18 +115,24 @@ def test_the_layout_of_dataprep_gives_the_same_records(root: Path, tmp_path: Pat
         ("overlap_ratio_40.0", None),
     ],
 )
-def test_condition_and_session_are_in_the_name_of_a_meeting(name: str, expected: tuple[str, int] | None) -> None:
+def test_condition_and_session_are_in_the_name_of_a_meeting(
+    name: str, expected: tuple[str, int] | None
+) -> None:
     assert parse_meeting(name) == expected
 
 
-def test_shards_keep_the_transcripts_of_mixtures_without_sources(root: Path, tmp_path: Path) -> None:
+def test_shards_keep_the_transcripts_of_mixtures_without_sources(
+    root: Path, tmp_path: Path
+) -> None:
     node = {"_target_": "sepdist.corpora.libricss.LibriCss", "root": str(root)}
     output = tmp_path / "shards"
     written = write_data_set(ShardConfig(corpus=node, split="OV20", output=str(output))).manifest
     assert (written.num_samples, written.members, written.num_speakers) == (4, ("mix",), 0)
     assert verify(output) == []
     with tarfile.open(next(output.glob("*.tar"))) as tar:
-        facts = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]
+        facts = [
+            json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")
+        ]
     assert {one["id"]: one["texts"] for one in facts} == {
         record.id: list(record.texts) for record in LibriCss(str(root)).records("OV20")
     }

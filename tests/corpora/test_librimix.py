@@ -18,7 +18,9 @@ from tests.corpora.conftest import SPEAKERS, signal, write
 
 STEP = 1 / 32768
 SPLIT = "train-clean-100"
-HEADER = "mixture_ID,source_1_path,source_1_gain,source_2_path,source_2_gain,noise_path,noise_gain\n"
+HEADER = (
+    "mixture_ID,source_1_path,source_1_gain,source_2_path,source_2_gain,noise_path,noise_gain\n"
+)
 ROW = (
     "19-7-0002_26-7-0000,train-clean-100/19/7/19-7-0002.flac,0.5,train-clean-100/26/7/26-7-0000.flac,0.25,"
     "tr/40na010x_1.9857_01xo031a_-1.9857.wav,2.25\n"
@@ -29,7 +31,9 @@ def read(path: Path) -> np.ndarray:
     return soundfile.read(str(path), dtype="float64")[0]
 
 
-def from_metadata(speech_root: Path, noise_root: Path | None, tmp_path: Path, **changes: Any) -> list[Mixture]:
+def from_metadata(
+    speech_root: Path, noise_root: Path | None, tmp_path: Path, **changes: Any
+) -> list[Mixture]:
     (tmp_path / "md").mkdir(exist_ok=True)
     (tmp_path / "md" / f"libri2mix_{SPLIT}.csv").write_text(HEADER + ROW)
     arguments = {"metadata": str(tmp_path / "md"), "speech_root": str(speech_root)}
@@ -41,7 +45,11 @@ def from_metadata(speech_root: Path, noise_root: Path | None, tmp_path: Path, **
 def same_audio(first: list[Mixture], second: list[Mixture]) -> bool:
     for one, other in zip(first, second, strict=True):
         a, b = one.load(), other.load()
-        if one.id != other.id or list(a) != list(b) or not all(np.array_equal(a[m], b[m]) for m in a):
+        if (
+            one.id != other.id
+            or list(a) != list(b)
+            or not all(np.array_equal(a[m], b[m]) for m in a)
+        ):
             return False
     return True
 
@@ -51,7 +59,11 @@ def test_a_row_of_the_metadata_is_mixed_as_librimixs_scripts_do(
     speech_root: Path, noise_root: Path, tmp_path: Path, mode: str
 ) -> None:
     (record,) = from_metadata(speech_root, noise_root, tmp_path, mode=mode)
-    assert record.id == "19-7-0002_26-7-0000" and record.speakers == ("19", "26") and record.sample_rate == 8000
+    assert (
+        record.id == "19-7-0002_26-7-0000"
+        and record.speakers == ("19", "26")
+        and record.sample_rate == 8000
+    )
     assert record.texts == ("WORDS OF 19-7-0002", "WORDS OF 26-7-0000")
     parts = pickle.loads(pickle.dumps(record)).load()
 
@@ -97,28 +109,46 @@ def test_a_draw_written_as_csv_reads_back_to_the_same_audio(
     speech_root: Path, noise_root: Path, tmp_path: Path, num_speakers: int
 ) -> None:
     drawn = list(
-        drawing(speech_root, noise_root, num_speakers=num_speakers, metadata_out=str(tmp_path / "md")).records(SPLIT)
+        drawing(
+            speech_root, noise_root, num_speakers=num_speakers, metadata_out=str(tmp_path / "md")
+        ).records(SPLIT)
     )
-    arguments = {"speech_root": str(speech_root), "noise_root": str(noise_root), "metadata": str(tmp_path / "md")}
+    arguments = {
+        "speech_root": str(speech_root),
+        "noise_root": str(noise_root),
+        "metadata": str(tmp_path / "md"),
+    }
     back = list(LibriMix(num_speakers=num_speakers, **arguments).records(SPLIT))  # type: ignore[arg-type]
     assert len(drawn) == 6 and same_audio(drawn, back)
     assert all(len(set(record.speakers)) == num_speakers for record in drawn)
     with (tmp_path / "md" / f"libri{max(2, num_speakers)}mix_{SPLIT}.csv").open() as file:
         columns = next(csv.reader(file))
-    assert ",".join(columns[:5]) == "mixture_ID,source_1_path,source_1_gain,source_2_path,source_2_gain"
+    assert (
+        ",".join(columns[:5])
+        == "mixture_ID,source_1_path,source_1_gain,source_2_path,source_2_gain"
+    )
     assert columns[-2:] == ["noise_path", "noise_gain"]
 
 
-def test_a_draw_is_the_same_again_and_its_mixtures_never_clip(speech_root: Path, noise_root: Path) -> None:
+def test_a_draw_is_the_same_again_and_its_mixtures_never_clip(
+    speech_root: Path, noise_root: Path
+) -> None:
     records = list(drawing(speech_root, noise_root).records(SPLIT))
     assert same_audio(records, list(drawing(speech_root, noise_root).records(SPLIT)))
-    assert not same_audio(records[:3], list(drawing(speech_root, noise_root, num_mixtures=3, seed=6).records(SPLIT)))
+    assert not same_audio(
+        records[:3], list(drawing(speech_root, noise_root, num_mixtures=3, seed=6).records(SPLIT))
+    )
     for record in records:
         parts = record.load()
-        assert np.abs(sum(parts.values())).max() < 0.95 and len({wave.size for wave in parts.values()}) == 1
+        assert (
+            np.abs(sum(parts.values())).max() < 0.95
+            and len({wave.size for wave in parts.values()}) == 1
+        )
 
 
-def test_a_draw_without_noise_is_written_and_read_without_noise(speech_root: Path, tmp_path: Path) -> None:
+def test_a_draw_without_noise_is_written_and_read_without_noise(
+    speech_root: Path, tmp_path: Path
+) -> None:
     drawn = list(drawing(speech_root, None, noise=False, metadata_out=str(tmp_path)).records(SPLIT))
     back = LibriMix(metadata=str(tmp_path), speech_root=str(speech_root), noise=False)
     assert same_audio(drawn, list(back.records(SPLIT))) and list(drawn[0].load()) == ["s1", "s2"]
@@ -133,24 +163,34 @@ def test_written_mixtures_are_kept_by_an_equal_draw_and_never_overwritten_by_ano
         list(drawing(speech_root, noise_root, metadata_out=str(tmp_path), seed=6).records(SPLIT))
 
 
-def test_ranges_of_speakers_that_do_not_overlap_share_no_speaker(speech_root: Path, noise_root: Path) -> None:
-    places = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in SPEAKERS}
+def test_ranges_of_speakers_that_do_not_overlap_share_no_speaker(
+    speech_root: Path, noise_root: Path
+) -> None:
+    places = {
+        name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in SPEAKERS
+    }
     ordered = sorted(places, key=places.__getitem__)
     cut = (places[ordered[1]] + places[ordered[2]]) / 2
     halves = []
     for speakers in ([0.0, cut], [cut, 1.0]):
-        drawn = drawing(speech_root, noise_root, num_mixtures=1, speakers=speakers, min_seconds=0.0).records(SPLIT)
+        drawn = drawing(
+            speech_root, noise_root, num_mixtures=1, speakers=speakers, min_seconds=0.0
+        ).records(SPLIT)
         halves.append({speaker for record in drawn for speaker in record.speakers})
     assert halves == [set(ordered[:2]), set(ordered[2:])]
 
 
-def test_utterances_below_the_least_length_are_not_drawn(speech_root: Path, noise_root: Path) -> None:
+def test_utterances_below_the_least_length_are_not_drawn(
+    speech_root: Path, noise_root: Path
+) -> None:
     records = drawing(speech_root, noise_root, min_seconds=1.1, num_mixtures=4).records(SPLIT)
     # 26-7-0000 (18,004 samples), 103-7-000{0,1} and 1034-7-0000 last at least 1.1 s (17,600 samples).
     assert {speaker for record in records for speaker in record.speakers} <= {"26", "103", "1034"}
 
 
-@pytest.mark.parametrize(("split", "noise_folder"), [("train-clean-100", "tr"), ("dev-x", "cv"), ("own", "own")])
+@pytest.mark.parametrize(
+    ("split", "noise_folder"), [("train-clean-100", "tr"), ("dev-x", "cv"), ("own", "own")]
+)
 def test_the_noise_split_follows_from_the_speech_split(
     speech_root: Path, noise_root: Path, split: str, noise_folder: str
 ) -> None:
@@ -171,7 +211,8 @@ def generated_tree(root: Path, kind: str) -> dict[str, np.ndarray]:
     for folder, wave in waves.items():
         write(base / "train-100" / folder / "19-7-0_26-7-0.wav", wave, 8000)
     paths = [
-        f"/gone/Libri2Mix/wav8k/min/train-100/{folder}/19-7-0_26-7-0.wav" for folder in list(waves)[: len(columns)]
+        f"/gone/Libri2Mix/wav8k/min/train-100/{folder}/19-7-0_26-7-0.wav"
+        for folder in list(waves)[: len(columns)]
     ]
     (base / "metadata").mkdir()
     (base / "metadata" / f"mixture_train-100_{kind}.csv").write_text(
@@ -211,7 +252,10 @@ def test_faults_of_a_generated_folder_name_the_file(tmp_path: Path) -> None:
         list(LibriMix(generated=str(tmp_path)).records("train-100"))
     corpus = LibriMix(generated=str(tmp_path), noise=False)
     path = tmp_path / "wav8k" / "min" / "train-100" / "s2" / "19-7-0_26-7-0.wav"
-    for wave, rate, message in ((signal(1, 4000), 16000, "16000 Hz where 8000"), (signal(1, 9), 8000, "9 samples")):
+    for wave, rate, message in (
+        (signal(1, 4000), 16000, "16000 Hz where 8000"),
+        (signal(1, 9), 8000, "9 samples"),
+    ):
         write(path, wave, rate)
         with pytest.raises(AudioError, match=message):
             next(corpus.records("train-100")).load()
@@ -220,10 +264,14 @@ def test_faults_of_a_generated_folder_name_the_file(tmp_path: Path) -> None:
         list(corpus.records("train-100"))
 
 
-def test_faults_of_metadata_name_the_file_and_line(speech_root: Path, noise_root: Path, tmp_path: Path) -> None:
+def test_faults_of_metadata_name_the_file_and_line(
+    speech_root: Path, noise_root: Path, tmp_path: Path
+) -> None:
     table = tmp_path / "md" / f"libri2mix_{SPLIT}.csv"
     from_metadata(speech_root, noise_root, tmp_path)
-    corpus = LibriMix(metadata=str(tmp_path / "md"), speech_root=str(speech_root), noise_root=str(noise_root))
+    corpus = LibriMix(
+        metadata=str(tmp_path / "md"), speech_root=str(speech_root), noise_root=str(noise_root)
+    )
     with pytest.raises(ValueError, match=rf"libri2mix_dev\.csv: no such metadata.*{table.name}"):
         list(corpus.records("dev"))
     table.write_text(HEADER + ROW.replace("0.25", "loud"))
@@ -233,7 +281,9 @@ def test_faults_of_metadata_name_the_file_and_line(speech_root: Path, noise_root
     with pytest.raises(ValueError, match="two items"):
         list(corpus.records(SPLIT))
     table.write_text(HEADER + ROW.replace("-1.9857.wav", "-1.9857sp08.wav"))
-    with pytest.raises(AudioError, match=r"sp08\.wav: no such file \(1 of 3 are missing\).*augment_train_noise"):
+    with pytest.raises(
+        AudioError, match=r"sp08\.wav: no such file \(1 of 3 are missing\).*augment_train_noise"
+    ):
         list(corpus.records(SPLIT))
 
 

@@ -25,12 +25,22 @@ def test_every_utterance_comes_once_in_order_with_speaker_sex_and_text(speech_ro
     assert [record.id for record in again] == [record.id for record in records]
 
 
-def test_audio_is_read_as_it_is_or_resampled_by_soxr_and_records_survive_pickling(speech_root: Path) -> None:
+def test_audio_is_read_as_it_is_or_resampled_by_soxr_and_records_survive_pickling(
+    speech_root: Path,
+) -> None:
     path = speech_root / "train-clean-100" / "26" / "7" / "26-7-0000.flac"
     stored = soundfile.read(str(path), dtype="float32")[0]
-    (native,) = (r for r in LibriSpeech(str(speech_root), 16000).records("train-clean-100") if r.speaker == "26")
+    (native,) = (
+        r
+        for r in LibriSpeech(str(speech_root), 16000).records("train-clean-100")
+        if r.speaker == "26"
+    )
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(native)).load(), stored)
-    (halved,) = (r for r in LibriSpeech(str(speech_root), 8000).records("train-clean-100") if r.speaker == "26")
+    (halved,) = (
+        r
+        for r in LibriSpeech(str(speech_root), 8000).records("train-clean-100")
+        if r.speaker == "26"
+    )
     expected = soxr.resample(stored, 16000, 8000, quality="VHQ")
     np.testing.assert_array_equal(halved.load(), expected)
     assert halved.sample_rate == 8000 and halved.load().dtype == np.float32
@@ -43,7 +53,9 @@ def test_a_tree_without_transcripts_or_speaker_list_is_read_too(tmp_path: Path) 
 
 
 def test_faults_name_the_file_and_say_what_to_do(speech_root: Path) -> None:
-    with pytest.raises(AudioError, match=r"dev-clean: no such folder \(its parent holds train-clean-100\)"):
+    with pytest.raises(
+        AudioError, match=r"dev-clean: no such folder \(its parent holds train-clean-100\)"
+    ):
         list(LibriSpeech(str(speech_root)).records("dev-clean"))
     with pytest.raises(AudioError, match=r"not at <speaker>/<chapter>/<file>"):
         list(LibriSpeech(str(speech_root.parent)).records("LibriSpeech"))

@@ -8,7 +8,7 @@ import pytest
 
 from sepdist.corpora.librispeech import LibriSpeech
 from sepdist.corpora.overlap import Overlap
-from sepdist.data.mixing import SPEECH_LUFS
+from sepdist.corpora.recipes import SPEECH_LUFS
 from tests.corpora.conftest import signal, write
 
 SPLIT = "train-clean-100"
@@ -44,12 +44,16 @@ def test_another_speaker_talks_into_that_share_of_a_whole_utterance_at_one_of_it
             assert not np.any(s2[count:]) and scaled_copy(s2[:count], whole[-count:])
             ends.add("beginning")
         else:
-            assert np.count_nonzero(s2[-count:]) > 0.99 * count and scaled_copy(s2[-count:], whole[:count])
+            assert np.count_nonzero(s2[-count:]) > 0.99 * count and scaled_copy(
+                s2[-count:], whole[:count]
+            )
             ends.add("end")
     assert len(ends) == 2
 
 
-def test_both_are_as_loud_as_in_librimix_and_the_sum_peaks_at_0_9_at_most(speech_root: Path) -> None:
+def test_both_are_as_loud_as_in_librimix_and_the_sum_peaks_at_0_9_at_most(
+    speech_root: Path,
+) -> None:
     meter, levels = pyloudnorm.Meter(8000), []
     for record in corpus(speech_root).records("OV30"):
         parts = record.load()
@@ -59,7 +63,9 @@ def test_both_are_as_loud_as_in_librimix_and_the_sum_peaks_at_0_9_at_most(speech
     assert max(levels) - min(levels) > 2
 
 
-def test_conditions_differ_by_the_overlap_alone_and_a_seed_gives_the_same_again(speech_root: Path) -> None:
+def test_conditions_differ_by_the_overlap_alone_and_a_seed_gives_the_same_again(
+    speech_root: Path,
+) -> None:
     ten, twenty = (list(corpus(speech_root).records(split)) for split in ("OV10", "OV20"))
     assert [record.id for record in ten] == [record.id for record in twenty]
     assert sorted(record.id.split("_")[1] for record in ten[:7]) == sorted(
@@ -92,7 +98,9 @@ def test_utterances_without_transcript_are_left_out_and_what_cannot_be_is_an_err
     with pytest.raises(ValueError, match=r"0 speaker\(s\) with a transcript"):
         next(corpus(lone, speech_split="test").records("OV20"))
     for speaker in "56":
-        (lone / "test" / speaker / "1" / f"{speaker}-1.trans.txt").write_text(f"{speaker}-1-0 YES\n")
+        (lone / "test" / speaker / "1" / f"{speaker}-1.trans.txt").write_text(
+            f"{speaker}-1-0 YES\n"
+        )
     assert len(list(corpus(lone, speech_split="test").records("OV20"))) == 14
     with pytest.raises(ValueError, match=r"5-1-0\.wav: no other speaker .* 2\.2 s, OV90"):
         list(corpus(lone, speech_split="test").records("OV90"))

@@ -12,7 +12,9 @@ from sepdist.corpora.wham import Wham
 from tests.corpora.conftest import signal, write
 
 
-def test_noises_come_sorted_with_keys_without_dots_and_their_first_channel(noise_root: Path) -> None:
+def test_noises_come_sorted_with_keys_without_dots_and_their_first_channel(
+    noise_root: Path,
+) -> None:
     records = list(Wham(str(noise_root)).records("tr"))
     assert [record.id for record in records] == ["40na010x_1p9857_01xo031a_-1p9857", "long"]
     assert {record.speaker for record in records} == {"noise"}

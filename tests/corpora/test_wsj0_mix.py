@@ -28,7 +28,9 @@ def arguments(tmp_path: Path) -> dict[str, Any]:
     )
     (tmp_path / "levels").mkdir()
     for utterance, level in LEVELS.items():
-        (tmp_path / "levels" / f"activlev_{utterance}.txt").write_text(f"{utterance} {level:.16e}\n")
+        (tmp_path / "levels" / f"activlev_{utterance}.txt").write_text(
+            f"{utterance} {level:.16e}\n"
+        )
     return {
         "wsj0": str(tmp_path / "wsj0"),
         "lists": str(tmp_path / "lists"),
@@ -49,7 +51,9 @@ def test_a_line_of_the_list_is_mixed_to_the_very_16_bit_steps(
         (root / "40n" / "40na010x.wav", LEVELS["40na010x"], 1.9857),
         (root / "01x" / "01xo031a.wav", LEVELS["01xo031a"], -1.9857),
     ):
-        wave = scipy.signal.resample_poly(soundfile.read(str(path), dtype="float32")[0], 8000, 16000)
+        wave = scipy.signal.resample_poly(
+            soundfile.read(str(path), dtype="float32")[0], 8000, 16000
+        )
         padded = np.pad(wave.astype(np.float64), (0, 10001 - len(wave)))[:length]
         scaled.append(padded / level**0.5 * 10 ** (decibels / 20))
     mixture = scaled[0] + scaled[1]
@@ -86,7 +90,9 @@ def test_faults_of_the_lists_name_the_file_and_line(arguments: dict[str, Any]) -
     (lists / "mix_2_spk_cv.txt").write_text("\nwsj0/a/b.wav 1.0 wsj0/a/c.wav\n")
     with pytest.raises(ValueError, match=r"mix_2_spk_cv\.txt, line 2.*3 fields"):
         list(Wsj0Mix(**arguments).records("cv"))
-    (lists / "mix_2_spk_cv.txt").write_text("wsj0/si_tr_s/40n/40na010x.wav 1 wsj0/si_tr_s/01x/01xo0000.wav 0\n")
+    (lists / "mix_2_spk_cv.txt").write_text(
+        "wsj0/si_tr_s/40n/40na010x.wav 1 wsj0/si_tr_s/01x/01xo0000.wav 0\n"
+    )
     with pytest.raises(ValueError, match="no active level of utterance 01xo0000"):
         list(Wsj0Mix(**arguments).records("cv"))
     (levels / "activlev_more.txt").write_text("01xo0000 0.001\n")

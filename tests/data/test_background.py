@@ -22,7 +22,9 @@ def wait_for(condition: object, seconds: float = 20) -> bool:
 def test_jobs_of_one_thread_run_in_order_and_give_their_results() -> None:
     pool, seen = Background(1, "test-order"), []
     futures = [pool.submit(lambda i=i: seen.append(i) or i * i) for i in range(20)]
-    assert [future.result(20) for future in futures] == [i * i for i in range(20)] and seen == list(range(20))
+    assert [future.result(20) for future in futures] == [i * i for i in range(20)] and seen == list(
+        range(20)
+    )
     pool.close()
 
 
@@ -49,7 +51,9 @@ def test_close_cancels_what_waits_finishes_what_runs_and_refuses_more() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("test-close")]
 
 
-def test_close_does_not_wait_for_ever_for_a_thread_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_does_not_wait_for_ever_for_a_thread_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sepdist.data.background.PATIENCE_SECONDS", 0.1)
     pool, release = Background(1, "test-hang"), threading.Event()
     pool.submit(release.wait, 30)
@@ -57,7 +61,11 @@ def test_close_does_not_wait_for_ever_for_a_thread_that_hangs(monkeypatch: pytes
     pool.close()
     assert time.monotonic() - began < 10
     release.set()
-    assert wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("test-hang")])
+    assert wait_for(
+        lambda: (
+            not [thread for thread in threading.enumerate() if thread.name.startswith("test-hang")]
+        )
+    )
 
 
 def test_no_thread_runs_before_the_first_job_and_a_forgotten_pool_ends_its_own() -> None:

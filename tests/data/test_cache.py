@@ -16,8 +16,8 @@ from sepdist import storage
 from sepdist.data.cache import ShardCache
 from sepdist.data.members import DataError
 from sepdist.data.shards import Manifest, read_index, read_manifest, read_sample
-from tests.data import toy
-from tests.s3server import FaultyProxy, S3Server
+from tests.support import toy
+from tests.support.s3server import FaultyProxy, S3Server
 
 SIZES = (3, 3, 3, 3)
 Opener = Callable[..., ShardCache]
@@ -43,7 +43,9 @@ def cache_of(tmp_path: Path) -> Iterator[Opener]:
 
 
 def copies(tmp_path: Path) -> list[str]:
-    return sorted(path.name[: len("toy-train-000000")] for path in (tmp_path / "cache").glob("*.tar"))
+    return sorted(
+        path.name[: len("toy-train-000000")] for path in (tmp_path / "cache").glob("*.tar")
+    )
 
 
 def check_readable(cache: ShardCache, shard: int) -> None:
@@ -58,7 +60,9 @@ def tar_requests(proxy: FaultyProxy) -> list[str]:
 
 
 @pytest.fixture
-def proxy(s3_server: S3Server, remote: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+def proxy(
+    s3_server: S3Server, remote: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultyProxy]:
     proxy = FaultyProxy(s3_server.ports["s3"], lambda _, first_line: "")
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     yield proxy
@@ -73,7 +77,8 @@ def test_a_local_data_set_is_read_in_place_and_hashed_once(
     hashed: list[str] = []
     digest = ShardCache._complaint.__globals__["hashlib"].file_digest
     monkeypatch.setattr(
-        "sepdist.data.cache.hashlib.file_digest", lambda file, name: hashed.append(file.name) or digest(file, name)
+        "sepdist.data.cache.hashlib.file_digest",
+        lambda file, name: hashed.append(file.name) or digest(file, name),
     )
     cache = cache_of(str(tmp_path / "set"))
     for _ in range(3):
@@ -96,7 +101,9 @@ def test_a_local_shard_that_changes_is_hashed_again(
     assert list(cache.open(0).damaged) == [1]
 
 
-def test_two_processes_of_a_machine_fetch_a_shard_once(tmp_path: Path, remote: str, proxy: FaultyProxy) -> None:
+def test_two_processes_of_a_machine_fetch_a_shard_once(
+    tmp_path: Path, remote: str, proxy: FaultyProxy
+) -> None:
     program = (
         "import sys\nfrom sepdist.data.cache import ShardCache\nfrom sepdist.data.shards import read_manifest\n"
         "cache = ShardCache(sys.argv[1], read_manifest(sys.argv[1]), sys.argv[2], 10**9)\n"
@@ -106,7 +113,10 @@ def test_two_processes_of_a_machine_fetch_a_shard_once(tmp_path: Path, remote: s
     command = [sys.executable, "-c", program, remote, str(tmp_path / "cache")]
     with contextlib.ExitStack() as stack:
         pair = [
-            stack.enter_context(subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)) for _ in range(2)
+            stack.enter_context(
+                subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
+            )
+            for _ in range(2)
         ]
         for process in pair:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -125,7 +135,9 @@ def test_two_processes_of_a_machine_fetch_a_shard_once(tmp_path: Path, remote: s
     assert copies(tmp_path) == [f"toy-train-{i:06d}" for i in range(4)]
 
 
-def test_many_threads_wait_for_one_download(remote: str, proxy: FaultyProxy, cache_of: Opener) -> None:
+def test_many_threads_wait_for_one_download(
+    remote: str, proxy: FaultyProxy, cache_of: Opener
+) -> None:
     cache = cache_of(remote)
     threads = [threading.Thread(target=check_readable, args=(cache, 2)) for _ in range(8)]
     for thread in threads:
@@ -185,7 +197,11 @@ def test_the_least_recently_used_copies_go_and_readers_keep_their_files(
 
 
 def test_what_is_wanted_now_is_not_evicted_even_if_it_is_too_much(
-    tmp_path: Path, remote: str, proxy: FaultyProxy, cache_of: Opener, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    remote: str,
+    proxy: FaultyProxy,
+    cache_of: Opener,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     cache = cache_of(remote, max_bytes=1)
     with caplog.at_level(logging.WARNING):
@@ -201,7 +217,11 @@ def test_what_is_wanted_now_is_not_evicted_even_if_it_is_too_much(
 
 
 def test_a_damaged_copy_is_fetched_again(
-    tmp_path: Path, remote: str, proxy: FaultyProxy, cache_of: Opener, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    remote: str,
+    proxy: FaultyProxy,
+    cache_of: Opener,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     check_readable(cache_of(remote), 0)
     (copy,) = (tmp_path / "cache").glob("*.tar")
@@ -236,14 +256,19 @@ def test_damage_at_the_source_is_pinned_to_its_samples(
     assert list(opened.damaged) == [2]
     assert opened.damaged[2].startswith("toy-train-000001")
     assert f"mix-6.s1 at byte {offset}: damaged" in opened.damaged[2]
-    assert "1 of 3 samples damaged" in caplog.text and "its sha256 is not the manifest's" in caplog.text
+    assert (
+        "1 of 3 samples damaged" in caplog.text
+        and "its sha256 is not the manifest's" in caplog.text
+    )
     assert cache.open(0).damaged == {}
     if kind == "s3":
         assert copies(tmp_path) == ["toy-train-000000"]  # no other process finds the damaged copy
     cache.close()
 
 
-def damaged_at_the_source(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Manifest, int, str]:
+def damaged_at_the_source(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> tuple[Manifest, int, str]:
     here = tmp_path / "set"
     manifest = toy.write(here, SIZES)
     sample = read_index(here, manifest.shards[1])[2]
@@ -256,14 +281,19 @@ def damaged_at_the_source(kind: str, tmp_path: Path, request: pytest.FixtureRequ
     return manifest, offset, url
 
 
-def test_a_truncated_shard_loses_the_samples_behind_the_cut(tmp_path: Path, cache_of: Opener) -> None:
+def test_a_truncated_shard_loses_the_samples_behind_the_cut(
+    tmp_path: Path, cache_of: Opener
+) -> None:
     manifest = toy.write(tmp_path / "set", SIZES)
     path = tmp_path / "set" / manifest.shards[0].name
     samples = read_index(tmp_path / "set", manifest.shards[0])
     os.truncate(path, samples[1].members["s2"][0] + 5)
     opened = cache_of(str(tmp_path / "set")).open(0)
     assert list(opened.damaged) == [1, 2]
-    assert "toy-train-000000.tar, mix-2.s2 at byte" in opened.damaged[1] and "truncated" in opened.damaged[1]
+    assert (
+        "toy-train-000000.tar, mix-2.s2 at byte" in opened.damaged[1]
+        and "truncated" in opened.damaged[1]
+    )
 
 
 def test_damage_that_no_sample_explains_is_an_error(tmp_path: Path, cache_of: Opener) -> None:
@@ -272,14 +302,24 @@ def test_damage_that_no_sample_explains_is_an_error(tmp_path: Path, cache_of: Op
     content = bytearray(path.read_bytes())
     content[0] ^= 1  # of the tar's first header
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"toy-train-000000\.tar: damaged, its sha256 .* yet every sample decodes"):
+    with pytest.raises(
+        DataError, match=r"toy-train-000000\.tar: damaged, its sha256 .* yet every sample decodes"
+    ):
         cache_of(str(tmp_path / "set")).open(0)
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
-def test_a_missing_shard_is_named(kind: str, tmp_path: Path, request: pytest.FixtureRequest, cache_of: Opener) -> None:
-    url = str(tmp_path / "set") if kind == "local" else f"s3://{request.getfixturevalue('bucket')}/toy"
+def test_a_missing_shard_is_named(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, cache_of: Opener
+) -> None:
+    url = (
+        str(tmp_path / "set")
+        if kind == "local"
+        else f"s3://{request.getfixturevalue('bucket')}/toy"
+    )
     manifest = toy.write(url, SIZES)
     storage.remove(storage.join(url, manifest.shards[2].name))
-    with pytest.raises(DataError, match=r"toy-train-000002\.tar: the shard is missing; write the data set again"):
+    with pytest.raises(
+        DataError, match=r"toy-train-000002\.tar: the shard is missing; write the data set again"
+    ):
         cache_of(url).open(2)

@@ -14,11 +14,12 @@ import pytest
 from sepdist import audio
 from sepdist.audio import AudioError
 from sepdist.data import shards
+from sepdist.data.dataset import Dataset, Item
 from sepdist.data.dynamic import DynamicMixing
 from sepdist.data.members import DataError
 from sepdist.data.records import Batch, Mixture, Utterance
-from sepdist.data.stream import Damage, Dataset, Item, TrainStream
-from tests.data import toy
+from sepdist.data.stream import Damage, TrainStream
+from tests.support import toy
 
 RATE = 8000
 CROP_SECONDS = 0.5
@@ -36,7 +37,9 @@ def num_samples(number: int) -> int:
 
 
 def tone(number: int) -> np.ndarray:
-    return (0.3 * np.sin(2 * np.pi * pitch(number) * np.arange(num_samples(number)) / RATE)).astype(np.float32)
+    return (0.3 * np.sin(2 * np.pi * pitch(number) * np.arange(num_samples(number)) / RATE)).astype(
+        np.float32
+    )
 
 
 def write(
@@ -47,7 +50,10 @@ def write(
 ) -> str:
     infos, first = [], 0
     for i, size in enumerate(sizes):
-        records = [Utterance(f"u{n}", speaker(n), RATE, partial(wave, n)) for n in range(first, first + size)]
+        records = [
+            Utterance(f"u{n}", speaker(n), RATE, partial(wave, n))
+            for n in range(first, first + size)
+        ]
         infos.append(shards.write_shard(records, url, shards.shard_name("toy", "train", i)))
         first += size
     shards.write_manifest(url, "toy", "train", RATE, infos)
@@ -57,7 +63,9 @@ def write(
 def hiss(number: int) -> np.ndarray:
     """Noises of 0.4 and 0.9 s, one shorter than a crop and one longer."""
     size = (3300, 7200)[number % 2]
-    return (0.05 * np.random.default_rng(number).standard_normal(size)).clip(-1, 1).astype(np.float32)
+    return (
+        (0.05 * np.random.default_rng(number).standard_normal(size)).clip(-1, 1).astype(np.float32)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,9 @@ def noises(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def mixing(url: str, num_sources: int = 2, seed: int = 3, **options: object) -> DynamicMixing:
     dataset = Dataset(url, num_sources=1)
-    return DynamicMixing(dataset, seed=seed, num_sources=num_sources, crop_seconds=CROP_SECONDS, **options)  # type: ignore[arg-type]
+    return DynamicMixing(
+        dataset, seed=seed, num_sources=num_sources, crop_seconds=CROP_SECONDS, **options
+    )  # type: ignore[arg-type]
 
 
 def utterances(item: Item) -> list[int]:
@@ -86,7 +96,9 @@ def found_pitch(wave: np.ndarray) -> float:
     return float(spectrum.argmax()) * RATE / (16 * wave.size)
 
 
-def test_a_source_is_its_utterance_at_one_of_the_speeds_and_at_a_level_of_librimix(voices: str) -> None:
+def test_a_source_is_its_utterance_at_one_of_the_speeds_and_at_a_level_of_librimix(
+    voices: str,
+) -> None:
     made = mixing(voices, num_sources=3)
     speeds, levels = Counter[float](), []
     for position in range(60):
@@ -103,11 +115,15 @@ def test_a_source_is_its_utterance_at_one_of_the_speeds_and_at_a_level_of_librim
             assert not wave[heard:].any() and np.abs(wave[heard - 40 : heard]).max() > 0
             levels.append(audio.loudness(wave[: min(heard, 3400)], RATE))
     assert min(speeds.values()) > 40, "each of the three in a third of 180 draws"
-    assert -33.3 < min(levels) < -32 and -26 < max(levels) < -24.7, "U(-33, -25), and a little for another speed"
+    assert -33.3 < min(levels) < -32 and -26 < max(levels) < -24.7, (
+        "U(-33, -25), and a little for another speed"
+    )
     assert np.mean(levels) == pytest.approx(-29, abs=0.7)
 
 
-def test_every_utterance_is_the_first_source_once_an_epoch_and_nobody_is_mixed_with_themselves(voices: str) -> None:
+def test_every_utterance_is_the_first_source_once_an_epoch_and_nobody_is_mixed_with_themselves(
+    voices: str,
+) -> None:
     made = mixing(voices, num_sources=3)
     assert made.num_samples == NUM_UTTERANCES
     epochs = []
@@ -125,20 +141,29 @@ def test_every_utterance_is_the_first_source_once_an_epoch_and_nobody_is_mixed_w
     assert made.item(3, []).id != mixing(voices, num_sources=3, seed=4).item(3, []).id
 
 
-def rows(made: DynamicMixing, rank: int, world_size: int, first_step: int, num_steps: int, threads: int) -> list[tuple]:
+def rows(
+    made: DynamicMixing, rank: int, world_size: int, first_step: int, num_steps: int, threads: int
+) -> list[tuple]:
     options = {"num_virtual_shards": 4, "micro_batch": 2, "rank": rank, "world_size": world_size}
     stream = TrainStream({"main": made}, seed=3, num_threads=threads, max_damaged=2, **options)  # type: ignore[arg-type]
     steps = stream.steps(first_step)
     batches: list[Batch] = [batch for _ in range(num_steps) for batch in next(steps)]
     stream.close()
     return [
-        (int(batch.positions[i]), batch.ids[i], batch.mixture[i].numpy().tobytes(), batch.sources[i].numpy().tobytes())
+        (
+            int(batch.positions[i]),
+            batch.ids[i],
+            batch.mixture[i].numpy().tobytes(),
+            batch.sources[i].numpy().tobytes(),
+        )
         for batch in batches
         for i in range(2)
     ]
 
 
-def test_a_position_has_the_same_bits_in_any_world_at_any_cut_and_number_of_threads(voices: str, noises: str) -> None:
+def test_a_position_has_the_same_bits_in_any_world_at_any_cut_and_number_of_threads(
+    voices: str, noises: str
+) -> None:
     whole = rows(mixing(voices, noise=noises), 0, 1, 0, 6, 1)
     assert [position for position, *_ in whole] == list(range(48))
     parts: list[tuple] = []
@@ -149,7 +174,9 @@ def test_a_position_has_the_same_bits_in_any_world_at_any_cut_and_number_of_thre
     assert len({row[1] for row in whole}) == 48
 
 
-def test_noise_is_extended_or_cut_to_the_mixture_and_at_a_level_of_its_own(voices: str, noises: str) -> None:
+def test_noise_is_extended_or_cut_to_the_mixture_and_at_a_level_of_its_own(
+    voices: str, noises: str
+) -> None:
     made, levels = mixing(voices, noise=noises), []
     for position in range(30):
         item = made.item(position, [])
@@ -158,11 +185,16 @@ def test_noise_is_extended_or_cut_to_the_mixture_and_at_a_level_of_its_own(voice
         assert noise.size == item.members["s1"].size and np.abs(noise[-40:]).max() > 0
         levels.append(audio.loudness(noise, RATE))
     assert -39 < min(levels) < -36 and -32 < max(levels) < -29, "U(-38, -30), of the whole noise"
-    assert made.digest() == f"{made.voices.dataset.manifest.digest()} with {shards.read_manifest(noises).digest()}"
+    assert (
+        made.digest()
+        == f"{made.voices.dataset.manifest.digest()} with {shards.read_manifest(noises).digest()}"
+    )
 
 
 def test_speakers_may_be_rare_but_two_are_needed(tmp_path: Path) -> None:
-    skewed = mixing(write(tmp_path / "skewed", (7, 7), lambda number: "rare" if number == 9 else "usual"))
+    skewed = mixing(
+        write(tmp_path / "skewed", (7, 7), lambda number: "rare" if number == 9 else "usual")
+    )
     for position in range(2 * NUM_UTTERANCES):
         assert sorted(skewed.item(position, []).speakers) == ["rare", "usual"]
     with pytest.raises(DataError, match=r"has 1 speakers.*s1 of 2 different speakers"):
@@ -187,7 +219,9 @@ def test_librimixs_guards_hold_a_source_and_the_mixture_below_full_scale(tmp_pat
         assert all(float(np.abs(wave).max()) == pytest.approx(0.45, abs=0.03) for wave in waves)
 
 
-def test_a_damaged_utterance_gives_way_to_the_next_alike_in_every_world_and_is_counted(tmp_path: Path) -> None:
+def test_a_damaged_utterance_gives_way_to_the_next_alike_in_every_world_and_is_counted(
+    tmp_path: Path,
+) -> None:
     url = write(tmp_path)
     info = shards.read_manifest(url).shards[2]
     toy.damage(tmp_path / info.name, shards.read_index(url, info)[1], "s1")  # utterance 6
@@ -199,7 +233,12 @@ def test_a_damaged_utterance_gives_way_to_the_next_alike_in_every_world_and_is_c
     whole = rows(mixing(url), 0, 1, 0, 3, 2)
     assert sorted(row for rank in range(3) for row in rows(mixing(url), rank, 3, 0, 3, 1)) == whole
     stream = TrainStream(
-        {"main": mixing(url)}, seed=3, num_virtual_shards=1, micro_batch=NUM_UTTERANCES, rank=0, world_size=1
+        {"main": mixing(url)},
+        seed=3,
+        num_virtual_shards=1,
+        micro_batch=NUM_UTTERANCES,
+        rank=0,
+        world_size=1,
     )
     with pytest.raises(DataError, match=r"u6\.s1 at byte .*data\.max_damaged=0 are allowed"):
         next(stream.steps(0))

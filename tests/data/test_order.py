@@ -21,7 +21,12 @@ def every_sample(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(shard, number) for shard, size in enumerate(sizes) for number in range(size)]
 
 
-@given(seed=st.integers(0, 2**63), sizes=SIZES, block_shards=st.integers(1, 5), epoch=st.integers(0, 10**9))
+@given(
+    seed=st.integers(0, 2**63),
+    sizes=SIZES,
+    block_shards=st.integers(1, 5),
+    epoch=st.integers(0, 10**9),
+)
 def test_every_epoch_holds_every_sample_exactly_once(
     seed: int, sizes: tuple[int, ...], block_shards: int, epoch: int
 ) -> None:
@@ -47,10 +52,14 @@ def test_a_run_cut_anywhere_and_continued_at_any_world_size_consumes_every_posit
     for wanted_world, num_steps in legs:
         world_size = min(wanted_world, num_virtual_shards)
         for rank in range(world_size):
-            plan = Order(3, sizes)  # a new process: nothing is carried over but the number of the step
+            plan = Order(
+                3, sizes
+            )  # a new process: nothing is carried over but the number of the step
             for own_step in range(step, step + num_steps):
                 for virtual_shard in owned_virtual_shards(num_virtual_shards, rank, world_size):
-                    for position in positions_of(own_step, virtual_shard, num_virtual_shards, micro_batch):
+                    for position in positions_of(
+                        own_step, virtual_shard, num_virtual_shards, micro_batch
+                    ):
                         consumed[position] += 1
                         located[position] = plan.locate(position)
         step += num_steps
@@ -58,14 +67,22 @@ def test_a_run_cut_anywhere_and_continued_at_any_world_size_consumes_every_posit
     assert consumed == Counter(range(total))
     assert located == {position: Order(3, sizes).locate(position) for position in range(total)}
     visits = Counter(located.values())
-    assert all(total // sum(sizes) <= visits[sample] <= -(-total // sum(sizes)) for sample in every_sample(sizes))
+    assert all(
+        total // sum(sizes) <= visits[sample] <= -(-total // sum(sizes))
+        for sample in every_sample(sizes)
+    )
 
 
 @pytest.mark.parametrize("num_virtual_shards", range(1, 17))
 def test_ranks_own_the_blocks_that_array_split_makes(num_virtual_shards: int) -> None:
     for world_size in range(1, num_virtual_shards + 1):
-        blocks = [list(owned_virtual_shards(num_virtual_shards, rank, world_size)) for rank in range(world_size)]
-        assert blocks == [block.tolist() for block in np.array_split(np.arange(num_virtual_shards), world_size)]
+        blocks = [
+            list(owned_virtual_shards(num_virtual_shards, rank, world_size))
+            for rank in range(world_size)
+        ]
+        assert blocks == [
+            block.tolist() for block in np.array_split(np.arange(num_virtual_shards), world_size)
+        ]
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 5), (0, 0)])
@@ -75,7 +92,11 @@ def test_a_rank_that_would_own_nothing_is_refused(rank: int, world_size: int) ->
 
 
 def test_positions_of_a_step_are_cut_into_virtual_shards_in_order() -> None:
-    assert [list(positions_of(5, shard, 3, 2)) for shard in range(3)] == [[30, 31], [32, 33], [34, 35]]
+    assert [list(positions_of(5, shard, 3, 2)) for shard in range(3)] == [
+        [30, 31],
+        [32, 33],
+        [34, 35],
+    ]
 
 
 def test_a_stretch_of_positions_needs_only_one_block_of_shards() -> None:
@@ -129,14 +150,29 @@ def test_the_order_is_the_same_in_every_version_of_numpy_and_of_this_package() -
         expected += [flat[place] for place in permutation(len(flat), "sample order", 1, block)]
     plan = Order(7, sizes, block_shards=2)
     assert [plan.locate(position) for position in range(10, 20)] == expected
-    assert expected == [(1, 3), (1, 2), (1, 0), (0, 0), (0, 1), (1, 1), (2, 2), (2, 1), (2, 0), (3, 0)]
+    assert expected == [
+        (1, 3),
+        (1, 2),
+        (1, 0),
+        (0, 0),
+        (0, 1),
+        (1, 1),
+        (2, 2),
+        (2, 1),
+        (2, 0),
+        (3, 0),
+    ]
 
 
 @pytest.mark.parametrize("step", [1, 10**6, 10**12])
-def test_a_late_start_takes_as_many_operations_as_an_early_one(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_start_takes_as_many_operations_as_an_early_one(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[tuple[int | str, ...]] = []
     derive = order.rng
-    monkeypatch.setattr(order, "rng", lambda *arguments: drawn.append(arguments) or derive(*arguments))
+    monkeypatch.setattr(
+        order, "rng", lambda *arguments: drawn.append(arguments) or derive(*arguments)
+    )
     plan = Order(0, (50,) * 40)
     for virtual_shard in range(4):
         for position in positions_of(step, virtual_shard, 4, 8):
@@ -149,13 +185,20 @@ def test_a_late_start_takes_as_many_operations_as_an_early_one(step: int, monkey
     assert drawn == []
 
 
-@given(sizes=SIZES, block_shards=st.integers(1, 4), start=st.integers(0, 200), length=st.integers(1, 40))
+@given(
+    sizes=SIZES,
+    block_shards=st.integers(1, 4),
+    start=st.integers(0, 200),
+    length=st.integers(1, 40),
+)
 def test_upcoming_names_what_is_needed_in_order_of_first_need_and_looks_one_block_ahead(
     sizes: tuple[int, ...], block_shards: int, start: int, length: int
 ) -> None:
     plan = Order(1, sizes, block_shards)
     upcoming = plan.upcoming(range(start, start + length))
-    needed = list(dict.fromkeys(plan.locate(position)[0] for position in range(start, start + length)))
+    needed = list(
+        dict.fromkeys(plan.locate(position)[0] for position in range(start, start + length))
+    )
     assert upcoming[: len(needed)] == needed
     assert len(upcoming) == len(set(upcoming)) <= len(sizes)
     num_blocks = -(-len(sizes) // block_shards)
@@ -193,16 +236,22 @@ def test_every_data_set_of_a_blend_is_consumed_in_its_own_order_without_gaps_at_
     legs: list[tuple[int, int]],
 ) -> None:
     sizes = [shard_sizes for shard_sizes, _ in sets]
-    units = units_per_epoch([sum(one) for one in sizes], [weight for _, weight in sets], micro_batch)
+    units = units_per_epoch(
+        [sum(one) for one in sizes], [weight for _, weight in sets], micro_batch
+    )
     consumed: dict[int, tuple[int, int]] = {}
     step = 0
     for wanted_world, num_steps in legs:
         world_size = min(wanted_world, num_virtual_shards)
         for rank in range(world_size):
-            blend = Blend(seed, units, micro_batch)  # a new process: nothing is carried over but the number of the step
+            blend = Blend(
+                seed, units, micro_batch
+            )  # a new process: nothing is carried over but the number of the step
             for own_step in range(step, step + num_steps):
                 for virtual_shard in owned_virtual_shards(num_virtual_shards, rank, world_size):
-                    positions = positions_of(own_step, virtual_shard, num_virtual_shards, micro_batch)
+                    positions = positions_of(
+                        own_step, virtual_shard, num_virtual_shards, micro_batch
+                    )
                     located = [blend.locate(position) for position in positions]
                     assert len({number for number, _ in located}) == 1, "a batch is of one data set"
                     assert not consumed.keys() & set(positions)
@@ -212,35 +261,53 @@ def test_every_data_set_of_a_blend_is_consumed_in_its_own_order_without_gaps_at_
     assert sorted(consumed) == list(range(total))
     per_epoch = sum(units) * micro_batch
     for number, shard_sizes in enumerate(sizes):
-        own = [consumed[position][1] for position in range(total) if consumed[position][0] == number]
-        assert own == list(range(len(own))), "each set goes through its positions one by one, in the order of training"
+        own = [
+            consumed[position][1] for position in range(total) if consumed[position][0] == number
+        ]
+        assert own == list(range(len(own))), (
+            "each set goes through its positions one by one, in the order of training"
+        )
         plan, size = Order(seed, shard_sizes), sum(shard_sizes)
         visits = Counter(plan.locate(position) for position in own)
-        assert all(len(own) // size <= visits[sample] <= -(-len(own) // size) for sample in every_sample(shard_sizes))
+        assert all(
+            len(own) // size <= visits[sample] <= -(-len(own) // size)
+            for sample in every_sample(shard_sizes)
+        )
         for first in range(0, total - per_epoch + 1, per_epoch):
             here = [consumed[position][0] for position in range(first, first + per_epoch)]
             assert here.count(number) == units[number] * micro_batch
-        passed = [Blend(seed, units, micro_batch).passed(position, number) for position in range(0, total + 1, 7)]
+        passed = [
+            Blend(seed, units, micro_batch).passed(position, number)
+            for position in range(0, total + 1, 7)
+        ]
         assert passed == [
-            sum(consumed[one][0] == number for one in range(position)) for position in range(0, total + 1, 7)
+            sum(consumed[one][0] == number for one in range(position))
+            for position in range(0, total + 1, 7)
         ]
 
 
 def test_an_epoch_holds_one_pass_of_each_set_or_its_weight_times_the_batches_of_the_first() -> None:
-    assert units_per_epoch([13900, 50800], [None, None], 6) == (2317, 8467)  # paper 1: 21 % and 79 %
+    assert units_per_epoch([13900, 50800], [None, None], 6) == (
+        2317,
+        8467,
+    )  # paper 1: 21 % and 79 %
     assert units_per_epoch([100, 50800, 3], [None, 0.5, 2.0], 10) == (10, 5, 20)
     assert units_per_epoch([1, 1], [None, 0.001], 8) == (1, 1)
 
 
 def test_one_data_set_alone_keeps_its_positions() -> None:
     blend = Blend(9, (5,), 3)
-    assert [blend.locate(position) for position in range(40)] == [(0, position) for position in range(40)]
+    assert [blend.locate(position) for position in range(40)] == [
+        (0, position) for position in range(40)
+    ]
 
 
 def test_a_blend_is_the_same_in_every_version_of_numpy_and_of_this_package() -> None:
     """Written from the definition: the sets of an epoch's units, sorted by the raw Philox stream of the derived key."""
     units, epoch = (3, 4, 1), 2
-    key = hashlib.blake2b("\x1f".join(["7", "data set order", str(epoch)]).encode(), digest_size=16).digest()
+    key = hashlib.blake2b(
+        "\x1f".join(["7", "data set order", str(epoch)]).encode(), digest_size=16
+    ).digest()
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(8).tolist()
     labels = [0, 0, 0, 1, 1, 1, 1, 2]
     expected = [labels[i] for i in sorted(range(8), key=lambda i: raw[i])]
@@ -266,7 +333,10 @@ def test_any_units_in_a_row_of_an_even_blend_of_two_sets_hold_their_shares_round
         assert floor(exactly) <= numbers.count(number) <= ceil(exactly)
 
 
-@given(units=st.lists(st.integers(1, 30), min_size=2, max_size=5).map(tuple), epoch=st.integers(0, 10**6))
+@given(
+    units=st.lists(st.integers(1, 30), min_size=2, max_size=5).map(tuple),
+    epoch=st.integers(0, 10**6),
+)
 def test_an_even_blend_of_any_sets_has_an_epochs_units_and_every_set_in_its_own_order(
     units: tuple[int, ...], epoch: int
 ) -> None:
@@ -274,7 +344,9 @@ def test_an_even_blend_of_any_sets_has_an_epochs_units_and_every_set_in_its_own_
     located = [blend.locate(position) for position in range(epoch * size, (epoch + 1) * size)]
     for number, count in enumerate(units):
         own = [position for set_number, position in located if set_number == number]
-        assert own == list(range(2 * count * epoch, 2 * count * (epoch + 1))), "nothing lost, nothing repeated"
+        assert own == list(range(2 * count * epoch, 2 * count * (epoch + 1))), (
+            "nothing lost, nothing repeated"
+        )
         for end in range(size + 1):
             passed = blend.passed(epoch * size + end, number)
             assert passed == 2 * count * epoch + sum(one == number for one, _ in located[:end])
@@ -293,6 +365,8 @@ def test_an_even_blend_is_a_straight_line_on_a_grid_for_ever_and_asks_no_seed() 
 
 
 @pytest.mark.parametrize(("units", "interleave"), [((3, 0), "drawn"), ((3, 1), "odd")])
-def test_a_blend_of_nothing_or_in_no_known_way_is_refused(units: tuple[int, ...], interleave: str) -> None:
+def test_a_blend_of_nothing_or_in_no_known_way_is_refused(
+    units: tuple[int, ...], interleave: str
+) -> None:
     with pytest.raises(ValueError, match="no blend of"):
         Blend(0, units, 2, interleave)

@@ -21,7 +21,7 @@ from sepdist import storage
 from sepdist.data import shards
 from sepdist.data.records import Mixture, Utterance
 from sepdist.data.shards import DataError, Manifest
-from tests.s3server import S3Server
+from tests.support.s3server import S3Server
 
 RATE = 8000
 
@@ -29,7 +29,10 @@ RATE = 8000
 def waves_of(number: int, parts: tuple[str, ...] = ("s1", "s2", "noise")) -> dict[str, np.ndarray]:
     """Integer-valued 16-bit audio as float32, of a length of its own, both ends of the scale included."""
     random = np.random.default_rng(number)
-    pcm = {part: random.integers(-(2**15), 2**15, size=400 + 40 * number).astype(np.int16) for part in parts}
+    pcm = {
+        part: random.integers(-(2**15), 2**15, size=400 + 40 * number).astype(np.int16)
+        for part in parts
+    }
     for wave in pcm.values():
         wave[:2] = (-(2**15), 2**15 - 1)
     return {part: (wave / 2**15).astype(np.float32) for part, wave in pcm.items()}
@@ -54,7 +57,9 @@ def write(url: str | Path, num_shards: int = 2, per_shard: int = 3) -> Manifest:
     """A small data set of mixtures 0, 1, ..."""
     infos = [
         shards.write_shard(
-            [mixture(i * per_shard + j) for j in range(per_shard)], url, shards.shard_name("toy", "train", i)
+            [mixture(i * per_shard + j) for j in range(per_shard)],
+            url,
+            shards.shard_name("toy", "train", i),
         )
         for i in range(num_shards)
     ]
@@ -93,7 +98,11 @@ def test_two_writes_give_the_same_bytes_on_disk_and_in_s3(tmp_path: Path, bucket
     assert found[0] == found[1] == found[2]
     assert len({manifest.digest() for manifest in manifests}) == 1
     numbered = [f"toy-train-00000{i}" for i in (0, 1)]
-    assert set(found[0]) == {"manifest.json", *(f"index/{n}.json" for n in numbered), *(f"{n}.tar" for n in numbered)}
+    assert set(found[0]) == {
+        "manifest.json",
+        *(f"index/{n}.json" for n in numbered),
+        *(f"{n}.tar" for n in numbered),
+    }
     for shard in manifests[0].shards:
         assert found[0][shard.name] == shard.sha256
         assert found[0][f"index/{shard.name[:-4]}.json"] == shard.index_sha256
@@ -104,17 +113,26 @@ def test_the_tar_carries_no_time_no_owner_and_sorted_members(tmp_path: Path) -> 
     with tarfile.open(tmp_path / manifest.shards[0].name) as tar:
         entries = tar.getmembers()
     suffixes = ("json", "noise.flac", "s1.flac", "s2.flac")
-    assert [entry.name for entry in entries] == [f"utt-{i}.{suffix}" for i in range(3) for suffix in suffixes]
-    assert {(e.mtime, e.uid, e.gid, e.uname, e.gname, e.mode) for e in entries} == {(0, 0, 0, "", "", 0o644)}
+    assert [entry.name for entry in entries] == [
+        f"utt-{i}.{suffix}" for i in range(3) for suffix in suffixes
+    ]
+    assert {(e.mtime, e.uid, e.gid, e.uname, e.gname, e.mode) for e in entries} == {
+        (0, 0, 0, "", "", 0o644)
+    }
 
 
 def test_the_manifest_counts_what_there_is(url: str) -> None:
     manifest = write(url)
-    assert shards.read_manifest(url) == manifest and shards.read_manifest(url).digest() == manifest.digest()
+    assert (
+        shards.read_manifest(url) == manifest
+        and shards.read_manifest(url).digest() == manifest.digest()
+    )
     assert manifest.members == ("s1", "s2", "noise") and manifest.num_samples == 6
     assert manifest.speakers == ("anna0", "anna1", "anna2", "anna3", "anna4", "anna5", "bertil")
     assert manifest.num_speakers == 7
-    assert manifest.hours == pytest.approx(sum(400 + 40 * i for i in range(6)) / RATE / 3600, rel=1e-12)
+    assert manifest.hours == pytest.approx(
+        sum(400 + 40 * i for i in range(6)) / RATE / 3600, rel=1e-12
+    )
     assert shards.verify(url) == []
 
 
@@ -144,7 +162,9 @@ def test_plain_webdataset_reads_the_shards_of_a_folder(tmp_path: Path) -> None:
 def test_plain_webdataset_reads_the_shards_of_a_bucket(bucket: str, s3_env: S3Server) -> None:
     manifest = write(f"s3://{bucket}/train")
     signed = [
-        s3_env.client().generate_presigned_url("get_object", {"Bucket": bucket, "Key": f"train/{shard.name}"})
+        s3_env.client().generate_presigned_url(
+            "get_object", {"Bucket": bucket, "Key": f"train/{shard.name}"}
+        )
         for shard in manifest.shards
     ]
     check_webdataset_reads([f"pipe:curl -sf '{one}'" for one in signed], range(6))  # type: ignore[arg-type]
@@ -186,7 +206,9 @@ def test_threads_share_one_open_shard(tmp_path: Path) -> None:
     manifest = write(tmp_path, num_shards=1)
     samples = shards.read_index(tmp_path, manifest.shards[0])
     with open(tmp_path / manifest.shards[0].name, "rb") as file, ThreadPoolExecutor(8) as pool:
-        for number, read in enumerate(pool.map(lambda i: shards.read_sample(file, samples[i % 3], ["s1"]), range(60))):
+        for number, read in enumerate(
+            pool.map(lambda i: shards.read_sample(file, samples[i % 3], ["s1"]), range(60))
+        ):
             np.testing.assert_array_equal(read["s1"], waves_of(number % 3)["s1"])
 
 
@@ -204,7 +226,9 @@ def test_an_utterance_becomes_s1_and_a_mixture_without_sources_mix(tmp_path: Pat
 
 def test_members_are_counted_as_people_do(tmp_path: Path) -> None:
     parts = tuple(f"s{i}" for i in range(1, 12))
-    info = shards.write_shard([holding(waves_of(0, ("noise", *parts)), tuple("abcdefghijk"))], tmp_path, "x.tar")
+    info = shards.write_shard(
+        [holding(waves_of(0, ("noise", *parts)), tuple("abcdefghijk"))], tmp_path, "x.tar"
+    )
     assert shards.write_manifest(tmp_path, "toy", "all", RATE, [info]).members == (*parts, "noise")
 
 
@@ -230,18 +254,27 @@ def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
         (spoilt("s2", lambda wave: wave[:0]), "broken-7', s2: empty"),
         (spoilt("s1", lambda wave: wave * 0), "broken-7', s1: silent"),
         (spoilt("s1", lambda wave: wave * 2.0**-17), "broken-7', s1: silent"),
-        (spoilt("noise", with_value(np.nan)), "broken-7', noise: NaN or infinite, first at sample 100"),
+        (
+            spoilt("noise", with_value(np.nan)),
+            "broken-7', noise: NaN or infinite, first at sample 100",
+        ),
         (spoilt("s1", with_value(-np.inf)), "broken-7', s1: NaN or infinite, first at sample 100"),
         (spoilt("s2", with_value(1.001)), r"broken-7', s2: outside \[-1, 1\], its peak is 1.001"),
         (spoilt("s2", lambda wave: wave[:-1]), "broken-7': its parts have different lengths"),
-        (spoilt("s2", lambda wave: np.stack([wave, wave])), "broken-7', s2: is float32 .*one-dimensional"),
+        (
+            spoilt("s2", lambda wave: np.stack([wave, wave])),
+            "broken-7', s2: is float32 .*one-dimensional",
+        ),
         (spoilt("s2", lambda wave: (wave * 99).astype(np.int16)), "broken-7', s2: is int16"),
         ({}, "broken-7': its parts are nothing"),
         (waves_of(1, ("s1", "s3")), "broken-7': its parts are s1, s3; give s1, s2"),
         (waves_of(1, ("s1", "mix")), "broken-7': its parts are s1, mix"),
         (waves_of(1, ("noise",)), "broken-7': its parts are noise"),
         (waves_of(1, ("s1",)), "broken-7': names 2 speakers and has 1 sources"),
-        (waves_of(1, ("s1", "s2")), "broken-7': has s1, s2 where the records before it have s1, s2, noise"),
+        (
+            waves_of(1, ("s1", "s2")),
+            "broken-7': has s1, s2 where the records before it have s1, s2, noise",
+        ),
     ],
 )
 def test_audio_that_cannot_be_stored_is_refused_by_the_name_of_its_record(
@@ -271,7 +304,9 @@ def test_ids_and_rates_that_do_not_fit_are_refused_before_any_audio_is_loaded(
         raise AssertionError("loaded")
 
     with pytest.raises(DataError, match=problem):
-        shards.write_shard([mixture(0, load=never), mixture(1, load=never, **changes)], tmp_path, "x.tar")
+        shards.write_shard(
+            [mixture(0, load=never), mixture(1, load=never, **changes)], tmp_path, "x.tar"
+        )
     with pytest.raises(DataError, match="no records"):
         shards.write_shard([], tmp_path, "x.tar")
 
@@ -304,19 +339,25 @@ def test_an_interrupted_write_goes_on_and_gives_the_same_bytes(
         patch.setattr(storage, "put_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write(url)
-    with pytest.raises(DataError, match=r"no manifest.json in .*: not a finished data set; run tools/shard_data.py"):
+    with pytest.raises(
+        DataError, match=r"no manifest.json in .*: not a finished data set; run tools/shard_data.py"
+    ):
         shards.read_manifest(url)
     assert len(shards.verify(url)) == 1
 
     puts: list[str] = []
     put_file = storage.put_file
-    monkeypatch.setattr(storage, "put_file", lambda path, to: (puts.append(str(to)), put_file(path, to)))
+    monkeypatch.setattr(
+        storage, "put_file", lambda path, to: (puts.append(str(to)), put_file(path, to))
+    )
     write(url)
     assert puts == [storage.join(url, "toy-train-000001.tar")]  # the finished shard is kept
     assert contents(url) == contents(tmp_path / "undisturbed")
 
 
-def test_a_finished_shard_is_kept_without_loading_audio_unless_it_is_damaged(tmp_path: Path) -> None:
+def test_a_finished_shard_is_kept_without_loading_audio_unless_it_is_damaged(
+    tmp_path: Path,
+) -> None:
     def never() -> dict[str, np.ndarray]:
         raise AssertionError("loaded")
 
@@ -324,10 +365,19 @@ def test_a_finished_shard_is_kept_without_loading_audio_unless_it_is_damaged(tmp
     before = (tmp_path / "x.tar").stat()
     assert shards.write_shard([mixture(0, load=never)], tmp_path, "x.tar") == info
     assert (tmp_path / "x.tar").stat().st_mtime_ns == before.st_mtime_ns
-    for changed in ({"id": "other"}, {"speakers": ("x", "y")}, {"texts": ()}, {"sample_rate": 16000}):
+    for changed in (
+        {"id": "other"},
+        {"speakers": ("x", "y")},
+        {"texts": ()},
+        {"sample_rate": 16000},
+    ):
         with pytest.raises(AssertionError, match="loaded"):
             shards.write_shard([mixture(0, load=never, **changed)], tmp_path, "x.tar")
-    for damage in (lambda p: flip(p, 3000), lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.unlink()):
+    for damage in (
+        lambda p: flip(p, 3000),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.unlink(),
+    ):
         damage(tmp_path / "x.tar")
         assert shards.write_shard([mixture(0)], tmp_path, "x.tar") == info
         assert hashlib.sha256((tmp_path / "x.tar").read_bytes()).hexdigest() == info.sha256
@@ -335,9 +385,13 @@ def test_a_finished_shard_is_kept_without_loading_audio_unless_it_is_damaged(tmp
     assert shards.write_shard([mixture(0)], tmp_path, "x.tar") == info
 
 
-def test_storage_that_returns_other_bytes_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_returns_other_bytes_is_noticed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_file = storage.put_file
-    monkeypatch.setattr(storage, "put_file", lambda path, to: (put_file(path, to), flip(Path(to), 2000)))
+    monkeypatch.setattr(
+        storage, "put_file", lambda path, to: (put_file(path, to), flip(Path(to), 2000))
+    )
     with pytest.raises(DataError, match=r"x.tar: reads back other bytes than were written"):
         shards.write_shard([mixture(0)], tmp_path, "x.tar")
     assert not (tmp_path / "index").exists()
@@ -359,7 +413,10 @@ def test_shards_that_do_not_fit_together_make_no_data_set(tmp_path: Path) -> Non
     other = shards.write_shard([mixture(5, sample_rate=16000)], tmp_path, "other.tar")
     for infos, problem in [
         ([one, same], "same.tar, utt-0: is in one.tar too"),
-        ([one, fewer], "fewer.tar, broken-7: has s1, s2 where the samples before it have s1, s2, noise"),
+        (
+            [one, fewer],
+            "fewer.tar, broken-7: has s1, s2 where the samples before it have s1, s2, noise",
+        ),
         ([one, other], "other.tar: 16000 Hz in a data set of 8000 Hz"),
         ([dataclasses.replace(one, index_sha256="0")], "one.tar: its index .* was changed"),
         ([dataclasses.replace(one, name="absent.tar")], "absent.tar: its index .* is missing"),
@@ -382,12 +439,23 @@ def test_shards_that_do_not_fit_together_make_no_data_set(tmp_path: Path) -> Non
         (lambda raw: "{", "is not a readable manifest"),
         (lambda raw: "[]", "is not a readable manifest"),
         (lambda raw: json.dumps(raw | {"surprise": 1}), "is not a readable manifest .*surprise"),
-        (lambda raw: json.dumps({k: v for k, v in raw.items() if k != "hours"}), "is not a readable manifest .*hours"),
-        (lambda raw: json.dumps(raw | {"format_version": 2}), "is of format 2, but format 1 is read"),
-        (lambda raw: json.dumps(raw | {"num_samples": 5}), "was changed, it counts 5 samples and its shards 6"),
+        (
+            lambda raw: json.dumps({k: v for k, v in raw.items() if k != "hours"}),
+            "is not a readable manifest .*hours",
+        ),
+        (
+            lambda raw: json.dumps(raw | {"format_version": 2}),
+            "is of format 2, but format 1 is read",
+        ),
+        (
+            lambda raw: json.dumps(raw | {"num_samples": 5}),
+            "was changed, it counts 5 samples and its shards 6",
+        ),
     ],
 )
-def test_a_changed_manifest_is_refused(change: Callable[[dict], str], problem: str, tmp_path: Path) -> None:
+def test_a_changed_manifest_is_refused(
+    change: Callable[[dict], str], problem: str, tmp_path: Path
+) -> None:
     write(tmp_path)
     path = tmp_path / "manifest.json"
     path.write_text(change(json.loads(path.read_text())))
@@ -402,7 +470,9 @@ def test_any_change_of_the_data_set_changes_the_digest(tmp_path: Path) -> None:
     changed = [
         dataclasses.replace(manifest, split="dev"),
         dataclasses.replace(manifest, shards=manifest.shards[::-1]),
-        dataclasses.replace(manifest, shards=(dataclasses.replace(first, sha256="0" * 64), *manifest.shards[1:])),
+        dataclasses.replace(
+            manifest, shards=(dataclasses.replace(first, sha256="0" * 64), *manifest.shards[1:])
+        ),
     ]
     assert len({manifest.digest(), *(one.digest() for one in changed)}) == 4
 
@@ -419,8 +489,13 @@ def test_a_flipped_bit_of_the_audio_is_found_and_placed(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"{shard.name}, utt-1.s2 at byte {offset}: damaged"):
             shards.read_sample(path, sample, ["s1", "s2"])
         problems = shards.verify(tmp_path)
-        assert f"{shard.name}: its sha256 is not the manifest's; it was damaged or changed" in problems
-        assert any(problem.startswith(f"{shard.name}, utt-1.s2 at byte {offset}: damaged") for problem in problems)
+        assert (
+            f"{shard.name}: its sha256 is not the manifest's; it was damaged or changed" in problems
+        )
+        assert any(
+            problem.startswith(f"{shard.name}, utt-1.s2 at byte {offset}: damaged")
+            for problem in problems
+        )
         assert len(problems) == 2  # and nothing else is accused
         path.write_bytes(sound)
     assert shards.verify(tmp_path) == []
@@ -433,10 +508,15 @@ def test_a_truncated_shard_names_the_first_sample_that_is_cut(tmp_path: Path) ->
     offset, size = samples[2].members["s1"]
     path.write_bytes(path.read_bytes()[: offset + size - 5])
     assert shards.read_sample(path, samples[1], ["s1"])["s1"].size == 440
-    with pytest.raises(DataError, match=rf"utt-2.s1 at byte {offset}: truncated, .* {size - 5} of {size} bytes"):
+    with pytest.raises(
+        DataError, match=rf"utt-2.s1 at byte {offset}: truncated, .* {size - 5} of {size} bytes"
+    ):
         shards.read_sample(path, samples[2], ["s1"])
     problems = shards.verify(tmp_path)
-    assert problems[0] == f"{shard.name}: has {offset + size - 5} bytes, the manifest says {shard.bytes}"
+    assert (
+        problems[0]
+        == f"{shard.name}: has {offset + size - 5} bytes, the manifest says {shard.bytes}"
+    )
     assert any(f"utt-2.s1 at byte {offset}: truncated" in problem for problem in problems)
 
 
@@ -455,7 +535,9 @@ def test_missing_and_changed_parts_of_a_data_set_are_named(url: str) -> None:
         shards.read_index(url, manifest.shards[0])
 
 
-def test_verify_finds_audio_that_should_never_have_been_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_finds_audio_that_should_never_have_been_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sepdist.audio.SILENCE", 0.0)  # a writer that lets silence pass
     quiet = spoilt("s1", lambda wave: wave * 2.0**-20)
     info = shards.write_shard([holding(quiet)], tmp_path, "x.tar")
@@ -463,7 +545,9 @@ def test_verify_finds_audio_that_should_never_have_been_stored(tmp_path: Path, m
     monkeypatch.undo()
     offset = shards.read_index(tmp_path, info)[0].members["s1"][0]
     problems = shards.verify(tmp_path)
-    assert len(problems) == 1 and problems[0].startswith(f"x.tar, broken-7.s1 at byte {offset}: silent")
+    assert len(problems) == 1 and problems[0].startswith(
+        f"x.tar, broken-7.s1 at byte {offset}: silent"
+    )
 
 
 def test_a_sample_is_asked_for_what_it_has(tmp_path: Path) -> None:
@@ -484,17 +568,23 @@ def test_a_sample_is_asked_for_what_it_has(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_while_writing_keeps_the_finished_shards(small_disk: Path) -> None:
     infos = [shards.write_shard([mixture(0)], small_disk, "a.tar")]
     before = contents(small_disk)
-    with pytest.raises(storage.StorageError, match=r"b.tar: No space left on device; free some space"):
+    with pytest.raises(
+        storage.StorageError, match=r"b.tar: No space left on device; free some space"
+    ):
         infos.append(shards.write_shard([mixture(i) for i in range(1, 60)], small_disk, "b.tar"))
     assert contents(small_disk) == before and sorted(os.listdir(small_disk)) == ["a.tar", "index"]
     assert shards.write_shard([mixture(0)], small_disk, "a.tar") == infos[0]
 
 
-def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_folder_for_temporary_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
-    with pytest.raises(storage.StorageError, match=r"x.tar \(TMPDIR chooses the folder\): No space left on device"):
+    with pytest.raises(
+        storage.StorageError, match=r"x.tar \(TMPDIR chooses the folder\): No space left on device"
+    ):
         shards.write_shard([mixture(0)], tmp_path, "x.tar")
     assert not list(tmp_path.iterdir())

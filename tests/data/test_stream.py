@@ -15,17 +15,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sepdist.data import dataset as stream_module
 from sepdist.data import order as order_module
-from sepdist.data import stream as stream_module
+from sepdist.data.dataset import Dataset
 from sepdist.data.members import DataError
 from sepdist.data.records import Batch
 from sepdist.data.shards import read_index, read_manifest
-from sepdist.data.stream import Crops, Dataset, TrainStream
-from tests.data import toy
-from tests.s3server import FaultyProxy
+from sepdist.data.stream import Crops, TrainStream
+from tests.support import toy
+from tests.support.s3server import FaultyProxy
 
 CROP = 64  # samples; mixtures have 40 to 119
-SIZES = MappingProxyType({"one shard": (7,), "even": (4, 4, 4), "ragged": (1, 5, 2, 1, 3, 1, 1, 2, 4, 1)})
+SIZES = MappingProxyType(
+    {"one shard": (7,), "even": (4, 4, 4), "ragged": (1, 5, 2, 1, 3, 1, 1, 2, 4, 1)}
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +62,24 @@ def rows(steps: list[list[Batch]]) -> Iterator[tuple[int, str, bytes]]:
         for batch in batches:
             assert batch.sources is not None
             for i, position in enumerate(batch.positions.tolist()):
-                audio = batch.mixture[i].numpy().tobytes() + batch.sources[i].contiguous().numpy().tobytes()
+                audio = (
+                    batch.mixture[i].numpy().tobytes()
+                    + batch.sources[i].contiguous().numpy().tobytes()
+                )
                 yield position, batch.ids[i], audio
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     name=st.sampled_from(sorted(SIZES)),
     num_virtual_shards=st.integers(1, 5),
     micro_batch=st.integers(1, 3),
     legs=st.lists(
-        st.tuples(st.integers(1, 5), st.integers(0, 3), st.integers(1, 3), st.integers(0, 3)), min_size=1, max_size=4
+        st.tuples(st.integers(1, 5), st.integers(0, 3), st.integers(1, 3), st.integers(0, 3)),
+        min_size=1,
+        max_size=4,
     ),
 )
 def test_every_position_is_delivered_once_with_the_same_audio_at_any_world_size_cut_and_number_of_threads(
@@ -87,11 +97,17 @@ def test_every_position_is_delivered_once_with_the_same_audio_at_any_world_size_
         world_size = min(wanted_world, num_virtual_shards)
         for rank in range(world_size):
             how = {"num_threads": num_threads, "prefetch_steps": prefetch_steps}
-            delivered += rows(take(dataset, step, num_steps, rank=rank, world_size=world_size, **how, **shape))
+            delivered += rows(
+                take(dataset, step, num_steps, rank=rank, world_size=world_size, **how, **shape)
+            )
         step += num_steps
     total = step * num_virtual_shards * micro_batch
     assert sorted(position for position, _, _ in delivered) == list(range(total))
-    alone = rows(take(dataset, 0, total, num_virtual_shards=1, micro_batch=1, num_threads=1, prefetch_steps=0))
+    alone = rows(
+        take(
+            dataset, 0, total, num_virtual_shards=1, micro_batch=1, num_threads=1, prefetch_steps=0
+        )
+    )
     assert sorted(delivered) == sorted(alone)
     dataset.cache.close()
 
@@ -104,16 +120,27 @@ def test_a_batch_holds_the_crops_that_the_records_define(sets: dict[str, str]) -
         for batch in batches:
             assert batch.sources is not None and batch.noise is not None
             assert batch.mixture.shape == (2, CROP) and batch.sources.shape == (2, 2, CROP)
-            assert batch.mixture.dtype == batch.sources.dtype == torch.float32 and batch.lengths.dtype == torch.int64
+            assert (
+                batch.mixture.dtype == batch.sources.dtype == torch.float32
+                and batch.lengths.dtype == torch.int64
+            )
             for i in range(2):
                 number, start = toy.identify(float(batch.sources[i, 0, 0]))
                 length = min(CROP, toy.num_samples(number))
                 expected = {
-                    name: toy.as_float(wave[start : start + length]) for name, wave in toy.parts(number).items()
+                    name: toy.as_float(wave[start : start + length])
+                    for name, wave in toy.parts(number).items()
                 }
-                assert batch.ids[i] == f"mix-{number}" and batch.speakers[i] == (f"anna{number}", "bertil")
+                assert batch.ids[i] == f"mix-{number}" and batch.speakers[i] == (
+                    f"anna{number}",
+                    "bertil",
+                )
                 assert int(batch.lengths[i]) == length
-                found = {"s1": batch.sources[i, 0], "s2": batch.sources[i, 1], "noise": batch.noise[i]}
+                found = {
+                    "s1": batch.sources[i, 0],
+                    "s2": batch.sources[i, 1],
+                    "noise": batch.noise[i],
+                }
                 for name, wave in found.items():
                     assert np.array_equal(wave[:length].numpy(), expected[name]), name
                     assert not wave[length:].any()
@@ -137,7 +164,9 @@ def test_noise_stays_out_unless_it_is_asked_for(sets: dict[str, str]) -> None:
     assert np.array_equal(one.mixture[0].numpy(), toy.as_float(toy.parts(4)["s1"]))
 
 
-def test_full_items_come_in_the_order_of_the_manifest_and_are_cut_where_asked(sets: dict[str, str]) -> None:
+def test_full_items_come_in_the_order_of_the_manifest_and_are_cut_where_asked(
+    sets: dict[str, str],
+) -> None:
     dataset = Dataset(sets["ragged"], noise=True)
     batches = [dataset.full(number, 50 / toy.RATE) for number in range(21)]
     assert [batch.ids for batch in batches] == [[f"mix-{number + 1}"] for number in range(21)]
@@ -146,7 +175,8 @@ def test_full_items_come_in_the_order_of_the_manifest_and_are_cut_where_asked(se
         assert batch.mixture.shape == (1, length) and batch.lengths.tolist() == [length]
         assert batch.positions.tolist() == [number]
         assert np.array_equal(
-            batch.mixture[0].numpy(), toy.as_float(sum(w[:length] for w in toy.parts(number + 1).values()))
+            batch.mixture[0].numpy(),
+            toy.as_float(sum(w[:length] for w in toy.parts(number + 1).values())),
         )
     assert dataset.full(20, 1e6).mixture.shape == (1, toy.num_samples(21))
     for number in (-1, 21):
@@ -164,14 +194,20 @@ def test_a_set_of_mixtures_alone_has_no_sources(tmp_path: Path) -> None:
 
 def test_asking_for_parts_that_the_data_set_lacks_says_what_it_has(tmp_path: Path) -> None:
     toy.write(tmp_path, (2,), names=("s1", "s2"))
-    with pytest.raises(DataError, match=r"has no s3, noise, its samples have s1, s2; change num_sources or noise"):
+    with pytest.raises(
+        DataError, match=r"has no s3, noise, its samples have s1, s2; change num_sources or noise"
+    ):
         Dataset(str(tmp_path), num_sources=3, noise=True)
     with pytest.raises(DataError, match="num_sources=0"):
         Dataset(str(tmp_path), num_sources=0)
 
 
-@pytest.mark.parametrize("changes", [{"crop_seconds": 0.0}, {"micro_batch": 0}, {"rank": 4, "world_size": 4}])
-def test_a_stream_that_could_deliver_nothing_is_refused(sets: dict[str, str], changes: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"crop_seconds": 0.0}, {"micro_batch": 0}, {"rank": 4, "world_size": 4}]
+)
+def test_a_stream_that_could_deliver_nothing_is_refused(
+    sets: dict[str, str], changes: dict[str, float]
+) -> None:
     with pytest.raises(ValueError, match=r"must be positive|rank 4 of 4"):
         open_stream(Dataset(sets["even"]), **changes)
 
@@ -203,7 +239,9 @@ def test_a_start_at_step_a_million_does_what_a_start_at_step_0_does(
     assert max(one["rng"] for one in seen) <= 6
 
 
-def test_resuming_at_a_step_gives_what_the_uninterrupted_stream_gives_there(sets: dict[str, str]) -> None:
+def test_resuming_at_a_step_gives_what_the_uninterrupted_stream_gives_there(
+    sets: dict[str, str],
+) -> None:
     dataset = Dataset(sets["ragged"])
     whole = list(rows(take(dataset, 0, 12)))
     assert list(rows(take(dataset, 7, 5))) == whole[7 * 8 :]
@@ -251,7 +289,9 @@ def test_an_exception_in_a_thread_reaches_the_consumer_at_the_step_that_needed_i
         return read(file, sample, *rest)  # type: ignore[arg-type]
 
     first = next(
-        step for step, batches in enumerate(take(dataset, 0, 9)) if any(wanted in batch.ids for batch in batches)
+        step
+        for step, batches in enumerate(take(dataset, 0, 9))
+        if any(wanted in batch.ids for batch in batches)
     )
     monkeypatch.setattr(stream_module, "read_sample", failing)
     stream = open_stream(dataset, prefetch_steps=4)
@@ -277,7 +317,13 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
     def run(world_size: int, **changes: object) -> list[Batch]:
         batches = []
         for rank in range(world_size):
-            options = {"seed": 5, "num_virtual_shards": 4, "micro_batch": 2, "rank": rank, "world_size": world_size}
+            options = {
+                "seed": 5,
+                "num_virtual_shards": 4,
+                "micro_batch": 2,
+                "rank": rank,
+                "world_size": world_size,
+            }
             stream = TrainStream(feeds(), num_threads=2, **(options | changes))  # type: ignore[arg-type]
             steps = stream.steps(0)
             batches += [batch for _ in range(10) for batch in next(steps)]
@@ -285,20 +331,33 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
         return sorted(batches, key=lambda batch: int(batch.positions[0]))
 
     alone, together = run(1), run(3)
-    assert [batch.positions.tolist() for batch in alone] == [[first, first + 1] for first in range(0, 80, 2)]
+    assert [batch.positions.tolist() for batch in alone] == [
+        [first, first + 1] for first in range(0, 80, 2)
+    ]
     for one, other in zip(alone, together, strict=True):
-        assert one.ids == other.ids and one.data_set == other.data_set and torch.equal(one.mixture, other.mixture)
+        assert (
+            one.ids == other.ids
+            and one.data_set == other.data_set
+            and torch.equal(one.mixture, other.mixture)
+        )
     # 21 and 12 samples: 10 and 6 batches in every 16.
-    assert [[batch.data_set for batch in alone[first : first + 16]].count("se") for first in (0, 16)] == [6, 6]
+    assert [
+        [batch.data_set for batch in alone[first : first + 16]].count("se") for first in (0, 16)
+    ] == [6, 6]
     for name, crops in feeds().items():
         found = [batch for batch in alone if batch.data_set == name]
         expected = [crops.item(position, []) for position in range(2 * len(found))]
         assert [id_ for batch in found for id_ in batch.ids] == [item.id for item in expected]
         for batch in found:
-            assert batch.sources is not None and batch.sources.shape[1] == {"main": 2, "se": 1}[name]
+            assert (
+                batch.sources is not None and batch.sources.shape[1] == {"main": 2, "se": 1}[name]
+            )
             assert (batch.noise is None) == (name == "main")
         audio = [batch.mixture[i, : batch.lengths[i]].numpy() for batch in found for i in range(2)]
-        assert all(np.array_equal(wave, sum(item.members.values())) for wave, item in zip(audio, expected, strict=True))
+        assert all(
+            np.array_equal(wave, sum(item.members.values()))
+            for wave, item in zip(audio, expected, strict=True)
+        )
         crops.close()
     weighted = run(1, weights={"se": 3.0})
     assert [batch.data_set for batch in weighted].count("se") == 30
@@ -306,8 +365,12 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
     assert evenly == ["main", "se"] * 20, "every step, and every rank of two, has both"
 
 
-def test_the_digest_of_a_stream_is_that_of_its_set_or_names_all_with_their_shares(sets: dict[str, str]) -> None:
-    ragged, even = (Crops(Dataset(sets[name]), seed=0, crop_seconds=0.01) for name in ("ragged", "even"))
+def test_the_digest_of_a_stream_is_that_of_its_set_or_names_all_with_their_shares(
+    sets: dict[str, str],
+) -> None:
+    ragged, even = (
+        Crops(Dataset(sets[name]), seed=0, crop_seconds=0.01) for name in ("ragged", "even")
+    )
     options = {"seed": 0, "num_virtual_shards": 1, "micro_batch": 2, "rank": 0, "world_size": 1}
     alone = TrainStream({"main": ragged}, **options).digest()  # type: ignore[arg-type]
     both = TrainStream({"main": ragged, "more": even}, **options).digest()  # type: ignore[arg-type]
@@ -320,7 +383,9 @@ def test_the_digest_of_a_stream_is_that_of_its_set_or_names_all_with_their_share
 # Damage.
 
 
-def damaged_set(tmp_path: Path, numbers: tuple[int, ...], sizes: tuple[int, ...] = (6, 6)) -> dict[int, int]:
+def damaged_set(
+    tmp_path: Path, numbers: tuple[int, ...], sizes: tuple[int, ...] = (6, 6)
+) -> dict[int, int]:
     """A data set in which s2 of mixtures `numbers` cannot be decoded; returns the byte offsets of these members."""
     toy.write(tmp_path, sizes)
     offsets = {}
@@ -333,7 +398,9 @@ def damaged_set(tmp_path: Path, numbers: tuple[int, ...], sizes: tuple[int, ...]
     return offsets
 
 
-def test_a_damaged_sample_ends_the_run_and_is_named_with_shard_key_and_byte_offset(tmp_path: Path) -> None:
+def test_a_damaged_sample_ends_the_run_and_is_named_with_shard_key_and_byte_offset(
+    tmp_path: Path,
+) -> None:
     offset = damaged_set(tmp_path, (8,))[8]
     healthy = tmp_path / "healthy"
     toy.write(healthy, (6, 6))
@@ -356,17 +423,27 @@ def test_a_damaged_sample_ends_the_run_and_is_named_with_shard_key_and_byte_offs
                 outcomes.append(str(error))
             stream.close()
         messages = [one for one in outcomes if one]
-        assert messages  # of the rank that owns the position; where epochs meet in a step, possibly of two
+        assert (
+            messages
+        )  # of the rank that owns the position; where epochs meet in a step, possibly of two
         for message in messages:
             assert f"toy-train-000001.tar, mix-8.s2 at byte {offset}: damaged" in message
-            assert str(tmp_path) in message and "data.max_damaged=0 are allowed" in message and "position " in message
+            assert (
+                str(tmp_path) in message
+                and "data.max_damaged=0 are allowed" in message
+                and "position " in message
+            )
 
 
-def test_a_damaged_sample_is_replaced_by_the_next_position_the_same_in_every_world_and_counted(tmp_path: Path) -> None:
+def test_a_damaged_sample_is_replaced_by_the_next_position_the_same_in_every_world_and_counted(
+    tmp_path: Path,
+) -> None:
     broken = (2, 8, 9)
     damaged_set(tmp_path / "broken", broken)
     toy.write(tmp_path / "healthy", (6, 6))
-    healthy = [id_ for _, id_, _ in rows(take(Dataset(str(tmp_path / "healthy")), 0, 9))]  # 72 positions, 6 epochs
+    healthy = [
+        id_ for _, id_, _ in rows(take(Dataset(str(tmp_path / "healthy")), 0, 9))
+    ]  # 72 positions, 6 epochs
     by_world = []
     for world_size in (1, 2, 3):
         delivered: list[tuple[int, str, bytes]] = []
@@ -398,7 +475,9 @@ def test_one_damaged_sample_more_than_allowed_ends_the_run(tmp_path: Path) -> No
     stream.close()
 
 
-def test_a_data_set_of_nothing_but_damage_is_an_error_and_not_an_endless_search(tmp_path: Path) -> None:
+def test_a_data_set_of_nothing_but_damage_is_an_error_and_not_an_endless_search(
+    tmp_path: Path,
+) -> None:
     damaged_set(tmp_path, (1, 2), sizes=(2,))
     stream = open_stream(Dataset(str(tmp_path)), max_damaged=5)
     with pytest.raises(DataError, match="101 damaged samples in a row"):
@@ -419,7 +498,11 @@ def test_a_missing_shard_is_never_replaced(tmp_path: Path) -> None:
 
 
 def own_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "shard"))]
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith(("decode", "shard"))
+    ]
 
 
 def test_close_ends_the_threads_and_a_closed_stream_says_so(sets: dict[str, str]) -> None:
@@ -468,7 +551,11 @@ raise SystemExit(3)
 
 @pytest.mark.parametrize("url", ["local", "stalled S3"])
 def test_a_process_that_abandons_its_stream_ends_at_once(
-    url: str, sets: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    url: str,
+    sets: dict[str, str],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     place, how, stalled = sets["even"], "read", threading.Event()
     if url != "local":
@@ -493,7 +580,9 @@ def test_a_process_that_abandons_its_stream_ends_at_once(
             assert stalled.wait(90)
         began = time.monotonic()
         output, errors = process.communicate("go\n", timeout=90)
-        assert (process.returncode, output) == (3, "leaving\n") and "Traceback" not in errors, errors
+        assert (process.returncode, output) == (3, "leaving\n") and "Traceback" not in errors, (
+            errors
+        )
         assert how == "read" or time.monotonic() - began < 30  # and not the minutes of all retries
 
 

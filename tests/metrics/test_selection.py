@@ -30,4 +30,6 @@ def test_outputs_of_another_task_are_left_out_before_any_is_chosen() -> None:
     estimates = waves(1, 2, 9)[None]
     assert torch.equal(speakers_of(estimates), estimates)
     assert torch.equal(speakers_of(estimates, num_extra_outputs=1), estimates[:, :2])
-    assert torch.equal(speakers_of(estimates, num_extra_outputs=1, num_loudest=1), estimates[:, 1:2])
+    assert torch.equal(
+        speakers_of(estimates, num_extra_outputs=1, num_loudest=1), estimates[:, 1:2]
+    )

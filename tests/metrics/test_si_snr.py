@@ -19,7 +19,9 @@ def test_si_snr_agrees_with_the_angle_between_the_signals() -> None:
     for level in (0.01, 0.3, 1.0, 5.0):
         source = rng.standard_normal(4000) + 0.5
         estimate = 0.7 * source + level * rng.standard_normal(4000)
-        got = si_snr(torch.tensor(estimate, dtype=torch.float32), torch.tensor(source, dtype=torch.float32))
+        got = si_snr(
+            torch.tensor(estimate, dtype=torch.float32), torch.tensor(source, dtype=torch.float32)
+        )
         assert float(got) == pytest.approx(si_snr_by_angle(estimate, source), abs=1e-3)
 
 
@@ -34,7 +36,9 @@ def test_scale_sign_and_offset_do_not_matter() -> None:
     source = torch.randn(2000)
     estimate = source + 0.3 * torch.randn(2000)
     for changed in (5 * estimate, -estimate, estimate + 2, 0.01 * estimate):
-        assert float(si_snr(changed, source)) == pytest.approx(float(si_snr(estimate, source)), abs=1e-2)
+        assert float(si_snr(changed, source)) == pytest.approx(
+            float(si_snr(estimate, source)), abs=1e-2
+        )
 
 
 def test_pairwise_has_estimates_in_rows_and_sources_in_columns() -> None:
@@ -42,7 +46,9 @@ def test_pairwise_has_estimates_in_rows_and_sources_in_columns() -> None:
     estimates, sources = torch.randn(2, 3, 500), torch.randn(2, 3, 500)
     scores = pairwise_si_snr(estimates, sources)
     assert scores.shape == (2, 3, 3)
-    assert float(scores[1, 0, 2]) == pytest.approx(float(si_snr(estimates[1, 0], sources[1, 2])), abs=1e-4)
+    assert float(scores[1, 0, 2]) == pytest.approx(
+        float(si_snr(estimates[1, 0], sources[1, 2])), abs=1e-4
+    )
 
 
 def test_the_improvement_of_the_mixture_itself_is_zero() -> None:
@@ -70,7 +76,9 @@ def test_half_precision_estimates_are_scored_in_fp32() -> None:
     estimate = (source + 0.1 * torch.randn(4000)).bfloat16()
     score = si_snr(estimate, source)
     assert score.dtype == torch.float32
-    assert float(score) == pytest.approx(si_snr_by_angle(estimate.double().numpy(), source.double().numpy()), abs=1e-3)
+    assert float(score) == pytest.approx(
+        si_snr_by_angle(estimate.double().numpy(), source.double().numpy()), abs=1e-3
+    )
 
 
 def test_unequal_lengths_are_refused_with_both_named() -> None:

@@ -27,7 +27,9 @@ from sepdist.metrics.wer import error_rate, fewest, word_errors, words
         ("DON'T", "dont", 1, 1),
     ],
 )
-def test_errors_are_those_counted_by_hand(reference: str, hypothesis: str, errors: int, num_words: int) -> None:
+def test_errors_are_those_counted_by_hand(
+    reference: str, hypothesis: str, errors: int, num_words: int
+) -> None:
     assert word_errors(reference, hypothesis) == (errors, num_words)
 
 
@@ -35,7 +37,9 @@ TEXTS = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6)
 
 
 @given(TEXTS.filter(len), TEXTS)
-def test_errors_are_the_edit_distance_of_the_words(reference: list[str], hypothesis: list[str]) -> None:
+def test_errors_are_the_edit_distance_of_the_words(
+    reference: list[str], hypothesis: list[str]
+) -> None:
     @cache
     def distance(i: int, j: int) -> int:
         if i == 0 or j == 0:
@@ -48,7 +52,16 @@ def test_errors_are_the_edit_distance_of_the_words(reference: list[str], hypothe
 
 
 def test_words_are_lower_case_without_punctuation_and_keep_apostrophes_inside() -> None:
-    assert words("«Ça va?» -- O'Neill's 'boat'; U.S._x 3rd") == ["ça", "va", "o'neill's", "boat", "u", "s", "x", "3rd"]
+    assert words("«Ça va?» -- O'Neill's 'boat'; U.S._x 3rd") == [
+        "ça",
+        "va",
+        "o'neill's",
+        "boat",
+        "u",
+        "s",
+        "x",
+        "3rd",
+    ]
 
 
 def test_of_the_outputs_the_one_with_fewest_errors_counts_and_the_first_of_equals() -> None:
@@ -59,7 +72,9 @@ def test_the_rate_of_a_condition_is_of_its_sums_and_not_the_mean_of_the_rates() 
     assert error_rate([1, 0, 5], [2, 3, 5]) == pytest.approx(60.0)  # the mean would be 50
 
 
-def test_a_reference_without_words_and_a_missing_package_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_without_words_and_a_missing_package_are_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ValueError, match="no words"):
         word_errors("...", "yes")
     monkeypatch.setitem(sys.modules, "jiwer", None)

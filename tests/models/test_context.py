@@ -29,9 +29,13 @@ def test_the_features_are_what_masks_are_made_of() -> None:
     model, mixture = ConvTasNet(1, 16, 16, 8, 8, 12, 8, 2, 1, compile=False), torch.randn(2, 300)
     seen = []
     model.mask_conv.register_forward_hook(lambda module, given, result: seen.append(result))
-    assert torch.equal(model.features(mixture), seen[0].relu()) and model.features(mixture).shape == (2, 37, 16)
+    assert torch.equal(model.features(mixture), seen[0].relu()) and model.features(
+        mixture
+    ).shape == (2, 37, 16)
     model.masking = False
-    assert torch.equal(model.decoder(seen[0].relu())[:, :, :8][:, 0], model(mixture)[:, 0, :8]), "first frame, alone"
+    assert torch.equal(model.decoder(seen[0].relu())[:, :, :8][:, 0], model(mixture)[:, 0, :8]), (
+        "first frame, alone"
+    )
 
 
 def test_predictions_do_not_see_what_is_hidden() -> None:
@@ -48,9 +52,17 @@ def test_a_layer_is_torchs_own_post_norm_layer() -> None:
     torch.manual_seed(0)
     ours = TransformerLayer(24, 4, 40, 0.0)
     theirs = nn.TransformerEncoderLayer(24, 4, 40, 0.0, nn.functional.gelu, batch_first=True)
-    pairs = {"self_attn.in_proj_": ours.attend, "self_attn.out_proj.": ours.join, "linear1.": ours.expand}
+    pairs = {
+        "self_attn.in_proj_": ours.attend,
+        "self_attn.out_proj.": ours.join,
+        "linear1.": ours.expand,
+    }
     pairs |= {"linear2.": ours.contract, "norm1.": ours.norm1, "norm2.": ours.norm2}
-    weights = {name + kind: getattr(layer, kind) for name, layer in pairs.items() for kind in ("weight", "bias")}
+    weights = {
+        name + kind: getattr(layer, kind)
+        for name, layer in pairs.items()
+        for kind in ("weight", "bias")
+    }
     theirs.load_state_dict(weights)
     x = torch.randn(2, 9, 24)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)

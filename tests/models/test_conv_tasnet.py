@@ -13,23 +13,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sepdist.models import layers
+from sepdist.models import conv_block
+from sepdist.models.conv_block import NormLinear
 from sepdist.models.conv_tasnet import ConvTasNet
-from sepdist.models.layers import NormLinear, cut_frames, overlap_add
-from tests.models.checks import depend_on_speakers, gradients, moved_differ, relative
+from sepdist.models.frames import cut_frames, overlap_add
+from tests.support.model_checks import depend_on_speakers, gradients, moved_differ, relative
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_compilations_of_other_tests() -> None:
     torch._dynamo.reset()
-    layers.compiled_stages.cache_clear()
+    conv_block.compiled_stages.cache_clear()
 
 
 def small(**changes: object) -> ConvTasNet:
     """A model with every size different, and weights under which every term of the arithmetic counts."""
     torch.manual_seed(0)
-    sizes = {"num_filters": 32, "kernel_size": 10, "stride": 4, "num_bottleneck": 12, "num_hidden": 48, "num_skip": 8}
-    model = ConvTasNet(**({"num_speakers": 2, "num_blocks": 4, "num_repeats": 2, "compile": False} | sizes | changes))
+    sizes = {
+        "num_filters": 32,
+        "kernel_size": 10,
+        "stride": 4,
+        "num_bottleneck": 12,
+        "num_hidden": 48,
+        "num_skip": 8,
+    }
+    model = ConvTasNet(
+        **(
+            {"num_speakers": 2, "num_blocks": 4, "num_repeats": 2, "compile": False}
+            | sizes
+            | changes
+        )
+    )
     with torch.no_grad():
         for index, p in enumerate(model.parameters()):
             if p.numel() == 1:
@@ -59,36 +73,57 @@ def textbook(model: ConvTasNet, mixture: Tensor) -> Tensor:
         y = gln(y, block.gain1, block.shift1)
         reach = block.dilation * (len(block.taps) // 2)
         y = F.conv1d(
-            y, block.taps.T[:, None], block.taps_bias, padding=reach, dilation=block.dilation, groups=y.shape[1]
+            y,
+            block.taps.T[:, None],
+            block.taps_bias,
+            padding=reach,
+            dilation=block.dilation,
+            groups=y.shape[1],
         )
         y = gln(F.prelu(y, block.prelu2), block.gain2, block.shift2)
-        residual, skip = F.conv1d(y, block.out_weight[..., None], block.out_bias).tensor_split([x.shape[1]], 1)
+        residual, skip = F.conv1d(y, block.out_weight[..., None], block.out_bias).tensor_split(
+            [x.shape[1]], 1
+        )
         x = x + residual
         skips.append(skip)
     total = F.prelu(torch.stack(skips).sum(0), model.prelu.weight)
     masks = F.relu(F.conv1d(total, model.mask_conv.weight[..., None], model.mask_conv.bias))
     masked = masks.unflatten(1, (model.num_speakers, -1)) * encoded[:, None]
-    waves = F.conv_transpose1d(masked.flatten(0, 1), model.decoder.weight.T[:, None], stride=model.stride)
+    waves = F.conv_transpose1d(
+        masked.flatten(0, 1), model.decoder.weight.T[:, None], stride=model.stride
+    )
     return waves.view(len(mixture), model.num_speakers, -1)[..., :length]
 
 
-@pytest.mark.parametrize(("num_speakers", "count"), [(1, 4_984_497), (2, 5_050_545), (3, 5_116_593)])
-def test_the_paper_size_has_the_published_number_of_parameters(num_speakers: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("num_speakers", "count"), [(1, 4_984_497), (2, 5_050_545), (3, 5_116_593)]
+)
+def test_the_paper_size_has_the_published_number_of_parameters(
+    num_speakers: int, count: int
+) -> None:
     assert sum(p.numel() for p in ConvTasNet(num_speakers).parameters()) == count
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_taps": 5}, {"num_taps": 1}, {"num_speakers": 3, "num_skip": 20}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_taps": 5}, {"num_taps": 1}, {"num_speakers": 3, "num_skip": 20}]
+)
 @pytest.mark.parametrize("length", [203, 31, 10])
-def test_estimates_and_all_gradients_agree_with_the_textbook_in_float64(changes: dict, length: int) -> None:
+def test_estimates_and_all_gradients_agree_with_the_textbook_in_float64(
+    changes: dict, length: int
+) -> None:
     model = small(**changes).double()
     mixture = torch.randn(3, length, dtype=torch.float64)
     assert relative(model(mixture), textbook(model, mixture)) < 1e-12
-    for got, expected in zip(gradients(model, mixture), gradients(model, mixture, textbook), strict=True):
+    for got, expected in zip(
+        gradients(model, mixture), gradients(model, mixture, textbook), strict=True
+    ):
         assert torch.allclose(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("kernel_size", "stride"), [(16, 8), (2, 1), (20, 10), (10, 3), (5, 5)])
-def test_the_estimates_are_as_long_as_the_mixture_at_any_length(kernel_size: int, stride: int) -> None:
+def test_the_estimates_are_as_long_as_the_mixture_at_any_length(
+    kernel_size: int, stride: int
+) -> None:
     model = small(kernel_size=kernel_size, stride=stride)
     for length in (model.min_length, model.min_length + 1, 97, 400, 403):
         assert model(torch.randn(2, length)).shape == (2, 2, length)
@@ -137,9 +172,16 @@ def test_where_the_parameters_lie_in_memory_changes_no_bit(num_hidden: int) -> N
 
 
 def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers() -> None:
-    names = {name for name, _ in small().named_parameters() if name.startswith(ConvTasNet.output_parameters)}
+    names = {
+        name
+        for name, _ in small().named_parameters()
+        if name.startswith(ConvTasNet.output_parameters)
+    }
     assert depend_on_speakers(small) == names
-    assert sum(p.numel() for n, p in ConvTasNet(2).named_parameters() if n.startswith("mask_conv")) == 132_096
+    assert (
+        sum(p.numel() for n, p in ConvTasNet(2).named_parameters() if n.startswith("mask_conv"))
+        == 132_096
+    )
 
 
 def test_compiled_and_eager_agree() -> None:
@@ -170,7 +212,10 @@ def test_grad_and_backward_and_another_thread_give_the_same_bits() -> None:
     def backward() -> None:
         model(mixture).square().sum().backward()
 
-    for run in (backward, lambda: (thread := threading.Thread(target=backward), thread.start(), thread.join())):
+    for run in (
+        backward,
+        lambda: (thread := threading.Thread(target=backward), thread.start(), thread.join()),
+    ):
         model.zero_grad()
         run()
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), by_grad, strict=True))
@@ -179,7 +224,9 @@ def test_grad_and_backward_and_another_thread_give_the_same_bits() -> None:
 def fingerprint() -> str:
     """The bits of the gradients and, through them, of the estimates."""
     digest = hashlib.sha256()
-    for gradient in gradients(small(compile=True), torch.randn(2, 4000, generator=torch.Generator().manual_seed(2))):
+    for gradient in gradients(
+        small(compile=True), torch.randn(2, 4000, generator=torch.Generator().manual_seed(2))
+    ):
         digest.update(gradient.numpy().tobytes())
     return digest.hexdigest()
 
@@ -190,20 +237,28 @@ def test_another_process_gives_the_same_bits_at_the_same_number_of_threads() -> 
         "from tests.models.test_conv_tasnet import fingerprint; print(fingerprint())"
     )
     other = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert other.stdout.split() == [fingerprint()] == [fingerprint()]
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_bf16_autocast_is_no_further_from_fp32_than_the_textbook_under_autocast(compile: bool) -> None:
+def test_bf16_autocast_is_no_further_from_fp32_than_the_textbook_under_autocast(
+    compile: bool,
+) -> None:
     model = small(compile=compile)
     mixture = torch.randn(2, 1000)
     expected = gradients(model, mixture)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         estimates, by_textbook = model(mixture), textbook(model, mixture)
         got, got_by_textbook = gradients(model, mixture), gradients(model, mixture, textbook)
-    assert estimates.dtype == torch.float32 and all(gradient.dtype == torch.float32 for gradient in got)
+    assert estimates.dtype == torch.float32 and all(
+        gradient.dtype == torch.float32 for gradient in got
+    )
     assert relative(estimates, model(mixture)) < 1.2 * relative(by_textbook, model(mixture)) < 0.05
     whole, textbook_whole, expected_whole = (
         torch.cat([g.flatten() for g in x]) for x in (got, got_by_textbook, expected)
@@ -215,11 +270,11 @@ def test_without_a_compiler_the_model_runs_as_it_is_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    layers.has_compiler.cache_clear()
+    conv_block.has_compiler.cache_clear()
     mixture = torch.randn(1, 300)
     with caplog.at_level(logging.WARNING):
         estimates = small(compile=True)(mixture)
-    layers.has_compiler.cache_clear()
+    conv_block.has_compiler.cache_clear()
     assert torch.equal(estimates, small()(mixture))
     assert [record.message for record in caplog.records if "compiler" in record.message] == [
         f"no C++ compiler found ({', '.join(filter(None, (os.environ.get('CXX'), 'g++', 'clang++')))}): "
@@ -228,7 +283,8 @@ def test_without_a_compiler_the_model_runs_as_it_is_and_says_so_once(
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"), [({"stride": 11}, "stride=11"), ({"num_taps": 2}, "num_taps=2"), ({"num_speakers": 0}, "=0")]
+    ("changes", "words"),
+    [({"stride": 11}, "stride=11"), ({"num_taps": 2}, "num_taps=2"), ({"num_speakers": 0}, "=0")],
 )
 def test_sizes_that_cannot_work_are_refused_by_name(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -9,11 +9,25 @@ from torch import Tensor, nn
 
 from sepdist.models.dprnn import DPRNN
 from sepdist.models.dptnet import DPTNet
-from tests.models.checks import depend_on_speakers, gradients, moved_differ, relative, shaken, torch_lstm
 from tests.models.test_dual_path import folded, unfolded
+from tests.support.model_checks import (
+    depend_on_speakers,
+    gradients,
+    moved_differ,
+    relative,
+    shaken,
+    torch_lstm,
+)
 
 MODELS = (DPRNN, DPTNet)
-SMALL = {"num_filters": 12, "kernel_size": 6, "stride": 2, "num_hidden": 64, "chunk_size": 10, "num_repeats": 2}
+SMALL = {
+    "num_filters": 12,
+    "kernel_size": 6,
+    "stride": 2,
+    "num_hidden": 64,
+    "chunk_size": 10,
+    "num_repeats": 2,
+}
 
 
 def small(kind: type[nn.Module], **changes: object) -> nn.Module:
@@ -25,7 +39,9 @@ def small(kind: type[nn.Module], **changes: object) -> nn.Module:
 
 def gln(x: Tensor, norm: nn.Module, dims: tuple[int, ...]) -> Tensor:
     centred = x - x.mean(dims, keepdim=True)
-    return norm.gain * centred / (centred.square().mean(dims, keepdim=True) + 1e-8).sqrt() + norm.shift
+    return (
+        norm.gain * centred / (centred.square().mean(dims, keepdim=True) + 1e-8).sqrt() + norm.shift
+    )
 
 
 def torch_attention(x: Tensor, ours: nn.Module) -> Tensor:
@@ -44,20 +60,31 @@ def textbook(model: nn.Module, mixture: Tensor) -> Tensor:
     encoded = F.conv1d(padded[:, None], model.encoder.weight[:, None], stride=model.stride).mT
     encoded = encoded if recurrent else F.relu(encoded)
     x = gln(encoded, model.norm, (1, 2))
-    x = unfolded(F.linear(x, model.bottleneck.weight, model.bottleneck.bias) if recurrent else x, model.chunk_size)
+    x = unfolded(
+        F.linear(x, model.bottleneck.weight, model.bottleneck.bias) if recurrent else x,
+        model.chunk_size,
+    )
     for pair in zip(model.intra, model.inter, strict=True):
         for path in pair:
             rows = x.flatten(0, 1)
             if recurrent:
-                y = F.linear(torch_lstm(rows, path.lstm), path.linear.weight, path.linear.bias).view_as(x)
+                y = F.linear(
+                    torch_lstm(rows, path.lstm), path.linear.weight, path.linear.bias
+                ).view_as(x)
                 x = x + gln(y, path.norm, (1, 2, 3))
             else:
-                rows = gln(rows + torch_attention(rows, path.attention), path.attention_norm, (1, 2))
-                y = F.linear(F.relu(torch_lstm(rows, path.lstm)), path.linear.weight, path.linear.bias)
+                rows = gln(
+                    rows + torch_attention(rows, path.attention), path.attention_norm, (1, 2)
+                )
+                y = F.linear(
+                    F.relu(torch_lstm(rows, path.lstm)), path.linear.weight, path.linear.bias
+                )
                 x = gln(rows + y, path.norm, (1, 2)).view_as(x)
             x = x.transpose(1, 2)
     y = F.linear(F.prelu(x, model.prelu.weight), model.mask_conv.weight, model.mask_conv.bias)
-    y = folded(y, encoded.shape[1]).unflatten(-1, (model.num_speakers, -1)) / (1 if recurrent else 2)
+    y = folded(y, encoded.shape[1]).unflatten(-1, (model.num_speakers, -1)) / (
+        1 if recurrent else 2
+    )
     values, gates = F.linear(y, model.gate.linear.weight, model.gate.linear.bias).chunk(2, -1)
     y = values.tanh() * gates.sigmoid()
     masks = F.relu(F.linear(y, model.mask.weight) if recurrent else y)
@@ -83,11 +110,15 @@ def test_the_sizes_of_paper_1_and_of_the_originals_have_their_numbers_of_paramet
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("length", [101, 31, 6])
-def test_estimates_and_all_gradients_agree_with_the_textbook_in_float64(kind: type[nn.Module], length: int) -> None:
+def test_estimates_and_all_gradients_agree_with_the_textbook_in_float64(
+    kind: type[nn.Module], length: int
+) -> None:
     model = small(kind).double()
     mixture = torch.randn(2, length, dtype=torch.float64)
     assert relative(model(mixture), textbook(model, mixture)) < 1e-12
-    for got, expected in zip(gradients(model, mixture), gradients(model, mixture, textbook), strict=True):
+    for got, expected in zip(
+        gradients(model, mixture), gradients(model, mixture, textbook), strict=True
+    ):
         assert torch.allclose(got, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -95,7 +126,9 @@ def test_estimates_and_all_gradients_agree_with_the_textbook_in_float64(kind: ty
 def test_in_fp32_the_kernel_is_as_near_to_float64_as_torchs_lstm(kind: type[nn.Module]) -> None:
     mixture = torch.randn(2, 120)
     expected = gradients(small(kind).double(), mixture.double())
-    by_kernel, by_torch = (gradients(small(kind, compile=compile), mixture) for compile in (True, False))
+    by_kernel, by_torch = (
+        gradients(small(kind, compile=compile), mixture) for compile in (True, False)
+    )
     for exact, ours, theirs in zip(expected, by_kernel, by_torch, strict=True):
         assert relative(ours.double(), exact) < 3 * relative(theirs.double(), exact) + 1e-5
 
@@ -115,7 +148,11 @@ def test_wrong_shapes_and_sizes_are_refused_with_their_values(kind: type[nn.Modu
     for shape, words in (((1, 5), r"\(1, 5\).*T >= 6"), ((1, 2, 50), r"\(1, 2, 50\)")):
         with pytest.raises(ValueError, match=words):
             small(kind)(torch.zeros(shape))
-    for changes, words in (({"stride": 7}, "stride=7"), ({"chunk_size": 9}, "=9"), ({"num_speakers": 0}, "=0")):
+    for changes, words in (
+        ({"stride": 7}, "stride=7"),
+        ({"chunk_size": 9}, "=9"),
+        ({"num_speakers": 0}, "=0"),
+    ):
         with pytest.raises(ValueError, match=words):
             small(kind, **changes)
 
@@ -133,8 +170,14 @@ def test_a_silent_mixture_gives_finite_estimates_and_gradients(kind: type[nn.Mod
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers(kind: type[nn.Module]) -> None:
-    names = {name for name, _ in small(kind).named_parameters() if name.startswith(kind.output_parameters)}
+def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers(
+    kind: type[nn.Module],
+) -> None:
+    names = {
+        name
+        for name, _ in small(kind).named_parameters()
+        if name.startswith(kind.output_parameters)
+    }
     assert depend_on_speakers(partial(small, kind)) == names != set()
 
 
@@ -156,7 +199,9 @@ def test_bf16_autocast_gives_fp32_estimates_near_those_of_fp32(kind: type[nn.Mod
     mixture = torch.randn(2, 200)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         estimates, got = model(mixture), gradients(model, mixture)
-    whole, expected = (torch.cat([g.flatten() for g in x]) for x in (got, gradients(model, mixture)))
+    whole, expected = (
+        torch.cat([g.flatten() for g in x]) for x in (got, gradients(model, mixture))
+    )
     assert estimates.dtype == torch.float32 and whole.dtype == torch.float32
     assert relative(estimates, model(mixture)) < 0.05 and relative(whole, expected) < 0.1
 
@@ -191,4 +236,7 @@ def test_a_second_of_speech_passes_forth_and_back_at_full_size(kind: type[nn.Mod
     estimates = model(torch.randn(1, 8000))
     estimates.square().mean().backward()
     assert estimates.shape == (1, 2, 8000)
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
+    assert all(
+        p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any()
+        for p in model.parameters()
+    )

@@ -10,7 +10,9 @@ from sepdist.models.dual_path import GlobalNorm, merge, segment
 
 def unfolded(frames: Tensor, chunk_size: int) -> Tensor:
     """[B, N, F] -> [B, C, K, F] by torch's unfold with a chunk of padding on both sides and half a chunk of stride."""
-    columns = F.unfold(frames.mT[..., None], (chunk_size, 1), padding=(chunk_size, 0), stride=(chunk_size // 2, 1))
+    columns = F.unfold(
+        frames.mT[..., None], (chunk_size, 1), padding=(chunk_size, 0), stride=(chunk_size // 2, 1)
+    )
     return columns.unflatten(1, (-1, chunk_size)).permute(0, 3, 2, 1)
 
 
@@ -18,12 +20,16 @@ def folded(chunks: Tensor, num_frames: int) -> Tensor:
     """The overlap-add of `unfolded`'s chunks by torch's fold."""
     size = chunks.shape[2]
     columns = chunks.permute(0, 3, 2, 1).flatten(1, 2)
-    return F.fold(columns, (num_frames, 1), (size, 1), padding=(size, 0), stride=(size // 2, 1))[..., 0].mT
+    return F.fold(columns, (num_frames, 1), (size, 1), padding=(size, 0), stride=(size // 2, 1))[
+        ..., 0
+    ].mT
 
 
 @pytest.mark.parametrize("chunk_size", [2, 6, 10])
 @pytest.mark.parametrize("num_frames", [1, 4, 5, 9, 10, 37, 40])
-def test_chunks_are_those_of_unfold_and_merge_is_fold_to_the_bit(chunk_size: int, num_frames: int) -> None:
+def test_chunks_are_those_of_unfold_and_merge_is_fold_to_the_bit(
+    chunk_size: int, num_frames: int
+) -> None:
     frames = torch.randn(2, num_frames, 3)
     chunks = segment(frames, chunk_size)
     assert torch.equal(chunks, unfolded(frames, chunk_size))
@@ -42,15 +48,21 @@ def test_the_norm_and_its_gradients_are_those_of_the_formula(shape: tuple[int, .
     x = (3 * torch.randn(shape, dtype=torch.float64) + 2).requires_grad_()
     dims = tuple(range(1, x.ndim))
     centred = x - x.mean(dims, keepdim=True)
-    expected = norm.gain * centred / (centred.square().mean(dims, keepdim=True) + 1e-8).sqrt() + norm.shift
+    expected = (
+        norm.gain * centred / (centred.square().mean(dims, keepdim=True) + 1e-8).sqrt() + norm.shift
+    )
     got = norm(x)
     assert got.shape == x.shape and torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(x)
     wanted = [x, norm.gain, norm.shift]
-    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), wanted) for y in (got, expected)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * weights).sum(), wanted) for y in (got, expected)), strict=True
+    ):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_the_norm_is_fp32_under_autocast_and_silence_stays_finite() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert GlobalNorm(4)(torch.zeros(2, 3, 6, 4, dtype=torch.bfloat16)).equal(torch.zeros(2, 3, 6, 4))
+        assert GlobalNorm(4)(torch.zeros(2, 3, 6, 4, dtype=torch.bfloat16)).equal(
+            torch.zeros(2, 3, 6, 4)
+        )

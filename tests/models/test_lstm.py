@@ -8,7 +8,7 @@ from torch import nn
 
 from sepdist.models import lstm
 from sepdist.models.lstm import BiLSTM
-from tests.models.checks import relative
+from tests.support.model_checks import relative
 
 
 def pair(features: int, hidden: int) -> tuple[BiLSTM, nn.LSTM]:
@@ -17,7 +17,9 @@ def pair(features: int, hidden: int) -> tuple[BiLSTM, nn.LSTM]:
     ours = BiLSTM(features, hidden)
     theirs = nn.LSTM(features, hidden, bidirectional=True, batch_first=True).double()
     with torch.no_grad():
-        for own, name in zip(ours.parameters(), ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), strict=True):
+        for own, name in zip(
+            ours.parameters(), ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), strict=True
+        ):
             own.mul_(3)
             for direction, suffix in enumerate(("_l0", "_l0_reverse")):
                 getattr(theirs, name + suffix).copy_(own[direction])
@@ -104,4 +106,6 @@ def test_a_compiler_that_fails_is_reported_once_and_torch_runs(
         assert relative(ours(x), expected) < 1e-6
         ours(x)
     lstm._library.cache_clear()
-    assert len([record for record in caplog.records if "torch's LSTM is used" in record.message]) == 1
+    assert (
+        len([record for record in caplog.records if "torch's LSTM is used" in record.message]) == 1
+    )

@@ -12,10 +12,22 @@ from sepdist.models.sepformer import SepFormer
 
 CODEC = {"num_speakers": 3, "num_filters": 24, "kernel_size": 8, "stride": 4}
 SIZES = {
-    "conv_tasnet": {"num_bottleneck": 12, "num_hidden": 20, "num_skip": 8, "num_blocks": 3, "num_repeats": 2},
+    "conv_tasnet": {
+        "num_bottleneck": 12,
+        "num_hidden": 20,
+        "num_skip": 8,
+        "num_blocks": 3,
+        "num_repeats": 2,
+    },
     "dprnn": {"num_bottleneck": 16, "num_hidden": 64, "chunk_size": 10, "num_repeats": 2},
     "dptnet": {"num_heads": 4, "num_hidden": 64, "chunk_size": 10, "num_repeats": 2},
-    "sepformer": {"num_heads": 4, "num_hidden": 48, "chunk_size": 10, "num_blocks": 2, "num_layers": 2},
+    "sepformer": {
+        "num_heads": 4,
+        "num_hidden": 48,
+        "chunk_size": 10,
+        "num_blocks": 2,
+        "num_layers": 2,
+    },
 }
 MODELS: dict[str, type[nn.Module]] = {
     "conv_tasnet": ConvTasNet,
@@ -26,7 +38,9 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("num_frames", [3, 61, 75, 80])  # with chunks of 10, two of them at an exact end of one
+@pytest.mark.parametrize(
+    "num_frames", [3, 61, 75, 80]
+)  # with chunks of 10, two of them at an exact end of one
 def test_estimates_are_the_peers_with_the_peers_weights(name: str, num_frames: int) -> None:
     torch.manual_seed(0)
     sizes = CODEC | SIZES[name] | ({"num_taps": 3} if name == "conv_tasnet" else {})
@@ -39,7 +53,11 @@ def test_estimates_are_the_peers_with_the_peers_weights(name: str, num_frames: i
             parameter.add_(0.1 * torch.randn_like(parameter))
         ours = MODELS[name](**sizes, **({"compile": False} if name == "conv_tasnet" else {}))
         ours.load_state_dict(PEERS[name].weights(peer.state_dict()))
-        mixture = torch.randn(2, 8 + 4 * (num_frames - 1))  # whole frames: peers drop the samples behind the last
+        mixture = torch.randn(
+            2, 8 + 4 * (num_frames - 1)
+        )  # whole frames: peers drop the samples behind the last
         expected = peer(mixture)
-        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
+        assert sum(p.numel() for p in ours.parameters()) == sum(
+            p.numel() for p in peer.parameters()
+        )
         assert float((ours(mixture) - expected).norm() / expected.norm()) < 1e-5

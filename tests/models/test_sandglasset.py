@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.sandglasset import GlobalAttention, Sandglasset
-from tests.models.checks import (
+from tests.support.model_checks import (
     depend_on_speakers,
     gradients,
     improvement_learnt,
@@ -20,7 +20,14 @@ from tests.models.checks import (
 def small(**changes: object) -> Sandglasset:
     """A model with every size different, and weights under which every term of the arithmetic counts."""
     torch.manual_seed(0)
-    sizes = {"num_filters": 14, "kernel_size": 8, "stride": 4, "num_features": 12, "chunk_size": 32, "num_hidden": 5}
+    sizes = {
+        "num_filters": 14,
+        "kernel_size": 8,
+        "stride": 4,
+        "num_features": 12,
+        "chunk_size": 32,
+        "num_hidden": 5,
+    }
     others = {"num_speakers": 2, "num_blocks": 5, "num_heads": 3, "compile": False}
     return shaken(Sandglasset(**(others | sizes | changes)))
 
@@ -42,7 +49,11 @@ def textbook(model: Sandglasset, mixture: Tensor) -> Tensor:
     for block, (local, coarse) in enumerate(zip(model.local, model.coarse, strict=True)):
         rows = x.permute(0, 3, 2, 1).flatten(0, 1)
         rows = local.linear(torch_lstm(rows, local.lstm))
-        x = x + norm(rows.unflatten(0, (batch, chunks)).permute(0, 3, 2, 1), local.norm.weight, local.norm.bias)
+        x = x + norm(
+            rows.unflatten(0, (batch, chunks)).permute(0, 3, 2, 1),
+            local.norm.weight,
+            local.norm.bias,
+        )
 
         factor = 4 ** min(block, len(model.local) - 1 - block)
         sample = {"stride": factor, "groups": features}
@@ -53,7 +64,9 @@ def textbook(model: Sandglasset, mixture: Tensor) -> Tensor:
         angles = torch.arange(chunks)[:, None] / 10000 ** (torch.arange(0, features, 2) / features)
         y[..., 0::2] += angles.sin()
         y[..., 1::2] += angles.cos()
-        attention = nn.MultiheadAttention(features, coarse.attention.num_heads, batch_first=True, dtype=y.dtype)
+        attention = nn.MultiheadAttention(
+            features, coarse.attention.num_heads, batch_first=True, dtype=y.dtype
+        )
         replaced = {
             "in_proj_weight": coarse.attention.qkv.weight,
             "in_proj_bias": coarse.attention.qkv.bias,
@@ -73,7 +86,9 @@ def textbook(model: Sandglasset, mixture: Tensor) -> Tensor:
     masks = F.conv2d(F.prelu(x, model.prelu.weight), weight, model.mask_conv.bias)  # [B, S E, K, C]
     masks = F.fold(masks.flatten(1, 2), (encoded.shape[2], 1), **fold)[..., 0]
     masked = masks.relu().unflatten(1, (speakers, -1)) * encoded[:, None]
-    waves = F.conv_transpose1d(masked.flatten(0, 1), model.decoder.weight.T[:, None], stride=model.stride)
+    waves = F.conv_transpose1d(
+        masked.flatten(0, 1), model.decoder.weight.T[:, None], stride=model.stride
+    )
     return waves.view(batch, speakers, -1)
 
 
@@ -88,7 +103,9 @@ def test_estimates_and_all_gradients_agree_with_the_textbook_in_float64(num_bloc
     mixture = torch.randn(2, 8 + 4 * 70, dtype=torch.float64)
     # The sinusoids are fp32 numbers, so that they are the same in every type.
     assert relative(model(mixture), textbook(model, mixture)) < 1e-6
-    for got, expected in zip(gradients(model, mixture), gradients(model, mixture, textbook), strict=True):
+    for got, expected in zip(
+        gradients(model, mixture), gradients(model, mixture, textbook), strict=True
+    ):
         assert relative(got, expected) < 1e-5
 
 
@@ -148,7 +165,11 @@ def test_sizes_that_cannot_work_are_refused_by_name(changes: dict, words: str) -
 
 
 def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers() -> None:
-    names = {name for name, _ in small().named_parameters() if name.startswith(Sandglasset.output_parameters)}
+    names = {
+        name
+        for name, _ in small().named_parameters()
+        if name.startswith(Sandglasset.output_parameters)
+    }
     assert depend_on_speakers(small) == names != set()
 
 
@@ -159,7 +180,9 @@ def test_bf16_autocast_is_near_fp32() -> None:
         estimates = model(mixture)
     estimates.square().sum().backward()
     assert estimates.dtype == torch.float32 and relative(estimates, model(mixture)) < 0.05
-    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters()
+    )
 
 
 def test_where_the_parameters_lie_in_memory_changes_no_bit() -> None:

@@ -7,14 +7,30 @@ from torch import Tensor, nn
 
 from sepdist.models.attention import sinusoids
 from sepdist.models.sepformer import SepFormer, from_chunks, to_chunks
-from tests.models.checks import depend_on_speakers, gradients, improvement_learnt, moved_differ, relative, shaken
+from tests.support.model_checks import (
+    depend_on_speakers,
+    gradients,
+    improvement_learnt,
+    moved_differ,
+    relative,
+    shaken,
+)
 
 
 def small(**changes: object) -> SepFormer:
     """A model with every size different, and weights under which every term of the arithmetic counts."""
     torch.manual_seed(0)
-    sizes = {"num_filters": 24, "kernel_size": 8, "stride": 4, "chunk_size": 10, "num_heads": 3, "num_hidden": 40}
-    return shaken(SepFormer(**({"num_speakers": 2, "num_blocks": 2, "num_layers": 2} | sizes | changes)))
+    sizes = {
+        "num_filters": 24,
+        "kernel_size": 8,
+        "stride": 4,
+        "chunk_size": 10,
+        "num_heads": 3,
+        "num_hidden": 40,
+    }
+    return shaken(
+        SepFormer(**({"num_speakers": 2, "num_blocks": 2, "num_layers": 2} | sizes | changes))
+    )
 
 
 def textbook(model: SepFormer, mixture: Tensor) -> Tensor:
@@ -22,7 +38,9 @@ def textbook(model: SepFormer, mixture: Tensor) -> Tensor:
 
     def whole_norm(x: Tensor, norm: nn.Module) -> Tensor:
         x = (x - x.mean()) / (x.var(correction=0) + 1e-8).sqrt()
-        return norm.gain.view(-1, *[1] * (x.ndim - 1)) * x + norm.shift.view(-1, *[1] * (x.ndim - 1))
+        return norm.gain.view(-1, *[1] * (x.ndim - 1)) * x + norm.shift.view(
+            -1, *[1] * (x.ndim - 1)
+        )
 
     def transformer(sequence: Tensor, stack: nn.Module) -> Tensor:
         """[L, F] -> [L, F]."""
@@ -42,24 +60,40 @@ def textbook(model: SepFormer, mixture: Tensor) -> Tensor:
                 *projections.unflatten(1, (3, num_heads, -1)).permute(1, 2, 0, 3), strict=True
             ):
                 heads.append(torch.softmax(query @ key.T / query.shape[1] ** 0.5, dim=1) @ value)
-            sequence = sequence + torch.cat(heads, dim=1) @ layer.attention.out.weight.T + layer.attention.out.bias
+            sequence = (
+                sequence
+                + torch.cat(heads, dim=1) @ layer.attention.out.weight.T
+                + layer.attention.out.bias
+            )
             hidden = (layer.norm(sequence) @ layer.up.weight.T + layer.up.bias).clamp_min(0)
             sequence = sequence + hidden @ layer.down.weight.T + layer.down.bias
-        return F.layer_norm(sequence, (features,), stack.layer_norm.weight, stack.layer_norm.bias, 1e-6)
+        return F.layer_norm(
+            sequence, (features,), stack.layer_norm.weight, stack.layer_norm.bias, 1e-6
+        )
 
     def separate(signal: Tensor) -> Tensor:
         size, hop = model.chunk_size, model.chunk_size // 2
-        encoded = F.conv1d(signal[None], model.encoder.weight[:, None], stride=model.stride).clamp_min(0)
+        encoded = F.conv1d(
+            signal[None], model.encoder.weight[:, None], stride=model.stride
+        ).clamp_min(0)
         x = model.bottleneck.weight @ whole_norm(encoded, model.norm)
         count = x.shape[1]
-        behind = size - (hop + count % size) % size  # of zeros, as published: a whole chunk rather than none
+        behind = (
+            size - (hop + count % size) % size
+        )  # of zeros, as published: a whole chunk rather than none
         num_chunks = (count + behind) // hop + 1
         padded = F.pad(x, (hop, num_chunks * hop - count))
-        chunks = torch.stack([padded[:, c * hop : c * hop + size] for c in range(num_chunks)], dim=2)  # [F, K, C]
+        chunks = torch.stack(
+            [padded[:, c * hop : c * hop + size] for c in range(num_chunks)], dim=2
+        )  # [F, K, C]
         for intra, inter in zip(model.intra, model.inter, strict=True):
-            along = torch.stack([transformer(chunks[:, :, c].T, intra) for c in range(num_chunks)])  # [C, K, F]
+            along = torch.stack(
+                [transformer(chunks[:, :, c].T, intra) for c in range(num_chunks)]
+            )  # [C, K, F]
             chunks = chunks + whole_norm(along.permute(2, 1, 0), intra.global_norm)
-            across = torch.stack([transformer(chunks[:, k].T, inter) for k in range(size)])  # [K, C, F]
+            across = torch.stack(
+                [transformer(chunks[:, k].T, inter) for k in range(size)]
+            )  # [K, C, F]
             chunks = chunks + whole_norm(across.permute(2, 0, 1), inter.global_norm)
         weight, bias = model.mask_conv.weight[..., None, None], model.mask_conv.bias
         masks = F.conv2d(F.prelu(chunks[None], model.prelu.weight), weight, bias)[0]
@@ -69,10 +103,15 @@ def textbook(model: SepFormer, mixture: Tensor) -> Tensor:
             added = torch.zeros_like(padded)
             for c in range(num_chunks):
                 added[:, c * hop : c * hop + size] += chunks[:, :, c]
-            y = model.gate.linear.weight @ added[:, hop : hop + count] + model.gate.linear.bias[:, None]
+            y = (
+                model.gate.linear.weight @ added[:, hop : hop + count]
+                + model.gate.linear.bias[:, None]
+            )
             value, gate = y.chunk(2)
             mask = (model.mask_out.weight @ (torch.tanh(value) * torch.sigmoid(gate))).clamp_min(0)
-            wave = F.conv_transpose1d((mask * encoded)[None], model.decoder.weight.T[:, None], stride=model.stride)
+            wave = F.conv_transpose1d(
+                (mask * encoded)[None], model.decoder.weight.T[:, None], stride=model.stride
+            )
             estimates.append(wave[0, 0])
         return torch.stack(estimates)
 
@@ -104,16 +143,22 @@ def test_estimates_and_all_gradients_agree_with_the_equations_in_float64(frames:
     mixture = torch.randn(2, 8 + 4 * (frames - 1), dtype=torch.float64)
     # The sinusoids are fp32 numbers, so that they are the same in every type.
     assert relative(model(mixture), textbook(model, mixture)) < 1e-6
-    for got, expected in zip(gradients(model, mixture), gradients(model, mixture, textbook), strict=True):
+    for got, expected in zip(
+        gradients(model, mixture), gradients(model, mixture, textbook), strict=True
+    ):
         assert relative(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 5, 6, 10, 15, 16, 99, 100])
-def test_chunks_begin_half_a_chunk_early_are_even_in_number_and_add_up_to_twice_the_frames(num_frames: int) -> None:
+def test_chunks_begin_half_a_chunk_early_are_even_in_number_and_add_up_to_twice_the_frames(
+    num_frames: int,
+) -> None:
     frames = torch.randn(2, num_frames, 3)
     chunks = to_chunks(frames, 10)
     assert chunks.shape[1] % 2 == 0 and (chunks.shape[1] - 1) * 5 <= num_frames + 10
-    assert torch.equal(chunks[:, 0, :5], torch.zeros(2, 5, 3)) and torch.equal(chunks[:, 0, 5], frames[:, 0])
+    assert torch.equal(chunks[:, 0, :5], torch.zeros(2, 5, 3)) and torch.equal(
+        chunks[:, 0, 5], frames[:, 0]
+    )
     assert torch.equal(from_chunks(chunks, num_frames), 2 * frames)
 
 
@@ -132,7 +177,12 @@ def test_a_mixture_of_another_shape_is_refused_with_it(shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"stride": 9}, "stride=9"), ({"num_heads": 5}, "=5"), ({"num_speakers": 0}, "=0"), ({"chunk_size": 9}, "=9")],
+    [
+        ({"stride": 9}, "stride=9"),
+        ({"num_heads": 5}, "=5"),
+        ({"num_speakers": 0}, "=0"),
+        ({"chunk_size": 9}, "=9"),
+    ],
 )
 def test_sizes_that_cannot_work_are_refused_by_name(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -140,13 +190,19 @@ def test_sizes_that_cannot_work_are_refused_by_name(changes: dict, words: str) -
 
 
 def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers() -> None:
-    names = {name for name, _ in small().named_parameters() if name.startswith(SepFormer.output_parameters)}
+    names = {
+        name
+        for name, _ in small().named_parameters()
+        if name.startswith(SepFormer.output_parameters)
+    }
     assert depend_on_speakers(small) == names != set()
 
 
 def test_positions_are_unlike_each_other() -> None:
     places = sinusoids(250, torch.empty(1, 64, dtype=torch.float64))
-    assert places.dtype == torch.float64 and torch.cdist(places, places).fill_diagonal_(9).min() > 0.5
+    assert (
+        places.dtype == torch.float64 and torch.cdist(places, places).fill_diagonal_(9).min() > 0.5
+    )
 
 
 def test_where_the_parameters_lie_in_memory_changes_no_bit() -> None:
@@ -188,7 +244,9 @@ def test_bf16_autocast_is_near_fp32() -> None:
         estimates = model(mixture)
     estimates.square().sum().backward()
     assert estimates.dtype == torch.float32 and relative(estimates, model(mixture)) < 0.05
-    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters()
+    )
 
 
 def test_some_steps_on_one_batch_learn_it() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sepdist.models.sisnr_cnn import SISNREstimator
 from sepdist.objectives.quality import Quality
-from tests.objectives.batches import batch_of, voices
+from tests.support.batches import batch_of, voices
 
 
 def built(**changes: bool) -> SISNREstimator:
@@ -17,12 +17,17 @@ def built(**changes: bool) -> SISNREstimator:
 
 def by_hand(model: SISNREstimator, mixture: Tensor, estimate: Tensor) -> float:
     """One number before the sigmoid, by numpy."""
-    x = np.stack([(w.numpy() - w.numpy().mean()) / w.numpy().std() for w in (estimate, mixture)]).astype(np.float64)
+    x = np.stack(
+        [(w.numpy() - w.numpy().mean()) / w.numpy().std() for w in (estimate, mixture)]
+    ).astype(np.float64)
     kernels = [p.detach().double().numpy() for p in model.convolutions.parameters()]
     for layer, stride in enumerate([1, 2, 2, 2, 2]):
         weight, bias = kernels[2 * layer : 2 * layer + 2]
         count = (x.shape[1] - 4) // stride + 1
-        x = np.stack([(weight * x[:, n * stride : n * stride + 4]).sum((1, 2)) + bias for n in range(count)], 1)
+        x = np.stack(
+            [(weight * x[:, n * stride : n * stride + 4]).sum((1, 2)) + bias for n in range(count)],
+            1,
+        )
         x = np.maximum(x, 0) if layer < 4 else x
     w1, b1, w2, b2 = (p.detach().double().numpy() for p in model.head.parameters())
     hidden = np.maximum(w1 @ np.concatenate([x.mean(1), x.std(1)]) + b1, 0)
@@ -36,8 +41,12 @@ def test_it_has_the_published_number_of_parameters() -> None:
 def test_predictions_are_those_worked_out_by_hand() -> None:
     mixture = 0.1 * torch.randn(2, 200)
     estimates = 0.1 * torch.randn(2, 3, 200)
-    expected = [[by_hand(built(), m, e) for e in row] for m, row in zip(mixture, estimates, strict=True)]
-    np.testing.assert_allclose(built(clipped=False)(mixture, estimates).detach(), expected, atol=1e-5)
+    expected = [
+        [by_hand(built(), m, e) for e in row] for m, row in zip(mixture, estimates, strict=True)
+    ]
+    np.testing.assert_allclose(
+        built(clipped=False)(mixture, estimates).detach(), expected, atol=1e-5
+    )
     clipped = 10 / (1 + np.exp(-np.array(expected)))
     np.testing.assert_allclose(built(clipped=True)(mixture, estimates).detach(), clipped, atol=1e-4)
 

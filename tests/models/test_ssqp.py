@@ -13,12 +13,12 @@ import yaml
 from torch import Tensor
 
 from sepdist import config
+from sepdist.inference.export import load_model
 from sepdist.models.speech_encoders import SPEECH_LEVEL, log_mel, speech_encoder, upsample
 from sepdist.models.ssqp import SSQPNet, as_heard
 from sepdist.objectives.quality import Quality
 from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
-from sepdist.training.export import load_model
-from tests.objectives.batches import batch_of, voices
+from tests.support.batches import batch_of, voices
 
 WAVE: dict[str, Any] = {
     "hidden_size": 32,
@@ -29,7 +29,12 @@ WAVE: dict[str, Any] = {
     "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2,
 }
-MEL: dict[str, Any] = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48}
+MEL: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+}
 TINY = {family: {"model_type": family} | WAVE for family in ("wav2vec2", "hubert", "wavlm")}
 TINY["whisper"] = {"model_type": "whisper"} | MEL
 FAMILIES = sorted(TINY)
@@ -40,7 +45,12 @@ WHOLE = {  # as published checkpoints are: with a head or a decoder, and in half
     "whisper": "WhisperForConditionalGeneration",
 }
 REST = {"codevector_dim": 16, "proj_codevector_dim": 16, "vocab_size": 10}
-DECODER = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 10}
+DECODER = {
+    "decoder_layers": 1,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 16,
+    "vocab_size": 10,
+}
 DECODER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 
@@ -51,14 +61,18 @@ def small(family: str = "wav2vec2", **changes: Any) -> SSQPNet:
 
 def speech(num_items: int = 2, num_samples: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A mixture [B, T], and estimates [B, 2, T] that hold some of the other voice."""
-    sources = voices(num_items, 2, num_samples, seed) + 0.02 * torch.randn(num_items, 2, num_samples)
+    sources = voices(num_items, 2, num_samples, seed) + 0.02 * torch.randn(
+        num_items, 2, num_samples
+    )
     return sources.sum(1), sources + 0.3 * sources.flip(1)
 
 
 def stored(family: str, folder: Path) -> str:
     """A folder as from a model hub, of random weights."""
     torch.manual_seed(1)
-    values = TINY[family] | (DECODER | {"begin_suppress_tokens": None} if family == "whisper" else REST)
+    values = TINY[family] | (
+        DECODER | {"begin_suppress_tokens": None} if family == "whisper" else REST
+    )
     model = getattr(transformers, WHOLE[family])(transformers.AutoConfig.for_model(**values))
     model.half().save_pretrained(folder)
     return str(folder)
@@ -88,7 +102,9 @@ def test_upsampling_has_the_gradient_of_a_linear_map(factor: int) -> None:
     wave = torch.randn(2, 3, 50, dtype=torch.float64, requires_grad=True)
     direction, weights = torch.randn_like(wave), torch.randn(2, 3, 50 * factor, dtype=torch.float64)
     (grad,) = torch.autograd.grad((upsample(wave, factor) * weights).sum(), wave)
-    torch.testing.assert_close((grad * direction).sum(), (upsample(direction, factor) * weights).sum())
+    torch.testing.assert_close(
+        (grad * direction).sum(), (upsample(direction, factor) * weights).sum()
+    )
     assert torch.equal(upsample(wave, 1), wave) or factor > 1
 
 
@@ -98,7 +114,9 @@ def test_upsampling_has_the_gradient_of_a_linear_map(factor: int) -> None:
 def test_the_log_mel_spectrum_is_that_of_transformers() -> None:
     wave = 0.1 * torch.randn(2, 80000)
     padded = torch.nn.functional.pad(wave, (0, 480000 - 80000))
-    expected = transformers.WhisperFeatureExtractor()(list(wave.numpy()), sampling_rate=16000, return_tensors="np")
+    expected = transformers.WhisperFeatureExtractor()(
+        list(wave.numpy()), sampling_rate=16000, return_tensors="np"
+    )
     np.testing.assert_allclose(log_mel(padded, 80).numpy(), expected["input_features"], atol=1e-4)
 
 
@@ -149,7 +167,9 @@ def test_the_base_size_is_768_features_of_12_layers() -> None:
 
 @pytest.mark.parametrize("mode", ["otfp", "otfs"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_segments_follow_each_other_in_time_and_the_head_is_equation_8(family: str, mode: str) -> None:
+def test_the_segments_follow_each_other_in_time_and_the_head_is_equation_8(
+    family: str, mode: str
+) -> None:
     model = small(family, mode=mode).eval()
     mixture, estimates = speech()
 
@@ -167,7 +187,9 @@ def test_the_segments_follow_each_other_in_time_and_the_head_is_equation_8(famil
     waves = torch.from_numpy(np.stack([np.concatenate(row) for row in rows])).float()
     features = model.encoder(waves).detach().numpy().astype(np.float64)
     weight, bias = (p.detach().numpy() for p in model.head.parameters())
-    expected = [weight @ (frames.T @ np.ones(len(frames)) / len(frames)) + bias for frames in features]
+    expected = [
+        weight @ (frames.T @ np.ones(len(frames)) / len(frames)) + bias for frames in features
+    ]
     got = model(mixture, estimates).detach().numpy()
     np.testing.assert_allclose(got, np.reshape(expected, (2, 2)), atol=2e-5)
     assert waves.shape[1] == 2 * 2000 * (3 if mode == "otfp" else 2)
@@ -203,7 +225,9 @@ def test_what_is_longer_than_whisper_takes_is_judged_in_equal_windows_of_all_seg
     torch.testing.assert_close(model(mixture, estimates), model.head(features.mean(1)))
 
 
-def test_a_judge_with_a_window_says_of_a_longer_input_the_mean_of_what_it_says_of_the_pieces() -> None:
+def test_a_judge_with_a_window_says_of_a_longer_input_the_mean_of_what_it_says_of_the_pieces() -> (
+    None
+):
     model = small("whisper", window_seconds=0.125).eval()
     mixture, estimates = speech(num_samples=3000)
     heard = as_heard(torch.cat([mixture[:, None], estimates], 1))
@@ -211,7 +235,10 @@ def test_a_judge_with_a_window_says_of_a_longer_input_the_mean_of_what_it_says_o
     expected = [model.head(model.encoder(piece.flatten(1)).mean(1)) for piece in pieces]
     torch.testing.assert_close(model(mixture, estimates), torch.stack(expected).mean(0))
     whole = small("whisper").eval()
-    assert torch.equal(model(mixture[:, :1000], estimates[..., :1000]), whole(mixture[:, :1000], estimates[..., :1000]))
+    assert torch.equal(
+        model(mixture[:, :1000], estimates[..., :1000]),
+        whole(mixture[:, :1000], estimates[..., :1000]),
+    )
     with pytest.raises(ValueError, match=r"window_seconds=0\.001"):
         small("whisper", window_seconds=0.001)
 
@@ -230,7 +257,9 @@ def test_any_length_from_the_least_up_is_judged(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_frozen_judge_passes_gradients_to_the_estimates_and_takes_none(family: str, checkpointed: bool) -> None:
+def test_a_frozen_judge_passes_gradients_to_the_estimates_and_takes_none(
+    family: str, checkpointed: bool
+) -> None:
     model = small(family, gradient_checkpointing=checkpointed).eval().requires_grad_(False)
     mixture, estimates = speech()
     model(mixture, estimates.requires_grad_()).mean().backward()
@@ -271,8 +300,12 @@ def test_recomputed_activations_give_the_same_bits_and_keep_less(family: str) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_draws_from_torchs_generator_alone_and_every_parameter_has_a_gradient(family: str) -> None:
-    model = small(family, encoder=TINY[family] | ({"dropout": 0.1} if family == "whisper" else {})).train()
+def test_training_draws_from_torchs_generator_alone_and_every_parameter_has_a_gradient(
+    family: str,
+) -> None:
+    model = small(
+        family, encoder=TINY[family] | ({"dropout": 0.1} if family == "whisper" else {})
+    ).train()
     mixture, estimates = speech()
     predictions = []
     for seed, numpy_seed in ((0, 1), (0, 2), (1, 1)):
@@ -281,9 +314,13 @@ def test_training_draws_from_torchs_generator_alone_and_every_parameter_has_a_gr
         state = np.random.get_state()[1].copy()
         predictions.append(model(mixture, estimates))
         assert np.array_equal(np.random.get_state()[1], state)
-    assert torch.equal(predictions[0], predictions[1]) and not torch.equal(predictions[0], predictions[2])
+    assert torch.equal(predictions[0], predictions[1]) and not torch.equal(
+        predictions[0], predictions[2]
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(torch.autograd.grad(predictions[0].sum(), trained)) == len(trained)  # raises for one that is not used
+    assert len(torch.autograd.grad(predictions[0].sum(), trained)) == len(
+        trained
+    )  # raises for one that is not used
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -292,9 +329,15 @@ def test_what_is_frozen_has_no_gradient_and_a_frozen_encoder_no_dropout(family: 
     for freeze in ("none", "convolutions", "encoder"):
         model = small(family, freeze=freeze).train()
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        front = {name for name in all_names if ".feature_extractor." in name or ".model.conv" in name}
+        front = {
+            name for name in all_names if ".feature_extractor." in name or ".model.conv" in name
+        }
         assert front
-        gone = {"none": set(), "convolutions": front, "encoder": {n for n in all_names if "encoder." in n}}[freeze]
+        gone = {
+            "none": set(),
+            "convolutions": front,
+            "encoder": {n for n in all_names if "encoder." in n},
+        }[freeze]
         assert trained == all_names - gone
         assert model.encoder.training == (freeze != "encoder") and model.head.training
     assert small(family, freeze="encoder").train().eval().training is False
@@ -331,14 +374,32 @@ def test_a_hundred_steps_on_one_batch_learn_it() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_of_a_model_from_a_folder_needs_the_folder_no_more(family: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_model_from_a_folder_needs_the_folder_no_more(
+    family: str, tmp_path: Path
+) -> None:
     place = stored(family, tmp_path / "hub")
-    node: dict[str, Any] = {"_target_": "sepdist.models.ssqp.SSQPNet", "pretrained": place, "num_layers": 1}
+    node: dict[str, Any] = {
+        "_target_": "sepdist.models.ssqp.SSQPNet",
+        "pretrained": place,
+        "num_layers": 1,
+    }
     model = config.build(node).eval()
-    original = getattr(transformers, WHOLE[family]).from_pretrained(place, dtype=torch.float32).state_dict()
+    original = (
+        getattr(transformers, WHOLE[family])
+        .from_pretrained(place, dtype=torch.float32)
+        .state_dict()
+    )
     for name, value in model.encoder.model.state_dict().items():
-        ends = [key for key in original if key == name or (key.endswith("." + name) and "decoder" not in key)]
-        assert len(ends) == 1 and torch.equal(value, original[ends[0]]) and value.dtype == torch.float32
+        ends = [
+            key
+            for key in original
+            if key == name or (key.endswith("." + name) and "decoder" not in key)
+        ]
+        assert (
+            len(ends) == 1
+            and torch.equal(value, original[ends[0]])
+            and value.dtype == torch.float32
+        )
     writer = Checkpointer(
         str(tmp_path / "run"),
         model_node=node | model.node_changes,
@@ -354,14 +415,20 @@ def test_a_checkpoint_of_a_model_from_a_folder_needs_the_folder_no_more(family: 
     mixture, estimates = speech()
     assert torch.equal(found(mixture, estimates), model(mixture, estimates))
     (card,) = (tmp_path / "run" / "checkpoints").glob("*/model.yaml")
-    assert str(tmp_path) not in card.read_text() and yaml.safe_load(card.read_text())["model"]["pretrained"] is None
+    assert (
+        str(tmp_path) not in card.read_text()
+        and yaml.safe_load(card.read_text())["model"]["pretrained"] is None
+    )
 
 
 def test_a_value_of_the_config_can_be_changed_over_a_stored_one(tmp_path: Path) -> None:
     place = stored("hubert", tmp_path)
     model = SSQPNet(pretrained=place, encoder={"model_type": "hubert", "hidden_dropout": 0.3})
     assert model.encoder.model.encoder.layers[0].dropout.p == 0.3
-    assert model.encoder.model.config.layerdrop == 0.0 and model.node_changes["encoder"]["hidden_dropout"] == 0.3
+    assert (
+        model.encoder.model.config.layerdrop == 0.0
+        and model.node_changes["encoder"]["hidden_dropout"] == 0.3
+    )
 
 
 def test_a_folder_without_the_weights_of_the_encoder_is_refused(tmp_path: Path) -> None:
@@ -369,9 +436,13 @@ def test_a_folder_without_the_weights_of_the_encoder_is_refused(tmp_path: Path) 
     import safetensors.torch
 
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    kept = {name: value for name, value in weights.items() if "layers.1.attention.k_proj" not in name}
+    kept = {
+        name: value for name, value in weights.items() if "layers.1.attention.k_proj" not in name
+    }
     safetensors.torch.save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lack encoder\.layers\.1\.attention\.k_proj\.bias and 1 more"):
+    with pytest.raises(
+        ValueError, match=r"lack encoder\.layers\.1\.attention\.k_proj\.bias and 1 more"
+    ):
         SSQPNet(pretrained=str(tmp_path))
 
 
@@ -394,7 +465,9 @@ def test_a_folder_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         SSQPNet(pretrained=str(tmp_path / "none/at/all"))
 
 
-def test_without_transformers_one_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_one_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     whole = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
@@ -431,7 +504,9 @@ def test_inputs_of_other_shapes_are_refused_with_them() -> None:
     with pytest.raises(ValueError, match=r"3 estimates for model\.num_speakers=2"):
         model(mixture, torch.randn(2, 3, 2000))
     for shape in ((2, 2, 1999), (2, 2000), (1, 2, 2000)):
-        with pytest.raises(ValueError, match=r"estimates of shape .* for a mixture of shape \(2, 2000\)"):
+        with pytest.raises(
+            ValueError, match=r"estimates of shape .* for a mixture of shape \(2, 2000\)"
+        ):
             model(mixture, torch.randn(shape))
 
 

@@ -9,7 +9,7 @@ from sepdist.data.records import Batch
 from sepdist.models.context import ContextModel
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.contrastive import Contrastive
-from tests.objectives.batches import batch_of, voices
+from tests.support.batches import batch_of, voices
 
 
 class Frames(nn.Module):
@@ -30,18 +30,29 @@ class Frames(nn.Module):
 
 
 def clean(num_items: int, num_frames: int) -> Batch:
-    return batch_of(torch.randn(num_items, 1, 10 * num_frames, generator=torch.Generator().manual_seed(2)))
+    return batch_of(
+        torch.randn(num_items, 1, 10 * num_frames, generator=torch.Generator().manual_seed(2))
+    )
 
 
 def tiny_context(**options: object) -> ContextModel:
     torch.manual_seed(0)
     separator = ConvTasNet(1, 16, 16, 8, 8, 12, 8, num_blocks=2, num_repeats=1, compile=False)
-    sizes = {"num_targets": 24, "kernel_size": 9, "stride": 2, "num_groups": 4, "num_hidden": 32, "num_heads": 4}
+    sizes = {
+        "num_targets": 24,
+        "kernel_size": 9,
+        "stride": 2,
+        "num_groups": 4,
+        "num_hidden": 32,
+        "num_heads": 4,
+    }
     sizes |= {"num_feedforward": 48, "num_layers": 2, "num_position_taps": 9}
     return ContextModel(separator, **(sizes | options))
 
 
-def brute_force(features: np.ndarray, predictions: np.ndarray, places: list[int], temperature: float) -> float:
+def brute_force(
+    features: np.ndarray, predictions: np.ndarray, places: list[int], temperature: float
+) -> float:
     """Every target against all others, written as wav2vec 2.0, equation 3."""
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -49,7 +60,10 @@ def brute_force(features: np.ndarray, predictions: np.ndarray, places: list[int]
 
     losses = []
     for place in places:
-        weights = {other: np.exp(cosine(predictions[place], features[other]) / temperature) for other in places}
+        weights = {
+            other: np.exp(cosine(predictions[place], features[other]) / temperature)
+            for other in places
+        }
         losses.append(-np.log(weights[place] / sum(weights.values())))
     return float(np.mean(losses))
 
@@ -66,12 +80,17 @@ def test_the_loss_is_the_cross_entropy_of_every_target_among_its_negatives(
         one.positions = torch.tensor([40 + item])
         alone = Frames(1, 200)
         alone.features, alone.predictions = (
-            nn.Parameter(p[item : item + 1].detach().clone()) for p in (model.features, model.predictions)
+            nn.Parameter(p[item : item + 1].detach().clone())
+            for p in (model.features, model.predictions)
         )
         Contrastive(0, **options)(alone, one)
         places = alone.hidden[0].nonzero()[:, 0].tolist()
-        loss, metrics = Contrastive(0, **options, num_negatives=num_negatives or len(places) - 1)(alone, one)
-        features, predictions = (p.detach()[0].double().numpy() for p in (alone.features, alone.predictions))
+        loss, metrics = Contrastive(0, **options, num_negatives=num_negatives or len(places) - 1)(
+            alone, one
+        )
+        features, predictions = (
+            p.detach()[0].double().numpy() for p in (alone.features, alone.predictions)
+        )
         expected = brute_force(features, predictions, places, 0.1)
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
         best = [max(places, key=lambda o, p=p: np.dot(features[o], predictions[p]) / np.linalg.norm(features[o]))
@@ -83,7 +102,9 @@ def test_the_loss_is_the_cross_entropy_of_every_target_among_its_negatives(
     if not all_frames:
         batch.positions = torch.tensor([40, 41])
         both, _ = Contrastive(0, **options, num_negatives=29)(model, batch)
-        assert float(both.detach()) == pytest.approx(np.mean(losses), rel=1e-5), "the mean over items"
+        assert float(both.detach()) == pytest.approx(np.mean(losses), rel=1e-5), (
+            "the mean over items"
+        )
 
 
 def test_spans_of_seven_frames_are_hidden_and_their_centres_are_the_targets() -> None:
@@ -98,7 +119,9 @@ def test_spans_of_seven_frames_are_hidden_and_their_centres_are_the_targets() ->
     assert torch.equal(compared, targets), "negatives come from the other targets of the same item"
 
 
-@pytest.mark.parametrize(("wanted", "num_targets", "expected"), [(100, 16, 8), (5, 16, 5), (15, 16, 15), (100, 2, 1)])
+@pytest.mark.parametrize(
+    ("wanted", "num_targets", "expected"), [(100, 16, 8), (5, 16, 5), (15, 16, 15), (100, 2, 1)]
+)
 def test_negatives_are_different_other_targets_half_of_them_where_they_are_too_few(
     wanted: int, num_targets: int, expected: int
 ) -> None:
@@ -107,17 +130,27 @@ def test_negatives_are_different_other_targets_half_of_them_where_they_are_too_f
     rows = Contrastive(0, num_negatives=wanted)._negatives(rng(0, "x"), num_targets)
     assert rows.shape == (num_targets, expected)
     for target, row in enumerate(rows.tolist()):
-        assert len(set(row)) == expected and target not in row and set(row) <= set(range(num_targets))
-    many = torch.cat([Contrastive(0, num_negatives=1)._negatives(rng(i, "x"), 4) for i in range(300)], 1)
+        assert (
+            len(set(row)) == expected and target not in row and set(row) <= set(range(num_targets))
+        )
+    many = torch.cat(
+        [Contrastive(0, num_negatives=1)._negatives(rng(i, "x"), 4) for i in range(300)], 1
+    )
     for target, row in enumerate(many.tolist()):
-        assert all(abs(row.count(other) - 100) < 35 for other in range(4) if other != target), "each as often"
+        assert all(abs(row.count(other) - 100) < 35 for other in range(4) if other != target), (
+            "each as often"
+        )
 
 
 def test_the_temperature_decays_by_epochs_of_positions() -> None:
     batch, model = clean(1, 300), Frames(1, 300)
     batch.positions = torch.tensor([25])
-    decaying = Contrastive(0, noise_probability=0.0, temperature_decay=0.5, epoch_samples=10)(model, batch)[0]
-    assert torch.equal(decaying, Contrastive(0, noise_probability=0.0, temperature=0.025)(model, batch)[0])
+    decaying = Contrastive(0, noise_probability=0.0, temperature_decay=0.5, epoch_samples=10)(
+        model, batch
+    )[0]
+    assert torch.equal(
+        decaying, Contrastive(0, noise_probability=0.0, temperature=0.025)(model, batch)[0]
+    )
 
 
 def test_noise_is_added_to_the_configured_share_of_items() -> None:

@@ -6,7 +6,7 @@ import torch
 from sepdist.metrics.si_snr import si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.enhancement import Enhancement
-from tests.objectives.batches import Fixed, batch_of, voices
+from tests.support.batches import Fixed, batch_of, voices
 
 
 def test_the_loss_is_minus_the_si_snr_against_the_first_source() -> None:

@@ -11,25 +11,34 @@ from sepdist.metrics.si_snr import si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.fixed_labels import FixedLabels
 from sepdist.objectives.separation import Separation
-from tests.objectives.batches import Fixed, batch_of, voices
-from tests.runs import frozen
+from tests.support.batches import Fixed, batch_of, voices
+from tests.support.runs import frozen
 
 
 def table(folder: Path, *ranks: object) -> str:
     path = folder / "labels.csv"
-    path.write_text("id,permutation\n" + "".join(f"utterance{i},{rank}\n" for i, rank in enumerate(ranks)))
+    path.write_text(
+        "id,permutation\n" + "".join(f"utterance{i},{rank}\n" for i, rank in enumerate(ranks))
+    )
     return str(path)
 
 
 @pytest.mark.parametrize("num_sources", [2, 3])
-def test_in_training_the_loss_is_that_of_the_tables_assignment(num_sources: int, tmp_path: Path) -> None:
+def test_in_training_the_loss_is_that_of_the_tables_assignment(
+    num_sources: int, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     orders = list(itertools.permutations(range(num_sources)))
     sources = torch.randn(len(orders), num_sources, 300)
-    estimates = sources + 0.5 * torch.randn_like(sources)  # so the best assignment is the identity, rank 0
+    estimates = sources + 0.5 * torch.randn_like(
+        sources
+    )  # so the best assignment is the identity, rank 0
     objective = FixedLabels(table(tmp_path, *range(len(orders))))
     loss, metrics = objective(Fixed(estimates), batch_of(sources))
-    expected = [-float(si_snr(estimates[i][list(order)], sources[i]).mean()) for i, order in enumerate(orders)]
+    expected = [
+        -float(si_snr(estimates[i][list(order)], sources[i]).mean())
+        for i, order in enumerate(orders)
+    ]
     assert float(loss.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     assert metrics["agreement"].tolist() == [1.0] + [0.0] * (len(orders) - 1)
     assert metrics["permutation"].tolist() == [0] * len(orders)
@@ -67,16 +76,23 @@ def test_a_relative_path_of_the_table_is_made_absolute_for_workers_elsewhere(
 ) -> None:
     from rich.console import Console
 
-    from sepdist.train import freeze
+    from sepdist.training.run import freeze
 
     monkeypatch.chdir(tmp_path)
     table(tmp_path, 0)
     cfg = config.load_frozen(
-        frozen(tiny_data, tmp_path / "composed", "objective=fixed_labels", "objective.labels=labels.csv")
+        frozen(
+            tiny_data,
+            tmp_path / "composed",
+            "objective=fixed_labels",
+            "objective.labels=labels.csv",
+        )
     )
     cfg.run_dir = str(tmp_path / "run")
     freeze(cfg, Console(quiet=True))
-    assert config.load_frozen(f"{tmp_path}/run/config.yaml").objective["labels"] == str(tmp_path / "labels.csv")
+    assert config.load_frozen(f"{tmp_path}/run/config.yaml").objective["labels"] == str(
+        tmp_path / "labels.csv"
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +105,9 @@ def test_a_relative_path_of_the_table_is_made_absolute_for_workers_elsewhere(
         ("id,permutation\na,0\na,1\n", "line 3: a is 1 here and 0 above"),
     ],
 )
-def test_a_table_that_cannot_be_read_is_refused_with_the_line(text: str, words: str, tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_read_is_refused_with_the_line(
+    text: str, words: str, tmp_path: Path
+) -> None:
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(ValueError, match=words):
         FixedLabels(str(tmp_path / "labels.csv"))
@@ -97,4 +115,6 @@ def test_a_table_that_cannot_be_read_is_refused_with_the_line(text: str, words: 
 
 def test_a_permutation_of_more_sources_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="permutation 5 of utterance0, but 2 sources have 2"):
-        FixedLabels(table(tmp_path, 5))(Fixed(torch.randn(1, 2, 90)), batch_of(torch.randn(1, 2, 90)))
+        FixedLabels(table(tmp_path, 5))(
+            Fixed(torch.randn(1, 2, 90)), batch_of(torch.randn(1, 2, 90))
+        )

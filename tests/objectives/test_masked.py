@@ -11,7 +11,7 @@ from sepdist.data.records import Batch
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.models.dprnn import DPRNN
 from sepdist.objectives.masked import Masked
-from tests.objectives.batches import batch_of, voices
+from tests.support.batches import batch_of, voices
 
 LENGTH, SPAN = 4000, 80
 
@@ -21,7 +21,9 @@ class Recorder(nn.Module):
 
     def __init__(self, num_items: int, length: int = LENGTH) -> None:
         super().__init__()
-        self.estimates = nn.Parameter(torch.randn(num_items, 1, length, generator=torch.Generator().manual_seed(9)))
+        self.estimates = nn.Parameter(
+            torch.randn(num_items, 1, length, generator=torch.Generator().manual_seed(9))
+        )
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         self.given = mixture_BT.detach()
@@ -46,7 +48,9 @@ def runs(mask: Tensor) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def test_zeroed_spans_are_ten_milliseconds_of_about_a_seventh_of_the_item_and_the_loss_is_their_mean_error() -> None:
+def test_zeroed_spans_are_ten_milliseconds_of_about_a_seventh_of_the_item_and_the_loss_is_their_mean_error() -> (
+    None
+):
     batch = batch_of(ramps(3))
     given, counts, loss, metrics = seen(batch, replace=0.0, keep=0.0)
     assert torch.equal(given == 0, counts), "what is zero is what counts"
@@ -60,20 +64,28 @@ def test_zeroed_spans_are_ten_milliseconds_of_about_a_seventh_of_the_item_and_th
     per_item = [np.abs(estimates[i] - clean[i])[counts[i].numpy()].mean() for i in range(3)]
     assert metrics["l1"].numpy() == pytest.approx(per_item, rel=1e-6)
     assert float(loss) == pytest.approx(np.mean(per_item), rel=1e-6)
-    energies = [(np.square(x)[counts[1].numpy()]).sum() for x in (clean[1], estimates[1] - clean[1])]
-    assert float(metrics["masked_snr"][1]) == pytest.approx(10 * np.log10(energies[0] / energies[1]), abs=1e-4)
+    energies = [
+        (np.square(x)[counts[1].numpy()]).sum() for x in (clean[1], estimates[1] - clean[1])
+    ]
+    assert float(metrics["masked_snr"][1]) == pytest.approx(
+        10 * np.log10(energies[0] / energies[1]), abs=1e-4
+    )
 
 
 def test_replaced_spans_are_other_spans_of_the_same_item() -> None:
     batch = batch_of(ramps(3))
     given, counts, _, _ = seen(batch, replace=1.0, keep=0.0)
-    places = given - batch.sources[:, 0] + torch.arange(LENGTH)  # from which sample of the item each was taken
+    places = (
+        given - batch.sources[:, 0] + torch.arange(LENGTH)
+    )  # from which sample of the item each was taken
     assert places.min() >= 0 and places.max() < LENGTH
     assert torch.equal(given[~counts], batch.sources[:, 0][~counts])
     for item, counted in zip(places, counts, strict=True):
         for start, stop in runs(counted):
             jumps = int((item[start:stop].diff() != 1).sum())
-            assert jumps <= 2 * (-(-(stop - start) // SPAN)) and (stop - start) >= SPAN, "copied in whole spans"
+            assert jumps <= 2 * (-(-(stop - start) // SPAN)) and (stop - start) >= SPAN, (
+                "copied in whole spans"
+            )
         assert (item != torch.arange(LENGTH)).sum() > 0.9 * counted.sum()
 
 
@@ -97,7 +109,9 @@ def test_noise_is_added_to_some_items_at_half_its_level_and_the_target_stays_cle
     torch.manual_seed(0)
     noise = torch.randn(1000, 200)
     batch = batch_of(torch.zeros(1000, 1, 200), noise)
-    given, counts, _, metrics = seen(batch, noise_probability=0.15, replace=0.0, keep=0.0, span_seconds=0.001)
+    given, counts, _, metrics = seen(
+        batch, noise_probability=0.15, replace=0.0, keep=0.0, span_seconds=0.001
+    )
     noisy = (given != 0).any(1)
     assert float(noisy.float().mean()) == pytest.approx(0.15, abs=0.035)
     assert torch.equal(given[noisy], torch.where(counts, 0.0, 0.5 * noise)[noisy])
@@ -105,14 +119,18 @@ def test_noise_is_added_to_some_items_at_half_its_level_and_the_target_stays_cle
     assert torch.allclose(metrics["l1"], expected.detach())
 
 
-def test_a_channel_mask_takes_one_band_of_frequencies_out_of_the_whole_item_and_all_samples_count() -> None:
+def test_a_channel_mask_takes_one_band_of_frequencies_out_of_the_whole_item_and_all_samples_count() -> (
+    None
+):
     torch.manual_seed(0)
     batch = batch_of(torch.randn(40, 1, 400))
     given, counts, _, _ = seen(batch, band_share=0.2, keep=1.0, replace=0.0)
     before, after = torch.fft.rfft(batch.sources[:, 0]).abs(), torch.fft.rfft(given).abs()
     out = after < 1e-3 * before
     widths = out.sum(1)
-    assert widths.max() <= 40 and widths.float().mean() == pytest.approx(20, abs=6), "up to a fifth of 201 bins"
+    assert widths.max() <= 40 and widths.float().mean() == pytest.approx(20, abs=6), (
+        "up to a fifth of 201 bins"
+    )
     assert all(len(runs(item)) <= 1 for item in out)
     assert torch.allclose(after[~out], before[~out], atol=1e-3)
     assert torch.equal(counts.all(1), widths > 0)
@@ -128,7 +146,9 @@ def test_what_is_masked_depends_on_the_position_alone() -> None:
         part.positions = batch.positions[order]
         altered, _, counted = objective.alter(part)
         assert torch.equal(altered, together[order]) and torch.equal(counted, counts[order])
-    assert not torch.equal(Masked(seed=6, noise_probability=0.5).alter(batch)[2], counts), "another seed"
+    assert not torch.equal(Masked(seed=6, noise_probability=0.5).alter(batch)[2], counts), (
+        "another seed"
+    )
     assert not torch.equal(counts[0], counts[1]), "another position"
 
 
@@ -145,7 +165,9 @@ def test_a_network_that_masks_leaves_a_zeroed_span_silent_and_one_that_decodes_f
     mixture = torch.randn(1, 400)
     mixture[0, 100:180] = 0.0
     for masking in (True, False):
-        model = ConvTasNet(1, 16, 16, 8, 8, 12, 8, num_blocks=2, num_repeats=1, masking=masking, compile=False)
+        model = ConvTasNet(
+            1, 16, 16, 8, 8, 12, 8, num_blocks=2, num_repeats=1, masking=masking, compile=False
+        )
         assert (model(mixture)[0, 0, 120:160].abs().max() == 0) == masking
         refused = pytest.raises(ValueError, match=r"ConvTasNet multiplies .*model\.masking=false")
         with refused if masking else contextlib.nullcontext():
@@ -158,7 +180,9 @@ def test_a_network_that_masks_leaves_a_zeroed_span_silent_and_one_that_decodes_f
 def test_some_hundred_steps_on_one_batch_learn_to_fill_the_spans() -> None:
     torch.manual_seed(0)
     batch = batch_of(voices(2, 1, 3000), 0.05 * torch.randn(2, 3000))
-    sizes = dict(num_filters=64, kernel_size=20, stride=10, num_bottleneck=24, num_hidden=48, num_skip=24)
+    sizes = dict(
+        num_filters=64, kernel_size=20, stride=10, num_bottleneck=24, num_hidden=48, num_skip=24
+    )
     model = ConvTasNet(1, **sizes, num_blocks=4, num_repeats=1, masking=False, compile=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     objective = Masked(seed=0, noise_probability=1.0, replace=0.5, keep=0.0)

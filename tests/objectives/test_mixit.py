@@ -11,7 +11,7 @@ from sepdist.data.records import Batch
 from sepdist.metrics.si_snr import si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.mixit import MixIT
-from tests.objectives.batches import Fixed, batch_of, voices
+from tests.support.batches import Fixed, batch_of, voices
 
 
 def unlabelled(batch: Batch) -> Batch:
@@ -20,11 +20,15 @@ def unlabelled(batch: Batch) -> Batch:
 
 def decibels(error: np.ndarray, energy_of: np.ndarray, max_snr_db: float) -> float:
     energy = (energy_of**2).sum()
-    return 10 * np.log10((error**2).sum() + energy * 10 ** (-max_snr_db / 10)) - 10 * np.log10(energy)
+    return 10 * np.log10((error**2).sum() + energy * 10 ** (-max_snr_db / 10)) - 10 * np.log10(
+        energy
+    )
 
 
 @pytest.mark.parametrize(("num_outputs", "max_snr_db"), [(4, 30.0), (3, 30.0), (4, 5.0)])
-def test_each_output_is_given_to_the_mixture_that_makes_both_come_out_best(num_outputs: int, max_snr_db: float) -> None:
+def test_each_output_is_given_to_the_mixture_that_makes_both_come_out_best(
+    num_outputs: int, max_snr_db: float
+) -> None:
     torch.manual_seed(1)
     mixtures = torch.randn(4, 300) * torch.tensor([1.0, 0.2, 0.5, 2.0])[:, None]  # of unequal level
     estimates = torch.randn(2, num_outputs, 300)
@@ -55,7 +59,8 @@ def test_the_model_gets_the_sums_of_neighbours_and_every_output_a_gradient() -> 
     model.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
     MixIT(data_set="unlabelled")(model, batch)[0].backward()
     assert torch.equal(
-        given[0], torch.stack([batch.mixture[0] + batch.mixture[1], batch.mixture[2] + batch.mixture[3]])
+        given[0],
+        torch.stack([batch.mixture[0] + batch.mixture[1], batch.mixture[2] + batch.mixture[3]]),
     )
     assert model.estimates.grad.abs().amax(2).min() > 0
 
@@ -82,7 +87,8 @@ def test_a_labelled_batch_is_scored_by_pit_against_its_sources_and_silence() -> 
         totals = []
         for first, second, *others in itertools.permutations(range(4)):
             losses = [
-                decibels(waves[item, j] - outputs[item, m], waves[item, j], 30.0) for j, m in enumerate((first, second))
+                decibels(waves[item, j] - outputs[item, m], waves[item, j], 30.0)
+                for j, m in enumerate((first, second))
             ]
             # Silence: 10 log10 (|estimate|^2 + tau |mixture|^2), here relative to the mixture's energy.
             losses += [decibels(outputs[item, m], mixtures[item], 30.0) for m in others]
@@ -102,7 +108,10 @@ def test_the_loudest_outputs_are_scored_and_beside_them_the_best_ones() -> None:
     _, metrics = MixIT()(model, batch)
     best = float(si_snr(right, sources[0]).mean())
     louder = right[int(right[1].norm() > right[0].norm())]
-    heard = max(float(si_snr(torch.stack(two), sources[0]).mean()) for two in ((louder, loud), (loud, louder)))
+    heard = max(
+        float(si_snr(torch.stack(two), sources[0]).mean())
+        for two in ((louder, loud), (loud, louder))
+    )
     assert float(metrics["oracle_si_snr"]) == pytest.approx(best, abs=1e-4)
     assert float(metrics["si_snr"]) == pytest.approx(heard, abs=1e-4) and heard < best - 10
     before = float(si_snr(batch.mixture, sources[0]).mean())
@@ -126,7 +135,9 @@ def test_what_does_not_fit_is_refused_with_what_to_set() -> None:
     with pytest.raises(ValueError, match=r"data\.micro_batch=3 even"):
         MixIT()(Fixed(torch.randn(1, 4, 100)), batch)
     with pytest.raises(ValueError, match=r"no use for 'other', only for \('main', 'more'\)"):
-        MixIT(data_set="more")(Fixed(torch.randn(1, 4, 100)), dataclasses.replace(batch, data_set="other"))
+        MixIT(data_set="more")(
+            Fixed(torch.randn(1, 4, 100)), dataclasses.replace(batch, data_set="other")
+        )
     with pytest.raises(ValueError, match=r"2 outputs, the data 3 sources.*num_speakers=2"):
         MixIT()(Fixed(torch.randn(1, 2, 100)).eval(), batch_of(torch.randn(1, 3, 100)))
     with pytest.raises(ValueError, match="need sources"):

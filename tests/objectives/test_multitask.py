@@ -9,7 +9,7 @@ from sepdist.data.records import Batch
 from sepdist.metrics.si_snr import si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.multitask import MultiTask
-from tests.objectives.batches import Fixed, batch_of, voices
+from tests.support.batches import Fixed, batch_of, voices
 
 
 def of(data_set: str, batch: Batch) -> Batch:
@@ -17,7 +17,9 @@ def of(data_set: str, batch: Batch) -> Batch:
 
 
 @pytest.mark.parametrize("num_speakers", [2, 3])
-def test_a_batch_of_the_main_set_is_scored_by_pit_over_all_outputs_but_the_last(num_speakers: int) -> None:
+def test_a_batch_of_the_main_set_is_scored_by_pit_over_all_outputs_but_the_last(
+    num_speakers: int,
+) -> None:
     torch.manual_seed(0)
     sources = torch.randn(2, num_speakers, 1000)
     shuffled = sources.flip(1) + 0.2 * torch.randn_like(sources)
@@ -28,7 +30,10 @@ def test_a_batch_of_the_main_set_is_scored_by_pit_over_all_outputs_but_the_last(
     assert float(loss.detach()) == pytest.approx(-float(expected.mean()), abs=1e-4)
     assert metrics["permutation"].tolist() == [{2: 1, 3: 5}[num_speakers]] * 2
     loss.backward()
-    assert model.estimates.grad[:, :-1].abs().amax((0, 2)).min() > 0 and model.estimates.grad[:, -1].abs().max() == 0
+    assert (
+        model.estimates.grad[:, :-1].abs().amax((0, 2)).min() > 0
+        and model.estimates.grad[:, -1].abs().max() == 0
+    )
 
 
 def test_a_batch_of_the_other_set_is_scored_by_the_last_output_against_the_first_source() -> None:
@@ -40,10 +45,15 @@ def test_a_batch_of_the_other_set_is_scored_by_the_last_output_against_the_first
     loss, metrics = MultiTask(data_set="libri1mix")(model, batch)
     expected = si_snr(estimate, sources)[:, 0]
     assert torch.allclose(metrics["enhancement_si_snr"], expected)
-    assert torch.allclose(metrics["enhancement_si_snri"], expected - si_snr(batch.mixture, sources[:, 0]))
+    assert torch.allclose(
+        metrics["enhancement_si_snri"], expected - si_snr(batch.mixture, sources[:, 0])
+    )
     assert float(loss.detach()) == pytest.approx(-float(expected.mean()), abs=1e-5)
     loss.backward()
-    assert model.estimates.grad[:, :-1].abs().max() == 0 and model.estimates.grad[:, -1].abs().min() >= 0
+    assert (
+        model.estimates.grad[:, :-1].abs().max() == 0
+        and model.estimates.grad[:, -1].abs().min() >= 0
+    )
 
 
 def test_both_tasks_name_the_same_measures_and_leave_the_other_ones_empty() -> None:
@@ -52,7 +62,9 @@ def test_both_tasks_name_the_same_measures_and_leave_the_other_ones_empty() -> N
     _, metrics = MultiTask()(model, batch)
     assert {name: metrics[name].numel() for name in names} == names
     _, metrics = MultiTask()(model, of("enhancement", batch))
-    assert {name: metrics[name].numel() for name in names} == {name: 2 - size for name, size in names.items()}
+    assert {name: metrics[name].numel() for name in names} == {
+        name: 2 - size for name, size in names.items()
+    }
 
 
 def test_what_does_not_fit_is_refused_with_what_to_set() -> None:
@@ -70,7 +82,9 @@ def test_what_does_not_fit_is_refused_with_what_to_set() -> None:
 def test_fifty_steps_on_one_batch_of_each_task_learn_both() -> None:
     torch.manual_seed(0)
     separation = batch_of(voices(1, 2, 2000))
-    enhancement = of("enhancement", batch_of(voices(1, 1, 2000, seed=1), 0.2 * torch.randn(1, 2000)))
+    enhancement = of(
+        "enhancement", batch_of(voices(1, 1, 2000, seed=1), 0.2 * torch.randn(1, 2000))
+    )
     model = ConvTasNet(3, 64, 20, 10, 16, 32, 16, num_blocks=4, num_repeats=1, compile=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     objective = MultiTask()

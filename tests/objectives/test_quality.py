@@ -11,15 +11,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from sepdist import config, evaluate, separate
+from sepdist import config
+from sepdist.cli import separate
 from sepdist.config import EvaluateConfig, ValidationConfig
 from sepdist.data.records import Batch
+from sepdist.inference import evaluation
 from sepdist.models.sisnr_cnn import SISNREstimator
 from sepdist.objectives.quality import Quality
 from sepdist.training.checkpoint import CheckpointError
 from sepdist.training.validation import listen
-from tests.objectives.batches import batch_of, voices
-from tests.test_evaluate import oracle_si_snr
+from tests.inference.test_evaluation import oracle_si_snr
+from tests.support.batches import batch_of, voices
 
 
 class Says(nn.Module):
@@ -39,7 +41,9 @@ def judged(num_items: int = 3) -> tuple[Batch, np.ndarray]:
     batch = batch_of(voices(num_items, 2, 800))
     noise = torch.randn(num_items, 2, 800, generator=torch.Generator().manual_seed(0))
     batch.estimates = 3 * batch.sources + torch.tensor([0.03, 0.9]).view(1, 2, 1) * noise
-    pairs = zip(batch.estimates.flatten(0, 1).numpy(), batch.sources.flatten(0, 1).numpy(), strict=True)
+    pairs = zip(
+        batch.estimates.flatten(0, 1).numpy(), batch.sources.flatten(0, 1).numpy(), strict=True
+    )
     return batch, np.array([oracle_si_snr(e, s) for e, s in pairs]).reshape(num_items, 2)
 
 
@@ -113,7 +117,9 @@ def test_what_is_judged_is_what_is_listened_to() -> None:
         def audio(self, step: int, name: str, wave: np.ndarray, rate: int) -> None:
             waves[name] = wave
 
-        def spectrogram(self, step: int, name: str, shown: dict[str, np.ndarray], rate: int) -> None:
+        def spectrogram(
+            self, step: int, name: str, shown: dict[str, np.ndarray], rate: int
+        ) -> None:
             assert len(shown) == 5
 
     listen(None, Quality(), Recorded(), Recorded(), 1, ValidationConfig(num_listening=3))
@@ -125,7 +131,9 @@ def test_what_is_judged_is_what_is_listened_to() -> None:
 @pytest.fixture
 def judge(tmp_path: Path) -> str:
     node = {"_target_": "sepdist.models.sisnr_cnn.SISNREstimator"}
-    safetensors.torch.save_file(config.build(node).state_dict(), str(tmp_path / "model.safetensors"))
+    safetensors.torch.save_file(
+        config.build(node).state_dict(), str(tmp_path / "model.safetensors")
+    )
     (tmp_path / "model.yaml").write_text(json.dumps({"model": node, "sample_rate": 8000}))
     return str(tmp_path)
 
@@ -134,8 +142,12 @@ def test_evaluation_and_separation_refuse_a_judge_in_one_line(
     judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(CheckpointError, match="SISNREstimator judges estimates"):
-        evaluate.evaluate(EvaluateConfig(judge, "data", str(tmp_path / "out")), Console(quiet=True))
-    monkeypatch.setattr(sys, "argv", ["separate", "--model", judge, "--output", str(tmp_path), "a.wav"])
+        evaluation.evaluate(
+            EvaluateConfig(judge, "data", str(tmp_path / "out")), Console(quiet=True)
+        )
+    monkeypatch.setattr(
+        sys, "argv", ["separate", "--model", judge, "--output", str(tmp_path), "a.wav"]
+    )
     with pytest.raises(SystemExit):
         separate.main()
     assert f"error: {judge}: a SISNREstimator judges estimates" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.semisupervised import SemiSupervised
 from sepdist.objectives.separation import Separation
-from tests.objectives.batches import Fixed, Listener, batch_of, voices
+from tests.support.batches import Fixed, Listener, batch_of, voices
 
 
 class Oracle(nn.Module):
@@ -31,7 +31,11 @@ class Oracle(nn.Module):
 
 
 def objective(judge: nn.Module | None = None, **options: object) -> SemiSupervised:
-    arguments = {"epoch_samples": 100, "labelled_share": 0.5, "judge": Listener() if judge is None else judge}
+    arguments = {
+        "epoch_samples": 100,
+        "labelled_share": 0.5,
+        "judge": Listener() if judge is None else judge,
+    }
     return SemiSupervised(**(arguments | options))  # type: ignore[arg-type]
 
 
@@ -49,7 +53,9 @@ def at(position: int, batch: Batch) -> Batch:
 def test_the_weight_is_the_epoch_over_three_hundred(epoch: int, expected: float) -> None:
     found = objective(epoch_samples=13900)
     assert found.weight(epoch * 13900) == found.weight(epoch * 13900 + 13899) == expected
-    assert objective(epoch_samples=13900, max_weight=0.4).weight(epoch * 13900) == min(expected, 0.4)
+    assert objective(epoch_samples=13900, max_weight=0.4).weight(epoch * 13900) == min(
+        expected, 0.4
+    )
     batch = at(epoch * 13900, batch_of(torch.randn(1, 2, 100)))
     for one in (batch, unlabelled(batch)):
         _, metrics = found(Fixed(torch.randn(1, 2, 100)), one)
@@ -82,10 +88,14 @@ def test_the_mean_over_a_step_is_equation_5(num_virtual_shards: int, share: floa
                 predicted += judge(batch.mixture, estimates).double().mean(1).tolist()
             assert metrics["predicted_si_snr"].tolist() == pytest.approx(predicted[-2:], abs=1e-5)
     assert len(true) == 2 * share * num_virtual_shards
-    assert np.mean(losses) == pytest.approx(-(1 - f) * np.mean(true) - f * np.mean(predicted), abs=1e-4)
+    assert np.mean(losses) == pytest.approx(
+        -(1 - f) * np.mean(true) - f * np.mean(predicted), abs=1e-4
+    )
 
 
-def test_the_judge_is_frozen_silent_about_dropout_and_the_gradient_goes_through_it_to_the_separator() -> None:
+def test_the_judge_is_frozen_silent_about_dropout_and_the_gradient_goes_through_it_to_the_separator() -> (
+    None
+):
     torch.manual_seed(0)
     judge = Listener().train()
     trained = objective(judge, epoch_samples=1)
@@ -93,7 +103,9 @@ def test_the_judge_is_frozen_silent_about_dropout_and_the_gradient_goes_through_
     model = Fixed(estimates)
     loss, _ = trained(model, batch)
     loss.backward()
-    assert not judge.training and all(p.grad is None and not p.requires_grad for p in judge.parameters())
+    assert not judge.training and all(
+        p.grad is None and not p.requires_grad for p in judge.parameters()
+    )
     again, _ = trained(Fixed(estimates), batch)
     assert torch.equal(loss.detach(), again.detach()), "no dropout"
     # Oracle: a difference quotient along the gradient, of -f / (1 - p) times the mean prediction.
@@ -102,7 +114,9 @@ def test_the_judge_is_frozen_silent_about_dropout_and_the_gradient_goes_through_
 
     def by_hand(shift: float) -> float:
         with torch.no_grad():
-            values = judge.double()(batch.mixture.double(), (estimates + shift * direction).double())
+            values = judge.double()(
+                batch.mixture.double(), (estimates + shift * direction).double()
+            )
         return -f / 0.5 * float(values.mean())
 
     slope = (by_hand(1e-3) - by_hand(-1e-3)) / 2e-3
@@ -120,7 +134,9 @@ def test_under_autocast_the_judge_stays_in_fp32() -> None:
     assert seen == [torch.float32] * 2 and torch.equal(plain.detach(), mixed.detach())
 
 
-def test_evaluation_measures_the_true_and_the_predicted_si_snr_of_the_same_estimates_in_one_forward() -> None:
+def test_evaluation_measures_the_true_and_the_predicted_si_snr_of_the_same_estimates_in_one_forward() -> (
+    None
+):
     torch.manual_seed(0)
     sources = torch.randn(3, 2, 500)
     estimates = (sources + 0.3 * torch.randn_like(sources)).flip(1)
@@ -134,15 +150,23 @@ def test_evaluation_measures_the_true_and_the_predicted_si_snr_of_the_same_estim
     torch.testing.assert_close(metrics["predicted_si_snr"], true + 2.5)
     torch.testing.assert_close(metrics["gap"], torch.full((3,), 2.5), atol=1e-5, rtol=0)
     supervised, expected = Separation()(model, batch_of(sources))
-    assert torch.equal(loss, supervised) and all(torch.equal(metrics[name], expected[name]) for name in expected)
-    assert "unsupervised_weight" not in metrics, "the positions of validation are no positions of training"
+    assert torch.equal(loss, supervised) and all(
+        torch.equal(metrics[name], expected[name]) for name in expected
+    )
+    assert "unsupervised_weight" not in metrics, (
+        "the positions of validation are no positions of training"
+    )
 
 
 def test_batches_of_both_kinds_name_the_same_measures() -> None:
     batch, model = batch_of(torch.randn(2, 2, 200)), Fixed(torch.randn(2, 2, 200))
     found = [objective()(model, one)[1] for one in (batch, unlabelled(batch))]
-    floats = [{name for name, value in metrics.items() if value.is_floating_point()} for metrics in found]
-    assert floats[0] == floats[1] == {"si_snr", "si_snri", "predicted_si_snr", "unsupervised_weight"}
+    floats = [
+        {name for name, value in metrics.items() if value.is_floating_point()} for metrics in found
+    ]
+    assert (
+        floats[0] == floats[1] == {"si_snr", "si_snri", "predicted_si_snr", "unsupervised_weight"}
+    )
     assert [metrics["si_snr"].numel() for metrics in found] == [2, 0]
     assert [metrics["predicted_si_snr"].numel() for metrics in found] == [0, 2]
 
@@ -151,7 +175,9 @@ def means(gap: float) -> dict[str, float]:
     return {"si_snr": 8.0, "predicted_si_snr": 8.0 + gap, "gap": gap, "score": 8.0}
 
 
-def test_a_gap_halves_the_weight_while_it_lasts_and_the_weight_recovers(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gap_halves_the_weight_while_it_lasts_and_the_weight_recovers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     watched = objective(max_gap_db=3.0, on_gap="down-weight")
     factors = []
     for gap in (1.0, 3.5, 4.0, np.nan, 2.9, -7.0, 3.0, 0.0):
@@ -168,7 +194,9 @@ def test_a_gap_halves_the_weight_while_it_lasts_and_the_weight_recovers(caplog: 
     assert resumed.factor == 1 / 64, "so that a bad beginning is made good in time"
 
 
-def test_a_gap_only_warns_or_ends_the_run_where_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gap_only_warns_or_ends_the_run_where_that_is_asked_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.WARNING):
         for watched in (objective(), objective(max_gap_db=3.0)):
             watched.observe(means(3.5))

@@ -6,11 +6,13 @@ import torch
 from sepdist.metrics.si_snr import si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.separation import Separation, mean_above
-from tests.objectives.batches import Fixed, batch_of, voices
+from tests.support.batches import Fixed, batch_of, voices
 
 
 @pytest.mark.parametrize("num_sources", [2, 3, 4])
-def test_shuffled_estimates_get_the_loss_of_ordered_ones_and_the_rank_of_the_shuffle(num_sources: int) -> None:
+def test_shuffled_estimates_get_the_loss_of_ordered_ones_and_the_rank_of_the_shuffle(
+    num_sources: int,
+) -> None:
     torch.manual_seed(0)
     sources = torch.randn(2, num_sources, 1000)
     estimates = sources + 0.1 * torch.randn_like(sources)

@@ -10,7 +10,7 @@ from sepdist.metrics.si_snr import pairwise_si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.separation import Separation
 from sepdist.objectives.soft_pit import SoftPit
-from tests.objectives.batches import Fixed, batch_of, voices
+from tests.support.batches import Fixed, batch_of, voices
 
 
 def mixed(num_sources: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,25 +20,37 @@ def mixed(num_sources: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("num_sources", [1, 2, 3, 4])
-def test_the_loss_is_minus_the_log_of_the_mean_likelihood_of_all_assignments(num_sources: int) -> None:
+def test_the_loss_is_minus_the_log_of_the_mean_likelihood_of_all_assignments(
+    num_sources: int,
+) -> None:
     estimates, sources = mixed(num_sources)
     loss, metrics = SoftPit(temperature=0.7)(Fixed(estimates), batch_of(sources))
     scores = pairwise_si_snr(estimates.double(), sources.double()).numpy()
     per_item = []
     for item in scores:
-        means = [np.mean([item[e, s] for s, e in enumerate(p)]) for p in itertools.permutations(range(num_sources))]
+        means = [
+            np.mean([item[e, s] for s, e in enumerate(p)])
+            for p in itertools.permutations(range(num_sources))
+        ]
         per_item.append(-0.7 * np.log(np.mean(np.exp(np.array(means) / 0.7))))
     assert float(loss.detach()) == pytest.approx(np.mean(per_item), rel=1e-4)
     _, by_pit = Separation()(Fixed(estimates), batch_of(sources))
-    assert all(torch.equal(metrics[name], by_pit[name]) for name in ("si_snr", "si_snri", "permutation"))
+    assert all(
+        torch.equal(metrics[name], by_pit[name]) for name in ("si_snr", "si_snri", "permutation")
+    )
 
 
 def test_cold_it_is_pit_and_hot_the_mean_over_assignments() -> None:
     estimates, sources = mixed(2)
     pit = float(Separation()(Fixed(estimates), batch_of(sources))[0].detach())
     mean = -float(pairwise_si_snr(estimates, sources).mean())
-    by_temperature = [float(SoftPit(t)(Fixed(estimates), batch_of(sources))[0].detach()) for t in (1e-3, 1, 10, 1e4)]
-    assert by_temperature[0] == pytest.approx(pit, abs=2e-3) and by_temperature[-1] == pytest.approx(mean, abs=5e-2)
+    by_temperature = [
+        float(SoftPit(t)(Fixed(estimates), batch_of(sources))[0].detach())
+        for t in (1e-3, 1, 10, 1e4)
+    ]
+    assert by_temperature[0] == pytest.approx(pit, abs=2e-3) and by_temperature[
+        -1
+    ] == pytest.approx(mean, abs=5e-2)
     assert by_temperature == sorted(by_temperature)
 
 

@@ -18,7 +18,9 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
         FasterWhisper("base.en")
 
 
-def test_segments_are_joined_and_nothing_is_drawn_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_are_joined_and_nothing_is_drawn_at_random(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: dict[str, Any] = {}
 
     class Model:
@@ -48,5 +50,7 @@ def test_segments_are_joined_and_nothing_is_drawn_at_random(monkeypatch: pytest.
 
 def test_a_folder_without_a_model_says_what_belongs_there(tmp_path: Path) -> None:
     pytest.importorskip("faster_whisper", reason="faster-whisper is the optional extra whisper")
-    with pytest.raises(ConfigError, match=r"recogniser\.folder=.*Pass a folder that holds model\.bin"):
+    with pytest.raises(
+        ConfigError, match=r"recogniser\.folder=.*Pass a folder that holds model\.bin"
+    ):
         FasterWhisper(str(tmp_path))

@@ -34,7 +34,9 @@ def save_tiny(folder: Path) -> str:
         pad_token_id=0,
     )
     model = transformers.Wav2Vec2ForCTC(shape)
-    torch.nn.init.normal_(model.lm_head.weight, std=3.0)  # so that frames differ in their likeliest token
+    torch.nn.init.normal_(
+        model.lm_head.weight, std=3.0
+    )  # so that frames differ in their likeliest token
     model.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(TOKENS)}))
     tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
@@ -66,18 +68,28 @@ def test_the_text_is_the_greedy_path_of_the_normalised_wave(folder: str) -> None
 
 def test_a_blank_keeps_double_letters_apart(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recogniser = TransformersCtc(folder)
-    path = [TOKENS.index(c) for c in "HHE"] + [TOKENS.index("L"), 0, 0] + [TOKENS.index(c) for c in "LLO||U"]
+    path = (
+        [TOKENS.index(c) for c in "HHE"]
+        + [TOKENS.index("L"), 0, 0]
+        + [TOKENS.index(c) for c in "LLO||U"]
+    )
     logits = torch.nn.functional.one_hot(torch.tensor([path]), len(TOKENS)).float()
-    monkeypatch.setattr(recogniser.model, "forward", lambda **inputs: transformers.utils.ModelOutput(logits=logits))
+    monkeypatch.setattr(
+        recogniser.model, "forward", lambda **inputs: transformers.utils.ModelOutput(logits=logits)
+    )
     assert recogniser(np.ones(800, dtype=np.float32), 16000) == spelled(path) == "HELLO U"
 
 
-def test_a_wave_of_another_rate_is_resampled_to_that_of_the_model(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wave_of_another_rate_is_resampled_to_that_of_the_model(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recogniser = TransformersCtc(folder)
     seen: list[torch.Tensor] = []
     inner = recogniser.model.forward
     monkeypatch.setattr(
-        recogniser.model, "forward", lambda input_values: (seen.append(input_values), inner(input_values))[1]
+        recogniser.model,
+        "forward",
+        lambda input_values: (seen.append(input_values), inner(input_values))[1],
     )
     time = np.arange(8000) / 8000
     recogniser(np.sin(2 * np.pi * 440 * time).astype(np.float32), 8000)
@@ -86,11 +98,15 @@ def test_a_wave_of_another_rate_is_resampled_to_that_of_the_model(folder: str, m
     np.testing.assert_allclose(seen[0][0, 500:-500].numpy(), expected[500:-500], atol=5e-3)
 
 
-def test_what_cannot_be_loaded_says_which_folder_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_loaded_says_which_folder_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     for folder in (str(empty), str(tmp_path / "nowhere")):
-        with pytest.raises(ConfigError, match=r"recogniser\.folder=.*pass that folder as recogniser\.folder"):
+        with pytest.raises(
+            ConfigError, match=r"recogniser\.folder=.*pass that folder as recogniser\.folder"
+        ):
             TransformersCtc(folder)
 
     def unreachable(name: str) -> None:

@@ -7,7 +7,13 @@ import torch
 
 from sepdist import config, storage
 from sepdist.training import checkpoint
-from sepdist.training.checkpoint import Checkpointer, CheckpointError, OptimizerState, Snapshot, load_newest
+from sepdist.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    OptimizerState,
+    Snapshot,
+    load_newest,
+)
 
 NODE = {
     "_target_": "sepdist.models.conv_tasnet.ConvTasNet",
@@ -27,11 +33,23 @@ def snapshot(step: int, score: float | None = None) -> Snapshot:
     model = config.build(NODE)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     moments = {f"exp_avg/{name}": torch.randn_like(value) for name, value in weights.items()}
-    return Snapshot(step, weights, OptimizerState(moments, {"step": float(step)}), {"samples_seen": 8 * step}, score)
+    return Snapshot(
+        step,
+        weights,
+        OptimizerState(moments, {"step": float(step)}),
+        {"samples_seen": 8 * step},
+        score,
+    )
 
 
 def checkpointer(run_dir: object, **options: object) -> Checkpointer:
-    arguments = {"model_node": NODE, "sample_rate": 8000, "lineage": {"run": "r"}, "keep_last": 2, "keep_best": True}
+    arguments = {
+        "model_node": NODE,
+        "sample_rate": 8000,
+        "lineage": {"run": "r"},
+        "keep_last": 2,
+        "keep_best": True,
+    }
     return Checkpointer(str(run_dir), **(arguments | options))
 
 
@@ -43,13 +61,18 @@ def save(run_dir: object, *snapshots: Snapshot, **options: object) -> None:
 
 
 def steps_of(run_dir: object) -> list[int]:
-    return [one.step for one in checkpoint.find_committed(storage.join(str(run_dir), "checkpoints"))]
+    return [
+        one.step for one in checkpoint.find_committed(storage.join(str(run_dir), "checkpoints"))
+    ]
 
 
 def assert_equal(one: Snapshot, other: Snapshot) -> None:
     assert one.step == other.step and one.state["samples_seen"] == other.state["samples_seen"]
     assert one.optimizer.scalars == other.optimizer.scalars
-    for mine, its in ((one.weights, other.weights), (one.optimizer.tensors, other.optimizer.tensors)):
+    for mine, its in (
+        (one.weights, other.weights),
+        (one.optimizer.tensors, other.optimizer.tensors),
+    ):
         assert mine.keys() == its.keys()
         assert all(torch.equal(mine[name], its[name]) for name in mine)
 
@@ -83,7 +106,9 @@ def test_a_checkpoint_without_commit_is_never_loaded_and_is_collected(tmp_path: 
     assert not newest.exists() and load_newest(str(tmp_path)).step == 1
 
 
-def test_a_kill_after_any_file_leaves_the_checkpoint_before_it_loadable(tmp_path: Path, monkeypatch) -> None:
+def test_a_kill_after_any_file_leaves_the_checkpoint_before_it_loadable(
+    tmp_path: Path, monkeypatch
+) -> None:
     save(tmp_path, snapshot(1))
     put = storage.put_bytes
     for allowed in range(6):  # five files and COMMIT
@@ -106,7 +131,9 @@ def test_a_kill_after_any_file_leaves_the_checkpoint_before_it_loadable(tmp_path
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(name, damage, tmp_path, caplog) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
+    name, damage, tmp_path, caplog
+) -> None:
     save(tmp_path, snapshot(1), snapshot(2))
     victim = sorted((tmp_path / "checkpoints").iterdir())[-1] / name
     data = bytearray(victim.read_bytes())
@@ -118,7 +145,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(name, dam
     else:
         victim.unlink()
     assert_equal(load_newest(str(tmp_path)), snapshot(1))
-    assert name in caplog.text and ("left out" if damage == "remove" else "falling back") in caplog.text
+    assert (
+        name in caplog.text
+        and ("left out" if damage == "remove" else "falling back") in caplog.text
+    )
 
 
 def damage_weights(run_dir: Path, *steps: int) -> None:
@@ -127,10 +157,14 @@ def damage_weights(run_dir: Path, *steps: int) -> None:
             (Path(one.url) / "model.safetensors").write_bytes(b"?")
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh_in_silence(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh_in_silence(
+    tmp_path: Path,
+) -> None:
     save(tmp_path, snapshot(1), snapshot(2))
     damage_weights(tmp_path, 1, 2)
-    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*step-000000002.*; restore one of them"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint is whole: .*step-000000002.*; restore one of them"
+    ):
         load_newest(str(tmp_path))
 
 
@@ -146,13 +180,17 @@ def test_a_damaged_checkpoint_of_a_later_step_takes_no_place_among_the_last(tmp_
 
 
 def test_checkpoints_at_multiples_of_keep_every_stay_for_good(tmp_path: Path) -> None:
-    save(tmp_path, *(snapshot(step, score=-step) for step in range(3, 8)), keep_last=1, keep_every=3)
+    save(
+        tmp_path, *(snapshot(step, score=-step) for step in range(3, 8)), keep_last=1, keep_every=3
+    )
     assert steps_of(tmp_path) == [3, 6, 7]
     save(tmp_path, snapshot(8), keep_last=1, keep_best=False)
     assert steps_of(tmp_path) == [8]
 
 
-def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:
     def refuse(url: str) -> None:
         raise storage.StorageError(f"cannot remove {url}: read-only")
 
@@ -169,4 +207,6 @@ def test_what_is_no_checkpoint_is_never_collected(tmp_path: Path) -> None:
     save(tmp_path, snapshot(1))
     (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
     assert checkpoint.collect_orphans(str(tmp_path)) == []
-    assert (tmp_path / "checkpoints" / "notes.txt").exists() and load_newest(str(tmp_path)).step == 1
+    assert (tmp_path / "checkpoints" / "notes.txt").exists() and load_newest(
+        str(tmp_path)
+    ).step == 1

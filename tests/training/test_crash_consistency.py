@@ -29,18 +29,34 @@ import torch
 
 from sepdist import storage
 from sepdist.training import checkpoint
-from sepdist.training.checkpoint import Checkpointer, Snapshot, collect_orphans, find_committed, load_newest
-from tests.s3server import FaultyProxy, S3Server
+from sepdist.training.checkpoint import (
+    Checkpointer,
+    Snapshot,
+    collect_orphans,
+    find_committed,
+    load_newest,
+)
+from tests.support.s3server import FaultyProxy, S3Server
 from tests.training.test_checkpoint import assert_equal, checkpointer, save, snapshot
 
-CHANGES = {"os.mkdir", "os.rename", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.truncate"}  # audit events
+CHANGES = {
+    "os.mkdir",
+    "os.rename",
+    "os.link",
+    "os.symlink",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+}  # audit events
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 NEXT = 99  # the step that a new attempt writes to show that the run goes on
 SCORES = {1: 1.0, 2: 9.0, 3: None, 4: 2.0, 9: None, NEXT: None}
 SNAPSHOTS = {step: snapshot(step, score) for step, score in SCORES.items()}
 
 
-def in_child(body: Callable[[Callable[[bytes], object]], None], started: Callable[[int], object] = id) -> Any:
+def in_child(
+    body: Callable[[Callable[[bytes], object]], None], started: Callable[[int], object] = id
+) -> Any:
     """Run `body(tell)` in a forked child; its wait status and what it told. `started` gets its pid before it begins."""
     (told, tell), (gate, opening) = os.pipe(), os.pipe()
     pid = os.fork()
@@ -113,7 +129,9 @@ def before_every_operation(reached: Callable[[], None]) -> None:
     sys.addaudithook(hook)
 
 
-def assert_sound(run_dir: str, at_least: int, at_most: int, snapshots: Mapping[int, Snapshot] = SNAPSHOTS) -> None:
+def assert_sound(
+    run_dir: str, at_least: int, at_most: int, snapshots: Mapping[int, Snapshot] = SNAPSHOTS
+) -> None:
     """A start finds a whole checkpoint between the two steps (0: none), and tidies up so that all others are whole."""
     loaded = load_newest(run_dir)
     step = 0 if loaded is None else loaded.step
@@ -125,10 +143,17 @@ def assert_sound(run_dir: str, at_least: int, at_most: int, snapshots: Mapping[i
     committed = find_committed(folder)
     assert storage.list_names(folder) == sorted(one.url.rpartition("/")[2] for one in committed)
     for one in committed:
-        wanted = {"model": snapshots[one.step].weights, "optimizer": snapshots[one.step].optimizer.tensors}
+        wanted = {
+            "model": snapshots[one.step].weights,
+            "optimizer": snapshots[one.step].optimizer.tensors,
+        }
         for name, tensors in wanted.items():
-            found = safetensors.torch.load(storage.read_bytes(storage.join(one.url, f"{name}.safetensors")))
-            assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in found)
+            found = safetensors.torch.load(
+                storage.read_bytes(storage.join(one.url, f"{name}.safetensors"))
+            )
+            assert found.keys() == tensors.keys() and all(
+                torch.equal(found[key], tensors[key]) for key in found
+            )
 
 
 def assert_goes_on(run_dir: str) -> None:
@@ -136,7 +161,9 @@ def assert_goes_on(run_dir: str) -> None:
     assert_equal(load_newest(run_dir), SNAPSHOTS[NEXT])
 
 
-@pytest.mark.parametrize(("earlier", "later"), [((), (1,)), ((1, 2), (3, 4))], ids=["first", "later, with removals"])
+@pytest.mark.parametrize(
+    ("earlier", "later"), [((), (1,)), ((1, 2), (3, 4))], ids=["first", "later, with removals"]
+)
 def test_a_kill_at_any_operation_on_disk_never_costs_a_commit_nor_leaves_a_torn_checkpoint(
     earlier: Sequence[int], later: Sequence[int], tmp_path: Path
 ) -> None:
@@ -150,9 +177,13 @@ def test_a_kill_at_any_operation_on_disk_never_costs_a_commit_nor_leaves_a_torn_
         if earlier:
             shutil.copytree(tmp_path / "start", run_dir)
 
-        def body(tell: Callable[[bytes], object], number: int = number, run_dir: Path = run_dir) -> None:
+        def body(
+            tell: Callable[[bytes], object], number: int = number, run_dir: Path = run_dir
+        ) -> None:
             operations = itertools.count()
-            before_every_operation(lambda: next(operations) == number and os.kill(os.getpid(), signal.SIGKILL))
+            before_every_operation(
+                lambda: next(operations) == number and os.kill(os.getpid(), signal.SIGKILL)
+            )
             collect_orphans(str(run_dir))
             writer = checkpointer(run_dir)
             for step in later:
@@ -169,13 +200,25 @@ def test_a_kill_at_any_operation_on_disk_never_costs_a_commit_nor_leaves_a_torn_
         if not was_killed(status):
             break
     assert list(returned) == list(later)
-    assert number > 50 * len(later)  # 6 files, each at least 8 operations: else the hook saw nothing
+    assert number > 50 * len(
+        later
+    )  # 6 files, each at least 8 operations: else the hook saw nothing
+
+
+def fault_at(
+    kind: str, pids: list[int], counter: Iterator[int], number: int, n: int, line: str
+) -> str:
+    """The fault of a proxied request: `kind`, to the child, at the `number`-th write."""
+    is_write = line.startswith(("PUT", "POST"))
+    return f"{kind}:{pids[0]}" if is_write and next(counter) == number else ""
 
 
 @pytest.fixture
 def shared_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children inherit botocore's parsed service files: a start takes 0.05 s and not 0.5 s."""
-    monkeypatch.setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))
+    monkeypatch.setattr(
+        botocore.session, "create_loader", functools.cache(botocore.session.create_loader)
+    )
     storage._connect.cache_clear()
 
 
@@ -196,10 +239,12 @@ def test_a_kill_at_any_request_to_s3_never_costs_a_commit_nor_leaves_a_torn_chec
         counter = itertools.count()
         proxy = FaultyProxy(
             s3_env.ports["s3"],
-            lambda n, line: f"{kind}:{pids[0]}" if line.startswith(("PUT", "POST")) and next(counter) == number else "",  # noqa: B023
+            functools.partial(fault_at, kind, pids, counter, number),
         )
 
-        def body(tell: Callable[[bytes], object], step: int = step, endpoint: str = proxy.endpoint) -> None:
+        def body(
+            tell: Callable[[bytes], object], step: int = step, endpoint: str = proxy.endpoint
+        ) -> None:
             os.environ["AWS_ENDPOINT_URL"] = endpoint
             writer = checkpointer(run_dir, keep_last=1)
             writer.save(snapshots[step])  # noqa: B023 - forked and ended in this round
@@ -210,7 +255,9 @@ def test_a_kill_at_any_request_to_s3_never_costs_a_commit_nor_leaves_a_torn_chec
         status, returned = in_child(body, pids.append)
         proxy.close()
         assert_sound(run_dir, max([last, *returned]), step, snapshots)
-        save(run_dir, snapshots[step + 1], keep_last=1)  # it goes on, and catches up with its removals
+        save(
+            run_dir, snapshots[step + 1], keep_last=1
+        )  # it goes on, and catches up with its removals
         assert_sound(run_dir, step + 1, step + 1, snapshots)
         if not was_killed(status):
             break
@@ -241,7 +288,11 @@ def test_a_loss_of_power_leaves_what_was_committed_and_nothing_torn(
     def check() -> None:
         for flushed_names in (True, False):
             found = tmp_path / f"found-{next(numbers)}"
-            top = names.get(tmp_path.stat().st_ino, []) if flushed_names else list(os.scandir(tmp_path))
+            top = (
+                names.get(tmp_path.stat().st_ino, [])
+                if flushed_names
+                else list(os.scandir(tmp_path))
+            )
             rebuild(found, [one for one in top if one.name == "run"], flushed_names)
             loaded = load_newest(str(found / "run"))
             assert returned[-1] <= (0 if loaded is None else loaded.step)
@@ -298,7 +349,9 @@ def test_a_worker_that_writes_on_while_a_new_attempt_collects_never_makes_a_torn
         run_dir = tmp_path / str(number)
         shutil.copytree(tmp_path / "start", run_dir)
 
-        def body(tell: Callable[[bytes], object], number: int = number, run_dir: Path = run_dir) -> None:
+        def body(
+            tell: Callable[[bytes], object], number: int = number, run_dir: Path = run_dir
+        ) -> None:
             operations = itertools.count()
             interrupted = False
 
@@ -332,13 +385,19 @@ def test_a_worker_that_commits_while_a_new_attempt_collects_wins_or_fails_and_ne
         old = checkpointer(run_dir, keep_last=1, keep_best=False)
 
         def body(
-            tell: Callable[[bytes], object], number: int = number, run_dir: Path = run_dir, old: Any = old
+            tell: Callable[[bytes], object],
+            number: int = number,
+            run_dir: Path = run_dir,
+            old: Any = old,
         ) -> None:
             operations, put, held_up = itertools.count(), storage.put_bytes, False
 
             def reached() -> None:
                 nonlocal held_up
-                if threading.current_thread() is threading.main_thread() and next(operations) == number:
+                if (
+                    threading.current_thread() is threading.main_thread()
+                    and next(operations) == number
+                ):
                     held_up = True
                     collecting.set()  # the old worker goes on with its COMMIT, to its end
                     ended.wait()
@@ -419,12 +478,16 @@ def test_a_commit_that_is_damaged_in_any_byte_is_left_out_by_name(
             commit.write_bytes(damaged)
             assert_equal(load_newest(str(tmp_path)), SNAPSHOTS[3])
             assert f"{commit} is damaged" in caplog.text and "left out" in caplog.text
-    assert collect_orphans(str(tmp_path)) == []  # it was committed once, so it is not ours to remove
+    assert (
+        collect_orphans(str(tmp_path)) == []
+    )  # it was committed once, so it is not ours to remove
     commit.write_bytes(sound)
     assert_equal(load_newest(str(tmp_path)), SNAPSHOTS[4])
 
 
-def test_a_commit_of_a_later_format_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_commit_of_a_later_format_is_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, SNAPSHOTS[3], SNAPSHOTS[4])
     path = Path(find_committed(str(tmp_path / "checkpoints"))[-1].url) / "COMMIT"
     commit = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "sha256"}

@@ -8,16 +8,16 @@ import torch
 from rich.console import Console
 
 from sepdist import config
-from sepdist.audit import audit
+from sepdist.cli.audit import audit
 from sepdist.config import EvaluateConfig, TrainConfig
 from sepdist.data.stream import Crops
-from sepdist.evaluate import evaluate
+from sepdist.inference.evaluation import evaluate
+from sepdist.inference.export import load_export
 from sepdist.reporting import read_metrics
-from sepdist.train import freeze
 from sepdist.training.checkpoint import find_committed, load_snapshot
 from sepdist.training.datasets import open_datasets
-from sepdist.training.export import load_export
-from tests.runs import final_hash, frozen
+from sepdist.training.run import freeze
+from tests.support.runs import final_hash, frozen
 from tests.training.test_loop import run
 
 MULTITASK = ["objective=multitask", "model.num_speakers=3", "data.num_virtual_shards=4"]
@@ -35,13 +35,22 @@ def multitask(tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def test_a_run_on_two_data_sets_measures_each_task_and_validates_separation(multitask: Path) -> None:
+def test_a_run_on_two_data_sets_measures_each_task_and_validates_separation(
+    multitask: Path,
+) -> None:
     rows = read_metrics(str(multitask))
     logged = [row for row in rows if "loss/total" in row]
-    tasks = [{name for name in ("si_snr", "enhancement_si_snr") if f"train/{name}" in row} for row in logged]
+    tasks = [
+        {name for name in ("si_snr", "enhancement_si_snr") if f"train/{name}" in row}
+        for row in logged
+    ]
     assert len(logged) == 8 and set.union(*tasks) == {"si_snr", "enhancement_si_snr"} and all(tasks)
     for row in logged:  # the loss is the mean over the batches of both tasks
-        values = [row[f"train/{name}"] for name in ("si_snr", "enhancement_si_snr") if f"train/{name}" in row]
+        values = [
+            row[f"train/{name}"]
+            for name in ("si_snr", "enhancement_si_snr")
+            if f"train/{name}" in row
+        ]
         assert min(values) - 1e-6 <= -row["loss/total"] <= max(values) + 1e-6
     validation = next(row for row in rows if "validation/si_snri" in row)
     assert {name for name in validation if name.startswith("validation/")} == {
@@ -57,14 +66,28 @@ def test_ranks_with_batches_of_different_tasks_and_a_restart_come_to_the_same_we
     multitask: Path, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     options = [*MULTITASK, extra(tiny_data, 0.5)]
-    run(tiny_data, tmp_path, 1, 0, 0, 1.0, *options, "training.max_steps=2", "validation.num_mixtures=1")
+    run(
+        tiny_data,
+        tmp_path,
+        1,
+        0,
+        0,
+        1.0,
+        *options,
+        "training.max_steps=2",
+        "validation.num_mixtures=1",
+    )
     (tmp_path / "store").unlink()
-    rows = run(tiny_data, tmp_path, 2, 0, 0, 1.0, *options, "engine.zero_stage=1")  # an epoch ends in steps 4 and 8
+    rows = run(
+        tiny_data, tmp_path, 2, 0, 0, 1.0, *options, "engine.zero_stage=1"
+    )  # an epoch ends in steps 4 and 8
     assert final_hash(tmp_path) == final_hash(multitask)
 
     def told(rows: list[dict]) -> list[dict]:
         names = ("step", "loss/total", "optim/grad_norm", "switching/rate")
-        kept = [{k: v for k, v in row.items() if k in names or k.startswith("train/")} for row in rows]
+        kept = [
+            {k: v for k, v in row.items() if k in names or k.startswith("train/")} for row in rows
+        ]
         return [row for row in kept if len(row) > 1]
 
     assert told(rows) == told(read_metrics(str(multitask)))
@@ -76,20 +99,29 @@ def test_a_multitask_checkpoint_gives_the_speakers_alone(
     model = load_export(str(multitask)).model
     assert model(torch.randn(1, 4000)).shape == (1, 2, 4000)
     cfg = EvaluateConfig(
-        model=str(multitask), data=tiny_data["dev"], output=str(tmp_path), num_mixtures=1, num_workers=0
+        model=str(multitask),
+        data=tiny_data["dev"],
+        output=str(tmp_path),
+        num_mixtures=1,
+        num_workers=0,
     )
     results = evaluate(cfg, Console(file=io.StringIO()))
     assert results["num_utterances"] == 1
     snapshot = load_snapshot(find_committed(f"{multitask}/checkpoints")[-1].url)
     assert snapshot.weights["mask_conv.weight"].shape[0] == 3 * 16, "the hand-off keeps all outputs"
-    assert snapshot.state["manifest"].startswith("10 main ") and " + 5 enhancement " in snapshot.state["manifest"]
+    assert (
+        snapshot.state["manifest"].startswith("10 main ")
+        and " + 5 enhancement " in snapshot.state["manifest"]
+    )
 
 
 def config_of(data: dict[str, str], folder: Path, *more: str) -> TrainConfig:
     return config.load_frozen(frozen(data, folder, "training.max_steps=1", *more))
 
 
-def test_new_mixtures_train_and_have_no_switch_rate(tiny_data: dict[str, str], tmp_path: Path) -> None:
+def test_new_mixtures_train_and_have_no_switch_rate(
+    tiny_data: dict[str, str], tmp_path: Path
+) -> None:
     mixing = ["mixing=dynamic", "data.num_virtual_shards=4"]
     run(tiny_data, tmp_path, 1, 0, 0, 1.0, *mixing)
     cfg = config_of(tiny_data, tmp_path / "again", *mixing)
@@ -98,25 +130,40 @@ def test_new_mixtures_train_and_have_no_switch_rate(tiny_data: dict[str, str], t
     assert list(item.members) == ["s1", "s2"] and len(set(item.speakers)) == 2
     assert validation.members == ("s1", "s2")
     assert audit(str(tmp_path)).sound
-    assert not any("switching/rate" in row for row in read_metrics(str(tmp_path))), "no mixture comes twice"
+    assert not any("switching/rate" in row for row in read_metrics(str(tmp_path))), (
+        "no mixture comes twice"
+    )
 
 
-def test_each_data_set_has_an_order_and_crops_of_its_own(tiny_data: dict[str, str], tmp_path: Path) -> None:
+def test_each_data_set_has_an_order_and_crops_of_its_own(
+    tiny_data: dict[str, str], tmp_path: Path
+) -> None:
     feeds, _ = open_datasets(config_of(tiny_data, tmp_path, extra(tiny_data, 1.0)))
     main, other = feeds["main"], feeds["enhancement"]
     assert isinstance(main, Crops) and isinstance(other, Crops)
-    assert main.seed == 0 != other.seed, "what a run trains on does not change when a data set is added"
+    assert main.seed == 0 != other.seed, (
+        "what a run trains on does not change when a data set is added"
+    )
     assert [main.order.locate(p) for p in range(10)] != [other.order.locate(p) for p in range(10)]
-    assert list(main.item(0, []).members) == ["s1", "s2"] and list(other.item(0, []).members) == ["s1", "noise"]
+    assert list(main.item(0, []).members) == ["s1", "s2"] and list(other.item(0, []).members) == [
+        "s1",
+        "noise",
+    ]
 
 
 @pytest.mark.parametrize(
     ("more", "told"),
     [
         (["data.extra=[{name: main, url: x}]"], r"two data sets are named 'main'"),
-        (["data.extra=[{name: a, url: x, weight: -1}]"], r"weight=-1.0 of 'a': it must be positive"),
+        (
+            ["data.extra=[{name: a, url: x, weight: -1}]"],
+            r"weight=-1.0 of 'a': it must be positive",
+        ),
         (["mixing=dynamic", "data.noise=true"], r"data\.noise=True with data\.mixing\.noise=None"),
-        (["mixing=dynamic", "data.mixing.noise=x"], r"data\.noise=False with data\.mixing\.noise=.*x"),
+        (
+            ["mixing=dynamic", "data.mixing.noise=x"],
+            r"data\.noise=False with data\.mixing\.noise=.*x",
+        ),
         (["data.interleave=odd"], r"data\.interleave=.odd.: it is one of drawn, even"),
         (["objective=mixit", "model.num_speakers=3"], r"3 outputs are few; model\.num_speakers=4"),
         (["objective=multitask"], r"MultiTask needs data\.extra of the name enhancement"),
@@ -146,18 +193,42 @@ def test_paths_of_all_data_sets_are_made_absolute(
 def test_a_mixit_run_on_labelled_and_unlabelled_mixtures_gives_the_loudest_outputs(
     tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
-    options = ["objective=mixit", "model.num_speakers=4", "objective.data_set=unlabelled", "data.micro_batch=2"]
+    options = [
+        "objective=mixit",
+        "model.num_speakers=4",
+        "objective.data_set=unlabelled",
+        "data.micro_batch=2",
+    ]
     options += ["data.num_virtual_shards=2", "data.interleave=even", "training.max_steps=3"]
-    rows = run(tiny_data, tmp_path, 1, 0, 0, 1.0, *options, extra(tiny_data, 1.0).replace("enhancement", "unlabelled"))
+    rows = run(
+        tiny_data,
+        tmp_path,
+        1,
+        0,
+        0,
+        1.0,
+        *options,
+        extra(tiny_data, 1.0).replace("enhancement", "unlabelled"),
+    )
     logged = [row for row in rows if "loss/total" in row]
-    assert all({"train/mixture_snr", "train/si_snr", "train/oracle_si_snr"} <= row.keys() for row in logged)
+    assert all(
+        {"train/mixture_snr", "train/si_snr", "train/oracle_si_snr"} <= row.keys() for row in logged
+    )
     validation = next(row for row in rows if "validation/si_snri" in row)
     assert "validation/mixture_snr" not in validation
     assert validation["validation/si_snr"] <= validation["validation/oracle_si_snr"]
     assert not any("switching/rate" in row for row in rows)
     assert load_export(str(tmp_path)).model(torch.randn(1, 4000)).shape == (1, 2, 4000)
     cfg = EvaluateConfig(
-        model=str(tmp_path), data=tiny_data["dev"], output=str(tmp_path / "scores"), num_mixtures=1, num_workers=0
+        model=str(tmp_path),
+        data=tiny_data["dev"],
+        output=str(tmp_path / "scores"),
+        num_mixtures=1,
+        num_workers=0,
     )
     assert evaluate(cfg, Console(file=io.StringIO()))["num_utterances"] == 1
-    assert load_snapshot(find_committed(f"{tmp_path}/checkpoints")[-1].url).state["manifest"].endswith(", even")
+    assert (
+        load_snapshot(find_committed(f"{tmp_path}/checkpoints")[-1].url)
+        .state["manifest"]
+        .endswith(", even")
+    )

@@ -21,7 +21,9 @@ from sepdist.training.world import World
 
 NUM_SHARDS, MICRO_BATCH, LENGTH = 4, 2, 40
 
-multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])  # the ranks start with their imports done
+multiprocessing.set_forkserver_preload(
+    ["torch", "deepspeed", __name__]
+)  # the ranks start with their imports done
 
 
 class Toy(nn.Module):
@@ -45,7 +47,9 @@ class SquaredError:
 
     def __init__(self, branching: int, poisoned: int = -1) -> None:
         self.branching = branching
-        self.poisoned = range(poisoned * NUM_SHARDS * MICRO_BATCH, (poisoned + 1) * NUM_SHARDS * MICRO_BATCH)
+        self.poisoned = range(
+            poisoned * NUM_SHARDS * MICRO_BATCH, (poisoned + 1) * NUM_SHARDS * MICRO_BATCH
+        )
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         odd = self.branching and int(batch.positions[0]) // MICRO_BATCH // self.branching % 2 == 1
@@ -110,17 +114,34 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
     if rank == 0:
         state = {"weights": weights, "tensors": optimizer.tensors, "scalars": optimizer.scalars}
         torch.save(state, f"{folder}/state.pt")
-        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights.values())).hexdigest()
-        text = json.dumps({"losses": losses, "norms": norms, "applied": applied, "changed": changed, "digest": digest})
+        digest = hashlib.sha256(
+            b"".join(value.numpy().tobytes() for value in weights.values())
+        ).hexdigest()
+        text = json.dumps(
+            {
+                "losses": losses,
+                "norms": norms,
+                "applied": applied,
+                "changed": changed,
+                "digest": digest,
+            }
+        )
         Path(f"{folder}/{options['key']}.json").write_text(text)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run(folder: Path, world_size: int, stage: int, first: int = 0, last: int = 6, **options: object) -> dict:
+def run(
+    folder: Path, world_size: int, stage: int, first: int = 0, last: int = 6, **options: object
+) -> dict:
     key = f"{world_size}-{stage}-{first}-{last}-{'-'.join(map(str, options.values()))}"
     arguments = {"key": key, "stage": stage, "first": first, "last": last} | options
-    mp.start_processes(run_steps, (world_size, str(folder), arguments), nprocs=world_size, start_method="forkserver")
+    mp.start_processes(
+        run_steps,
+        (world_size, str(folder), arguments),
+        nprocs=world_size,
+        start_method="forkserver",
+    )
     return json.loads((folder / f"{key}.json").read_text())
 
 
@@ -148,7 +169,9 @@ def test_one_step_is_adam_on_the_clipped_mean_gradient(tmp_path: Path) -> None:
         loss = torch.stack(losses).mean()
         optimizer.zero_grad(set_to_none=False)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in model.parameters() if p.grad is not None], 0.5
+        )
         optimizer.step()
         assert float.fromhex(ours["losses"][step]) == pytest.approx(float(loss), rel=1e-5)
         assert ours["norms"][step] == pytest.approx(float(norm), rel=1e-4)
@@ -181,7 +204,9 @@ def test_bf16_has_the_same_bits_at_any_world_size_too(tmp_path: Path, uninterrup
 def test_eight_virtual_shards_have_the_same_bits_at_one_to_eight_workers(
     stage: int, precision: str, tmp_path: Path
 ) -> None:
-    runs = [run(tmp_path, size, stage, precision=precision, num_shards=8) for size in (1, 2, 3, 4, 8)]
+    runs = [
+        run(tmp_path, size, stage, precision=precision, num_shards=8) for size in (1, 2, 3, 4, 8)
+    ]
     assert all(found == runs[0] for found in runs)
 
 
@@ -192,7 +217,9 @@ def test_batches_that_take_different_branches_on_different_ranks_never_mix_gradi
     assert run(tmp_path, 2, stage, branching=2) == run(tmp_path, 1, 0, branching=2)
 
 
-def test_native_reduction_without_zero_is_right_where_ranks_take_different_branches(tmp_path: Path) -> None:
+def test_native_reduction_without_zero_is_right_where_ranks_take_different_branches(
+    tmp_path: Path,
+) -> None:
     ours = run(tmp_path, 2, 0, last=3, reduction="native", branching=2)
     expected = run(tmp_path, 1, 0, last=3, branching=2)
     losses = [float.fromhex(loss) for loss in ours["losses"]]
@@ -200,22 +227,37 @@ def test_native_reduction_without_zero_is_right_where_ranks_take_different_branc
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_native_reduction_refuses_branches_whose_gradients_zero_would_mix(stage: int, tmp_path: Path) -> None:
-    with pytest.raises(mp.ProcessRaisedException, match=r"(head|other)\.\w+ and .*engine\.reduction=canonical"):
+def test_native_reduction_refuses_branches_whose_gradients_zero_would_mix(
+    stage: int, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        mp.ProcessRaisedException, match=r"(head|other)\.\w+ and .*engine\.reduction=canonical"
+    ):
         run(tmp_path, 2, stage, last=1, reduction="native", branching=2)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_native_reduction_agrees_to_rounding_and_resumes(stage: int, tmp_path: Path, uninterrupted: dict) -> None:
+def test_native_reduction_agrees_to_rounding_and_resumes(
+    stage: int, tmp_path: Path, uninterrupted: dict
+) -> None:
     whole = run(tmp_path, 2, stage, 0, 3, reduction="native")
     rest = run(tmp_path, 2, stage, 3, 6, reduction="native")
     losses = [float.fromhex(loss) for loss in whole["losses"] + rest["losses"]]
-    assert losses == pytest.approx([float.fromhex(loss) for loss in uninterrupted["losses"]], rel=1e-4)
+    assert losses == pytest.approx(
+        [float.fromhex(loss) for loss in uninterrupted["losses"]], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("stage", "reduction"),
-    [(0, "canonical"), (1, "canonical"), (0, "native"), (1, "native"), (2, "native"), (3, "native")],
+    [
+        (0, "canonical"),
+        (1, "canonical"),
+        (0, "native"),
+        (1, "native"),
+        (2, "native"),
+        (3, "native"),
+    ],
 )
 def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_weights_of_all_alone_and_the_next_step_is_sound(
     stage: int, reduction: str, tmp_path: Path

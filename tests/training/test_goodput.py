@@ -7,8 +7,12 @@ import pytest
 from sepdist.training.goodput import Goodput
 
 
-def interval(goodput: Goodput, step: float, data: float = 0, checkpoint: float = 0, validation: float = 0) -> dict:
-    goodput.add({"step": step, "data_wait": data, "checkpoint": checkpoint, "validation": validation})
+def interval(
+    goodput: Goodput, step: float, data: float = 0, checkpoint: float = 0, validation: float = 0
+) -> dict:
+    goodput.add(
+        {"step": step, "data_wait": data, "checkpoint": checkpoint, "validation": validation}
+    )
     return goodput.read()
 
 
@@ -26,7 +30,13 @@ def test_a_run_that_dies_twice() -> None:
     third = Goodput([kept], note, now=180.0)
     third.started(190.0)
     metrics = interval(third, 30.0)
-    expected = {"step": 50.0, "data_wait": 1.0, "checkpoint": 2.0, "validation": 0.0, "redone": 20.0}
+    expected = {
+        "step": 50.0,
+        "data_wait": 1.0,
+        "checkpoint": 2.0,
+        "validation": 0.0,
+        "redone": 20.0,
+    }
     expected["restart"] = 10.0 + (190.0 - 153.0)
     assert {kind: metrics[f"goodput/{kind}_seconds"] for kind in expected} == expected
     assert sum(expected.values()) == (190.0 - 100.0) + 30.0  # the clock's own account

@@ -15,7 +15,9 @@ def filled(*norms: float, **options: float) -> GradientGuard:
 
 
 def test_the_limit_is_the_factor_times_the_median_of_what_was_applied() -> None:
-    norms = [float(1 + (7 * i) % 60) for i in range(60)]  # 1 to 60 in another order: the median is 30.5
+    norms = [
+        float(1 + (7 * i) % 60) for i in range(60)
+    ]  # 1 to 60 in another order: the median is 30.5
     assert filled(*norms).limit == 305.0
 
 

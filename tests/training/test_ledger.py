@@ -6,11 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from sepdist.audit import audit, main
+from sepdist.cli.audit import audit, main
 from sepdist.data.order import owned_virtual_shards, positions_of
 from sepdist.data.records import Batch
 from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
-from sepdist.training.ledger import APPLIED, LEFT_OUT, SKIPPED, Ledger, LedgerError, Link, as_ranges, merge
+from sepdist.training.ledger import (
+    APPLIED,
+    LEFT_OUT,
+    SKIPPED,
+    Ledger,
+    LedgerError,
+    Link,
+    as_ranges,
+    merge,
+)
 
 V, B = 4, 2
 
@@ -37,17 +46,27 @@ class Run:
             previous=previous,
         )
 
-    def steps(self, first: int, stop: int, world_size: int, *, outcome: str = APPLIED, drop=(), again=()) -> "Run":
+    def steps(
+        self, first: int, stop: int, world_size: int, *, outcome: str = APPLIED, drop=(), again=()
+    ) -> "Run":
         ledgers = [Ledger() for _ in range(world_size)]
         for step in range(first, stop):
             for rank, ledger in enumerate(ledgers):
                 shards = list(owned_virtual_shards(V, rank, world_size))
                 if rank == 0:
-                    shards = [s for s in shards if (step, s) not in drop] + [s for s in shards if (step, s) in again]
-                ledger.record(step, outcome, [] if outcome == LEFT_OUT else [batch(step, shard) for shard in shards])
+                    shards = [s for s in shards if (step, s) not in drop] + [
+                        s for s in shards if (step, s) in again
+                    ]
+                ledger.record(
+                    step,
+                    outcome,
+                    [] if outcome == LEFT_OUT else [batch(step, shard) for shard in shards],
+                )
         state = {"num_virtual_shards": V, "micro_batch": B}
         consumed = merge([ledger.take() for ledger in ledgers])
-        self.writer.save(Snapshot(stop, {"w": torch.zeros(1)}, OptimizerState({}, {}), state, None, consumed))
+        self.writer.save(
+            Snapshot(stop, {"w": torch.zeros(1)}, OptimizerState({}, {}), state, None, consumed)
+        )
         self.writer.wait()
         return self
 
@@ -70,7 +89,9 @@ def test_a_history_over_attempts_and_world_sizes_is_sound(tmp_path: Path, capsys
 
 
 def test_steps_skipped_or_left_out_are_counted_and_lose_nothing(tmp_path: Path) -> None:
-    Run(tmp_path).steps(0, 2, 1).steps(2, 3, 1, outcome=SKIPPED).steps(3, 5, 1, outcome=LEFT_OUT).steps(5, 6, 1)
+    Run(tmp_path).steps(0, 2, 1).steps(2, 3, 1, outcome=SKIPPED).steps(
+        3, 5, 1, outcome=LEFT_OUT
+    ).steps(5, 6, 1)
     found = audit(str(tmp_path))
     assert found.sound and found.outcomes == {APPLIED: 3, SKIPPED: 1, LEFT_OUT: 2}
 
@@ -99,7 +120,9 @@ def test_positions_beyond_the_committed_steps_are_repeated(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
-def test_a_damaged_ledger_is_an_error_that_names_the_segment(damage: str, tmp_path: Path, capsys) -> None:
+def test_a_damaged_ledger_is_an_error_that_names_the_segment(
+    damage: str, tmp_path: Path, capsys
+) -> None:
     Run(tmp_path).steps(0, 3, 1).steps(3, 6, 1)
     segment = min((tmp_path / "ledger").iterdir())
     if damage == "missing":

@@ -9,13 +9,18 @@ import torch.multiprocessing as mp
 
 from sepdist import config
 from sepdist.reporting import read_metrics
-from sepdist.training.export import find_export
-from tests.runs import TINY, frozen
+from sepdist.training.handoff import find_export
+from tests.support.runs import TINY, frozen
 
 multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 
 ONE_PERSON = ["num_speakers=1", "data.num_sources=1", "data.noise=true", "training.max_steps=2"]
-CONTEXT = ["model=conv_tasnet_context_small", "objective=contrastive", "model.num_hidden=16", "model.num_targets=32"]
+CONTEXT = [
+    "model=conv_tasnet_context_small",
+    "objective=contrastive",
+    "model.num_hidden=16",
+    "model.num_targets=32",
+]
 
 
 def run_stages(rank: int, config_files: list[str], store: str) -> None:
@@ -38,7 +43,9 @@ def test_masked_and_contrastive_runs_hand_their_separator_to_a_separation_run(
     tiny_data: dict[str, str], tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    masked, contrastive, first, second = (tmp_path / name for name in ("masked", "contrastive", "first", "second"))
+    masked, contrastive, first, second = (
+        tmp_path / name for name in ("masked", "contrastive", "first", "second")
+    )
     # ZeRO-3 for CC: the context network uses one layer several times, and the separator without its decoder.
     inside = [setting.replace("model.", "model.separator.") for setting in TINY]
     partitioned = ["engine.zero_stage=3", "engine.reduction=native"]
@@ -48,9 +55,13 @@ def test_masked_and_contrastive_runs_hand_their_separator_to_a_separation_run(
         frozen(tiny_data, masked, *ONE_PERSON, "objective=masked", "model.masking=false"),
         frozen(tiny_data, contrastive, *CONTEXT, *ONE_PERSON, *partitioned, settings=inside),
         frozen(tiny_data, first, *separation, f"init.weights={masked}"),
-        frozen(tiny_data, second, *separation, f"init.weights={contrastive}", "init.part=separator"),
+        frozen(
+            tiny_data, second, *separation, f"init.weights={contrastive}", "init.part=separator"
+        ),
     ]
-    mp.start_processes(run_stages, (files, str(tmp_path / "store")), nprocs=1, start_method="forkserver")
+    mp.start_processes(
+        run_stages, (files, str(tmp_path / "store")), nprocs=1, start_method="forkserver"
+    )
 
     for run_dir, metric in ((masked, "l1"), (contrastive, "accuracy")):
         rows = read_metrics(str(run_dir))
@@ -60,11 +71,17 @@ def test_masked_and_contrastive_runs_hand_their_separator_to_a_separation_run(
     prefix = "separator."
     parents = {
         first: weights(masked),
-        second: {k.removeprefix(prefix): v for k, v in weights(contrastive).items() if k.startswith(prefix)},
+        second: {
+            k.removeprefix(prefix): v
+            for k, v in weights(contrastive).items()
+            if k.startswith(prefix)
+        },
     }
     for run_dir, parent in parents.items():
         child = weights(run_dir)
         assert child.keys() == parent.keys()
         differing = {name for name in child if not torch.equal(child[name], parent[name])}
-        assert differing == {"mask_conv.weight", "mask_conv.bias"}, "nothing was learned at a rate of 0"
+        assert differing == {"mask_conv.weight", "mask_conv.bias"}, (
+            "nothing was learned at a rate of 0"
+        )
         assert "validation/si_snri" in read_metrics(str(run_dir))[-1]

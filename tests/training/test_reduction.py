@@ -15,7 +15,10 @@ from sepdist.training.reduction import TreeSum, covering_nodes, reduce_canonical
 def leaves_of(num_leaves: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(num_leaves)
     spread = random.Random(num_leaves)
-    return [torch.randn(11, generator=generator) * 10 ** spread.uniform(-4, 4) for _ in range(num_leaves)]
+    return [
+        torch.randn(11, generator=generator) * 10 ** spread.uniform(-4, 4)
+        for _ in range(num_leaves)
+    ]
 
 
 def recursive_sum(leaves: list[Tensor]) -> Tensor:
@@ -58,7 +61,12 @@ def test_a_plain_running_sum_would_not_do() -> None:
 def _reduce_in_a_process(rank: int, world_size: int, num_leaves: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     leaves = leaves_of(num_leaves)
-    for block_elements in (4_000_000, 11, 4, 1):  # of the leaves' 11: in one block, or in the last one 3 or 1
+    for block_elements in (
+        4_000_000,
+        11,
+        4,
+        1,
+    ):  # of the leaves' 11: in one block, or in the last one 3 or 1
         part = TreeSum(num_leaves)
         for leaf in owned_virtual_shards(num_leaves, rank, world_size):
             part.push((0, leaf), leaves[leaf].clone())
@@ -69,5 +77,9 @@ def _reduce_in_a_process(rank: int, world_size: int, num_leaves: int, store: str
 
 
 @pytest.mark.parametrize(("world_size", "num_leaves"), [(2, 4), (3, 8), (3, 7)])
-def test_processes_with_gloo_agree_with_one_process_to_the_last_bit(world_size, num_leaves, tmp_path) -> None:
-    mp.spawn(_reduce_in_a_process, (world_size, num_leaves, str(tmp_path / "store")), nprocs=world_size)
+def test_processes_with_gloo_agree_with_one_process_to_the_last_bit(
+    world_size, num_leaves, tmp_path
+) -> None:
+    mp.spawn(
+        _reduce_in_a_process, (world_size, num_leaves, str(tmp_path / "store")), nprocs=world_size
+    )

@@ -6,7 +6,13 @@ from sepdist.training.schedule import PlateauSchedule
 
 
 def schedule(**changes: float) -> PlateauSchedule:
-    options = {"warmup_steps": 0, "factor": 0.5, "patience": 2, "min_lr": 1e-5, "early_stop_patience": 5} | changes
+    options = {
+        "warmup_steps": 0,
+        "factor": 0.5,
+        "patience": 2,
+        "min_lr": 1e-5,
+        "early_stop_patience": 5,
+    } | changes
     return PlateauSchedule(1e-3, **options)
 
 

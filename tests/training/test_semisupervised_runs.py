@@ -16,17 +16,17 @@ from torch import nn
 from sepdist import config
 from sepdist.config import ConfigError
 from sepdist.data.records import Batch
+from sepdist.inference.export import load_model
 from sepdist.metrics.si_snr import si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.semisupervised import SemiSupervised
 from sepdist.reporting import read_metrics
-from sepdist.train import freeze, summarise
 from sepdist.training.checkpoint import find_committed, load_snapshot
 from sepdist.training.engine import origins
-from sepdist.training.export import load_model
-from tests.objectives.batches import Listener
-from tests.runs import final_hash, frozen
-from tests.test_evaluate import write_export
+from sepdist.training.run import freeze, summarise
+from tests.inference.test_evaluation import write_export
+from tests.support.batches import Listener
+from tests.support.runs import final_hash, frozen
 
 multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 
@@ -69,7 +69,9 @@ def engine_rank(rank: int, world_size: int, folder: str) -> None:
     from sepdist.training.world import World
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
     for stage in (0, 1):
         torch.manual_seed(0)
         engine = DeepSpeedEngine(
@@ -86,8 +88,14 @@ def engine_rank(rank: int, world_size: int, folder: str) -> None:
         results = [engine.step([batch_of(step, rank)]) for step in range(3)]
         weights = engine.weights()
         if rank == 0:
-            losses, metrics = [result.loss for result in results], [result.means for result in results]
-            torch.save({"weights": weights, "losses": losses, "metrics": metrics}, f"{folder}/stage-{stage}.pt")
+            losses, metrics = (
+                [result.loss for result in results],
+                [result.means for result in results],
+            )
+            torch.save(
+                {"weights": weights, "losses": losses, "metrics": metrics},
+                f"{folder}/stage-{stage}.pt",
+            )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -96,9 +104,13 @@ def test_a_labelled_and_an_unlabelled_batch_on_different_ranks_make_the_step_of_
     tmp_path: Path,
 ) -> None:
     mp.start_processes(engine_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
-    found, same = (torch.load(tmp_path / f"stage-{stage}.pt", weights_only=True) for stage in (0, 1))
+    found, same = (
+        torch.load(tmp_path / f"stage-{stage}.pt", weights_only=True) for stage in (0, 1)
+    )
     assert found["losses"] == same["losses"] and found["metrics"] == same["metrics"]
-    assert all(torch.equal(value, same["weights"][name]) for name, value in found["weights"].items())
+    assert all(
+        torch.equal(value, same["weights"][name]) for name, value in found["weights"].items()
+    )
     torch.manual_seed(0)
     model, judge = Separator(), Listener().eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -106,7 +118,9 @@ def test_a_labelled_and_an_unlabelled_batch_on_different_ranks_make_the_step_of_
         f = step / RAMP
         labelled, other = batch_of(step, 0), batch_of(step, 1)
         estimates = model(labelled.mixture)
-        orders = [si_snr(estimates[:, order], labelled.sources).mean(1) for order in ([0, 1], [1, 0])]
+        orders = [
+            si_snr(estimates[:, order], labelled.sources).mean(1) for order in ([0, 1], [1, 0])
+        ]
         supervised = -torch.maximum(*orders).mean()
         unsupervised = -judge(other.mixture, model(other.mixture)).mean()
         loss = (1 - f) * supervised + f * unsupervised
@@ -115,7 +129,9 @@ def test_a_labelled_and_an_unlabelled_batch_on_different_ranks_make_the_step_of_
         optimizer.step()
         assert found["losses"][step] == pytest.approx(loss.item(), rel=1e-4)
         assert found["metrics"][step]["si_snr"] == pytest.approx(-supervised.item(), rel=1e-4)
-        assert found["metrics"][step]["predicted_si_snr"] == pytest.approx(-unsupervised.item(), rel=1e-4)
+        assert found["metrics"][step]["predicted_si_snr"] == pytest.approx(
+            -unsupervised.item(), rel=1e-4
+        )
         assert found["metrics"][step]["unsupervised_weight"] == f
     for name, value in model.state_dict().items():
         torch.testing.assert_close(found["weights"][name], value, rtol=1e-4, atol=1e-6)
@@ -145,7 +161,7 @@ def run(data: dict[str, str], folder: Path, world_size: int, on_gap: str, *more:
     options = [
         "objective=semisupervised",
         "objective.judge.url=x",
-        "objective.judge._target_=tests.objectives.batches.Listener",
+        "objective.judge._target_=tests.support.batches.Listener",
         "objective.labelled_share=0.5",
         "objective.epoch_samples=4",
         "objective.ramp_epochs=10",
@@ -159,7 +175,10 @@ def run(data: dict[str, str], folder: Path, world_size: int, on_gap: str, *more:
     ]
     path = frozen(data, folder, *options, *more)
     mp.start_processes(
-        run_rank, (world_size, path, str(folder / f"store-{world_size}")), nprocs=world_size, start_method="forkserver"
+        run_rank,
+        (world_size, path, str(folder / f"store-{world_size}")),
+        nprocs=world_size,
+        start_method="forkserver",
     )
     return read_metrics(str(folder))
 
@@ -172,7 +191,9 @@ def test_a_run_that_is_cut_and_goes_on_at_another_world_size_keeps_the_weight_th
     tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     rows = run(tiny_data, tmp_path / "whole", 1, "down-weight")
-    weights = [row["train/unsupervised_weight"] for row in rows if "train/unsupervised_weight" in row]
+    weights = [
+        row["train/unsupervised_weight"] for row in rows if "train/unsupervised_weight" in row
+    ]
     assert weights == [0.5 ** (step // 2) * step / 10 for step in range(8)]
     assert state_of(tmp_path / "whole") == {"factor": 0.5**4, "stop_reason": None}
     validation = [row for row in rows if "validation/gap" in row]
@@ -185,9 +206,13 @@ def test_a_run_that_is_cut_and_goes_on_at_another_world_size_keeps_the_weight_th
     cut = run(tiny_data, tmp_path / "cut", 2, "down-weight", "engine.zero_stage=1")
     assert final_hash(tmp_path / "cut") == final_hash(tmp_path / "whole")
     assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
-    assert [row["train/unsupervised_weight"] for row in cut if "train/unsupervised_weight" in row] == weights
+    assert [
+        row["train/unsupervised_weight"] for row in cut if "train/unsupervised_weight" in row
+    ] == weights
     both = [row for row in cut if "loss/total" in row]
-    assert all({"train/si_snr", "train/predicted_si_snr"} <= row.keys() for row in both), "both kinds in every step"
+    assert all({"train/si_snr", "train/predicted_si_snr"} <= row.keys() for row in both), (
+        "both kinds in every step"
+    )
 
 
 def test_a_run_whose_judge_is_fooled_ends_with_the_figures_and_ends_again_when_it_is_started_again(
@@ -200,7 +225,10 @@ def test_a_run_whose_judge_is_fooled_ends_with_the_figures_and_ends_again_when_i
     shown = io.StringIO()
     summarise(config.load_frozen(str(tmp_path / "config.yaml")), Console(file=shown))
     row = next(row for row in rows if "validation/gap" in row)
-    assert f"ended at step 2: the judge predicts {row['validation/predicted_si_snr']:.2f} dB" in shown.getvalue()
+    assert (
+        f"ended at step 2: the judge predicts {row['validation/predicted_si_snr']:.2f} dB"
+        in shown.getvalue()
+    )
     assert f"{row['validation/gap']:.2f} dB, above objective.max_gap_db=-1000" in shown.getvalue()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
 
@@ -209,16 +237,31 @@ def test_a_relative_judge_is_made_absolute_and_a_run_from_before_a_key_of_the_co
     tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    node = {"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "num_filters": 4, "num_blocks": 1, "compile": False}
+    node = {
+        "_target_": "sepdist.models.conv_tasnet.ConvTasNet",
+        "num_filters": 4,
+        "num_blocks": 1,
+        "compile": False,
+    }
     (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "model.yaml").write_text(yaml.safe_dump({"model": node, "sample_rate": 8000}))
+    (tmp_path / "judge" / "model.yaml").write_text(
+        yaml.safe_dump({"model": node, "sample_rate": 8000})
+    )
     save_file(config.build(node).state_dict(), tmp_path / "judge" / "model.safetensors")
-    options = ["objective=semisupervised", "objective.judge.url=judge", "objective.labelled_share=0.5"]
+    options = [
+        "objective=semisupervised",
+        "objective.judge.url=judge",
+        "objective.labelled_share=0.5",
+    ]
     options += ["objective.epoch_samples=4", "training.max_steps=1"]
-    options += [f"data.extra=[{{name: unlabelled, url: {tiny_data['train']}, num_sources: 2, noise: false}}]"]
+    options += [
+        f"data.extra=[{{name: unlabelled, url: {tiny_data['train']}, num_sources: 2, noise: false}}]"
+    ]
     cfg = config.load_frozen(frozen(tiny_data, tmp_path / "composed", *options))
     cfg.run_dir = str(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"is a ConvTasNet, which judges no estimates: set objective\.judge\.url"):
+    with pytest.raises(
+        ValueError, match=r"is a ConvTasNet, which judges no estimates: set objective\.judge\.url"
+    ):
         freeze(cfg, Console(quiet=True))
     monkeypatch.setattr(ConvTasNet, "is_judge", True, raising=False)
     freeze(cfg, Console(quiet=True))
@@ -237,5 +280,7 @@ def test_the_lineage_names_the_judge_and_the_step_that_it_was_trained_to(tmp_pat
     write_export(tmp_path / "judge")
     judge = load_model(str(tmp_path / "judge"))
     objective = SemiSupervised(judge, epoch_samples=1, labelled_share=0.5)
-    assert origins(objective) == {"judge": {"url": str(tmp_path / "judge"), "run": "toy", "step": 12}}
+    assert origins(objective) == {
+        "judge": {"url": str(tmp_path / "judge"), "run": "toy", "step": 12}
+    }
     assert origins(SemiSupervised(Listener(), epoch_samples=1, labelled_share=0.5)) == {}

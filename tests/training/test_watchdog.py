@@ -59,7 +59,9 @@ def test_slow_steps_may_take_ten_times_the_usual(clock: Clock, monkeypatch) -> N
     assert after(clock, dog, 1)
 
 
-def test_what_is_announced_as_slow_may_take_the_start_up_time_and_does_not_count_as_usual(clock, monkeypatch) -> None:
+def test_what_is_announced_as_slow_may_take_the_start_up_time_and_does_not_count_as_usual(
+    clock, monkeypatch
+) -> None:
     dog = watching(clock, monkeypatch)
     for _ in range(40):
         dog.beat()
@@ -90,6 +92,8 @@ def test_a_live_locked_process_shows_its_stacks_and_ends() -> None:
                 pass
         live_lock()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == watchdog.EXIT_STATUS
     assert "live_lock" in done.stderr and "no progress for" in done.stderr

@@ -1,0 +1,129 @@
+"""A finished data set as batches of one whole utterance, for validation and test.
+
+Shapes: B batch, S sources, T samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sepdist.data.cache import OpenShard, ShardCache
+from sepdist.data.members import DataError, split_members
+from sepdist.data.records import MAIN, Batch
+from sepdist.data.shards import read_facts, read_manifest, read_sample
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a batch: float32 [T] of each member of the mixture, all of the same T."""
+
+    id: str
+    speakers: tuple[str, ...]
+    members: Mapping[str, np.ndarray]
+
+
+class Dataset:
+    """One finished data set, of which `num_sources` sources and, if asked, the noise make the mixtures."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        num_sources: int = 2,
+        noise: bool = False,
+        cache_dir: str = "~/.cache/sepdist",
+        cache_gigabytes: float = 50.0,
+    ) -> None:
+        self.url = url
+        self.manifest = read_manifest(url)
+        self.members = self._choose_members(num_sources, noise)
+        self.cache = ShardCache(url, self.manifest, cache_dir, int(cache_gigabytes * 1e9))
+        self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
+
+    def _choose_members(self, num_sources: int, noise: bool) -> tuple[str, ...]:
+        there = self.manifest.members
+        if there == ("mix",):
+            return there
+        if num_sources < 1:
+            raise DataError(
+                f"{self.url}: num_sources={num_sources}, but a mixture has at least one source"
+            )
+        wanted = tuple(f"s{i + 1}" for i in range(num_sources)) + (("noise",) if noise else ())
+        if split_members(there)[1]:
+            wanted += tuple(f"e{i + 1}" for i in range(num_sources))
+            if "noise" in there and not noise:
+                raise DataError(
+                    f"{self.url}: its estimates were made of mixtures with noise, which noise=false would leave out; "
+                    "set noise=true, or make the data set again with corpus.noise=false"
+                )
+        absent = [name for name in wanted if name not in there]
+        if absent:
+            raise DataError(
+                f"{self.url}: has no {', '.join(absent)}, its samples have {', '.join(there)}; "
+                "change num_sources or noise, or shard the corpus again with them"
+            )
+        return wanted
+
+    def full(self, number: int, max_seconds: float) -> Batch:
+        """Sample `number` of the data set, in the order of the manifest, as a batch of one, cut to `max_seconds`."""
+        item = self.item(number, max_seconds)
+        return collate([item], range(number, number + 1), len(next(iter(item.members.values()))))
+
+    def item(self, number: int, max_seconds: float) -> Item:
+        """The same as an item."""
+        shard, within = self._find(number)
+        sample = shard.samples[within]
+        stop = min(sample.num_samples, int(max_seconds * self.manifest.sample_rate))
+        return Item(sample.key, sample.speakers, self.read(shard, within, 0, stop))
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """What the json of sample `number` says."""
+        shard, within = self._find(number)
+        return read_facts(shard.file, shard.samples[within])
+
+    def _find(self, number: int) -> tuple[OpenShard, int]:
+        """The shard of sample `number` of the data set, and the sample's number within it."""
+        if not 0 <= number < self.manifest.num_samples:
+            raise IndexError(f"{self.url}: no sample {number}, it has {self.manifest.num_samples}")
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        self.cache.prefetch(range(which, min(which + 2, len(self._ends))))
+        return self.cache.open(which), number - (int(self._ends[which - 1]) if which else 0)
+
+    def read(self, shard: OpenShard, number: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The members that matter of sample `number` of a shard, samples `start` to `stop`, float32 [stop - start].
+
+        DataError names shard, key and byte offset.
+        """
+        if number in shard.damaged:
+            raise DataError(shard.damaged[number])
+        return read_sample(shard.file, shard.samples[number], self.members, start, stop)
+
+
+def collate(items: Sequence[Item], positions: range, length: int, data_set: str = MAIN) -> Batch:
+    """The items as one batch of `length`, shorter ones padded with zeros at the end."""
+    names = list(items[0].members)
+    waves = np.zeros((len(items), len(names), length), dtype=np.float32)
+    for row, item in zip(waves, items, strict=True):
+        for part, name in zip(row, names, strict=True):
+            part[: len(item.members[name])] = item.members[name]
+    sources, estimates, rest = split_members(names)
+    mixture = waves[:, 0].copy()
+    for column in range(
+        1, len(sources) + len(rest)
+    ):  # one by one: the same bits whatever the shape of the batch
+        mixture += waves[:, column]
+    parts = torch.from_numpy(waves)
+    return Batch(
+        ids=[item.id for item in items],
+        positions=torch.tensor(positions),
+        mixture=torch.from_numpy(mixture),
+        sources=parts[:, : len(sources)] if sources else None,
+        noise=parts[:, names.index("noise")] if "noise" in names else None,
+        estimates=parts[:, -len(estimates) :] if estimates else None,
+        lengths=torch.tensor([len(item.members[names[0]]) for item in items]),
+        speakers=[item.speakers for item in items],
+        data_set=data_set,
+    )

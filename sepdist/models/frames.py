@@ -1,0 +1,56 @@
+"""Frames of a waveform and back: the encoder and decoder shared by the mask networks.
+
+Shapes: B batch, S speakers, T samples, N frames, F features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sepdist.models.checks import check_mixture
+
+EPS = 1e-8
+
+
+def num_frames(num_samples: int, kernel_size: int, stride: int) -> int:
+    """How many frames cover `num_samples` samples, the last one zero-padded."""
+    return 1 + max(0, -(-(num_samples - kernel_size) // stride))
+
+
+def cut_frames(signal_BT: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """Overlapping frames [B, N, kernel_size] of a signal whose tail is zero-padded to whole frames."""
+    num_samples = signal_BT.shape[-1]
+    padded = (num_frames(num_samples, kernel_size, stride) - 1) * stride + kernel_size
+    return F.pad(signal_BT, (0, padded - num_samples)).unfold(-1, kernel_size, stride)
+
+
+def overlap_add(frames: Tensor, stride: int, num_samples: int) -> Tensor:
+    """The sum of overlapping frames [..., N, kernel_size], cut or zero-padded to [..., num_samples]."""
+    *lead, count, kernel_size = frames.shape
+    pieces = -(-kernel_size // stride)
+    frames = F.pad(frames, (0, pieces * stride - kernel_size)).unflatten(-1, (pieces, stride))
+    total = sum(
+        F.pad(frames[..., piece, :], (0, 0, piece, pieces - 1 - piece)) for piece in range(pieces)
+    )
+    assert isinstance(total, Tensor)
+    signal = total.reshape(*lead, (count + pieces - 1) * stride)
+    return F.pad(signal, (0, num_samples - signal.shape[-1]))
+
+
+def encode(mixture_BT: Tensor, encoder: nn.Linear, stride: int) -> Tensor:
+    """Features [B, N, F] of a mixture's frames; refuses what is not [B, T] of at least one frame."""
+    check_mixture(mixture_BT, encoder.in_features)
+    return encoder(cut_frames(mixture_BT, encoder.in_features, stride))
+
+
+def decode(features_BNSF: Tensor, decoder: nn.Linear, stride: int, num_samples: int) -> Tensor:
+    """Waveforms [B, S, T] of the speakers' features, in fp32 or wider."""
+    return overlap_add(widen(decoder(features_BNSF)).transpose(1, 2), stride, num_samples)
+
+
+# The stages of a block. Values are fp32 inside, whatever the type of the tensors in memory.
+
+
+def widen(x: Tensor) -> Tensor:
+    """x itself, or in fp32 where it is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

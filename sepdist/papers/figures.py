@@ -1,0 +1,84 @@
+"""Figures of the papers: read what runs and stages left behind, draw, store a PNG."""
+
+import csv
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from sepdist import storage
+from sepdist.config import ConfigError, FigureConfig, load_frozen
+from sepdist.data.order import units_per_epoch
+from sepdist.data.shards import all_facts, read_manifest
+from sepdist.plotting import Curves, figure2, gap, histogram, scatter, to_png
+from sepdist.reporting import read_metrics
+
+
+def draw(cfg: FigureConfig, console: Console) -> None:
+    """Read the runs and put the picture at `cfg.output`."""
+    if cfg.kind not in FIGURES:
+        raise ConfigError(f"kind={cfg.kind!r} of a figure: it is one of {', '.join(FIGURES)}")
+    read, paint = FIGURES[cfg.kind]
+    figure = paint({name: read(folder) for name, folder in cfg.runs.items()}, cfg.title)
+    storage.put_bytes(cfg.output, to_png(figure))
+    console.print(f"figure: {cfg.output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def read_curves(run_dir: str) -> Curves:
+    """The curves of a run, over epochs of its main data set; ConfigError where it has no validation yet."""
+    rows = read_metrics(run_dir)
+    data = load_frozen(storage.join(run_dir, "config.yaml")).data
+    urls = [data.train, *(one.url for one in data.extra)]
+    sizes = [read_manifest(url).num_samples for url in urls]
+    units = units_per_epoch(sizes, [None, *(one.weight for one in data.extra)], data.micro_batch)
+    epoch_steps = sizes[0] * sum(units) / units[0] / (data.num_virtual_shards * data.micro_batch)
+
+    def curve(name: str) -> list[tuple[float, float]]:
+        return [(row["step"] / epoch_steps, row[name]) for row in rows if row.get(name) is not None]
+
+    si_snr = curve("validation/si_snr")
+    if not si_snr:
+        raise ConfigError(
+            f"{run_dir}: its metrics.jsonl has no validation/si_snr; there is nothing to draw"
+        )
+    switches = [
+        (row["switching/epoch"] + 1, 100 * row["switching/rate"])
+        for row in rows
+        if "switching/rate" in row
+    ]
+    return Curves(
+        si_snr, switches, curve("validation/predicted_si_snr"), curve("train/unsupervised_weight")
+    )
+
+
+def read_si_snr(data: str) -> np.ndarray:
+    """The true SI-SNR in dB of every estimate of a data set; ConfigError where it has none."""
+    found = [value for facts in all_facts(data) for value in facts.get("si_snr", ())]
+    if not found:
+        raise ConfigError(
+            f"{data}: has no estimates of known SI-SNR; write it with corpus=separated"
+        )
+    return np.array(found)
+
+
+def read_verdicts(output: str) -> np.ndarray:
+    """[2, mixtures], true and predicted SI-SNR, of what `sepdist.judge` left in a folder."""
+    text = storage.read_bytes(storage.join(output, "utterances.csv")).decode()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    sides = [
+        [name for name in rows[0] if name.startswith(side)] for side in ("true_", "predicted_")
+    ]
+    return np.array(
+        [[np.mean([float(row[name]) for name in names]) for row in rows] for names in sides]
+    )
+
+
+FIGURES: dict[str, tuple[Callable[[str], Any], Callable[[Mapping[str, Any], str], Figure]]] = {
+    "figure2": (read_curves, figure2),
+    "gap": (read_curves, gap),
+    "histogram": (read_si_snr, histogram),
+    "scatter": (read_verdicts, scatter),
+}

@@ -1,0 +1,105 @@
+"""Judging a judge: correlation and errors against numpy on verdicts known by construction."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.data import shards
+from sepdist.data.records import Mixture
+from sepdist.inference import estimation
+from sepdist.inference.export import Export
+from sepdist.metrics.si_snr import si_snr
+from tests.inference.test_evaluation import RATE, oracle_si_snr, voices
+
+
+class LevelJudge(nn.Module):
+    """Predicts the SI-SNR with an error: 0.5 times the truth (which it knows) plus 1 dB, plus the mixture's level."""
+
+    def __init__(self, truth: dict[float, Tensor]) -> None:
+        super().__init__()
+        self.truth = truth
+
+    def forward(self, mixture_BT: Tensor, estimates_BST: Tensor) -> Tensor:
+        key = round(float(mixture_BT[0, :50].sum()), 4)
+        return 0.5 * si_snr(estimates_BST, self.truth[key]) + 1.0
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[str, dict[float, Tensor], list[list[float]]]:
+    records, truth, wanted = [], {}, []
+    for number in range(5):
+        waves = voices(3000 + number, seed=number, num=4)
+        parts = {"s1": waves[0], "s2": waves[1]}
+        parts |= {"e1": waves[0] + 0.3 * number * waves[2], "e2": 0.5 * waves[1] + 0.1 * waves[3]}
+        parts = {
+            name: np.round(wave * 2**15).astype(np.float32) / 2**15 for name, wave in parts.items()
+        }
+        records.append(Mixture(f"m{number}", ("a", "b"), RATE, lambda parts=parts: parts))
+        mixture = parts["s1"] + parts["s2"]
+        truth[round(float(torch.from_numpy(mixture)[:50].sum()), 4)] = torch.from_numpy(
+            np.stack([parts["s1"], parts["s2"]])
+        )
+        pairs = (("e1", "s1"), ("e2", "s2"))
+        wanted.append([min(oracle_si_snr(parts[e], parts[s]), 200) for e, s in pairs])
+    url = str(tmp_path / "data")
+    shards.write_manifest(
+        url,
+        "toy",
+        "test",
+        RATE,
+        [shards.write_shard(records, url, shards.shard_name("toy", "test", 0))],
+    )
+    return url, truth, wanted
+
+
+def test_correlation_and_errors_are_those_of_numpy(data, tmp_path: Path, monkeypatch) -> None:
+    url, truth, wanted = data
+    monkeypatch.setattr(
+        estimation, "load_export", lambda _: Export(LevelJudge(truth), RATE, {"step": 3}, "x")
+    )
+    output = tmp_path / "out"
+    cfg = EvaluateConfig("x", url, str(output), num_workers=0, cache_dir=str(tmp_path / "cache"))
+    results = estimation.judge(cfg, Console(quiet=True))
+    true = np.array(wanted)
+    with open(output / "utterances.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = np.array([[float(row["true_1"]), float(row["true_2"])] for row in rows])
+    np.testing.assert_allclose(
+        found[1:], true[1:], atol=2e-3
+    )  # in the first, e1 is s1 itself: as good as eps allows
+    predicted = 0.5 * found + 1.0
+    mean_true, mean_predicted = found.mean(1), predicted.mean(1)
+    assert results["lcc"] == pytest.approx(np.corrcoef(mean_true, mean_predicted)[0, 1], abs=1e-4)
+    assert results["mae"] == pytest.approx(np.abs(mean_predicted - mean_true).mean(), abs=1e-3)
+    assert results["bias"] == pytest.approx((mean_predicted - mean_true).mean(), abs=1e-3)
+    assert results["by_estimate"]["mae"] == pytest.approx(
+        np.abs(predicted - found).mean(), abs=1e-3
+    )
+    assert json.loads((output / "results.json").read_text()) == results
+    assert (output / "scatter.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_judge_that_always_says_the_same_has_no_correlation() -> None:
+    assert estimation.agreement(np.array([1.0, 2.0, 6.0]), np.full(3, 2.0)) == {
+        "lcc": None,
+        "mae": pytest.approx(5 / 3),
+        "bias": pytest.approx(-1.0),
+    }
+
+
+def test_a_data_set_without_estimates_is_refused_with_what_to_do(
+    tiny_data, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(estimation, "load_export", lambda _: Export(LevelJudge({}), RATE, {}, "x"))
+    cfg = EvaluateConfig("x", tiny_data["dev"], str(tmp_path / "out"), num_workers=0)
+    with pytest.raises(
+        ConfigError, match=r"has s1, s2, noise, no estimates; write it with corpus=separated"
+    ):
+        estimation.judge(cfg, Console(quiet=True))

@@ -1,0 +1,295 @@
+"""Scores against oracles computed another way; the whole program on a small data set, in this process and on Ray."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import scipy.linalg
+import soundfile
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+
+from sepdist import config, seeding
+from sepdist.cli import evaluate as program
+from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.data.records import Batch, Mixture
+from sepdist.inference import evaluation, scoring
+from sepdist.inference.evaluation import score_utterance
+from sepdist.inference.scoring import EvaluationError
+
+RATE = 8000
+MODEL = {
+    "_target_": "sepdist.models.conv_tasnet.ConvTasNet",
+    "num_speakers": 2,
+    "num_filters": 16,
+    "num_bottleneck": 8,
+    "num_hidden": 16,
+    "num_skip": 8,
+    "num_blocks": 2,
+    "num_repeats": 1,
+    "compile": False,
+}
+
+
+def voices(num_samples: int = 4000, seed: int = 0, num: int = 2) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal((num, num_samples))).astype(
+        np.float32
+    )
+
+
+def batch_of(sources: np.ndarray, noise: np.ndarray | None = None) -> Batch:
+    mixture = sources.sum(0) + (0 if noise is None else noise)
+    return Batch(
+        ids=["talk-7"],
+        positions=torch.tensor([0]),
+        mixture=torch.from_numpy(mixture)[None],
+        sources=torch.from_numpy(sources)[None],
+        noise=None if noise is None else torch.from_numpy(noise)[None],
+        lengths=torch.tensor([sources.shape[1]]),
+        speakers=[("anna", "bert")],
+    )
+
+
+def oracle_si_snr(estimate: np.ndarray, source: np.ndarray) -> float:
+    """From the correlation coefficient: the projection keeps r^2 of the energy and leaves 1 - r^2."""
+    r = np.corrcoef(estimate.astype(np.float64), source.astype(np.float64))[0, 1]
+    return 10 * np.log10(r**2 / (1 - r**2))
+
+
+def oracle_sdr(estimate: np.ndarray, source: np.ndarray, taps: int = 512) -> float:
+    """BSS Eval's SDR by explicit least squares on the delayed copies of the source."""
+    column = np.concatenate([source, np.zeros(taps - 1)]).astype(np.float64)
+    delayed = scipy.linalg.toeplitz(column, np.zeros(taps))
+    padded = np.concatenate([estimate, np.zeros(taps - 1)]).astype(np.float64)
+    solution, *_ = np.linalg.lstsq(delayed, padded)
+    target = delayed @ solution
+    return 10 * np.log10(np.sum(target**2) / np.sum((padded - target) ** 2))
+
+
+def test_scores_agree_with_oracles_and_the_permutation_is_solved() -> None:
+    sources = voices()
+    rest = voices(seed=1)
+    estimates = np.stack(
+        [3.0 * sources[1] + 0.4 * sources[0] + rest[0], -0.2 * sources[0] + 0.03 * rest[1]]
+    )
+    score = score_utterance(torch.from_numpy(estimates), batch_of(sources), RATE)
+    mixture = sources.sum(0)
+    assert score.permutation == "2 1"
+    assert (score.id, score.length_seconds, score.speakers) == ("talk-7", 0.5, "anna+bert")
+    by_source = [oracle_si_snr(estimates[1], sources[0]), oracle_si_snr(estimates[0], sources[1])]
+    assert score.si_snr_by_source == pytest.approx(by_source, abs=1e-3)
+    after = sum(by_source) / 2
+    before = (oracle_si_snr(mixture, sources[0]) + oracle_si_snr(mixture, sources[1])) / 2
+    assert score.si_snr == pytest.approx(after, abs=1e-3)
+    assert score.si_snr_mixture == pytest.approx(before, abs=1e-3)
+    assert score.si_snri == pytest.approx(after - before, abs=1e-3)
+    after = (oracle_sdr(estimates[1], sources[0]) + oracle_sdr(estimates[0], sources[1])) / 2
+    before = (oracle_sdr(mixture, sources[0]) + oracle_sdr(mixture, sources[1])) / 2
+    assert score.sdr == pytest.approx(after, abs=1e-3)
+    assert score.sdri == pytest.approx(after - before, abs=1e-3)
+
+
+def test_enhancement_is_scored_with_one_source_and_noise() -> None:
+    speech, noise = voices(num=1), voices(seed=2)[0]
+    estimate = speech + 0.1 * noise
+    score = score_utterance(torch.from_numpy(estimate), batch_of(speech, noise), RATE)
+    assert score.permutation == "1"
+    expected = oracle_si_snr(estimate[0], speech[0]) - oracle_si_snr(speech[0] + noise, speech[0])
+    assert score.si_snri == pytest.approx(expected, abs=1e-3)
+    assert 15 < score.sdri < 25
+
+
+def test_the_level_of_an_estimate_does_not_count() -> None:
+    sources = voices()
+    estimates = torch.from_numpy(sources + 0.01 * voices(seed=1))
+    loud = score_utterance(estimates, batch_of(sources), RATE)
+    quiet = score_utterance(estimates * torch.tensor([[1e-6], [300.0]]), batch_of(sources), RATE)
+    assert quiet.si_snr == pytest.approx(loud.si_snr, abs=1e-3) and quiet.sdr == pytest.approx(
+        loud.sdr, abs=1e-3
+    )
+
+
+def test_the_mixture_itself_gains_nothing() -> None:
+    sources = voices()
+    batch = batch_of(sources)
+    score = score_utterance(batch.mixture.repeat(2, 1), batch, RATE)
+    assert score.si_snri == pytest.approx(0, abs=1e-6) and score.sdri == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda e, s: e[1].fill(0), r"talk-7: estimate 2 is silent"),
+        (lambda e, s: e[0].fill(0.25), r"talk-7: estimate 1 is silent"),
+        (lambda e, s: e[0].__setitem__(9, np.nan), r"talk-7: estimate 1 holds NaN"),
+        (lambda e, s: s[1].fill(0), r"talk-7: source 2 is silent"),
+    ],
+)
+def test_what_has_no_score_is_an_error_naming_the_utterance(
+    damage: Callable[[np.ndarray, np.ndarray], None], message: str
+) -> None:
+    sources = voices()
+    estimates = sources + voices(seed=1)
+    damage(estimates, sources)
+    with pytest.raises(EvaluationError, match=message):
+        score_utterance(torch.from_numpy(estimates), batch_of(sources), RATE)
+
+
+def test_a_model_with_another_number_of_outputs_is_refused() -> None:
+    with pytest.raises(EvaluationError, match=r"\[3, 4000\].*num_sources"):
+        score_utterance(torch.from_numpy(voices(num=3)), batch_of(voices()), RATE)
+
+
+def test_a_mixture_too_short_for_the_model_is_named() -> None:
+    model = nn.Identity()
+    model.min_length = 5000
+    with pytest.raises(EvaluationError, match=r"talk-7: 4000 samples.*5000"):
+        scoring.estimate(model, batch_of(voices()), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of seven mixtures in two shards and the export of an untrained model."""
+    from sepdist.data import shards
+
+    folder = tmp_path_factory.mktemp("evaluate")
+    mixtures = []
+    for number in range(7):
+        waves = voices(4000 + 800 * number, seed=number, num=3)
+        parts = {"s1": waves[0], "s2": waves[1], "noise": 0.3 * waves[2]}
+        mixtures.append(
+            Mixture(f"m{number}", (f"a{number}", f"b{number}"), RATE, lambda parts=parts: parts)
+        )
+    url = str(folder / "data")
+    names = [shards.shard_name("toy", "test", number) for number in range(2)]
+    infos = [
+        shards.write_shard(mixtures[4 * i : 4 * i + 4], url, name) for i, name in enumerate(names)
+    ]
+    shards.write_manifest(url, "toy", "test", RATE, infos)
+    write_export(folder / "model", RATE)
+    return folder
+
+
+def write_export(folder: Path, rate: int = RATE) -> nn.Module:
+    torch.manual_seed(seeding.torch_seed(0, "weights"))
+    model = config.build(MODEL)
+    folder.mkdir()
+    safetensors.torch.save_file(model.state_dict(), str(folder / "model.safetensors"))
+    (folder / "model.yaml").write_text(yaml.safe_dump({"model": MODEL, "sample_rate": rate}))
+    (folder / "lineage.json").write_text(json.dumps({"run": "toy", "step": 12}))
+    return model
+
+
+def options(work: Path, output: str, **changes: object) -> EvaluateConfig:
+    values = {
+        "model": str(work / "model"),
+        "data": str(work / "data"),
+        "output": str(work / output),
+    }
+    return EvaluateConfig(
+        **(values | {"cache_dir": str(work / "cache"), "num_workers": 0} | changes)
+    )
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=140)
+
+
+def test_the_output_folder_holds_results_rows_pictures_and_sound(
+    work: Path, console: Console
+) -> None:
+    results = evaluation.evaluate(options(work, "all", num_listening=2), console)
+    output = work / "all"
+    assert json.loads((output / "results.json").read_text()) == results
+    rows = list(csv.DictReader((output / "utterances.csv").open()))
+    assert [row["id"] for row in rows] == [f"m{number}" for number in range(7)]
+    assert rows[2]["speakers"] == "a2+b2" and float(rows[2]["length_seconds"]) == pytest.approx(0.7)
+    gains = [float(row["si_snri"]) for row in rows]
+    measured = results["metrics_db"]["si_snri"]
+    assert measured["mean"] == pytest.approx(np.mean(gains), abs=1e-3)
+    assert measured["median"] == pytest.approx(sorted(gains)[3], abs=1e-3)
+    assert measured["std"] == pytest.approx(np.std(gains, ddof=1), abs=1e-3)
+    assert results["num_utterances"] == 7
+    assert results["model"]["lineage"] == {"run": "toy", "step": 12}
+    assert len(results["data"]["manifest_sha256"]) == 64
+    assert results["versions"]["torch"] == torch.__version__
+    assert (output / "histogram.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in (output / "listening").iterdir()) == ["0", "1"]
+    wave, rate = soundfile.read(str(output / "listening" / "1" / "mixture.wav"))
+    assert rate == RATE and len(wave) == 4800
+    names = {
+        "mixture.wav",
+        "source_1.wav",
+        "source_2.wav",
+        "estimate_1.wav",
+        "estimate_2.wav",
+        "spectrogram.png",
+    }
+    assert {path.name for path in (output / "listening" / "1").iterdir()} == names
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "SI-SNRi" in shown and "toy test: 7 utterances" in shown
+
+
+@pytest.mark.xdist_group("ray")
+def test_two_ray_tasks_give_the_rows_of_this_process(work: Path, console: Console) -> None:
+    alone = evaluation.evaluate(options(work, "alone", num_listening=0), console)
+    spread = evaluation.evaluate(options(work, "spread", num_listening=0, num_workers=2), console)
+    assert (work / "alone" / "utterances.csv").read_bytes() == (
+        work / "spread" / "utterances.csv"
+    ).read_bytes()
+    assert alone.pop("run") != spread.pop("run")
+    assert alone == spread
+
+
+def test_the_first_so_many_and_the_first_so_many_seconds(work: Path, console: Console) -> None:
+    cfg = options(work, "few", num_mixtures=2, max_seconds=0.25, num_listening=0)
+    results = evaluation.evaluate(cfg, console)
+    assert results["num_utterances"] == 2
+    assert results["hours"] * 3600 == pytest.approx(0.5)
+
+
+def test_model_and_data_that_do_not_fit_are_refused_before_scoring(
+    work: Path, console: Console
+) -> None:
+    write_export(work / "other_rate", 16000)
+    with pytest.raises(ConfigError, match=r"16000 Hz.*8000 Hz"):
+        evaluation.evaluate(options(work, "x", model=str(work / "other_rate")), console)
+    with pytest.raises(ConfigError, match="noise=true"):
+        evaluation.evaluate(options(work, "x", num_sources=1), console)
+    assert not (work / "x").exists()
+
+
+def test_the_program_composes_runs_and_names_what_is_missing(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*overrides: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["evaluate", *overrides])
+        try:
+            program.main()
+        except SystemExit as exit_:
+            return int(exit_.code or 0)
+        return 0
+
+    fixed = [
+        f"model={work / 'model'}",
+        f"output={work / 'program'}",
+        "num_workers=0",
+        "num_listening=0",
+    ]
+    assert (
+        run(*fixed, f"data={work / 'data'}", f"cache_dir={work / 'cache'}", "num_mixtures=1") == 0
+    )
+    assert (work / "program" / "results.json").exists()
+    assert run(*fixed) == 1
+    assert "data" in capsys.readouterr().err
+    assert run(*fixed, f"data={work / 'nowhere'}") == 1
+    assert str(work / "nowhere") in capsys.readouterr().err.replace("\n", "")

@@ -1,0 +1,126 @@
+"""Labels of every checkpoint over whole utterances, against checkpoints whose labels are known by construction."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from sepdist import config
+from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.data.dataset import Dataset
+from sepdist.inference import labels
+from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
+from tests.inference.test_evaluation import MODEL
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return abs(np.corrcoef(a.astype(np.float64), b.astype(np.float64))[0, 1])
+
+
+def make_run(
+    run_dir: Path, swapped_at: dict[int, bool], noted: dict[str, int], rates: dict[int, float]
+) -> torch.nn.Module:
+    """A run with a checkpoint at each step: one model, whose two outputs are exchanged where it says so."""
+    torch.manual_seed(0)
+    model = config.build(MODEL)
+    writer = Checkpointer(
+        str(run_dir),
+        model_node=MODEL,
+        sample_rate=8000,
+        lineage={},
+        keep_last=1,
+        keep_best=False,
+        keep_every=10,
+    )
+    for step, swapped in swapped_at.items():
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        for name in ("mask_conv.weight", "mask_conv.bias"):
+            if swapped:
+                weights[name] = torch.cat(weights[name].chunk(2)[::-1])
+        state = {"switches": {"previous": noted, "current": {}}}
+        writer.save(Snapshot(step, weights, OptimizerState({}, {}), state))
+    writer.close()
+    rows = [
+        {"step": step, "seconds": 1.0, "switching/rate": rate, "switching/epoch": 1}
+        for step, rate in rates.items()
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return model
+
+
+def test_labels_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
+    tiny_data, tmp_path: Path
+) -> None:
+    dataset = Dataset(tiny_data["dev"], num_sources=2)
+    batches = [dataset.full(i, 100.0) for i in range(4)]
+    ids = [batch.ids[0] for batch in batches]
+    noted = {ids[0]: 0, ids[1]: 1, ids[2]: 0}
+    steps = {10: False, 20: True, 30: True, 40: False}
+    model = make_run(tmp_path / "run", steps, noted, {15: 0.5, 20: 0.7, 30: 0.1})
+
+    expected = {}  # with two speakers the better assignment is that of the greater product of 1 / (1 - r^2)
+    for batch in batches:
+        with torch.no_grad():
+            estimates = model(batch.mixture)[0].numpy()
+        r = np.array(
+            [
+                [correlation(estimate, source) for source in batch.sources[0].numpy()]
+                for estimate in estimates
+            ]
+        )
+        gain = np.log(r**2 / (1 - r**2))
+        expected[batch.ids[0]] = int(gain[0, 1] + gain[1, 0] > gain[0, 0] + gain[1, 1])
+
+    cfg = EvaluateConfig(
+        str(tmp_path / "run"), tiny_data["dev"], str(tmp_path / "out"), num_workers=0
+    )
+    results = labels.label(cfg, Console(quiet=True))
+    for step, swapped in steps.items():
+        with open(tmp_path / "out" / f"step-{step:09d}.csv", newline="") as file:
+            table = {row["id"]: int(row["permutation"]) for row in csv.DictReader(file)}
+        assert table == {id_: label ^ swapped for id_, label in expected.items()}
+    assert [(row["from"], row["to"], row["rate"]) for row in results["rates"]] == [
+        (10, 20, 1),
+        (20, 30, 0),
+        (30, 40, 1),
+    ]
+    assert [row["online"] for row in results["rates"]] == [
+        pytest.approx(0.6),
+        pytest.approx(0.1),
+        None,
+    ]
+    shares = [
+        np.mean([(expected[id_] ^ swapped) == noted[id_] for id_ in noted])
+        for swapped in steps.values()
+    ]
+    assert results["agreement"]["equal_labels"] == pytest.approx(np.mean(shares))
+    assert results["agreement"]["mean_difference"] == pytest.approx((0.4 - 0.1) / 2)
+    assert json.loads((tmp_path / "out" / "switching.json").read_text()) == results
+
+
+def test_the_correlation_is_that_of_the_two_rates() -> None:
+    by_step = {
+        step: {id_: int(step / 10 > k) for k, id_ in enumerate("abcde")} for step in (0, 10, 30, 60)
+    }
+    online = [0.3, 0.35, 0.8]
+    metrics = [
+        {"step": step, "switching/rate": rate}
+        for step, rate in zip((10, 30, 60), online, strict=True)
+    ]
+    agreement = labels.compare(by_step, metrics, {step: {} for step in by_step})["agreement"]
+    x, y = np.array([0.2, 0.4, 0.4]), np.array(online)
+    oracle = ((x - x.mean()) * (y - y.mean())).mean() / (x.std() * y.std())
+    assert agreement["correlation"] == pytest.approx(oracle) and agreement["equal_labels"] is None
+
+
+def test_a_run_with_one_checkpoint_says_how_to_keep_more(tiny_data, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", {10: False}, {}, {})
+    with pytest.raises(ConfigError, match=r"1 checkpoint.*training\.keep_every"):
+        labels.label(
+            EvaluateConfig(str(tmp_path / "run"), tiny_data["dev"], str(tmp_path / "out")),
+            Console(quiet=True),
+        )

@@ -1,0 +1,318 @@
+"""Word error rates of words that are tones: what a recogniser and a separator make of them is known by hand."""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor, nn
+
+import sepdist
+from sepdist import audio, config
+from sepdist.cli import recognise as program
+from sepdist.config import ConfigError, RecogniseConfig
+from sepdist.inference import recognition
+from sepdist.inference.scoring import EvaluationError
+from tests.corpora.conftest import RATE
+from tests.corpora.test_libricss import meeting_name, write_meeting
+from tests.inference.test_evaluation import write_export
+
+LOW = {"ONE": 500, "TWO": 700, "THREE": 900, "FOUR": 1100}
+HIGH = {"RED": 2200, "BLUE": 2600}
+WORD_SECONDS = 0.1
+
+
+def speak(text: str, level: float = 0.2) -> np.ndarray:
+    """Every word a tone of 0.1 s at 16 kHz; a dash is silence."""
+    time = np.arange(int(WORD_SECONDS * RATE)) / RATE
+    window = level * np.hanning(time.size)
+    tones = [np.sin(2 * np.pi * (LOW | HIGH).get(word, 0) * time) * window for word in text.split()]
+    return np.concatenate(tones).astype(np.float32)
+
+
+class ToneReader:
+    """The stand-in recogniser: the word of the strongest frequency in each 0.1 s that is not silent."""
+
+    def __init__(self, folder: str, device: str) -> None:
+        assert device == "cpu"
+
+    def __call__(self, wave_T: np.ndarray, sample_rate: int) -> str:
+        assert wave_T.dtype == np.float32 and wave_T.ndim == 1
+        table, size, heard = LOW | HIGH, int(WORD_SECONDS * sample_rate), []
+        for frame in wave_T[: wave_T.size // size * size].reshape(-1, size):
+            if np.abs(frame).max() > 0.02:
+                strongest = np.abs(np.fft.rfft(frame)).argmax() / WORD_SECONDS
+                heard.append(min(table, key=lambda word: abs(table[word] - strongest)))
+        return " ".join(heard).lower()
+
+
+class BandSplit(nn.Module):
+    """The stand-in separator: one speaker is below 1600 Hz, the other above; at levels that nobody hears."""
+
+    def __init__(self, min_length: int = 100) -> None:
+        super().__init__()
+        self.min_length = min_length
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(mixture_BT)
+        low = torch.fft.rfftfreq(mixture_BT.shape[1], 1 / 8000) < 1600
+        waves = [torch.fft.irfft(spectrum * band, mixture_BT.shape[1]) for band in (low, ~low)]
+        return torch.stack([1e-4 * waves[0], 50 * waves[1]], 1)
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A LibriCSS of tones in two conditions and the export of the stand-in separator."""
+    monkeypatch.setattr(config, "ALLOWED_TARGETS", (*config.ALLOWED_TARGETS, "tests."))
+    root = tmp_path / "libricss"
+    loud = speak("- - - - - - - - - RED", 0.6)
+    quiet = speak("- - - - BLUE", 0.05)
+    ten = {
+        0: ("ONE TWO THREE FOUR ONE TWO THREE FOUR ONE TWO", loud),  # the last word is talked over
+        1: ("FOUR FOUR THREE THREE TWO", quiet),  # too quiet to do harm
+    }
+    write_meeting(
+        root,
+        "OV10",
+        meeting_name(10, 0),
+        {n: (text, speak(text) + wave) for n, (text, wave) in ten.items()},
+    )
+    over = speak("- - - BLUE RED", 0.6)
+    forty = {
+        0: ("ONE TWO THREE FOUR ONE", over),
+        3: ("ONE RED TWO", 0 * speak("- - -")),
+    }  # RED: in the wrong band
+    write_meeting(
+        root,
+        "OV40",
+        meeting_name(40, 1),
+        {n: (t, speak(t) + wave) for n, (t, wave) in forty.items()},
+    )
+    export(tmp_path / "split", {"_target_": "tests.test_recognise.BandSplit"})
+    return tmp_path
+
+
+def export(folder: Path, node: dict[str, object]) -> None:
+    folder.mkdir()
+    safetensors.torch.save_file({}, str(folder / "model.safetensors"))
+    (folder / "model.yaml").write_text(yaml.safe_dump({"model": node, "sample_rate": 8000}))
+    (folder / "lineage.json").write_text(json.dumps({"run": "split", "step": 3}))
+
+
+def options(work: Path, **changes: object) -> RecogniseConfig:
+    values = {
+        "model": str(work / "split"),
+        "corpus": {"_target_": "sepdist.corpora.libricss.LibriCss", "root": str(work / "libricss")},
+        "conditions": ["OV10", "OV40"],
+        "recogniser": {"_target_": "tests.test_recognise.ToneReader", "folder": "none"},
+        "output": str(work / "out"),
+        "num_workers": 0,
+    }
+    return RecogniseConfig(**(values | changes))
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=140)
+
+
+def test_rates_are_those_counted_by_hand(work: Path, console: Console) -> None:
+    results = recognition.recognise(options(work), console)
+    # OV10: one of 10 words, none of 5; split, none. OV40: two of 5, none of 3; split, none and the word lost to the
+    # other output, which has the two others wrong.
+    assert results["wer"] == {
+        "OV10": {"mixture": pytest.approx(100 / 15), "separated": 0.0},
+        "OV40": {"mixture": pytest.approx(25.0), "separated": pytest.approx(12.5)},
+    }
+    assert results["counts"]["OV40"] == {
+        "utterances": 2,
+        "words": 8,
+        "mixture_errors": 2,
+        "separated_errors": 1,
+    }
+    assert json.loads((work / "out" / "results.json").read_text()) == results
+    assert results["model"]["lineage"] == {"run": "split", "step": 3}
+    assert results["recogniser"]["folder"] == "none" and results["versions"]["jiwer"]
+    rows = list(csv.DictReader((work / "out" / "utterances.csv").open()))
+    assert [row["condition"] for row in rows] == ["OV10", "OV10", "OV40", "OV40"]
+    assert rows[2]["mixture"] == "one two three blue red" and rows[2]["output_2"] == "blue red"
+    last = rows[3]
+    assert (last["reference"], last["output_1"], last["output_2"]) == (
+        "ONE RED TWO",
+        "one two",
+        "red",
+    )
+    assert [last[f"output_{i}_errors"] for i in (1, 2)] == ["1", "2"]
+    assert last["id"] == "overlap_ratio_40p0_sil0p1_1p0_session1_actual40p1_utterance_3"
+    assert float(last["length_seconds"]) == pytest.approx(0.3)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "ToneReader" in shown and "25.0" in shown and "12.5" in shown and "separated" in shown
+
+
+def test_without_a_model_the_mixtures_alone_are_recognised_up_to_a_limit(
+    work: Path, console: Console
+) -> None:
+    results = recognition.recognise(options(work, model=None, limit=1), console)
+    assert results["wer"] == {
+        "OV10": {"mixture": pytest.approx(10.0)},
+        "OV40": {"mixture": pytest.approx(40.0)},
+    }
+    assert results["model"] is None
+    assert "output_1" not in (work / "out" / "utterances.csv").read_text()
+
+
+def test_an_estimate_gets_the_level_of_the_mixture_unless_it_would_clip() -> None:
+    mixture = np.array([0.1, -0.1, 0.1, -0.1], dtype=np.float32)
+    np.testing.assert_allclose(
+        audio.at_level_of(mixture, np.float32([3, 3, -3, -3])), [0.1, 0.1, -0.1, -0.1]
+    )
+    loud = np.full(100, 0.5, dtype=np.float32)
+    spike = np.zeros(100, dtype=np.float32)
+    spike[7] = -2.0
+    np.testing.assert_allclose(
+        audio.at_level_of(loud, spike), spike / 2
+    )  # RMS 0.5 would need a peak of 5
+    np.testing.assert_array_equal(audio.at_level_of(loud, 0 * spike), 0 * spike)
+
+
+@pytest.mark.xdist_group("ray")
+def test_two_ray_tasks_hear_what_this_process_hears(
+    work: Path, console: Console, monkeypatch
+) -> None:
+    from tests.recognisers.test_transformers_ctc import save_tiny
+
+    save_tiny(work / "ctc")
+    write_export(work / "ctn", 8000)
+    monkeypatch.setenv("PYTHONPATH", str(Path(sepdist.__file__).parent.parent))
+    monkeypatch.chdir(work)  # relative paths, as people write them
+    parts = {
+        "model": "ctn",
+        "corpus": {"_target_": "sepdist.corpora.libricss.LibriCss", "root": "libricss"},
+        "recogniser": {
+            "_target_": "sepdist.recognisers.transformers_ctc.TransformersCtc",
+            "folder": "ctc",
+        },
+    }
+    alone = recognition.recognise(options(work, output="alone", **parts), console)
+    spread = recognition.recognise(options(work, output="spread", num_workers=2, **parts), console)
+    assert Path("alone/utterances.csv").read_bytes() == Path("spread/utterances.csv").read_bytes()
+    assert alone.pop("run") != spread.pop("run")
+    assert alone == spread
+    rows = list(csv.DictReader(io.StringIO(Path("alone/utterances.csv").read_text())))
+    assert all(row[name] for row in rows for name in ("mixture", "output_1", "output_2"))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_recognised(
+    work: Path, console: Console
+) -> None:
+    def message(error: type[Exception] = ConfigError, **changes: object) -> str:
+        with pytest.raises(error) as caught:
+            recognition.recognise(options(work, **changes), console)
+        assert not (work / "out").exists()
+        return str(caught.value)
+
+    corpus = options(work).corpus
+    assert "corpus.sample_rate=8000" in message(corpus=corpus | {"sample_rate": 16000})
+    assert "OV20" in message(ValueError, conditions=["OV20"])
+    assert "each once" in message(conditions=["OV10", "OV10"]) and "at least one" in message(
+        conditions=[]
+    )
+    assert "limit=-1" in message(limit=-1)
+    export(work / "long", {"_target_": "tests.test_recognise.BandSplit", "min_length": 9000})
+    assert "8000 samples are fewer than the 9000" in message(
+        EvaluationError, model=str(work / "long")
+    )
+    speech = {"_target_": "sepdist.corpora.librispeech.LibriSpeech", "root": str(work / "libricss")}
+    assert "no such folder" in message(ValueError, corpus=speech, conditions=["test"])
+
+
+def test_a_mixture_is_the_sum_of_its_parts_and_an_output_that_is_no_number_is_refused(
+    work: Path,
+) -> None:
+    waves = {
+        name: speak("ONE TWO")[::2] * gain
+        for name, gain in (("s1", 0.5), ("s2", 0.3), ("noise", 0.1))
+    }
+    record = recognition.Mixture("m7", ("a", "b"), 8000, lambda: waves, ("ONE", ""))
+    heard: list[np.ndarray] = []
+    job, cpu = recognition.Job(0, "test", record), torch.device("cpu")
+    recognition.recognise_one(job, lambda wave_T, rate: heard.append(wave_T) or "one", None, cpu)
+    np.testing.assert_allclose(heard[0], 0.9 * speak("ONE TWO")[::2], atol=1e-7)
+
+    class Broken(nn.Module):
+        def forward(self, mixture_BT: Tensor) -> Tensor:
+            return torch.full_like(mixture_BT, torch.nan)[:, None]
+
+    with pytest.raises(EvaluationError, match="m7: the model's estimates hold NaN"):
+        recognition.recognise_one(job, ToneReader("none", "cpu"), Broken(), cpu)
+
+
+def test_mixtures_without_a_transcript_are_refused_by_name() -> None:
+    class Silent:
+        name = "silent"
+
+        def records(self, split: str) -> list[object]:
+            return [] if split == "none" else [recognition.Mixture("m7", (), 8000, dict, ("",))]
+
+    cfg = RecogniseConfig(conditions=["test"])
+    with pytest.raises(ConfigError, match="m7: needs a mixture with a transcript"):
+        recognition.plan(cfg, Silent())
+    cfg.conditions = ["none"]
+    with pytest.raises(ConfigError, match="no utterances in condition 'none'"):
+        recognition.plan(cfg, Silent())
+
+
+def test_groups_compose_beside_a_path_as_the_model() -> None:
+    given = ["corpus=overlap", "corpus.root=speech", "recogniser=faster_whisper", "output=out"]
+    cfg = program.read_config(["model=runs/ctn", *given])
+    assert (
+        cfg.model == "runs/ctn"
+        and cfg.corpus["num_mixtures"] == 100
+        and cfg.recogniser["beam_size"] == 5
+    )
+    assert cfg.conditions == ["OV10", "OV20", "OV30", "OV40"]
+    assert (
+        program.read_config(given).model
+        is program.read_config(["model=null", *given]).model
+        is None
+    )
+
+
+def test_the_program_runs_and_names_what_is_missing(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*overrides: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["recognise", *overrides])
+        try:
+            program.main()
+        except SystemExit as exit_:
+            return int(exit_.code or 0)
+        return 0
+
+    fixed = [
+        f"model={work / 'split'}",
+        "corpus=libricss",
+        f"output={work / 'program'}",
+        "num_workers=0",
+    ]
+    fixed += ["recogniser._target_=tests.test_recognise.ToneReader", "conditions=[OV40]"]
+    assert run(*fixed, f"corpus.root={work / 'libricss'}") == 0
+    assert (
+        json.loads((work / "program" / "results.json").read_text())["wer"]["OV40"]["separated"]
+        == 12.5
+    )
+    assert run("--help") == 0
+    assert "recogniser: Any" in capsys.readouterr().out
+    assert run(*fixed, "limits=3") == 1
+    assert "limits" in capsys.readouterr().err
+    assert run(*fixed) == 1
+    assert "corpus.root" in capsys.readouterr().err
+    assert run(*fixed, f"corpus.root={work / 'nowhere'}") == 1
+    assert str(work / "nowhere") in capsys.readouterr().err.replace("\n", "")

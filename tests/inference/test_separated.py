@@ -1,0 +1,164 @@
+"""Data sets made of data sets: parts, mixtures alone, and what a separator makes of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from sepdist import config
+from sepdist.config import ConfigError, ShardConfig
+from sepdist.data import shards
+from sepdist.data.dataset import Dataset
+from sepdist.data.members import DataError
+from sepdist.data.sharding import part_of, write_data_set
+from tests.inference.test_evaluation import oracle_si_snr, write_export
+
+
+def write(output: Path, corpus: dict[str, object], **changes: object) -> shards.Manifest:
+    cfg = ShardConfig(
+        corpus=corpus, split="derived", output=str(output), samples_per_shard=3, **changes
+    )
+    return write_data_set(cfg, Console(quiet=True)).manifest
+
+
+def test_parts_are_disjoint_and_together_everything_in_its_order() -> None:
+    numbers = list(range(1000))
+    tenth, rest = part_of(numbers, 0.0, 0.1), part_of(numbers, 0.1, 1.0)
+    assert len(tenth) == 100 and sorted(tenth + rest) == numbers
+    assert tenth == sorted(tenth) and rest == sorted(rest)
+    assert 300 < np.mean(tenth) < 700  # not the first ones
+    assert set(tenth) < set(part_of(numbers, 0.0, 0.5))
+
+
+def test_a_part_of_a_stored_data_set_has_its_samples_to_the_bit_and_their_texts(
+    tiny_data, tmp_path: Path
+) -> None:
+    stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["train"]}
+    first = write(tmp_path / "a", stored, part=[0.0, 0.25])
+    rest = write(tmp_path / "b", stored, part=[0.25, 1.0])
+    whole = Dataset(tiny_data["train"], noise=True)
+    assert first.num_samples + rest.num_samples == whole.manifest.num_samples
+    originals = {
+        whole.full(i, 99.0).ids[0]: (whole.full(i, 99.0), whole.facts(i)) for i in range(10)
+    }
+    found = {}
+    for place in ("a", "b"):
+        part = Dataset(str(tmp_path / place), noise=True)
+        for i in range(part.manifest.num_samples):
+            batch = part.full(i, 99.0)
+            original, facts = originals[batch.ids[0]]
+            assert torch.equal(batch.mixture, original.mixture) and torch.equal(
+                batch.sources, original.sources
+            )
+            assert part.facts(i) == facts and facts["texts"]
+            found[batch.ids[0]] = place
+    assert len(found) == whole.manifest.num_samples
+
+
+def test_mixtures_alone_say_nothing_of_who_speaks(tiny_data, tmp_path: Path) -> None:
+    stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["dev"]}
+    manifest = write(tmp_path, stored, mixtures_only=True)
+    assert manifest.members == ("mix",) and manifest.speakers == ()
+    whole, alone = Dataset(tiny_data["dev"], noise=True), Dataset(str(tmp_path))
+    for i in range(manifest.num_samples):
+        batch = alone.full(i, 99.0)
+        assert batch.sources is None and batch.noise is None
+        torch.testing.assert_close(batch.mixture, whole.full(i, 99.0).mixture, atol=1e-7, rtol=0)
+        assert not alone.facts(i)["texts"]
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.xdist_group("ray"))])
+def test_separated_data_has_the_models_estimates_in_the_order_of_the_sources(
+    tiny_data, tmp_path: Path, num_workers: int
+) -> None:
+    model = write_export(tmp_path / "model")
+    corpus = {
+        "_target_": "sepdist.inference.separated.Separated",
+        "data": tiny_data["dev"],
+        "model": str(tmp_path / "model"),
+    }
+    manifest = write(tmp_path / "data", corpus, num_workers=num_workers)
+    assert (
+        manifest.members == ("s1", "s2", "noise", "e1", "e2")
+        and shards.verify(str(tmp_path / "data")) == []
+    )
+    before, after = (
+        Dataset(tiny_data["dev"], noise=True),
+        Dataset(str(tmp_path / "data"), noise=True),
+    )
+    for i in range(manifest.num_samples):
+        batch = after.full(i, 99.0)
+        assert torch.equal(batch.mixture, before.full(i, 99.0).mixture)
+        with torch.no_grad():
+            raw = model(Dataset(tiny_data["dev"], noise=True).full(i, 99.0).mixture)[0].numpy()
+        sources, estimates = batch.sources[0].numpy(), batch.estimates[0].numpy()
+        straight = sum(oracle_si_snr(raw[j], sources[j]) for j in (0, 1))
+        crossed = sum(oracle_si_snr(raw[1 - j], sources[j]) for j in (0, 1))
+        order = (0, 1) if straight >= crossed else (1, 0)
+        for j in (0, 1):
+            assert abs(np.corrcoef(estimates[j], raw[order[j]])[0, 1]) > 0.9999
+            assert after.facts(i)["si_snr"][j] == pytest.approx(
+                oracle_si_snr(estimates[j], sources[j]), abs=2e-3
+            )
+        assert np.abs(estimates).max() <= 0.9901
+
+
+def test_without_noise_the_mixture_that_is_stored_or_separated_is_the_sum_of_its_sources(
+    tiny_data, tmp_path: Path
+) -> None:
+    model, clean = write_export(tmp_path / "model"), Dataset(tiny_data["dev"])
+    stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["dev"], "noise": False}
+    corpus = {
+        "_target_": "sepdist.inference.separated.Separated",
+        "data": tiny_data["dev"],
+        "model": str(tmp_path / "model"),
+    }
+    assert write(tmp_path / "alone", stored, mixtures_only=True).members == ("mix",)
+    assert write(tmp_path / "separated", corpus | {"noise": False}).members == (
+        "s1",
+        "s2",
+        "e1",
+        "e2",
+    )
+    alone, separated = Dataset(str(tmp_path / "alone")), Dataset(str(tmp_path / "separated"))
+    for i in range(clean.manifest.num_samples):
+        mixture = clean.full(i, 99.0).mixture
+        torch.testing.assert_close(alone.full(i, 99.0).mixture, mixture, atol=1e-7, rtol=0)
+        assert torch.equal(separated.full(i, 99.0).mixture, mixture)
+        with torch.no_grad():
+            raw = model(mixture)[0].numpy()
+        likeness = np.abs(np.corrcoef(raw, separated.full(i, 99.0).estimates[0].numpy())[:2, 2:])
+        assert (likeness.max(0) > 0.9999).all()
+    write(tmp_path / "noisy", corpus)
+    with pytest.raises(
+        DataError,
+        match=r"noisy: its estimates were made of mixtures with noise.*corpus\.noise=false",
+    ):
+        Dataset(str(tmp_path / "noisy"))
+    with pytest.raises(ConfigError, match=r"corpus\.noise=false: .*alone has mixtures only"):
+        config.build(
+            {
+                "_target_": "sepdist.corpora.stored.Stored",
+                "data": str(tmp_path / "alone"),
+                "noise": False,
+            }
+        )
+
+
+def test_what_cannot_be_separated_is_refused_by_name(tiny_data, tmp_path: Path) -> None:
+    stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["dev"]}
+    write(tmp_path / "mixtures", stored, mixtures_only=True)
+    with pytest.raises(
+        ConfigError, match=r"mixtures has mixtures only; without sources no SI-SNR is known"
+    ):
+        config.build(
+            {
+                "_target_": "sepdist.inference.separated.Separated",
+                "data": str(tmp_path / "mixtures"),
+                "model": "runs/none",
+            }
+        )
+    with pytest.raises(ConfigError, match=r"part=\[0\.5, 0\.5\]"):
+        write(tmp_path / "x", stored, part=[0.5, 0.5])

@@ -1,0 +1,422 @@
+"""Long recordings with toy models whose right answer is known sample by sample."""
+
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sepdist import storage
+from sepdist.cli import separate
+from sepdist.inference.separator import separate_file
+from sepdist.inference.stitching import (
+    SeparationError,
+    Windows,
+    cut_windows,
+    overlap_add,
+    resampled,
+)
+
+RATE = 8000
+STEP = 1.0 / 32768  # of 16-bit audio
+
+
+class Halves(nn.Module):
+    """Speaker 1 is the positive half of the wave, speaker 2 the negative: orthogonal, and their sum is the mixture."""
+
+    def __init__(self, levels: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__()
+        self.levels = levels
+        self.largest_batch = 0
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        self.largest_batch = max(self.largest_batch, mixture_BT.numel())
+        parts = torch.stack([mixture_BT.clamp(min=0), mixture_BT.clamp(max=0)], 1)
+        return parts * torch.tensor(self.levels)[:, None]
+
+
+class Swapping(Halves):
+    """Halves whose outputs change places at random from window to window."""
+
+    def __init__(self) -> None:
+        super().__init__((2.0, 0.3))
+        self.rng = np.random.default_rng(3)
+        self.num_swapped = 0
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        parts = super().forward(mixture_BT)
+        swap = torch.from_numpy(self.rng.random(len(parts)) < 0.5)
+        self.num_swapped += int(swap.sum())
+        return torch.where(swap[:, None, None], parts.flip(1), parts)
+
+
+class Thirds(nn.Module):
+    """Three bands of amplitude, cyclically shifted from window to window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = 0
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        out = []
+        for wave in mixture_BT:
+            parts = torch.stack([wave.clamp(min=0.1), wave.clamp(-0.1, 0.1), wave.clamp(max=-0.1)])
+            out.append(parts.roll(self.turn, 0))
+            self.turn += 1
+        return torch.stack(out)
+
+
+class Const(nn.Module):
+    """Every estimate has one value."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        return torch.full((len(mixture_BT), 2, mixture_BT.shape[1]), self.value)
+
+
+class ByPower(nn.Module):
+    """Divides by the power of what it sees, as a normalisation without an epsilon does."""
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        unit = mixture_BT / mixture_BT.norm(dim=1, keepdim=True)
+        return (
+            torch.stack([unit.clamp(min=0), unit.clamp(max=0)], 1)
+            * mixture_BT.norm(dim=1)[:, None, None]
+        )
+
+
+def noise(num_samples: int, seed: int = 0, peak: float = 0.8) -> np.ndarray:
+    """Low-passed noise, on the 16-bit grid."""
+    wave = np.convolve(
+        np.random.default_rng(seed).standard_normal(num_samples + 8), np.ones(8), "valid"
+    )[:num_samples]
+    return (np.round(wave / np.abs(wave).max() * peak / STEP) * STEP).astype(np.float32)
+
+
+def put(path: Path, wave: np.ndarray, rate: int = RATE, subtype: str = "PCM_16") -> Path:
+    soundfile.write(str(path), wave, rate, subtype=subtype)
+    return path
+
+
+def outputs(folder: Path, stem: str = "in") -> np.ndarray:
+    return np.stack(
+        [soundfile.read(str(folder / f"{stem}_s{n}.wav"), dtype="float32")[0] for n in (1, 2)]
+    )
+
+
+@settings(max_examples=150)
+@given(
+    data=st.data(),
+    size=st.integers(2, 40),
+    num_samples=st.integers(1, 200),
+    block=st.integers(1, 60),
+)
+def test_windows_joined_again_are_the_signal_for_any_sizes(
+    data: st.DataObject, size: int, num_samples: int, block: int
+) -> None:
+    overlap = data.draw(st.integers(1, size // 2))
+    wave = np.random.default_rng(num_samples).standard_normal(num_samples).astype(np.float32)
+    blocks = [wave[i : i + block] for i in range(0, num_samples, block)]
+    windows = list(cut_windows(blocks, size, overlap))
+    assert {len(window) for window, _ in windows} == {min(size, num_samples)}
+    stacked = (np.stack([w.clip(min=0), w.clip(max=0), w])[:, context:] for w, context in windows)
+    joined = np.concatenate(list(overlap_add(stacked, overlap)), axis=1)
+    np.testing.assert_allclose(
+        joined, np.stack([wave.clip(min=0), wave.clip(max=0), wave]), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("num_samples", [3 * RATE, 10 * RATE, 10 * RATE + 1, 79_999])
+def test_windows_and_whole_file_agree_for_a_model_that_does_not_look_around(
+    tmp_path: Path, num_samples: int
+) -> None:
+    wave = noise(num_samples)
+    put(tmp_path / "in.wav", wave)
+    windows = Windows(window_seconds=1.7, overlap_seconds=0.4, batch_size=3)
+    result = separate_file(Halves(), RATE, tmp_path / "in.wav", tmp_path / "out", windows=windows)
+    assert result.outputs == [str(tmp_path / "out" / f"in_s{n}.wav") for n in (1, 2)]
+    assert result.num_samples == num_samples and result.warnings == []
+    np.testing.assert_allclose(
+        outputs(tmp_path / "out"), [wave.clip(min=0), wave.clip(max=0)], atol=1.5 * STEP
+    )
+
+
+def test_speakers_keep_their_order_when_the_model_swaps_its_outputs(tmp_path: Path) -> None:
+    wave = noise(30 * RATE)
+    put(tmp_path / "in.wav", wave)
+    model = Swapping()
+    separate_file(model, RATE, tmp_path / "in.wav", tmp_path / "out", windows=Windows(1.0, 0.25))
+    assert 10 < model.num_swapped < 30
+    got = outputs(tmp_path / "out")
+    expected = np.stack([wave.clip(min=0), wave.clip(max=0)])
+    if got[0].sum() < 0:  # which one is the first is the model's choice in its first window
+        got = got[::-1]
+    np.testing.assert_allclose(got, expected, atol=1.5 * STEP)
+
+
+def test_three_speakers_keep_their_order_too() -> None:
+    wave, size, overlap = noise(5000, peak=0.9), 300, 80
+    model = Thirds()
+    expected = model(torch.from_numpy(wave)[None])[0].numpy()
+    cut = list(cut_windows([wave], size, overlap))
+    model.turn = 0
+    parts = model(torch.from_numpy(np.stack([window for window, _ in cut]))).numpy()
+    stacked = [np.concatenate([p, w[None]])[:, c:] for p, (w, c) in zip(parts, cut, strict=True)]
+    joined = np.concatenate(list(overlap_add(stacked, overlap)), axis=1)
+    np.testing.assert_allclose(joined[:3], expected, atol=1e-6)
+
+
+def test_the_level_and_sign_that_training_leaves_open_are_fitted_to_the_mixture(
+    tmp_path: Path,
+) -> None:
+    wave = noise(5 * RATE)
+    put(tmp_path / "in.wav", wave)
+    result = separate_file(Halves((-0.02, 30.0)), RATE, tmp_path / "in.wav", tmp_path / "out")
+    np.testing.assert_allclose(result.gains, [-50.0, 1 / 30], rtol=1e-5)
+    np.testing.assert_allclose(outputs(tmp_path / "out").sum(0), wave, atol=2 * STEP)
+
+
+def test_outputs_that_would_clip_are_scaled_by_one_factor_and_it_is_said(tmp_path: Path) -> None:
+    class Overshooting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x + 2 * x * x, -2 * x * x], 1)
+
+    wave = noise(2 * RATE, peak=0.9)
+    put(tmp_path / "in.wav", wave)
+    result = separate_file(Overshooting(), RATE, tmp_path / "in.wav", tmp_path / "out")
+    peak = np.max(np.abs([wave + 2 * wave**2, 2 * wave**2]))
+    assert result.scale == pytest.approx(0.99 / peak, rel=1e-4)
+    assert "clipped" in result.warnings[0]
+    got = outputs(tmp_path / "out")
+    assert np.abs(got).max() == pytest.approx(0.99, abs=1e-3)
+    np.testing.assert_allclose(got.sum(0), wave * result.scale, atol=2 * STEP)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100])
+@pytest.mark.parametrize("extra", [0, 1, 4093])
+def test_outputs_have_the_rate_and_length_of_the_input_and_no_delay(
+    tmp_path: Path, rate: int, extra: int
+) -> None:
+    num_samples = 6 * rate + extra
+    time = np.arange(num_samples) / rate
+    wave = (0.4 * np.sin(2 * np.pi * 310 * time) + 0.3 * np.sin(2 * np.pi * 1230 * time)).astype(
+        np.float32
+    )
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x, torch.zeros_like(x)], 1)
+
+    put(tmp_path / "in.wav", wave, rate)
+    result = separate_file(
+        Scaled(), 8000, tmp_path / "in.wav", tmp_path / "out", windows=Windows(2.0, 0.5)
+    )
+    assert result.sample_rate == rate
+    got = outputs(tmp_path / "out")
+    assert got.shape == (2, num_samples)
+    middle = slice(
+        rate // 10, -rate // 10
+    )  # a filter rings at the ends of a tone that starts at once
+    np.testing.assert_allclose(got[0][middle], wave[middle], atol=2e-3)
+    assert not got[1].any()
+
+
+def test_streamed_resampling_is_that_of_the_whole_signal() -> None:
+    import soxr
+
+    wave = noise(50_000)
+    whole = soxr.resample(wave, 44100, 8000, quality="HQ")
+    blocks = np.array_split(wave, [10, 999, 30_000])
+    streamed = np.concatenate([b[0] for b in resampled((b[None] for b in blocks), 44100, 8000)])
+    assert abs(len(streamed) - len(whole)) <= 1
+    shared = min(len(streamed), len(whole))
+    np.testing.assert_allclose(streamed[:shared], whole[:shared], atol=1e-5)
+
+
+def test_a_stereo_recording_is_the_mean_of_its_channels(tmp_path: Path) -> None:
+    left, right = noise(RATE, 1), noise(RATE, 2)
+    put(tmp_path / "in.wav", np.stack([left, right], 1))
+    separate_file(Halves(), RATE, tmp_path / "in.wav", tmp_path / "out")
+    mean = (left + right) / 2
+    np.testing.assert_allclose(
+        outputs(tmp_path / "out"), [mean.clip(min=0), mean.clip(max=0)], atol=1.5 * STEP
+    )
+
+
+def test_a_recording_shorter_than_the_model_takes_is_padded_and_cut_again(tmp_path: Path) -> None:
+    model = Halves()
+    model.min_length = 16
+    wave = np.array([0.5, -0.25, 0.25], dtype=np.float32)
+    put(tmp_path / "in.wav", wave)
+    separate_file(model, RATE, tmp_path / "in.wav", tmp_path / "out")
+    np.testing.assert_allclose(
+        outputs(tmp_path / "out"), [wave.clip(min=0), wave.clip(max=0)], atol=STEP
+    )
+
+
+def test_flac_in_and_out(tmp_path: Path) -> None:
+    wave = noise(RATE)
+    put(tmp_path / "in.flac", wave)
+    result = separate_file(
+        Halves(), RATE, tmp_path / "in.flac", tmp_path / "out", file_format="flac"
+    )
+    assert [soundfile.info(name).format for name in result.outputs] == ["FLAC", "FLAC"]
+    np.testing.assert_allclose(
+        soundfile.read(result.outputs[0])[0], wave.clip(min=0), atol=1.5 * STEP
+    )
+
+
+def test_memory_does_not_grow_with_a_twenty_minute_recording(tmp_path: Path) -> None:
+    block = noise(60 * RATE)
+    with soundfile.SoundFile(str(tmp_path / "in.wav"), "w", RATE, 1, "PCM_16") as sound:
+        for _ in range(20):
+            sound.write(block)
+    model = Halves()
+    tracemalloc.start()
+    separate_file(
+        model, RATE, tmp_path / "in.wav", tmp_path / "out", windows=Windows(4.0, 1.0, batch_size=2)
+    )
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert model.largest_batch == 2 * 4 * RATE
+    assert peak_bytes < 8_000_000  # the recording alone is 38 MB as float32
+    assert soundfile.info(str(tmp_path / "out" / "in_s2.wav")).frames == 20 * 60 * RATE
+
+
+def test_a_silent_recording_gives_silent_outputs_and_a_warning(tmp_path: Path) -> None:
+    put(tmp_path / "in.wav", np.zeros(9 * RATE, dtype=np.float32))
+    result = separate_file(
+        ByPower(), RATE, tmp_path / "in.wav", tmp_path / "out", windows=Windows(2.0, 0.5)
+    )
+    assert "silent" in result.warnings[0] and "in.wav" in result.warnings[0]
+    got = outputs(tmp_path / "out")
+    assert got.shape == (2, 9 * RATE) and not got.any()
+
+
+def test_silence_inside_a_recording_is_not_shown_to_the_model(tmp_path: Path) -> None:
+    wave = np.concatenate(
+        [np.zeros(5 * RATE), noise(4 * RATE), np.zeros(6 * RATE), noise(RATE)]
+    ).astype(np.float32)
+    put(tmp_path / "in.wav", wave)
+    separate_file(
+        ByPower(),
+        RATE,
+        tmp_path / "in.wav",
+        tmp_path / "out",
+        windows=Windows(1.0, 0.5, batch_size=2),
+    )
+    np.testing.assert_allclose(
+        outputs(tmp_path / "out"), [wave.clip(min=0), wave.clip(max=0)], atol=2 * STEP
+    )
+
+
+def test_a_recording_that_cannot_be_separated_is_named_and_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    wave = noise(RATE)
+    broken = wave.copy()
+    broken[RATE // 2] = np.nan
+    put(tmp_path / "nan.wav", broken, subtype="FLOAT")
+    put(tmp_path / "empty.wav", wave[:0])
+    put(tmp_path / "good.wav", wave)
+    (tmp_path / "text.wav").write_text("this is no audio")
+    whole = put(tmp_path / "whole.flac", noise(20 * RATE)).read_bytes()
+    (tmp_path / "cut.flac").write_bytes(whole[: len(whole) // 2])
+    cases = [
+        ("nan.wav", Halves(), r"nan\.wav.*0\.5000 s"),
+        ("empty.wav", Halves(), r"empty\.wav is empty"),
+        ("text.wav", Halves(), r"text\.wav is not audio"),
+        ("cut.flac", Halves(), r"cut\.flac is (cut short|damaged)"),
+        ("good.wav", Const(float("nan")), r"good\.wav.*NaN"),
+    ]
+    for name, model, message in cases:
+        with pytest.raises(SeparationError, match=message):
+            separate_file(model, RATE, tmp_path / name, tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=r"absent\.wav"):
+        separate_file(Halves(), RATE, tmp_path / "absent.wav", tmp_path / "out")
+
+
+def test_an_earlier_output_survives_a_later_failure(tmp_path: Path) -> None:
+    put(tmp_path / "in.wav", noise(RATE))
+    separate_file(Halves(), RATE, tmp_path / "in.wav", tmp_path / "out")
+    before = outputs(tmp_path / "out")
+    with pytest.raises(SeparationError):
+        separate_file(Const(float("inf")), RATE, tmp_path / "in.wav", tmp_path / "out")
+    np.testing.assert_array_equal(outputs(tmp_path / "out"), before)
+
+
+def test_a_model_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "in.wav", noise(RATE))
+    with pytest.raises(SeparationError, match=r"\[B, S, T\]"):
+        separate_file(nn.Identity(), RATE, tmp_path / "in.wav", tmp_path / "out")
+
+
+def test_an_overlap_above_half_a_window_is_refused() -> None:
+    with pytest.raises(SeparationError, match="at most half"):
+        Windows(window_seconds=2.0, overlap_seconds=1.5)
+
+
+def test_estimates_that_are_equal_share_the_mixture(tmp_path: Path) -> None:
+    class Twins(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x, x], 1)
+
+    wave = noise(RATE)
+    put(tmp_path / "in.wav", wave)
+    result = separate_file(Twins(), RATE, tmp_path / "in.wav", tmp_path / "out")
+    assert result.gains == pytest.approx([0.5, 0.5])
+
+
+def test_recordings_and_outputs_on_object_storage(tmp_path: Path, bucket: str) -> None:
+    wave = noise(RATE)
+    storage.put_file(put(tmp_path / "in.wav", wave), f"s3://{bucket}/a/in.wav")
+    result = separate_file(Halves(), RATE, f"s3://{bucket}/a/in.wav", f"s3://{bucket}/out")
+    assert result.outputs == [f"s3://{bucket}/out/in_s{number}.wav" for number in (1, 2)]
+    for output in result.outputs:
+        storage.fetch_file(output, tmp_path / "out" / output.rsplit("/", 1)[1])
+    np.testing.assert_allclose(
+        outputs(tmp_path / "out"), [wave.clip(min=0), wave.clip(max=0)], atol=1.5 * STEP
+    )
+    with pytest.raises(FileNotFoundError, match=r"a/absent\.wav"):
+        separate_file(Halves(), RATE, f"s3://{bucket}/a/absent.wav", f"s3://{bucket}/out")
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["separate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        separate.main()
+    return int(exit_.value.code or 0)
+
+
+def test_the_program_refuses_recordings_whose_outputs_would_collide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "--model", "m", "--output", tmp_path, "x/a.wav", "y/a.flac") == 1
+    assert "x/a.wav and y/a.flac" in capsys.readouterr().err
+    assert run_main(monkeypatch, "--model", "m", "--output", "x", "x/a.wav", "x/a_s1.wav") == 1
+    assert "replace the recording" in capsys.readouterr().err
+
+
+def test_the_program_names_a_model_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "--model", tmp_path / "none", "--output", tmp_path, "a.wav") == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_help_says_what_the_program_does_with_examples(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "python -m sepdist separate --model runs/a" in shown and "--overlap-seconds" in shown

@@ -1,0 +1,400 @@
+"""A pipeline of tiny stages: order, hand-off, what is not run again, what is refused, and the table."""
+
+import contextlib
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.multiprocessing as mp
+from rich.console import Console
+
+from sepdist import config, storage
+from sepdist.config import (
+    ConfigError,
+    GridConfig,
+    GridRowConfig,
+    PipelineConfig,
+    RowConfig,
+    StageConfig,
+)
+from sepdist.data.members import DataError
+from sepdist.papers import pipeline
+from sepdist.training import launch
+from sepdist.training.handoff import read_export
+from tests.support.runs import TINY, program
+
+multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
+
+
+def run_loop(rank: int, config_file: str) -> None:
+    from sepdist.training import loop
+    from sepdist.training.world import join_world
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    loop.train(config.load_frozen(config_file), join_world())
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The names of the stages that were trained, which happens here in a process of their own without Ray."""
+    names: list[str] = []
+
+    def train_here(cfg: config.TrainConfig) -> None:
+        names.append(Path(cfg.run_dir).name)
+        mp.start_processes(
+            run_loop, (storage.join(cfg.run_dir, "config.yaml"),), start_method="forkserver"
+        )
+
+    @contextlib.contextmanager
+    def no_ray(num_cpus: int, **options: Any) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(launch, "launch", train_here)
+    monkeypatch.setattr(pipeline, "connected", no_ray)
+    return names
+
+
+def tiny(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfig:
+    """SE, PIT from it for two epochs, a test of both, a figure and labels."""
+    places = [f"data.train={data['train']}", f"data.validation={data['dev']}"]
+    steps = ["training.max_steps=6", "validation.every_steps=3", "training.keep_every=3"]
+    stages = {
+        "se": StageConfig(experiment="demo/pretrain", overrides=["training.max_steps=2"]),
+        "ptft": StageConfig(experiment="demo/finetune", uses=["se"], label="PT-FT"),
+        "se_test": StageConfig("evaluate", uses=["se"]),
+        "ptft_test": StageConfig("evaluate", uses=["ptft"]),
+        "figure": StageConfig("figure", uses=["se", "ptft"]),
+        "labels": StageConfig("labels", uses=["ptft"]),
+    }
+    values = {
+        "name": "tiny",
+        "output": str(output),
+        "test_data": data["dev"],
+        "stages": stages,
+        "overrides": {
+            "train": [*places, *TINY, *steps],
+            "evaluate": ["num_workers=0", "num_listening=0"],
+            "labels": ["num_workers=0"],
+        },
+        "table": [
+            RowConfig("other work", paper=[1.0, 2.0]),
+            RowConfig("PT-FT", "ptft_test", [14.1, 14.6]),
+        ],
+    }
+    return PipelineConfig(**values | changes)
+
+
+def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(
+    tiny_data, tmp_path: Path, trained, monkeypatch
+) -> None:
+    console = Console(quiet=True)
+    monkeypatch.chdir(tmp_path.parent)
+    output = Path(tmp_path.name)  # relative, as people write it
+    cfg = tiny(tiny_data, output)
+    pipeline.run(cfg, console)
+    assert trained == ["se", "ptft"]
+    seed = tmp_path / "seed-0"
+    assert {p.name for p in seed.iterdir()} == set(cfg.stages) and all(
+        (seed / s / "stage.json").exists() for s in cfg.stages
+    )
+
+    _, _, lineage, _ = read_export(str(seed / "ptft"))
+    assert lineage["parent"]["run"] == "tiny-se-0" and lineage["parent"]["step"] == 2
+    assert lineage["reinitialised"] == ["mask_conv.bias", "mask_conv.weight"]
+    assert read_export(str(seed / "se"))[2]["parent"] is None
+    assert (seed / "figure" / "figure.png").exists() and (
+        seed / "labels" / "step-000000003.csv"
+    ).exists()
+
+    with open(seed / "ptft_test" / "utterances.csv", newline="") as file:
+        scores = [float(row["si_snri"]) for row in csv.DictReader(file)]
+    other, ours = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert other == {"label": "other work", "paper": {"si_snri": 1.0, "sdri": 2.0}, "seeds": {}}
+    assert (
+        ours["seeds"]["0"]["si_snri"] == pytest.approx(np.mean(scores), abs=1e-4)
+        and len(scores) == 4
+    )
+    assert ours["seeds"]["0"]["steps"] == 6 and ours["seeds"]["0"]["minutes"] > 0
+
+    trained.clear()
+    before = {
+        p: p.stat().st_mtime_ns for p in seed.rglob("*") if p.is_file() and "figure" not in str(p)
+    }
+    pipeline.run(tiny(tiny_data, output), console)
+    assert trained == [] and before == {p: p.stat().st_mtime_ns for p in before}
+
+    changed = tiny(tiny_data, output)
+    changed.stages["ptft"].overrides.append("optim.lr=0.5")
+    with pytest.raises(
+        ConfigError,
+        match=r"stage ptft .*optim\.lr was 0\.002, is 0\.5.*another output, or remove .*ptft",
+    ):
+        pipeline.run(changed, console)
+    changed.stages["ptft"].overrides[-1] = (
+        "cluster.num_workers=1"  # another number of workers gives the same result
+    )
+    pipeline.run(changed, console)
+    assert trained == []
+
+    marker = json.loads((seed / "ptft" / "stage.json").read_text())
+    del marker["config"]["data"]["interleave"]  # a stage from before there was this key
+    (seed / "ptft" / "stage.json").write_text(json.dumps(marker | {"sha256": "another"}))
+    pipeline.run(tiny(tiny_data, output), console)
+    assert trained == []
+
+
+def test_an_interrupted_pipeline_goes_on_at_its_stage(
+    tiny_data, tmp_path: Path, monkeypatch
+) -> None:
+    calls: list[str] = []
+
+    def run_stage(cfg: Any, console: Console) -> None:
+        calls.append(Path(getattr(cfg, "run_dir", "") or cfg.output).name)
+        if calls == ["se", "ptft"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "RUNNERS", dict.fromkeys(pipeline.RUNNERS, run_stage))
+    monkeypatch.setattr(pipeline, "connected", lambda *_, **__: contextlib.nullcontext())
+    cfg = tiny(tiny_data, tmp_path, table=[], seeds=[3, 4])
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(cfg, Console(quiet=True))
+    pipeline.run(cfg, Console(quiet=True))
+    names = ["figure.png" if name == "figure" else name for name in cfg.stages]
+    assert calls == ["se", "ptft", *names[1:], *names]
+
+
+def test_ctrl_c_while_ray_trains_is_a_keyboard_interrupt_and_rays_handler_goes() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), launch.interrupts():
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray Train does
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_each_seed_trains_with_its_own(tiny_data, tmp_path: Path) -> None:
+    stages = pipeline.plan(tiny(tiny_data, tmp_path, seeds=[3, 5]))
+    trains = [stage for stage in stages if stage.kind == "train"]
+    assert [stage.config.seed for stage in trains] == [3, 3, 5, 5]
+    assert trains[3].config.init.weights == str(tmp_path / "seed-5" / "se") == trains[2].folder
+    tests = [stage for stage in stages if stage.kind == "evaluate"]
+    assert [stage.config.model for stage in tests] == [
+        str(tmp_path / f"seed-{s}" / n) for s in (3, 5) for n in ("se", "ptft")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "message"),
+    [
+        ("a", StageConfig("trane"), "stage a: kind='trane'.*train, shards, evaluate"),
+        ("a", StageConfig("evaluate", uses=["later"]), r"stage a: uses=\['later'\]"),
+        ("a", StageConfig("evaluate"), r"stage a: uses=\[\]"),
+        ("a", StageConfig(experiment="demo/none"), "stage a: .*demo/none"),
+        (
+            "a",
+            StageConfig(experiment="demo/pretrain", overrides=["optim.momentun=1"]),
+            "stage a: .*momentun",
+        ),
+        ("a", StageConfig(), "stage a: .*training.max_steps"),
+    ],
+)
+def test_a_stage_that_does_not_compose_stops_the_pipeline_before_its_first(
+    tmp_path: Path, trained, name: str, stage: StageConfig, message: str
+) -> None:
+    cfg = PipelineConfig("bad", output=str(tmp_path), stages={name: stage})
+    with pytest.raises(ConfigError, match=message):
+        pipeline.run(cfg, Console(quiet=True))
+    assert trained == [] and not any(tmp_path.iterdir())
+
+
+def test_a_test_set_that_is_missing_stops_the_pipeline_before_its_first(
+    tiny_data, tmp_path: Path, trained
+) -> None:
+    cfg = tiny(tiny_data, tmp_path / "out", test_data=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"no manifest\.json in .*nowhere"):
+        pipeline.run(cfg, Console(quiet=True))
+    assert trained == [] and not any(tmp_path.iterdir())
+
+
+def judging(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfig:
+    """A tenth of a data set is separated, an estimator trained on it and judged."""
+    separated = [
+        "corpus=separated",
+        "corpus.noise=false",
+        "corpus.data=@tenth",
+        "corpus.model=@separator",
+    ]
+    places = [f"data.validation={data['dev']}", *TINY, "training.max_steps=2"]
+    stages = {
+        "tenth": StageConfig(
+            "shards", overrides=["corpus=stored", f"corpus.data={data['train']}", "part=[0.0,0.1]"]
+        ),
+        "separator": StageConfig(
+            experiment="demo/finetune", overrides=["data.train=@tenth", "init.weights=null"]
+        ),
+        "separated": StageConfig("shards", overrides=separated),
+        "estimator": StageConfig(
+            experiment="demo/finetune", overrides=["data.train=@separated", "init.weights=null"]
+        ),
+        "judged": StageConfig("judge", uses=["estimator"], overrides=["data=@separated"]),
+    }
+    row = GridRowConfig("SSQP", ["judged:lcc", "-"], [0.9, None])
+    values = {
+        "grids": [GridConfig("Table 1, LCC", ["DR", "SF"], [row])],
+        "overrides": {"train": places},
+    }
+    return PipelineConfig("judging", output=str(output), stages=stages, **values | changes)
+
+
+def test_at_a_stages_name_stands_its_folder(tiny_data, tmp_path: Path) -> None:
+    stages = {
+        stage.name: stage.config for stage in pipeline.plan(judging(tiny_data, tmp_path, seeds=[4]))
+    }
+    folder = tmp_path / "seed-4"
+    assert stages["separator"].data.train == str(folder / "tenth") == stages["tenth"].output
+    assert (
+        stages["separated"].corpus["data"] == str(folder / "tenth")
+        and stages["tenth"].split == "tenth"
+    )
+    assert stages["separated"].corpus["model"] == str(folder / "separator") and stages[
+        "tenth"
+    ].part == [0.0, 0.1]
+    assert stages["judged"].data == str(folder / "separated") and stages["judged"].model == str(
+        folder / "estimator"
+    )
+    later = judging(tiny_data, tmp_path)
+    later.stages["tenth"].overrides[1] = "corpus.data=@judged"
+    with pytest.raises(
+        ConfigError,
+        match=r"stage tenth: corpus.data=@judged: @judged is none of the earlier stages",
+    ):
+        pipeline.plan(later)
+
+
+def test_a_grid_shows_what_its_cells_name_beside_the_paper(
+    tiny_data, tmp_path: Path, monkeypatch
+) -> None:
+    lcc = {3: 0.8, 4: 0.9}
+
+    def run_stage(cfg: Any, console: Console) -> None:
+        if isinstance(cfg, config.EvaluateConfig):
+            seed = int(Path(cfg.output).parent.name.split("-")[1])
+            storage.put_bytes(
+                storage.join(cfg.output, "results.json"), json.dumps({"lcc": lcc[seed]}).encode()
+            )
+
+    monkeypatch.setattr(pipeline, "RUNNERS", dict.fromkeys(pipeline.RUNNERS, run_stage))
+    monkeypatch.setattr(pipeline, "connected", lambda *_, **__: contextlib.nullcontext())
+    cfg = judging(tiny_data, tmp_path, seeds=[3, 4])
+    pipeline.run(
+        cfg, Console(quiet=True)
+    )  # the data sets that its own stages make are not missed beforehand
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2:] == [
+        "## Table 1, LCC",
+        "",
+        "| | DR | SF |",
+        "|---|---|---|",
+        "| SSQP | 0.85 (0.80, 0.90) (paper 0.9) |  |",
+    ]
+    cell = json.loads((tmp_path / "table.json").read_text())["grids"][0]["rows"][0]["cells"][0]
+    assert cell == {"paper": 0.9, "seeds": {"3": 0.8, "4": 0.9}}
+    cfg.grids[0].rows[0].cells[0] = "judged:mae"
+    with pytest.raises(ConfigError, match=r"results\.json has no mae"):
+        pipeline.run(cfg, Console(quiet=True))
+    cfg.grids[0].rows[0].cells[0] = "juged:mae"
+    with pytest.raises(ConfigError, match=r"'juged:mae' is not STAGE:NUMBER"):
+        pipeline.run(cfg, Console(quiet=True))
+
+
+def test_the_table_has_means_over_seeds_and_each_seed() -> None:
+    def seed(si_snri: float, rate: float | None) -> dict[str, float | None]:
+        return {
+            "si_snri": si_snri,
+            "sdri": si_snri + 1,
+            "steps": 10,
+            "minutes": 0.5,
+            "switch_rate": rate,
+        }
+
+    rows = [
+        {
+            "label": "scratch",
+            "paper": {"si_snri": 13.2, "sdri": 13.6},
+            "seeds": {"0": seed(2.0, 0.5), "1": seed(3.0, 0.2)},
+        },
+        {"label": "quoted", "paper": {"si_snri": 15.3, "sdri": 15.6}, "seeds": {}},
+        {"label": "one seed", "paper": {}, "seeds": {"0": seed(-1.25, None)}},
+    ]
+    lines = pipeline.to_markdown({"name": "n", "title": "Table 9", "rows": rows}).splitlines()
+    assert lines[0] == "# Table 9" and len({line.count("|") for line in lines[2:]}) == 1
+    assert lines[4] == (
+        "| scratch | 13.2 | 2.50 (2.00, 3.00) | 13.6 | 3.50 (3.00, 4.00) | 10 (10, 10) | 0.5 (0.5, 0.5) "
+        "| 35.0 (50.0, 20.0) % |"
+    )
+    assert lines[5] == "| quoted | 15.3 |  | 15.6 |  |  |  |  |"
+    assert lines[6] == "| one seed |  | -1.25 |  | -0.25 | 10 | 0.5 |  |"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_the_program_runs_a_paper_table_on_ray(tiny_data, tmp_path: Path) -> None:
+    for name in ("sep-train", "se-train", "dev", "test"):
+        (tmp_path / name).symlink_to(tiny_data["train" if "train" in name else "dev"])
+    every = [
+        f"{key}=3"
+        for key in ("validation.every_steps", "training.checkpoint_every", "training.keep_every")
+    ]
+    train = [*TINY, "training.max_steps=6", *every]
+    arguments = [
+        *(
+            "-m",
+            "sepdist",
+            "pipeline",
+            "experiment=huang2021/table2_libri2mix_mini",
+            f"output={tmp_path / 'out'}",
+        ),
+        f"data_root={tmp_path}",
+        f"overrides.train=[{','.join(repr(one) for one in train)}]",
+    ]
+    assert "stage 1 of " in program(*arguments, timeout=1800)
+    assert "has finished before" in program(*arguments)
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") > 5
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_the_program_runs_the_whole_chain_of_paper_2_on_ray(tiny_data, tmp_path: Path) -> None:
+    def given(*changes: str) -> str:
+        return f"[{','.join(repr(one) for one in changes)}]"
+
+    steps = ["training.max_steps=2", "training.checkpoint_every=1", "validation.every_steps=1"]
+    small = [
+        "validation.num_mixtures=2",
+        "validation.max_seconds=1.0",
+        "validation.num_listening=1",
+    ]
+    crops = ["data.crop_seconds=0.5", "data.micro_batch=1", f"data.validation={tiny_data['dev']}"]
+    arguments = [
+        *("-m", "sepdist", "pipeline", "experiment=dang2023/chain_mini", f"output={tmp_path}"),
+        *(f"vars.{name}={tiny_data['train']}" for name in ("judged", "mixtures")),
+        *(f"vars.{name}={tiny_data['dev']}" for name in ("dev", "test")),
+        *(f"test_data={tiny_data['dev']}", "vars.judged_part=[0.0,1.0]"),
+        f"overrides.train={given(*steps, *small, *crops)}",
+        f"overrides.shards={given('num_workers=2', 'samples_per_shard=3')}",
+    ]
+    told = program(*arguments)
+    assert "SSLM-SS" in told and "LCC" in told
+    folder = tmp_path / "seed-0"
+    _, _, lineage, _ = read_export(str(folder / "sslm_10"))
+    assert lineage["step"] == 2 and lineage["judge"]["run"] == "dang2023-mini-ssqp_dr-0"
+    assert (folder / "gap_10" / "figure.png").exists()
+    assert (tmp_path / "chain.md").read_text().count("(paper ") == 4
+    assert "has finished before" in program(*arguments)

@@ -1,0 +1,100 @@
+"""Runs of the programs on tiny settings, in processes of their own, and what can be read from them afterwards."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sepdist import config, storage
+from sepdist.reporting import read_metrics
+from sepdist.training.checkpoint import find_committed
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = [
+    "model.num_filters=16",
+    "model.num_bottleneck=8",
+    "model.num_hidden=12",
+    "model.num_skip=8",
+    "model.num_blocks=2",
+    "model.num_repeats=1",
+    "model.compile=false",
+    "data.crop_seconds=0.5",
+    "data.micro_batch=1",
+    "data.num_virtual_shards=4",
+    "validation.num_mixtures=3",
+    "validation.num_listening=1",
+    "training.log_every=1",
+]
+
+
+def program(*arguments: str, expect: int = 0, timeout: float = 300, **environment: str) -> str:
+    """Run `python arguments...` as a user would; its output, and on the way a check of its exit status."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == expect, done.stdout[-6000:]
+    return done.stdout
+
+
+def train_arguments(
+    experiment: str,
+    data: dict[str, str],
+    run_dir: object,
+    *more: str,
+    settings: Sequence[str] = TINY,
+) -> list[str]:
+    places = [f"data.train={data['train']}", f"data.validation={data['dev']}", f"run_dir={run_dir}"]
+    return ["-m", "sepdist", "train", f"experiment={experiment}", *places, *settings, *more]
+
+
+def frozen(data: dict[str, str], run_dir: Path, *more: str, settings: Sequence[str] = TINY) -> str:
+    """The path of a frozen config for `sepdist.training.loop`, which needs no Ray."""
+    from hydra import compose, initialize_config_dir
+
+    overrides = [
+        "experiment=demo/finetune",
+        "init.weights=null",
+        "init.reinit=[]",
+        f"data.train={data['train']}",
+        f"data.validation={data['dev']}",
+        f"run_dir={run_dir}",
+        *settings,
+        *more,
+    ]
+    config.register_schemas()
+    with initialize_config_dir(config.config_dir(), version_base="1.3"):
+        cfg = config.typed(compose("train", overrides=overrides), config.TrainConfig)
+    path = run_dir / "config.yaml"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.to_yaml(cfg))
+    return str(path)
+
+
+def loop(path: str, timeout: float = 300) -> str:
+    return program("-m", "sepdist.training.loop", path, timeout=timeout, DS_ACCELERATOR="cpu")
+
+
+def history(run_dir: object) -> dict[int, float]:
+    return {
+        row["step"]: row["loss/total"] for row in read_metrics(str(run_dir)) if "loss/total" in row
+    }
+
+
+def final_hash(run_dir: object) -> str:
+    newest = find_committed(storage.join(str(run_dir), "checkpoints"))[-1]
+    return newest.files["model.safetensors"]["sha256"]
