@@ -87,7 +87,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         if cfg.num_workers == 0:
             rows = dict(score_part(export.model, dataset, range(count), cfg, advance))
         else:
-            rows = score_run_tasks(count, advance)
+            rows = score_on_ray(cfg, count, advance)
     scores = [rows[index] for index in range(count)]
     results = summarise(cfg, export, dataset, scores)
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
