@@ -1,0 +1,55 @@
+"""The contract of a training objective: one call, and nine optional hooks with their defaults."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from sepdist.data.records import Batch
+
+Metrics = dict[str, Tensor]
+# Hooks that an export keeps in its model.yaml, as arguments of `metrics.selection.speakers_of`.
+OUTPUT_RULES = ("num_extra_outputs", "num_loudest")
+_T = TypeVar("_T")
+
+
+class Objective(Protocol):
+    """What training minimises; `with_defaults` adds the hooks that an objective does not define."""
+
+    num_extra_outputs: int  # trailing model outputs that are not speakers (another task's)
+    num_loudest: int  # how many of the other outputs are speakers, by energy; 0 = all
+    data_sets: tuple[str, ...]  # names that `data.extra` must provide ("main" is `data.train`)
+    stop_reason: str | None  # once set, training ends as after an early stop
+    check_model: Callable[[nn.Module], None]  # raises ValueError for a model it cannot train
+    observe: Callable[[Mapping[str, float]], None]  # gets the validation means, equal on all ranks
+    state_dict: Callable[[], dict[str, Any]]  # JSON-able state for the checkpoint
+    load_state_dict: Callable[[Mapping[str, Any]], None]
+    lineage: Callable[[], dict[str, Any]]  # where parts of the objective come from
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Return the loss (0-d) and the metrics of one batch.
+
+        A metric is 0-d (the batch mean), [B] (one value per item) or [0] (not measured here).
+        """
+        ...
+
+
+DEFAULTS: dict[str, Any] = {
+    "num_extra_outputs": 0,
+    "num_loudest": 0,
+    "data_sets": (),
+    "stop_reason": None,
+    "check_model": lambda model: None,
+    "observe": lambda validation_means: None,
+    "state_dict": dict,
+    "load_state_dict": lambda state: None,
+    "lineage": dict,
+}
+
+
+def with_defaults(objective: _T) -> _T:
+    """Set every hook that `objective` does not define to its default; returns `objective`."""
+    for name, default in DEFAULTS.items():
+        if not hasattr(objective, name):
+            setattr(objective, name, default)
+    return objective
