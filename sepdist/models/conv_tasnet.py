@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sepdist.models.checks import check_sizes
 from sepdist.models.conv_block import ConvBlock, NormLinear, apply_masks
-from sepdist.models.frames import decode, encode
+from sepdist.models.frames import decode, encode, init_filterbank
 
 
 class ConvTasNet(nn.Module):
@@ -58,8 +58,7 @@ class ConvTasNet(nn.Module):
         self.prelu = nn.PReLU()
         self.mask_conv = nn.Linear(num_skip, self.num_features)
         self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
-        nn.init.xavier_normal_(self.encoder.weight)
-        nn.init.xavier_normal_(self.decoder.weight)
+        init_filterbank(self.encoder, self.decoder)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, split, swapped
-from sepdist.models.frames import decode, encode
+from sepdist.models.frames import decode, encode, init_filterbank
 from sepdist.models.lstm import BiLSTM
 
 
@@ -70,8 +70,7 @@ class DPRNN(nn.Module):
         self.gate = Gate(num_bottleneck)
         self.mask = nn.Linear(num_bottleneck, num_filters, bias=False)
         self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
-        nn.init.xavier_normal_(self.encoder.weight)
-        nn.init.xavier_normal_(self.decoder.weight)
+        init_filterbank(self.encoder, self.decoder)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""

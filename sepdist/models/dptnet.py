@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sepdist.models.attention import Attention
 from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, swapped
-from sepdist.models.frames import decode, encode
+from sepdist.models.frames import decode, encode, init_filterbank
 from sepdist.models.lstm import BiLSTM
 
 
@@ -72,8 +72,7 @@ class DPTNet(nn.Module):
         self.mask_conv = nn.Linear(num_filters, num_speakers * num_filters)
         self.gate = Gate(num_filters)
         self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
-        nn.init.xavier_normal_(self.encoder.weight)
-        nn.init.xavier_normal_(self.decoder.weight)
+        init_filterbank(self.encoder, self.decoder)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""

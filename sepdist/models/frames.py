@@ -3,6 +3,8 @@
 Shapes: B batch, S speakers, T samples, N frames, F features.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,17 @@ def overlap_add(frames: Tensor, stride: int, num_samples: int) -> Tensor:
     assert isinstance(total, Tensor)
     signal = total.reshape(*lead, (count + pieces - 1) * stride)
     return F.pad(signal, (0, num_samples - signal.shape[-1]))
+
+
+def init_filterbank(encoder: nn.Linear, decoder: nn.Linear) -> None:
+    """Draw the weights of both as Asteroid does: Xavier normal of a convolution's weight [F, 1, K].
+
+    The fans are K and F K, so the standard deviation is sqrt(2 / (K + F K)).
+    """
+    num_filters, kernel_size = encoder.weight.shape
+    deviation = math.sqrt(2 / (kernel_size + num_filters * kernel_size))
+    for weight in (encoder.weight, decoder.weight):
+        nn.init.normal_(weight, std=deviation)
 
 
 def encode(mixture_BT: Tensor, encoder: nn.Linear, stride: int) -> Tensor:

@@ -61,3 +61,27 @@ def test_estimates_are_the_peers_with_the_peers_weights(name: str, num_frames: i
             p.numel() for p in peer.parameters()
         )
         assert float((ours(mixture) - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "deviation"),
+    [  # worked out by hand for 512 filters of 16 samples
+        *((name, 0.0156098) for name in ("conv_tasnet", "dprnn", "dptnet")),  # sqrt(2 / 8208)
+        ("sepformer", 0.1443376),  # uniform within 1 / sqrt(16): 0.25 / sqrt(3)
+    ],
+)
+def test_encoder_and_decoder_start_at_the_scale_of_the_peer(name: str, deviation: float) -> None:
+    torch.manual_seed(0)
+    sizes = CODEC | SIZES[name] | {"num_filters": 512, "kernel_size": 16, "stride": 8}
+    ours = MODELS[name](**sizes)
+    weights = [ours.encoder.weight, ours.decoder.weight]
+    try:
+        peer = PEERS[name].build({"num_taps": 3} | sizes)
+    except ImportError:
+        pass
+    else:
+        theirs = PEERS[name].weights(peer.state_dict())
+        weights += [theirs["encoder.weight"], theirs["decoder.weight"]]
+    for weight in map(torch.Tensor.detach, weights):  # 8192 draws estimate it to about 0.8 %
+        assert float(weight.std()) == pytest.approx(deviation, rel=0.04)
+        assert abs(float(weight.mean())) < 0.05 * deviation
