@@ -171,6 +171,10 @@ class BiLSTM(nn.Module):
         x_RTF = widen(x_RTF)
         start = x_RTF.new_zeros(2, x_RTF.shape[0], self.hidden_weight.shape[-1])
         weights = [parameter[direction] for direction in (0, 1) for parameter in parameters]
-        return torch.lstm(x_RTF, (start, start), weights, True, 1, 0.0, self.training, True, True)[
-            0
-        ]
+        # oneDNN has no bf16 LSTM for processors without AVX-512, and raises; with it, bf16 is 1.8
+        # times as fast as fp32.
+        narrow = x_RTF.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+        with torch.autocast(x_RTF.device.type, enabled=autocast and narrow):
+            return torch.lstm(
+                x_RTF, (start, start), weights, True, 1, 0.0, self.training, True, True
+            )[0]

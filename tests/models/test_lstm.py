@@ -1,6 +1,9 @@
 """The bidirectional LSTM against torch's own in float64, and what the models rely on."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,26 @@ from torch import nn
 from sepdist.models import lstm
 from sepdist.models.lstm import BiLSTM
 from tests.support.model_checks import relative
+
+BF16_STEPS = """
+import torch
+from sepdist.models.dprnn import DPRNN
+from sepdist.models.dptnet import DPTNet
+from sepdist.models.sandglasset import Sandglasset
+
+assert torch.backends.cpu.get_cpu_capability() != "AVX512"
+sizes = {"num_filters": 8, "kernel_size": 4, "stride": 2, "num_hidden": 6, "num_heads": 2}
+for model in (
+    DPRNN(2, 8, 4, 2, 8, 6, 4, 1),
+    DPTNet(2, **sizes, chunk_size=4, num_repeats=1),
+    Sandglasset(2, **sizes, num_features=8, chunk_size=4, num_blocks=3),
+):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.randn(1, 40)).square().mean()
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    print(type(model).__name__)
+"""
 
 
 def pair(features: int, hidden: int) -> tuple[BiLSTM, nn.LSTM]:
@@ -109,3 +132,11 @@ def test_a_compiler_that_fails_is_reported_once_and_torch_runs(
     assert (
         len([record for record in caplog.records if "torch's LSTM is used" in record.message]) == 1
     )
+
+
+def test_every_model_with_an_lstm_trains_in_bf16_without_avx512() -> None:
+    older = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(
+        [sys.executable, "-c", BF16_STEPS], env=os.environ | older, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["DPRNN", "DPTNet", "Sandglasset"], done.stderr
