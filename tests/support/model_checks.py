@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.lstm import BiLSTM
 from sepdist.objectives.separation import Separation
 from tests.support.batches import batch_of, voices
 
@@ -51,21 +50,6 @@ def moved_differ(model: nn.Module, mixture: Tensor) -> list[tuple[int, str]]:
         pairs = zip(names, gradients(model, mixture), expected, strict=True)
         differ += [(first, name) for name, got, wanted in pairs if not torch.equal(got, wanted)]
     return differ
-
-
-def torch_lstm(x: Tensor, ours: BiLSTM) -> Tensor:
-    """torch's own on our parameters."""
-    theirs = nn.LSTM(
-        x.shape[-1], ours.hidden_weight.shape[-1], bidirectional=True, batch_first=True
-    ).to(x.dtype)
-    weights = {
-        f"{name}_l0{suffix}": own[direction]
-        for own, name in zip(
-            ours.parameters(), ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), strict=True
-        )
-        for direction, suffix in enumerate(("", "_reverse"))
-    }
-    return torch.func.functional_call(theirs, weights, (x,))[0]
 
 
 def depend_on_speakers(small: Callable[..., nn.Module]) -> set[str]:
