@@ -35,12 +35,9 @@ class PathRNN(nn.Module):
 
 
 class DPRNN(nn.Module):
-    """Encoder, recurrent network within and across chunks that masks the encoded frames, decoder.
+    """Encoder, bi-LSTMs within and across chunks that mask the encoded frames, decoder."""
 
-    `output_parameters` are the prefixes of the parameters that belong to particular speakers: the
-    1x1 convolution that splits the features. A new task starts them afresh.
-    """
-
+    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)
 
     def __init__(

@@ -41,12 +41,9 @@ class PathTransformer(nn.Module):
 
 
 class DPTNet(nn.Module):
-    """Encoder, Transformers within and across chunks that mask the encoded frames, decoder.
+    """Encoder, Transformers within and across chunks that mask the encoded frames, decoder."""
 
-    `output_parameters` are the prefixes of the parameters that belong to particular speakers: the
-    1x1 convolution that splits the features. A new task starts them afresh.
-    """
-
+    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)
 
     def __init__(

@@ -10,11 +10,10 @@ disagree with each other; the choices here, and the reasons:
 - The layer norm before the bottleneck has no gain and shift: the linear layer after it has both.
 - In the attention, x = norm(x) + positions, then norm(x + dropout(attention(x))): dropout of the
   attention's output, not of its weights, so that the fused kernel can be used.
-- The output of block b is added to the output of block N - 1 - b, which has the same granularity.
-  Adding it to that block's *input* would mix it with a coarser one, and would double the input of
-  the block after the middle.
-- Chunks have a whole chunk of padding on either side, as in every dual-path model here but
-  SepFormer.
+- The output of block b is added to that of block N - 1 - b, which has the same granularity. Adding
+  it to that block's *input* would mix it with a coarser one, and would double the input of the block
+  after the middle.
+- Padding is a whole chunk on either side, as in every dual-path model here but SepFormer.
 
 Tensors inside are channels-last. Shapes: B batch, S speakers, T samples, N frames, E encoder
 filters, F features, C chunks, K frames of a chunk, Q = K / factor coarse frames.
@@ -63,7 +62,7 @@ class GlobalAttention(nn.Module):
         self.norm = nn.LayerNorm(num_features)
 
     def forward(self, x_BCKF: Tensor) -> Tensor:
-        """Attend along C at this block's granularity, without a residual."""
+        """Attend along C at this block's granularity."""
         factor = self.down_taps.shape[0]
         coarse_BCQF = (x_BCKF.unflatten(2, (-1, factor)) * self.down_taps).sum(3) + self.down_bias
         x = self.attention_norm(swapped(coarse_BCQF).flatten(0, 1))
@@ -76,10 +75,10 @@ class GlobalAttention(nn.Module):
 class Sandglasset(nn.Module):
     """Encoder, blocks of local recurrence and global attention, masks, decoder.
 
-    Block b of `num_blocks` downsamples by 4^min(b, num_blocks - 1 - b). `output_parameters` are the
-    prefixes of the parameters that belong to particular speakers.
+    Block b of `num_blocks` downsamples by 4^min(b, num_blocks - 1 - b).
     """
 
+    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)
 
     def __init__(

@@ -63,12 +63,11 @@ class Transformer(nn.Module):
 class SepFormer(nn.Module):
     """Encoder, Transformers within and across chunks that mask the encoded frames, decoder.
 
-    `output_parameters` are the prefixes of the parameters that belong to particular speakers: the
-    1x1 convolution that splits the features. A new task starts them afresh.
     `checkpoint_activations` keeps only each layer's input for the backward pass and recomputes the
     rest: less memory, a third more time, the same bits.
     """
 
+    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)
 
     def __init__(

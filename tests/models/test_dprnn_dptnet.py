@@ -1,4 +1,4 @@
-"""DPRNN and DPTNet against textbook versions in torch's own layers, and what the rest of the system relies on."""
+"""DPRNN and DPTNet against textbook versions in torch's own layers."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ SMALL = {
 
 
 def small(kind: type[nn.Module], **changes: object) -> nn.Module:
-    """A model with every size different, and weights under which every term of the arithmetic counts."""
+    """A model whose sizes all differ, with weights that make every term of the arithmetic count."""
     torch.manual_seed(0)
     more = {"num_bottleneck": 20} if kind is DPRNN else {"num_heads": 3}
     return shaken(kind(**({"num_speakers": 3} | SMALL | more | changes)))
@@ -42,8 +42,8 @@ def gln(x: Tensor, norm: nn.Module, dims: tuple[int, ...]) -> Tensor:
 def torch_attention(x: Tensor, ours: nn.Module) -> Tensor:
     rows = x.transpose(0, 1)
     return F.multi_head_attention_forward(
-        rows, rows, rows, x.shape[-1], ours.num_heads, ours.qkv.weight, ours.qkv.bias, None, None, False, 0.0,
-        ours.out.weight, ours.out.bias,
+        rows, rows, rows, x.shape[-1], ours.num_heads, ours.qkv.weight, ours.qkv.bias, None, None,
+        False, 0.0, ours.out.weight, ours.out.bias,
     )[0].transpose(0, 1)  # fmt: skip
 
 

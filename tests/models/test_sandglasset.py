@@ -1,4 +1,4 @@
-"""Sandglasset against torch's own LSTM, attention and convolutions, channels first, and as a model here."""
+"""Sandglasset against torch's LSTM, attention and convolutions, channels first."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.support.model_checks import (
 
 
 def small(**changes: object) -> Sandglasset:
-    """A model with every size different, and weights under which every term of the arithmetic counts."""
+    """A model whose sizes all differ, with weights that make every term of the arithmetic count."""
     torch.manual_seed(0)
     sizes = {
         "num_filters": 14,

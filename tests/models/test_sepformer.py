@@ -1,4 +1,4 @@
-"""SepFormer against its equations written out, and what the rest of the system relies on; SpeechBrain's: test_peers."""
+"""SepFormer against its equations; test_peers.py compares it with SpeechBrain's."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.support.model_checks import (
 
 
 def small(**changes: object) -> SepFormer:
-    """A model with every size different, and weights under which every term of the arithmetic counts."""
+    """A model whose sizes all differ, with weights that make every term of the arithmetic count."""
     torch.manual_seed(0)
     sizes = {
         "num_filters": 24,
@@ -160,7 +160,7 @@ def test_chunks_begin_half_a_chunk_early_are_even_in_number_and_add_up_to_twice_
     assert torch.equal(from_chunks(chunks, num_frames), 2 * frames)
 
 
-def test_positions_are_unlike_each_other() -> None:
+def test_positions_differ_from_each_other() -> None:
     places = sinusoids(250, torch.empty(1, 64, dtype=torch.float64))
     assert (
         places.dtype == torch.float64 and torch.cdist(places, places).fill_diagonal_(9).min() > 0.5

@@ -1,4 +1,4 @@
-"""How the tests of the models compare: distances, gradients, torch's LSTM on our parameters, a batch that is learnt."""
+"""Helpers of the model tests: distances, gradients, moved parameters, a batch to learn."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from tests.support.batches import batch_of, voices
 
 
 def shaken(model: Any) -> Any:
-    """The model with weights under which every term of the arithmetic counts."""
+    """The model with weights that make every term of the arithmetic count."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -25,7 +25,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 def gradients(
     model: nn.Module, mixture: Tensor, forward: Callable[..., Tensor] | None = None
 ) -> list[Tensor]:
-    """Of a random linear function of the estimates, with respect to the mixture and every parameter."""
+    """Gradients of a random linear function of the estimates: of the mixture, then parameters."""
     mixture = mixture.detach().requires_grad_()
     estimates = forward(model, mixture) if forward else model(mixture)
     weights = torch.randn(
@@ -36,7 +36,10 @@ def gradients(
 
 
 def moved_differ(model: nn.Module, mixture: Tensor) -> list[tuple[int, str]]:
-    """Where gradients change a bit when all parameters lie in one buffer, as at ZeRO >= 1: (its first place, name)."""
+    """(offset, name) of each gradient that changes when all parameters lie in one buffer.
+
+    They do at ZeRO >= 1.
+    """
     names = ["mixture", *(name for name, _ in model.named_parameters())]
     expected = gradients(model, mixture)
     parameters = list(model.parameters())
