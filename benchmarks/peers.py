@@ -41,17 +41,10 @@ def _norm(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
 
 
 def _lstm(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
-    names = {
-        "in_weight": "weight_ih",
-        "hidden_weight": "weight_hh",
-        "in_bias": "bias_ih",
-        "hidden_bias": "bias_hh",
-    }
     return {
-        f"{ours}.{own}": torch.stack(
-            [state[f"{theirs}.{name}_l0{way}"] for way in ("", "_reverse")]
-        )
-        for own, name in names.items()
+        f"{ours}.{name}_l0{way}": state[f"{theirs}.{name}_l0{way}"]
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        for way in ("", "_reverse")
     }
 
 

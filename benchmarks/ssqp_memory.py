@@ -1,14 +1,18 @@
-"""How much memory and time does SSQP-Net at base size take at ZeRO 0, 1, 2 and 3, for two workers?
+"""Measure memory and step time of SSQP-Net at base size with two workers, at ZeRO 0, 1, 2 and 3.
 
     python -m benchmarks.ssqp_memory [seconds of a crop, default 1.0]
 
-Two processes fine-tune SSQP-Net (OTFP) on a wav2vec 2.0 of 768 features and 12 layers, random weights, over gloo on
-this machine: two virtual shards of one item, Adam, at each ZeRO stage, at 0 and 3 also with gradient checkpointing,
-each in processes of its own, and twice: as it is, and with the C library told to give every large block back at once
-(MALLOC_MMAP_THRESHOLD_), which is slower. Without that it keeps freed blocks, as much as a GB, and the peak tells
-nothing of what is needed. One JSON line for each way, and a last one with all: of a worker's resident memory in GB what
-the imports take, the peak until the engine stands and the peak of the steps, all of the second kind, the peak of the
-steps and the median step in seconds as it is. Linux with glibc.
+Two processes fine-tune SSQP-Net (OTFP) on a wav2vec 2.0 with 768 features, 12 layers and random
+weights, over gloo on this machine: two virtual shards of one item, Adam, at each ZeRO stage, at 0
+and 3 also with gradient checkpointing. Each configuration runs in processes of its own, twice: with
+glibc's defaults, and with glibc told to return every large block at once (MALLOC_MMAP_THRESHOLD_),
+which is slower. By default glibc keeps up to a GB of freed blocks, so that the peak does not show
+how much memory is needed.
+
+Prints one JSON line per configuration and a last one with all: resident memory of a worker in GB
+after the imports, its peak until the engine is built and its peak in the steps, all three with
+blocks returned at once; then the peak in the steps and the median step in seconds with the
+defaults. Needs Linux with glibc.
 """
 
 import json
@@ -33,25 +37,14 @@ from sepdist.training.engine import DeepSpeedEngine
 from sepdist.training.world import World
 
 BASE = {"model_type": "wav2vec2"}
-NUM_STEPS = 4  # the first, in which the optimizer's state comes to be, is not timed
+NUM_STEPS = 4  # the first, which creates the optimizer's state, is not timed
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # bytes; unset, it grows up to 32 MB
-WAYS = [
-    (0, "canonical", False),
-    (0, "native", False),
-    (1, "canonical", False),
-    (1, "native", False),
-]
-WAYS += [
-    (2, "canonical", False),
-    (2, "native", False),
-    (3, "native", False),
-    (0, "native", True),
-    (3, "native", True),
-]
+WAYS = [(stage, kind, False) for stage in (0, 1, 2) for kind in ("canonical", "native")]
+WAYS += [(3, "native", False), (0, "native", True), (3, "native", True)]
 
 
 def take_peak() -> float:
-    """The most resident memory, in GB, since this was last called."""
+    """Peak resident memory in GB since the last call."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     Path("/proc/self/clear_refs").write_text("5")
     return int(status["VmHWM"].split()[0]) * 1024 / 1e9
@@ -109,7 +102,7 @@ def measure(rank: int, folder: str, way: tuple[int, str, bool], seconds: float) 
 def measured(
     way: tuple[int, str, bool], seconds: float, environment: dict[str, str]
 ) -> dict[str, Any]:
-    """What `measure` writes, of two processes that begin with `environment`."""
+    """Result of `measure` in two processes started with `environment`."""
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, environment):
         mp.spawn(measure, (folder, way, seconds), nprocs=2)
         return json.loads(Path(folder, "result.json").read_text())

@@ -1,19 +1,27 @@
-"""What the C library does with memory that is freed. In: nothing; out: a process that faults less."""
+"""Settings of glibc's allocator that save page faults."""
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+MIB = 2**20
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
-def keep_freed_memory() -> None:
-    """From now on keep freed memory in this process for its next blocks. Without glibc's mallopt nothing happens.
+def keep_freed_memory(limit_bytes: int = 512 * MIB) -> None:
+    """Let this process keep up to `limit_bytes` of freed memory at the end of its heap.
 
-    For whole mixtures a model on a CPU frees large blocks all the time and asks for as large ones at once. glibc gives
-    every block above 32 MB back to the system, and each of its pages costs a fault when it is touched again: a fifth of
-    the time of a DPRNN (docs/results.md). The process then stays as large as it was at most. Training does not do so:
-    the copies of an optimizer step, hundreds of megabytes each, leave gaps, and a worker may grow to twice its size.
+    By default glibc returns every freed block above 32 MiB to the system, and each of its pages
+    costs a fault when the next block of that size is used: a third of the CPU time of a training
+    step of the small DPRNN and Sandglasset (docs/results.md). Here such blocks come from the heap,
+    and what is free at its end beyond the limit goes back. Blocks above the limit, such as the flat
+    gradients of a large model, still go back at once. Gaps between blocks are kept in addition.
+
+    Does nothing where the C library has no mallopt. Older versions of glibc refuse blocks above
+    32 MiB in the heap; then only smaller ones are kept.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)  # no block of its own for a large request
-        mallopt(M_TRIM_THRESHOLD, -1)  # never shrinks
+    if mallopt is None:
+        return
+    if not mallopt(M_MMAP_THRESHOLD, limit_bytes):
+        mallopt(M_MMAP_THRESHOLD, 32 * MIB)
+    mallopt(M_TRIM_THRESHOLD, limit_bytes)
+    mallopt(M_TOP_PAD, limit_bytes)

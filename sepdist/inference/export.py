@@ -40,7 +40,7 @@ def load_export(url: str) -> Export:
 def load_separator(url: str) -> Export:
     """`load_export` of a model that separates; CheckpointError for one that judges estimates."""
     export = load_export(url)
-    if getattr(export.model, "is_judge", False):
+    if getattr(export.model, "estimates_si_snr", False):
         raise CheckpointError(
             f"{url}: a {type(export.model).__name__} judges estimates and makes none: give a separator"
         )

@@ -1,9 +1,10 @@
-"""A context network over a separator's features, for contrastive pre-training (CC, paper 1, section 3.1).
+"""Context network over a separator's features, for contrastive pre-training (CC).
 
-Features of the separator, fewer of them per second, some hidden -> Transformer -> predictions of what was hidden, as in
-wav2vec 2.0 (Baevski et al. 2020, section 2). Only the separator is handed to the next stage, by `init.part=separator`.
+Paper 1, section 3.1, as in wav2vec 2.0 (Baevski et al. 2020, section 2): the separator's features
+are downsampled, some frames are hidden, and a Transformer predicts them. The next stage takes over
+only the separator (`init.submodule=separator`).
 
-Shapes: B batch, T samples, N frames after down-sampling, F target features, H hidden features.
+Shapes: B batch, T samples, N downsampled frames, F target features, H hidden features.
 """
 
 from typing import Any
@@ -15,9 +16,10 @@ from sepdist.models.frames import num_frames
 
 
 class ContextModel(nn.Module):
-    """`separator` has `features(mixture_BT)`, [B, frames, num_features], and the `kernel_size` and `stride` of frames.
+    """A separator with a context network; without frames to hide it is the separator.
 
-    Without frames to hide the model is the separator, so that whatever takes a model takes this one.
+    `separator` has `features(mixture_BT)`, [B, frames, num_features], and the frames' `kernel_size`
+    and `stride`.
     """
 
     separator: Any
@@ -38,50 +40,33 @@ class ContextModel(nn.Module):
     ) -> None:
         super().__init__()
         if not hasattr(separator, "features"):
-            raise ValueError(
-                f"{type(separator).__name__} gives no features that a context network could read"
-            )
+            raise ValueError(f"{type(separator).__name__} has no features for a context network")
         for name, size in (("kernel_size", kernel_size), ("num_position_taps", num_position_taps)):
             if size % 2 == 0:
-                raise ValueError(
-                    f"{name}={size}: must be odd, so that the frames stay where they are"
-                )
+                raise ValueError(f"{name}={size}: must be odd, so that frames keep their places")
         self.min_length = separator.min_length
         self.num_layers, self.stride = num_layers, stride
         self.separator = separator
-        self.down = nn.Conv1d(
-            separator.num_features,
-            num_targets,
-            kernel_size,
-            stride,
-            kernel_size // 2,
-            groups=num_groups,
-        )
+        sizes = (separator.num_features, num_targets, kernel_size, stride, kernel_size // 2)
+        self.down = nn.Conv1d(*sizes, groups=num_groups)
         self.project = nn.Linear(num_targets, num_hidden)
-        self.position = nn.Conv1d(
-            num_hidden,
-            num_hidden,
-            num_position_taps,
-            padding=num_position_taps // 2,
-            groups=num_groups,
-        )
+        sizes = (num_hidden, num_hidden, num_position_taps, 1, num_position_taps // 2)
+        self.position = nn.Conv1d(*sizes, groups=num_groups)
         self.norm = nn.LayerNorm(num_hidden)
         self.dropout = nn.Dropout(dropout)
-        self.layer = TransformerLayer(
-            num_hidden, num_heads, num_feedforward, dropout
-        )  # one, used `num_layers` times
+        # All layers share their weights: one module, applied `num_layers` times.
+        self.layer = TransformerLayer(num_hidden, num_heads, num_feedforward, dropout)
         self.head = nn.Linear(num_hidden, num_targets)
 
     def num_frames(self, num_samples: int) -> int:
-        """How many frames N the context network sees of `num_samples`."""
-        return (
-            num_frames(num_samples, self.separator.kernel_size, self.separator.stride) - 1
-        ) // self.stride + 1
+        """Number N of the context network's frames for `num_samples`."""
+        frames = num_frames(num_samples, self.separator.kernel_size, self.separator.stride)
+        return (frames - 1) // self.stride + 1
 
     def forward(
         self, mixture_BT: Tensor, hidden_BN: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The separator's estimates; or, with frames to hide (bool), the true features and the predicted, [B, N, F]."""
+        """The separator's estimates or, with hidden frames (bool), true and predicted [B, N, F]."""
         if hidden_BN is None:
             return self.separator(mixture_BT)
         targets_BNF = self.down(self.separator.features(mixture_BT).transpose(1, 2)).transpose(1, 2)
@@ -94,7 +79,7 @@ class ContextModel(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and two linear layers, each added and then normalised: [B, N, H] -> [B, N, H]."""
+    """Post-norm Transformer layer: attention and two linear layers, [B, N, H] -> [B, N, H]."""
 
     def __init__(
         self, num_hidden: int, num_heads: int, num_feedforward: int, dropout: float
@@ -111,11 +96,9 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BNH: Tensor) -> Tensor:
-        """The next x."""
-        queries, keys, values = (
-            self.attend(x_BNH).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-        share = self.dropout.p if self.training else 0.0
-        heads = F.scaled_dot_product_attention(queries, keys, values, dropout_p=share)
+        """Attend along N."""
+        qkv = self.attend(x_BNH).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        rate = self.dropout.p if self.training else 0.0
+        heads = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], dropout_p=rate)
         x_BNH = self.norm1(x_BNH + self.dropout(self.join(heads.transpose(1, 2).flatten(2))))
         return self.norm2(x_BNH + self.dropout(self.contract(F.gelu(self.expand(x_BNH)))))

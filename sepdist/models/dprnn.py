@@ -1,8 +1,9 @@
-"""DPRNN: mixture [B, T] in, one waveform per speaker [B, S, T] out.
+"""DPRNN: separates a mixture [B, T] into one waveform per speaker [B, S, T] with bi-LSTMs.
 
-Luo, Chen and Yoshioka, "Dual-path RNN: efficient long sequence modeling for time-domain single-channel speech
-separation", 2020. The defaults are the size of paper 1's experiments, with a bottleneck of 128 features (the original
-has 64) and ReLU masks: 3,651,073 parameters for two speakers. Inside, tensors are channels-last (dual_path.py).
+Luo, Chen and Yoshioka, "Dual-path RNN: efficient long sequence modeling for time-domain
+single-channel speech separation", 2020. The defaults are the size of paper 1's experiments, with a
+bottleneck of 128 features (the original has 64) and ReLU masks: 3,651,073 parameters for two
+speakers. Tensors inside are channels-last (dual_path.py).
 
 Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk, F features.
 """
@@ -11,33 +12,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.checks import check_sizes
-from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, split, swapped
+from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, split, swapped
 from sepdist.models.frames import decode, encode, init_filterbank
-from sepdist.models.lstm import BiLSTM
 
 
 class PathRNN(nn.Module):
-    """Bi-LSTM along the sequences, 1x1, gLN over the whole item, residual (section 2.2): [B, R, T, F] to the same."""
+    """Bi-LSTM, linear layer, gLN over the whole item, residual (section 2.2).
 
-    def __init__(self, num_features: int, num_hidden: int, compile: bool) -> None:
+    [B, R, L, F] -> [B, R, L, F]: R sequences of L steps, which meet only in the norm.
+    """
+
+    def __init__(self, num_features: int, num_hidden: int) -> None:
         super().__init__()
-        self.lstm = BiLSTM(num_features, num_hidden, compile)
+        self.lstm = nn.LSTM(num_features, num_hidden, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(2 * num_hidden, num_features)
         self.norm = GlobalNorm(num_features)
 
-    def forward(self, x_BRTF: Tensor) -> Tensor:
-        """R sequences of T steps in each item; they meet only in the norm."""
-        y = self.linear(self.lstm(x_BRTF.flatten(0, 1))).view_as(x_BRTF)
-        return x_BRTF + self.norm(y)
+    def forward(self, x_BRLF: Tensor) -> Tensor:
+        """Run along L."""
+        y = self.linear(run_lstm(self.lstm, x_BRLF.flatten(0, 1))).view_as(x_BRLF)
+        return x_BRLF + self.norm(y)
 
 
 class DPRNN(nn.Module):
-    """Encoder, recurrent network within and across chunks that masks the encoded frames, decoder.
+    """Encoder, bi-LSTMs within and across chunks that mask the encoded frames, decoder."""
 
-    `output_parameters` are the prefixes of the parameters that make particular speakers: the 1x1 convolution that
-    splits the features, which a new task starts afresh. `compile=False` runs torch's own LSTM.
-    """
-
+    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)
 
     def __init__(
@@ -50,7 +50,6 @@ class DPRNN(nn.Module):
         num_hidden: int = 128,
         chunk_size: int = 250,
         num_repeats: int = 6,
-        compile: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(num_speakers, kernel_size, stride, chunk_size)
@@ -59,12 +58,9 @@ class DPRNN(nn.Module):
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.norm = GlobalNorm(num_filters)
         self.bottleneck = nn.Linear(num_filters, num_bottleneck)
-        self.intra = nn.ModuleList(
-            PathRNN(num_bottleneck, num_hidden, compile) for _ in range(num_repeats)
-        )
-        self.inter = nn.ModuleList(
-            PathRNN(num_bottleneck, num_hidden, compile) for _ in range(num_repeats)
-        )
+        sizes = (num_bottleneck, num_hidden)
+        self.intra = nn.ModuleList(PathRNN(*sizes) for _ in range(num_repeats))
+        self.inter = nn.ModuleList(PathRNN(*sizes) for _ in range(num_repeats))
         self.prelu = nn.PReLU()
         self.mask_conv = nn.Linear(num_bottleneck, num_speakers * num_bottleneck)
         self.gate = Gate(num_bottleneck)
@@ -78,9 +74,8 @@ class DPRNN(nn.Module):
         x = segment(self.bottleneck(self.norm(encoded_BNF)), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(inter(swapped(intra(x))))
-        y_BNSF = split(
-            merge(self.prelu(x), encoded_BNF.shape[1]), self.mask_conv, self.num_speakers
-        )
+        merged = merge(self.prelu(x), encoded_BNF.shape[1])
+        y_BNSF = split(merged, self.mask_conv, self.num_speakers)
         masks_BNSF = F.relu(self.mask(self.gate(y_BNSF)))
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
         return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])

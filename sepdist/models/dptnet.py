@@ -1,11 +1,13 @@
-"""DPTNet: mixture [B, T] in, one waveform per speaker [B, S, T] out.
+"""DPTNet: separates a mixture [B, T] into S waveforms [B, S, T] by attention and bi-LSTMs.
 
-Chen, Mao and Liu, "Dual-Path Transformer Network: Direct Context-Aware Modeling for End-to-End Monaural Speech
-Separation", 2020: Transformer layers whose feed-forward part begins with a bi-LSTM, so no positions are added. The
-defaults are the size of paper 1's experiments, 256 hidden units in each direction of that LSTM (the original has 128):
-8,527,233 parameters for two speakers. There is no bottleneck. Inside, tensors are channels-last (dual_path.py).
+Chen, Mao and Liu, "Dual-Path Transformer Network: Direct Context-Aware Modeling for End-to-End
+Monaural Speech Separation", 2020: Transformer layers whose feed-forward network begins with a
+bi-LSTM, so that no positions are added. The defaults are the size of paper 1's experiments, with
+256 hidden units per direction of that LSTM (the original has 128): 8,527,233 parameters for two
+speakers. There is no bottleneck. Tensors inside are channels-last (dual_path.py).
 
-Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk, R sequences of L places, F features.
+Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk, R sequences of
+L places, F features.
 """
 
 import torch.nn.functional as F
@@ -13,38 +15,35 @@ from torch import Tensor, nn
 
 from sepdist.models.attention import Attention
 from sepdist.models.checks import check_sizes
-from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, swapped
+from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, swapped
 from sepdist.models.frames import decode, encode, init_filterbank
-from sepdist.models.lstm import BiLSTM
 
 
 class PathTransformer(nn.Module):
-    """Attention, then bi-LSTM, ReLU and 1x1; a residual and a gLN after each (equations 6 to 9).
+    """Attention, then bi-LSTM, ReLU and linear layer; a residual and a gLN after each (eq. 6 to 9).
 
-    [R, L, F] -> [R, L, F]. As in paper 1's code, the norm is over each sequence by itself, not over the whole item.
+    [R, L, F] -> [R, L, F]. As in paper 1's code, each sequence is normalised by itself, not the
+    whole item.
     """
 
-    def __init__(self, num_features: int, num_heads: int, num_hidden: int, compile: bool) -> None:
+    def __init__(self, num_features: int, num_heads: int, num_hidden: int) -> None:
         super().__init__()
         self.attention = Attention(num_features, num_heads)
         self.attention_norm = GlobalNorm(num_features)
-        self.lstm = BiLSTM(num_features, num_hidden, compile)
+        self.lstm = nn.LSTM(num_features, num_hidden, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(2 * num_hidden, num_features)
         self.norm = GlobalNorm(num_features)
 
     def forward(self, x_RLF: Tensor) -> Tensor:
-        """No sequence sees another."""
+        """Transform each sequence by itself."""
         x_RLF = self.attention_norm(x_RLF + self.attention(x_RLF))
-        return self.norm(x_RLF + self.linear(F.relu(self.lstm(x_RLF))))
+        return self.norm(x_RLF + self.linear(F.relu(run_lstm(self.lstm, x_RLF))))
 
 
 class DPTNet(nn.Module):
-    """Encoder, Transformer network within and across chunks that masks the encoded frames, decoder.
+    """Encoder, Transformers within and across chunks that mask the encoded frames, decoder."""
 
-    `output_parameters` are the prefixes of the parameters that make particular speakers: the 1x1 convolution that
-    splits the features, which a new task starts afresh. `compile=False` runs torch's own LSTM.
-    """
-
+    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)
 
     def __init__(
@@ -57,7 +56,6 @@ class DPTNet(nn.Module):
         num_hidden: int = 256,
         chunk_size: int = 250,
         num_repeats: int = 6,
-        compile: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(num_speakers, kernel_size, stride, chunk_size)
@@ -65,7 +63,7 @@ class DPTNet(nn.Module):
         self.min_length, self.stride = kernel_size, stride
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.norm = GlobalNorm(num_filters)
-        sizes = (num_filters, num_heads, num_hidden, compile)
+        sizes = (num_filters, num_heads, num_hidden)
         self.intra = nn.ModuleList(PathTransformer(*sizes) for _ in range(num_repeats))
         self.inter = nn.ModuleList(PathTransformer(*sizes) for _ in range(num_repeats))
         self.prelu = nn.PReLU()
@@ -81,7 +79,8 @@ class DPTNet(nn.Module):
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(intra(x.flatten(0, 1)).view_as(x))
             x = swapped(inter(x.flatten(0, 1)).view_as(x))
-        # The 1x1 convolution is linear: it may come after the overlap-add, a mean here, on half as many frames.
+        # The 1x1 convolution is linear, so it may follow the overlap-add, which is a mean here, and
+        # work on half as many frames.
         y = self.mask_conv(merge(self.prelu(x), encoded_BNF.shape[1]) / 2)
         masks_BNSF = F.relu(self.gate(y.unflatten(-1, (self.num_speakers, -1))))
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)

@@ -1,11 +1,13 @@
-"""What the dual-path models share: frames [B, N, F] in, half-overlapping chunks [B, C, K, F] out, and back.
+"""Building blocks of the dual-path models: half-overlapping chunks, norm, LSTM call, gate.
 
-A dual-path network (Luo, Chen and Yoshioka, "Dual-path RNN", 2020, section 2) works in turns along the frames of each
-chunk (intra) and along the chunks at each place (inter), so that no sequence is longer than about the square root of
-the mixture. Everything is channels-last. Padding is a whole chunk of zeros on either side, as paper 1's models have
-it, so that every frame lies in exactly two chunks.
+A dual-path network (Luo, Chen and Yoshioka, "Dual-path RNN", 2020, section 2) cuts frames [B, N, F]
+into chunks [B, C, K, F] and works in turns along the frames of each chunk (intra) and along the
+chunks at each place (inter), so that no sequence is longer than about the square root of the
+mixture. All tensors are channels-last. Padding is a whole chunk of zeros on either side, as in
+paper 1's models, so that every frame lies in exactly two chunks.
 
-Shapes: B batch, N frames, F features, C chunks, K frames of a chunk.
+Shapes: B batch, N frames, S speakers, C chunks, K frames of a chunk, R sequences of L places,
+F features, H hidden features.
 """
 
 import torch
@@ -16,7 +18,7 @@ from sepdist.models.frames import EPS, widen
 
 
 def segment(frames_BNF: Tensor, chunk_size: int) -> Tensor:
-    """Chunks [B, C, K, F] of K = `chunk_size` frames, each half a chunk after the one before; C = 2 N // K + 3."""
+    """Chunks [B, C, K, F] of K = `chunk_size` frames at a hop of K / 2; C = 2 N // K + 3."""
     assert chunk_size % 2 == 0, chunk_size
     hop = chunk_size // 2
     num_frames = frames_BNF.shape[1]
@@ -26,27 +28,38 @@ def segment(frames_BNF: Tensor, chunk_size: int) -> Tensor:
 
 
 def merge(chunks_BCKF: Tensor, num_frames: int) -> Tensor:
-    """The frames [B, N, F] of which `segment` made the chunks, each the sum of its two places (so segment, doubled)."""
+    """Overlap-add [B, N, F] of `segment`'s chunks; unchanged chunks give twice the frames."""
     hop = chunks_BCKF.shape[2] // 2
     return (chunks_BCKF[:, 2:, :hop] + chunks_BCKF[:, 1:-1, hop:]).flatten(1, 2)[:, :num_frames]
 
 
 def split(merged_BNF: Tensor, mask_conv: nn.Linear, num_speakers: int) -> Tensor:
-    """Features [B, N, S, F] of each speaker by a 1x1 convolution, from what `merge` gave.
+    """Features [B, N, S, F] of each speaker: `mask_conv` applied to the output of `merge`.
 
-    The convolution is linear, so it may come after the overlap-add, on half as many frames. It sees the mean of a
-    frame's two places, and is doubled behind it, because its bias is in both.
+    The published models apply it before the overlap-add. It is linear, so it may follow, on half
+    as many frames: on the mean of a frame's two places, and doubled, as its bias is in both.
     """
     return (2 * mask_conv(merged_BNF / 2)).unflatten(-1, (num_speakers, -1))
 
 
 def swapped(x_BCKF: Tensor) -> Tensor:
-    """[B, K, C, F]: the sequences along the chunks in the place of those along the frames of a chunk, or back."""
+    """[B, K, C, F]: sequences along the chunks instead of along the frames of a chunk, or back."""
     return x_BCKF.transpose(1, 2).contiguous()
 
 
+def run_lstm(lstm: nn.LSTM, x_RLF: Tensor) -> Tensor:
+    """Output [R, L, 2 H] of a bidirectional LSTM, in fp32 where a CPU has no bf16 LSTM.
+
+    Without AVX-512 oneDNN raises for bf16; with it, bf16 is 1.8 times as fast as fp32.
+    """
+    device = x_RLF.device.type
+    narrow = device != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    with torch.autocast(device, enabled=narrow and torch.is_autocast_enabled(device)):
+        return lstm(widen(x_RLF))[0]
+
+
 class GlobalNorm(nn.Module):
-    """gLN of [B, ..., F]: zero mean and unit variance over all but the batch, then a gain and a shift per feature."""
+    """gLN of [B, ..., F]: normalise over all axes but the batch; gain and shift per feature."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -55,7 +68,8 @@ class GlobalNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised tensor, in fp32 or wider."""
-        # One group of torch's kernel, which takes [B, F, 1, M] in channels-last memory, our [B, M, F], as it is.
+        # One group of torch's kernel, which reads [B, F, 1, M] in channels-last memory, our
+        # [B, M, F], without a copy.
         rows_BMF = widen(x).reshape(x.shape[0], -1, x.shape[-1])
         channels_BF1M = rows_BMF.transpose(1, 2).unsqueeze(2)
         with torch.autocast(x.device.type, enabled=False):
@@ -64,7 +78,7 @@ class GlobalNorm(nn.Module):
 
 
 class Gate(nn.Module):
-    """A tanh of one 1x1 convolution times a sigmoid of another, [..., F] -> [..., F], ahead of the masks."""
+    """The tanh of one 1x1 convolution times the sigmoid of another, [..., F] -> [..., F]."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

@@ -10,12 +10,12 @@ from sepdist.models.checks import check_mixture
 
 
 def check_estimates(mixture_BT: Tensor, estimates_BST: Tensor, min_length: int) -> None:
-    """Refuse what is not a mixture [B, T] with estimates [B, S, T], T >= `min_length`."""
+    """Raise ValueError unless the shapes are [B, T] and [B, S, T] with T >= `min_length`."""
     check_mixture(mixture_BT, min_length)
     if estimates_BST.ndim != 3 or estimates_BST[:, 0].shape != mixture_BT.shape:
         raise ValueError(
-            f"estimates of shape {tuple(estimates_BST.shape)} for a mixture of shape {tuple(mixture_BT.shape)}: "
-            "expected [B, S, T] for [B, T]"
+            f"estimates of shape {tuple(estimates_BST.shape)} for a mixture of shape"
+            f" {tuple(mixture_BT.shape)}: expected [B, S, T] for [B, T]"
         )
 
 

@@ -1,20 +1,22 @@
-"""Sandglasset: mixture [B, T] in, one waveform per speaker [B, S, T] out, attention at a granularity that changes.
+"""Sandglasset: separates a mixture [B, T] into S waveforms [B, S, T], at several granularities.
 
-Lam, Wang, Su and Yu, "Sandglasset: A Light Multi-Granularity Self-attentive Network for Time-Domain Speech
-Separation", 2021: 2,296,705 parameters for two speakers at the defaults. The public versions disagree with each other;
-what is decided here, and why:
+Lam, Wang, Su and Yu, "Sandglasset: A Light Multi-Granularity Self-attentive Network for Time-Domain
+Speech Separation", 2021: 2,296,705 parameters for two speakers at the defaults. The public versions
+disagree with each other; the choices here, and the reasons:
 
-- A block samples the frames *inside* a chunk down and up (along K), by *depth-wise* convolutions whose kernel is their
-  stride, also where that is 1: only so the published 2.3 million parameters come out (full convolutions give 3.66).
+- A block resamples the frames *inside* a chunk (along K), by *depth-wise* convolutions whose kernel
+  is their stride, even where that is 1: only these give the published 2.3 million parameters (full
+  convolutions give 3.66 million).
 - The layer norm before the bottleneck has no gain and shift: the linear layer after it has both.
-- Within the attention, x = norm(x) + positions, then norm(x + dropout(attention(x))): dropout of what attention gives
-  and not of its weights, so that the fused kernel serves.
-- What block b gives is added to what block N - 1 - b gives, the two being of equal granularity. To add it to the
-  *input* of that block would mix it with a coarser one and double the input of the block after the middle.
-- Chunks have a whole chunk of padding on either side, as all dual-path models here but SepFormer.
+- In the attention, x = norm(x) + positions, then norm(x + dropout(attention(x))): dropout of the
+  attention's output, not of its weights, so that the fused kernel can be used.
+- The output of block b is added to that of block N - 1 - b, which has the same granularity. Adding
+  it to that block's *input* would mix it with a coarser one, and would double the input of the block
+  after the middle.
+- Padding is a whole chunk on either side, as in every dual-path model here but SepFormer.
 
-Inside, tensors are channels-last. Shapes: B batch, S speakers, T samples, N frames, E encoder filters, F features,
-C chunks, K frames of a chunk, Q = K / factor coarse frames.
+Tensors inside are channels-last. Shapes: B batch, S speakers, T samples, N frames, E encoder
+filters, F features, C chunks, K frames of a chunk, Q = K / factor coarse frames.
 """
 
 import torch
@@ -23,36 +25,35 @@ from torch import Tensor, nn
 
 from sepdist.models.attention import Attention, sinusoids
 from sepdist.models.checks import check_sizes
-from sepdist.models.dual_path import merge, segment, split, swapped
+from sepdist.models.dual_path import merge, run_lstm, segment, split, swapped
 from sepdist.models.frames import decode, encode, widen
-from sepdist.models.lstm import BiLSTM
 
 
 class LocalRecurrence(nn.Module):
-    """Bi-LSTM along the frames of each chunk, linear, layer norm, residual: [B, C, K, F] -> [B, C, K, F]."""
+    """Bi-LSTM within each chunk, linear, layer norm, residual: [B, C, K, F] -> [B, C, K, F]."""
 
-    def __init__(self, num_features: int, num_hidden: int, compile: bool) -> None:
+    def __init__(self, num_features: int, num_hidden: int) -> None:
         super().__init__()
-        self.lstm = BiLSTM(num_features, num_hidden, compile)
+        self.lstm = nn.LSTM(num_features, num_hidden, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(2 * num_hidden, num_features)
         self.norm = nn.LayerNorm(num_features)
 
     def forward(self, x_BCKF: Tensor) -> Tensor:
-        """The next x."""
-        hidden = self.lstm(x_BCKF.flatten(0, 1))
+        """Run along K."""
+        hidden = run_lstm(self.lstm, x_BCKF.flatten(0, 1))
         return x_BCKF + self.norm(widen(self.linear(hidden))).view_as(x_BCKF)
 
 
 class GlobalAttention(nn.Module):
-    """Sample down, attend along the chunks at each coarse frame, sample up: [B, C, K, F] -> [B, C, K, F]."""
+    """Downsample, attend across chunks at each coarse frame, upsample; [B, C, K, F] -> the same."""
 
     def __init__(self, num_features: int, num_heads: int, factor: int, dropout: float) -> None:
         super().__init__()
-        self.down_taps, self.up_taps = (
-            nn.Parameter(torch.empty(factor, num_features)) for _ in range(2)
-        )
-        self.down_bias, self.up_bias = (nn.Parameter(torch.empty(num_features)) for _ in range(2))
-        # As torch's depth-wise nn.Conv1d and nn.ConvTranspose1d start.
+        self.down_taps = nn.Parameter(torch.empty(factor, num_features))
+        self.up_taps = nn.Parameter(torch.empty(factor, num_features))
+        self.down_bias = nn.Parameter(torch.empty(num_features))
+        self.up_bias = nn.Parameter(torch.empty(num_features))
+        # The initial values of torch's depth-wise nn.Conv1d and nn.ConvTranspose1d.
         for parameter in (self.down_taps, self.up_taps, self.down_bias, self.up_bias):
             nn.init.uniform_(parameter, -(factor**-0.5), factor**-0.5)
         self.attention_norm = nn.LayerNorm(num_features)
@@ -61,7 +62,7 @@ class GlobalAttention(nn.Module):
         self.norm = nn.LayerNorm(num_features)
 
     def forward(self, x_BCKF: Tensor) -> Tensor:
-        """What is left of x at this block's granularity, with the other chunks in view."""
+        """Attend along C at this block's granularity."""
         factor = self.down_taps.shape[0]
         coarse_BCQF = (x_BCKF.unflatten(2, (-1, factor)) * self.down_taps).sum(3) + self.down_bias
         x = self.attention_norm(swapped(coarse_BCQF).flatten(0, 1))
@@ -74,10 +75,10 @@ class GlobalAttention(nn.Module):
 class Sandglasset(nn.Module):
     """Encoder, blocks of local recurrence and global attention, masks, decoder.
 
-    Of `num_blocks` blocks, block b samples down by 4 to the power of min(b, num_blocks - 1 - b). `output_parameters`
-    are the prefixes of the parameters that make particular speakers; `compile=False` runs torch's own LSTM.
+    Block b of `num_blocks` downsamples by 4^min(b, num_blocks - 1 - b).
     """
 
+    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)
 
     def __init__(
@@ -92,24 +93,21 @@ class Sandglasset(nn.Module):
         num_hidden: int = 128,
         num_heads: int = 8,
         dropout: float = 0.1,
-        compile: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(num_speakers, kernel_size, stride, chunk_size)
         factors = [4 ** min(block, num_blocks - 1 - block) for block in range(num_blocks)]
         if num_blocks < 1 or chunk_size % max(factors):
             raise ValueError(
-                f"chunk_size={chunk_size} with num_blocks={num_blocks}: choose a multiple of {max(factors, default=1)}"
-                " and at least one block"
+                f"chunk_size={chunk_size} with num_blocks={num_blocks}: choose a multiple of"
+                f" {max(factors, default=1)} and at least one block"
             )
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
         self.min_length, self.stride = kernel_size, stride
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.norm = nn.LayerNorm(num_filters, elementwise_affine=False)
         self.bottleneck = nn.Linear(num_filters, num_features)
-        self.local = nn.ModuleList(
-            LocalRecurrence(num_features, num_hidden, compile) for _ in factors
-        )
+        self.local = nn.ModuleList(LocalRecurrence(num_features, num_hidden) for _ in factors)
         self.coarse = nn.ModuleList(
             GlobalAttention(num_features, num_heads, factor, dropout) for factor in factors
         )
@@ -129,8 +127,7 @@ class Sandglasset(nn.Module):
                 finer.append(x)
             elif block > blocks_left:
                 x = x + finer.pop()
-        masks_BNSE = F.relu(
-            split(merge(self.prelu(x), encoded_BNE.shape[1]), self.mask_conv, self.num_speakers)
-        )
+        merged = merge(self.prelu(x), encoded_BNE.shape[1])
+        masks_BNSE = F.relu(split(merged, self.mask_conv, self.num_speakers))
         masked_BNSE = masks_BNSE * encoded_BNE.unsqueeze(2)
         return decode(masked_BNSE, self.decoder, self.stride, mixture_BT.shape[1])

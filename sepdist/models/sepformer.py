@@ -1,11 +1,13 @@
-"""SepFormer: mixture [B, T] in, one waveform per speaker [B, S, T] out, by attention in and across chunks.
+"""SepFormer: separates a mixture [B, T] into one waveform per speaker [B, S, T] by attention.
 
-Subakan et al., "Attention Is All You Need in Speech Separation", 2021, in the form that SpeechBrain published and
-trained: 25,679,361 parameters for two speakers, no dropout, and to rounding the same estimates. That form has norms
-the paper does not draw, one over each item before the chunks and one after each Transformer, and an even number of
-chunks. Inside, tensors are channels-last (dual_path.py).
+Subakan et al., "Attention Is All You Need in Speech Separation", 2021, in the form that SpeechBrain
+published and trained: 25,679,361 parameters for two speakers, no dropout, and the same estimates to
+rounding. That form has norms that the paper does not draw, one over each item before the chunks and
+one after each Transformer, and an even number of chunks. Tensors inside are channels-last
+(dual_path.py).
 
-Shapes: B batch, S speakers, T samples, N frames, F features, C chunks, K frames of a chunk, R sequences of L places.
+Shapes: B batch, S speakers, T samples, N frames, F features, C chunks, K frames of a chunk,
+M sequences of an item, R sequences of L places.
 """
 
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ NORM_EPS = 1e-6
 
 
 class TransformerLayer(nn.Module):
-    """Norm, attention, residual; norm, two 1x1 with a ReLU between, residual: [R, L, F] -> [R, L, F]."""
+    """Norm, attention, residual; norm, linear, ReLU, linear, residual: [R, L, F] -> [R, L, F]."""
 
     def __init__(self, num_features: int, num_heads: int, num_hidden: int) -> None:
         super().__init__()
@@ -32,46 +34,40 @@ class TransformerLayer(nn.Module):
         self.down = nn.Linear(num_hidden, num_features)
 
     def forward(self, x_RLF: Tensor) -> Tensor:
-        """No sequence sees another."""
+        """Transform each sequence by itself."""
         x_RLF = x_RLF + self.attention(self.attention_norm(x_RLF))
         return x_RLF + self.down(F.relu(self.up(self.norm(x_RLF))))
 
 
 class Transformer(nn.Module):
-    """Positions, layers, layer norm, and gLN over all sequences of an item, residual: [B, M, L, F] -> [B, M, L, F]."""
+    """Positions, layers, layer norm, gLN over the item, residual: [B, M, L, F] -> the same."""
 
     def __init__(
-        self,
-        num_features: int,
-        num_layers: int,
-        num_heads: int,
-        num_hidden: int,
-        checkpointed: bool,
+        self, num_features: int, num_layers: int, num_heads: int, num_hidden: int, recompute: bool
     ) -> None:
         super().__init__()
-        self.checkpointed = checkpointed
-        self.layers = nn.ModuleList(
-            TransformerLayer(num_features, num_heads, num_hidden) for _ in range(num_layers)
-        )
+        self.recompute = recompute
+        sizes = (num_features, num_heads, num_hidden)
+        self.layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(num_layers))
         self.layer_norm = nn.LayerNorm(num_features, eps=NORM_EPS)
         self.global_norm = GlobalNorm(num_features)
 
     def forward(self, x_BMLF: Tensor) -> Tensor:
-        """Attends along L, in each of M sequences of an item."""
+        """Attend along L."""
         x = (x_BMLF + sinusoids(x_BMLF.shape[2], x_BMLF)).flatten(0, 1)
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
         return x_BMLF + self.global_norm(self.layer_norm(x).view_as(x_BMLF))
 
 
 class SepFormer(nn.Module):
-    """Encoder, Transformers along the frames of each chunk (intra) and along the chunks (inter), masks, decoder.
+    """Encoder, Transformers within and across chunks that mask the encoded frames, decoder.
 
-    `output_parameters` are the prefixes of the parameters that make particular speakers: the 1x1 convolution that
-    splits the features, which a new task starts afresh. `checkpoint_activations` keeps for the backward pass only what
-    enters each layer and computes the rest again: less memory, a third more time, the same bits.
+    `checkpoint_activations` keeps only each layer's input for the backward pass and recomputes the
+    rest: less memory, a third more time, the same bits.
     """
 
+    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)
 
     def __init__(
@@ -111,20 +107,19 @@ class SepFormer(nn.Module):
         x = to_chunks(widen(self.bottleneck(self.norm(encoded_BNF))), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(inter(swapped(intra(x))))
-        y_BNSF = split(
-            from_chunks(self.prelu(x), encoded_BNF.shape[1]), self.mask_conv, self.num_speakers
-        )
+        merged = from_chunks(self.prelu(x), encoded_BNF.shape[1])
+        y_BNSF = split(merged, self.mask_conv, self.num_speakers)
         masks_BNSF = F.relu(self.mask_out(self.gate(y_BNSF)))
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
         return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
 
 
 def to_chunks(frames_BNF: Tensor, chunk_size: int) -> Tensor:
-    """Half-overlapping chunks [B, C, K, F] from half a chunk before the first frame on; C is even."""
+    """Half-overlapping chunks [B, C, K, F] that begin half a chunk early; C is even."""
     chunks = segment(frames_BNF, chunk_size)[:, 1:]
     return F.pad(chunks, (0, 0, 0, 0, 0, chunks.shape[1] % 2))
 
 
 def from_chunks(chunks_BCKF: Tensor, num_frames: int) -> Tensor:
-    """The overlap-add [B, N, F] of such chunks."""
+    """Overlap-add [B, N, F] of `to_chunks`'s chunks."""
     return merge(F.pad(chunks_BCKF, (0, 0, 0, 0, 1, 0)), num_frames)

@@ -1,7 +1,7 @@
-"""The SI-SNR estimator of REAL-M, paper 2's baseline: a mixture and estimates in, the SI-SNR in dB of each out.
+"""REAL-M's SI-SNR estimator, the baseline of paper 2: five convolutions, statistics, a small MLP.
 
-Subakan et al., "REAL-M: Towards Speech Separation on Real Mixtures", 2022, as SpeechBrain published it: 329,857
-parameters over the channels [estimate, mixture], one estimate at a time.
+Subakan et al., "REAL-M: Towards Speech Separation on Real Mixtures", 2022, as SpeechBrain published
+it: 329,857 parameters over the channels [estimate, mixture], one estimate at a time.
 
 Shapes: B batch, S sources, T samples, N frames, F features.
 """
@@ -19,10 +19,11 @@ STRIDES = (1, 2, 2, 2, 2)
 class SISNREstimator(nn.Module):
     """Five convolutions with ReLU between them, mean and deviation over time, two linear layers.
 
-    `clipped`: ten times a sigmoid, so 0 to 10 dB, as published; else the number itself, at true scale.
+    With `clipped`, as published, predictions are ten times a sigmoid, so 0 to 10 dB; otherwise they
+    are unbounded.
     """
 
-    is_judge = True
+    estimates_si_snr = True
     output_parameters: tuple[str, ...] = ("head.2",)
 
     def __init__(self, clipped: bool = True) -> None:
@@ -35,9 +36,8 @@ class SISNREstimator(nn.Module):
         for number, stride in enumerate(STRIDES):
             if number:
                 self.convolutions.append(nn.ReLU())
-            self.convolutions.append(
-                nn.Conv1d(NUM_FEATURES if number else 2, NUM_FEATURES, KERNEL_SIZE, stride)
-            )
+            num_inputs = NUM_FEATURES if number else 2
+            self.convolutions.append(nn.Conv1d(num_inputs, NUM_FEATURES, KERNEL_SIZE, stride))
         self.head = nn.Sequential(
             nn.Linear(2 * NUM_FEATURES, 2 * NUM_FEATURES), nn.ReLU(), nn.Linear(2 * NUM_FEATURES, 1)
         )
@@ -48,9 +48,6 @@ class SISNREstimator(nn.Module):
         pairs = torch.stack([estimates_BST, mixture_BT.unsqueeze(1).expand_as(estimates_BST)], 2)
         features_BFN = self.convolutions(standardise(pairs.flatten(0, 1).float())).float()
         deviation_BF = (features_BFN.var(2, correction=0) + EPS).sqrt()
-        logits = (
-            self.head(torch.cat([features_BFN.mean(2), deviation_BF], 1))
-            .float()
-            .view(estimates_BST.shape[:2])
-        )
-        return 10 * torch.sigmoid(logits) if self.clipped else logits
+        statistics = torch.cat([features_BFN.mean(2), deviation_BF], 1)
+        logits_BS = self.head(statistics).float().view(estimates_BST.shape[:2])
+        return 10 * torch.sigmoid(logits_BS) if self.clipped else logits_BS

@@ -1,4 +1,4 @@
-"""The context network: sizes of the paper, torch's own Transformer layer as oracle, and nothing hidden leaks."""
+"""Context network: the paper's sizes, torch's Transformer layer as oracle, no leaks."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_without_hidden_frames_it_is_the_separator() -> None:
     assert torch.equal(model(mixture), model.separator(mixture))
 
 
-def test_the_features_are_what_masks_are_made_of() -> None:
+def test_features_are_the_rectified_output_of_the_mask_layer() -> None:
     torch.manual_seed(0)
     model, mixture = ConvTasNet(1, 16, 16, 8, 8, 12, 8, 2, 1, compile=False), torch.randn(2, 300)
     seen = []
@@ -82,5 +82,5 @@ def test_sizes_that_cannot_work_are_refused_by_name(options: dict, words: str) -
 
 
 def test_a_separator_without_features_is_refused_by_its_name() -> None:
-    with pytest.raises(ValueError, match="Conv1d gives no features"):
+    with pytest.raises(ValueError, match="Conv1d has no features"):
         ContextModel(nn.Conv1d(1, 1, 1))

@@ -1,4 +1,4 @@
-"""Chunks against torch's own unfold and fold, and the norm against its formula."""
+"""Chunks against torch's unfold and fold, and the norm against its formula."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from sepdist.models.dual_path import GlobalNorm, merge, segment
 
 
 def unfolded(frames: Tensor, chunk_size: int) -> Tensor:
-    """[B, N, F] -> [B, C, K, F] by torch's unfold with a chunk of padding on both sides and half a chunk of stride."""
+    """[B, N, F] -> [B, C, K, F] by torch's unfold: a chunk of padding, half a chunk of stride."""
     columns = F.unfold(
         frames.mT[..., None], (chunk_size, 1), padding=(chunk_size, 0), stride=(chunk_size // 2, 1)
     )

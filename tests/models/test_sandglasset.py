@@ -1,4 +1,4 @@
-"""Sandglasset against torch's own LSTM, attention and convolutions, channels first, and as a model here."""
+"""Sandglasset against torch's LSTM, attention and convolutions, channels first."""
 
 import pytest
 import torch
@@ -7,18 +7,15 @@ from torch import Tensor, nn
 
 from sepdist.models.sandglasset import GlobalAttention, Sandglasset
 from tests.support.model_checks import (
-    depend_on_speakers,
     gradients,
     improvement_learnt,
-    moved_differ,
     relative,
     shaken,
-    torch_lstm,
 )
 
 
 def small(**changes: object) -> Sandglasset:
-    """A model with every size different, and weights under which every term of the arithmetic counts."""
+    """A model whose sizes all differ, with weights that make every term of the arithmetic count."""
     torch.manual_seed(0)
     sizes = {
         "num_filters": 14,
@@ -28,7 +25,7 @@ def small(**changes: object) -> Sandglasset:
         "chunk_size": 32,
         "num_hidden": 5,
     }
-    others = {"num_speakers": 2, "num_blocks": 5, "num_heads": 3, "compile": False}
+    others = {"num_speakers": 2, "num_blocks": 5, "num_heads": 3}
     return shaken(Sandglasset(**(others | sizes | changes)))
 
 
@@ -48,7 +45,7 @@ def textbook(model: Sandglasset, mixture: Tensor) -> Tensor:
     outputs: list[Tensor] = []
     for block, (local, coarse) in enumerate(zip(model.local, model.coarse, strict=True)):
         rows = x.permute(0, 3, 2, 1).flatten(0, 1)
-        rows = local.linear(torch_lstm(rows, local.lstm))
+        rows = local.linear(local.lstm(rows)[0])
         x = x + norm(
             rows.unflatten(0, (batch, chunks)).permute(0, 3, 2, 1),
             local.norm.weight,
@@ -136,25 +133,9 @@ def test_dropout_follows_the_seed_in_training_and_is_off_in_evaluation() -> None
     assert torch.equal(estimates(1), estimates(2))
 
 
-def test_the_estimates_are_as_long_as_the_mixture_at_any_length() -> None:
-    for changes in ({}, {"kernel_size": 10, "stride": 3}, {"num_speakers": 3}):
-        model = small(**changes)
-        for length in (model.min_length, model.min_length + 1, 97, 400, 403):
-            assert model(torch.randn(2, length)).shape == (2, model.num_speakers, length)
-
-
-@pytest.mark.parametrize("shape", [(1, 7), (100,), (1, 1, 100)])
-def test_a_mixture_of_another_shape_is_refused_with_it(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"\(" + str(shape[0])):
-        small()(torch.zeros(shape))
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stride": 9}, "stride=9"),
-        ({"num_heads": 5}, "=5"),
-        ({"num_speakers": 0}, "=0"),
         ({"chunk_size": 40}, "chunk_size=40.*16"),
         ({"num_blocks": 0}, "num_blocks=0"),
     ],
@@ -164,37 +145,6 @@ def test_sizes_that_cannot_work_are_refused_by_name(changes: dict, words: str) -
         small(**changes)
 
 
-def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers() -> None:
-    names = {
-        name
-        for name, _ in small().named_parameters()
-        if name.startswith(Sandglasset.output_parameters)
-    }
-    assert depend_on_speakers(small) == names != set()
-
-
-def test_bf16_autocast_is_near_fp32() -> None:
-    model = small().eval()
-    mixture = torch.randn(2, 400)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        estimates = model(mixture)
-    estimates.square().sum().backward()
-    assert estimates.dtype == torch.float32 and relative(estimates, model(mixture)) < 0.05
-    assert all(
-        p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters()
-    )
-
-
-def test_where_the_parameters_lie_in_memory_changes_no_bit() -> None:
-    assert moved_differ(small().eval(), torch.randn(2, 400)) == []
-
-
-def test_a_silent_mixture_gives_finite_estimates_and_gradients() -> None:
-    model = small()
-    model(torch.zeros(2, 100)).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
 def test_some_steps_on_one_batch_learn_it() -> None:
     torch.manual_seed(0)
     first, last = improvement_learnt(Sandglasset(2, 32, 16, 8, 16, 16, 3, 64, 2), 5e-3)
@@ -202,6 +152,6 @@ def test_some_steps_on_one_batch_learn_it() -> None:
 
 
 def test_the_paper_size_goes_forward_and_back_over_a_second() -> None:
-    model = Sandglasset(compile=False)
+    model = Sandglasset()
     model(torch.randn(1, 8000)).square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""REAL-M's estimator against its arithmetic written out, and what the system relies on."""
+"""REAL-M's estimator against its arithmetic in numpy."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def built(**changes: bool) -> SISNREstimator:
 
 
 def by_hand(model: SISNREstimator, mixture: Tensor, estimate: Tensor) -> float:
-    """One number before the sigmoid, by numpy."""
+    """The logit of one estimate, in numpy."""
     x = np.stack(
         [(w.numpy() - w.numpy().mean()) / w.numpy().std() for w in (estimate, mixture)]
     ).astype(np.float64)
@@ -59,7 +59,7 @@ def test_levels_and_the_other_estimates_do_not_matter() -> None:
     torch.testing.assert_close(model(mixture, estimates.flip(1)), both.flip(1))
 
 
-def test_any_length_from_the_least_up_is_judged_and_less_is_refused() -> None:
+def test_any_length_from_min_length_up_is_estimated_and_less_is_refused() -> None:
     model = built()
     assert model.min_length == 49
     for length in (49, 50, 333):

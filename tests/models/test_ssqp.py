@@ -1,4 +1,4 @@
-"""SSQP-Net against its equations by hand and the encoders against transformers' own; nothing here downloads."""
+"""SSQP-Net against its equations in numpy, encoders against transformers; without downloads."""
 
 import builtins
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from sepdist import config
 from sepdist.inference.export import load_model
 from sepdist.models.speech_encoders import SPEECH_LEVEL, log_mel, speech_encoder, upsample
-from sepdist.models.ssqp import SSQPNet, as_heard
+from sepdist.models.ssqp import SSQPNet, fit_levels
 from sepdist.objectives.quality import Quality
 from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
 from tests.support.batches import batch_of, voices
@@ -38,7 +38,7 @@ MEL: dict[str, Any] = {
 TINY = {family: {"model_type": family} | WAVE for family in ("wav2vec2", "hubert", "wavlm")}
 TINY["whisper"] = {"model_type": "whisper"} | MEL
 FAMILIES = sorted(TINY)
-WHOLE = {  # as published checkpoints are: with a head or a decoder, and in half precision
+WHOLE = {  # like published checkpoints: with a head or a decoder, and in half precision
     "wav2vec2": "Wav2Vec2ForPreTraining",
     "hubert": "HubertForCTC",
     "wavlm": "WavLMModel",
@@ -68,7 +68,7 @@ def speech(num_items: int = 2, num_samples: int = 2000, seed: int = 0) -> tuple[
 
 
 def stored(family: str, folder: Path) -> str:
-    """A folder as from a model hub, of random weights."""
+    """A folder like a model hub's download, with random weights."""
     torch.manual_seed(1)
     values = TINY[family] | (
         DECODER | {"begin_suppress_tokens": None} if family == "whisper" else REST
@@ -82,7 +82,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).detach().norm() / expected.detach().norm())
 
 
-# The way to the encoder's rate
+# Upsampling
 
 
 def test_upsampling_keeps_the_samples_and_is_soxrs_in_between() -> None:
@@ -131,7 +131,7 @@ def test_whispers_encoder_agrees_with_transformers_where_its_input_is_whole() ->
     wave = torch.randn(2, encoder.max_samples)
     expected = encoder.model(log_mel(SPEECH_LEVEL * wave, 80)).last_hidden_state
     torch.testing.assert_close(encoder(wave), expected)
-    # A shorter one has the first positions; the convolutions are local, so the first frames enter the layers alike.
+    # A shorter input has the first positions only.
     assert encoder(wave[:, :8000]).shape == (2, 25, 32)
 
 
@@ -205,7 +205,7 @@ def test_levels_signs_and_offsets_of_the_inputs_do_not_matter(family: str) -> No
     )
 
 
-def test_each_estimate_is_judged_alone_in_otfs_and_beside_the_others_in_otfp() -> None:
+def test_otfs_encodes_each_estimate_alone_and_otfp_all_together() -> None:
     mixture, estimates = speech()
     changed = torch.stack([estimates[:, 0], torch.randn(2, 2000)], 1)
     for mode, same in (("otfs", True), ("otfp", False)):
@@ -215,23 +215,21 @@ def test_each_estimate_is_judged_alone_in_otfs_and_beside_the_others_in_otfp() -
     assert small(mode="otfs")(mixture, torch.randn(2, 5, 2000)).shape == (2, 5)
 
 
-def test_what_is_longer_than_whisper_takes_is_judged_in_equal_windows_of_all_segments() -> None:
+def test_inputs_longer_than_whisper_takes_are_encoded_in_equal_windows_of_all_segments() -> None:
     model = small(encoder=TINY["whisper"] | {"max_source_positions": 30}).eval()
     assert model.encoder.max_samples == 9600  # 1,600 samples of each of three segments at 8 kHz
     mixture, estimates = speech(num_samples=4000)
-    segments = upsample(as_heard(torch.cat([mixture[:, None], estimates], 1)), 2)
+    segments = upsample(fit_levels(torch.cat([mixture[:, None], estimates], 1)), 2)
     pieces = [segments[..., :2667], segments[..., 2667:5334], segments[..., 5334:]]
     features = torch.cat([model.encoder(piece.flatten(1)) for piece in pieces], 1)
     torch.testing.assert_close(model(mixture, estimates), model.head(features.mean(1)))
 
 
-def test_a_judge_with_a_window_says_of_a_longer_input_the_mean_of_what_it_says_of_the_pieces() -> (
-    None
-):
+def test_a_longer_input_than_window_seconds_gets_the_mean_estimate_of_its_windows() -> None:
     model = small("whisper", window_seconds=0.125).eval()
     mixture, estimates = speech(num_samples=3000)
-    heard = as_heard(torch.cat([mixture[:, None], estimates], 1))
-    pieces = upsample(heard, 2).split(2000, 2)
+    levelled = fit_levels(torch.cat([mixture[:, None], estimates], 1))
+    pieces = upsample(levelled, 2).split(2000, 2)
     expected = [model.head(model.encoder(piece.flatten(1)).mean(1)) for piece in pieces]
     torch.testing.assert_close(model(mixture, estimates), torch.stack(expected).mean(0))
     whole = small("whisper").eval()
@@ -244,7 +242,7 @@ def test_a_judge_with_a_window_says_of_a_longer_input_the_mean_of_what_it_says_o
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_length_from_the_least_up_is_judged(family: str) -> None:
+def test_any_length_from_min_length_up_is_estimated(family: str) -> None:
     model = small(family)
     for mode in (True, False):
         model.train(mode)
@@ -257,7 +255,7 @@ def test_any_length_from_the_least_up_is_judged(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_frozen_judge_passes_gradients_to_the_estimates_and_takes_none(
+def test_a_frozen_estimator_passes_gradients_to_the_estimates_and_takes_none(
     family: str, checkpointed: bool
 ) -> None:
     model = small(family, gradient_checkpointing=checkpointed).eval().requires_grad_(False)
@@ -370,11 +368,11 @@ def test_a_hundred_steps_on_one_batch_learn_it() -> None:
     assert errors[0] > 8 and np.mean(errors[-10:]) < 2
 
 
-# Weights from elsewhere, and checkpoints that need them no more
+# Pre-trained weights, and checkpoints that do not need them
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_of_a_model_from_a_folder_needs_the_folder_no_more(
+def test_a_checkpoint_of_a_model_from_a_folder_does_not_need_the_folder(
     family: str, tmp_path: Path
 ) -> None:
     place = stored(family, tmp_path / "hub")
@@ -446,7 +444,7 @@ def test_a_folder_without_the_weights_of_the_encoder_is_refused(tmp_path: Path) 
         SSQPNet(pretrained=str(tmp_path))
 
 
-def test_a_hub_that_cannot_be_reached_is_one_error_that_says_what_to_give_instead(
+def test_an_unreachable_hub_is_one_error_that_says_what_to_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def unreachable(source: str, **options: Any) -> None:
@@ -461,7 +459,7 @@ def test_a_hub_that_cannot_be_reached_is_one_error_that_says_what_to_give_instea
 
 
 def test_a_folder_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none/at/all: no such folder"):
+    with pytest.raises(ValueError, match=r"none/at/all: not a local folder"):
         SSQPNet(pretrained=str(tmp_path / "none/at/all"))
 
 
@@ -488,12 +486,12 @@ def test_without_transformers_one_error_says_what_to_install(
         ({"encoder": None}, "model_type=None: give model.pretrained.*whisper"),
         ({"encoder": {"model_type": "bert"}}, "model_type=bert.*wav2vec2"),
         ({"encoder": TINY["hubert"] | {"hiden_size": 8}}, "a hubert has no hiden_size"),
-        ({"encoder": TINY["hubert"] | {"layerdrop": 0.1}}, "layerdrop=0.1: stays 0.0"),
+        ({"encoder": TINY["hubert"] | {"layerdrop": 0.1}}, "layerdrop=0.1: must stay 0.0"),
         ({"num_layers": 3}, "num_layers=3: this wav2vec2 has 1 to 2"),
         ({"freeze": "all"}, "none, convolutions or encoder"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+def test_wrong_arguments_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         small(**changes)
 

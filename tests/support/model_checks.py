@@ -1,4 +1,4 @@
-"""How the tests of the models compare: distances, gradients, torch's LSTM on our parameters, a batch that is learnt."""
+"""Helpers of the model tests: distances, gradients, moved parameters, a batch to learn."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.lstm import BiLSTM
 from sepdist.objectives.separation import Separation
 from tests.support.batches import batch_of, voices
 
 
 def shaken(model: Any) -> Any:
-    """The model with weights under which every term of the arithmetic counts."""
+    """The model with weights that make every term of the arithmetic count."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -26,7 +25,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 def gradients(
     model: nn.Module, mixture: Tensor, forward: Callable[..., Tensor] | None = None
 ) -> list[Tensor]:
-    """Of a random linear function of the estimates, with respect to the mixture and every parameter."""
+    """Gradients of a random linear function of the estimates: of the mixture, then parameters."""
     mixture = mixture.detach().requires_grad_()
     estimates = forward(model, mixture) if forward else model(mixture)
     weights = torch.randn(
@@ -37,7 +36,10 @@ def gradients(
 
 
 def moved_differ(model: nn.Module, mixture: Tensor) -> list[tuple[int, str]]:
-    """Where gradients change a bit when all parameters lie in one buffer, as at ZeRO >= 1: (its first place, name)."""
+    """(offset, name) of each gradient that changes when all parameters lie in one buffer.
+
+    They do at ZeRO >= 1.
+    """
     names = ["mixture", *(name for name, _ in model.named_parameters())]
     expected = gradients(model, mixture)
     parameters = list(model.parameters())
@@ -51,21 +53,6 @@ def moved_differ(model: nn.Module, mixture: Tensor) -> list[tuple[int, str]]:
         pairs = zip(names, gradients(model, mixture), expected, strict=True)
         differ += [(first, name) for name, got, wanted in pairs if not torch.equal(got, wanted)]
     return differ
-
-
-def torch_lstm(x: Tensor, ours: BiLSTM) -> Tensor:
-    """torch's own on our parameters."""
-    theirs = nn.LSTM(
-        x.shape[-1], ours.hidden_weight.shape[-1], bidirectional=True, batch_first=True
-    ).to(x.dtype)
-    weights = {
-        f"{name}_l0{suffix}": own[direction]
-        for own, name in zip(
-            ours.parameters(), ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), strict=True
-        )
-        for direction, suffix in enumerate(("", "_reverse"))
-    }
-    return torch.func.functional_call(theirs, weights, (x,))[0]
 
 
 def depend_on_speakers(small: Callable[..., nn.Module]) -> set[str]:
