@@ -1,4 +1,4 @@
-"""tools/shard_data.py: what it writes, that it resumes to the same bytes, and what it says when something is wrong."""
+"""sepdist shard: what it writes, that it resumes to the same bytes, and its errors."""
 
 import hashlib
 import json
@@ -86,7 +86,8 @@ def test_every_record_is_in_the_shards_in_the_order_of_the_corpus(small: Path) -
     records = list(DemoCorpus(num_dev=5).records("dev"))
     for (shard, sample), record in zip(samples, records, strict=True):
         assert sample.key == record.id and sample.speakers == record.speakers
-        found = shards.read_sample(small / shard.name, sample, ["s1", "s2", "noise"])
+        with open(small / shard.name, "rb") as tar:
+            found = shards.read_sample(tar, sample, ["s1", "s2", "noise"])
         for name, wave in record.load().items():
             np.testing.assert_allclose(found[name], wave, atol=0.5001 / 32768)
 
@@ -95,7 +96,7 @@ def test_info_and_verify_describe_a_sound_data_set(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert shard_data.main(["verify", f"output={small}"]) == 0
-    assert "sound: 3 shards, 5 samples" in capsys.readouterr().out
+    assert "intact: 3 shards, 5 samples" in capsys.readouterr().out
     assert shard_data.main(["info", f"output={small}"]) == 0
     shown = capsys.readouterr().out
     assert (
@@ -156,7 +157,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
         start(["write", *LONGER, f"output={output}"]), output, signal.SIGINT
     )
     assert status == 130
-    assert "The same command goes on" in error and "Traceback" not in error
+    assert "The same command continues" in error and "Traceback" not in error
     assert not (output / "manifest.json").exists()
 
 
@@ -171,7 +172,7 @@ def test_two_ray_workers_one_of_them_killed_write_the_same_bytes_as_one_process(
     while not (workers and list(output.glob("*.tar"))):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         children = psutil.Process(process.pid).children(recursive=True)
-        workers = [child for child in children if "ray::_write_in_task" in title(child)]
+        workers = [child for child in children if "ray::write_job" in title(child)]
     workers[0].kill()
     shown, error = process.communicate(timeout=180)
     assert process.returncode == 0, error
