@@ -1,4 +1,4 @@
-"""A connection to Ray: a number of CPUs in, this job's cluster or a small Ray of this machine out."""
+"""Connect to Ray, this job's cluster or a small one on this machine, and run tasks in it."""
 
 import contextlib
 import itertools
@@ -14,10 +14,11 @@ from sepdist.config import ConfigError
 def connected(
     num_cpus: int, *, address: str | None = None, verbose: bool = False
 ) -> Iterator[None]:
-    """Be connected to Ray inside: to `address`, to RAY_ADDRESS (as `ray job submit` sets it), or to a Ray started here.
+    """Connect to `address`, to RAY_ADDRESS (set by `ray job submit`) or to a Ray started here.
 
-    One started here counts at least `num_cpus` logical CPUs, so that more workers than cores may share the machine;
-    `verbose` shows its processes' output. A connection that was there before is used and left alone.
+    A Ray started here has at least `num_cpus` logical CPUs, so that more workers than cores can
+    share the machine; `verbose` shows its processes' output. An existing connection is reused and
+    stays open.
     """
     import ray
 
@@ -30,7 +31,7 @@ def connected(
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
     else:
-        # Ray protects a local cluster by a token of its own accord, and says so each time.
+        # Ray protects a local cluster by a token and logs that every time.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
             logging.ERROR
         )
@@ -40,7 +41,7 @@ def connected(
             include_dashboard=False,
             object_store_memory=200_000_000,  # nothing large goes through it
             logging_level=logging.ERROR,
-            # Without a dashboard Ray's own actors complain to the driver every second.
+            # Without a dashboard Ray's own actors log errors to the driver every second.
             log_to_driver=verbose,
         )
     try:

@@ -338,16 +338,16 @@ def test_a_fault_that_passes_is_survived_and_logged(
 ) -> None:
     data = noise(300_000)
     storage.put_bytes(f"s3://{bucket}/x", data)
-    spoilt = iter([fault] * 3)
+    faults = iter([fault] * 3)
     proxy = FaultyProxy(
-        s3_env.ports["s3"], lambda number, line: next(spoilt, "") if line.startswith("GET") else ""
+        s3_env.ports["s3"], lambda number, line: next(faults, "") if line.startswith("GET") else ""
     )
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     with caplog.at_level(logging.WARNING):
         assert storage.read_bytes(f"s3://{bucket}/x") == data
     proxy.close()
     assert (
-        next(spoilt, None) is None
+        next(faults, None) is None
         and f"s3://{bucket}/x" in caplog.text
         and "attempt 1 of 6" in caplog.text
     )

@@ -79,7 +79,7 @@ def through(
         proxy.close()
 
 
-def num_spoilt(proxy: FaultyProxy) -> int:
+def num_faults(proxy: FaultyProxy) -> int:
     return sum(not line.endswith("HTTP/1.1") for line in proxy.requests)
 
 
@@ -135,7 +135,7 @@ def test_a_run_writes_and_reads_its_checkpoints_through_any_fault_that_passes(
     proxy, run_dir = through(Dice(0, faults)), f"s3://{bucket}/run"
     writer = write_run(run_dir)
     assert_equal(load_newest(run_dir), snapshot(3))
-    assert writer.num_failed == 0 and num_spoilt(proxy) > 5
+    assert writer.num_failed == 0 and num_faults(proxy) > 5
     (only,) = find_committed(f"{run_dir}/checkpoints")
     assert (
         only.step == 3
@@ -337,7 +337,7 @@ def test_the_loader_gives_the_same_bits_through_any_fault_that_passes(
     url, wanted = data_set
     proxy = through(Dice(seed, ("delay:0.05", "503", "reset", "lose", "cut")))
     assert_same_bits(batches(url, tmp_path / "cache"), wanted)
-    assert num_spoilt(proxy) > 5
+    assert num_faults(proxy) > 5
 
 
 def test_the_loader_goes_on_through_a_restart_of_the_server(

@@ -1,7 +1,7 @@
 """Cut one split of a corpus into shards, check a data set, or describe it.
 
     sepdist shard write corpus=demo split=train output=demo/data/train num_workers=2
-    sepdist shard write corpus=librimix corpus.generated=/data/Libri2Mix split=test output=s3://b/test
+    sepdist shard write corpus=librimix corpus.generated=Libri2Mix split=dev output=s3://bucket/dev
     sepdist shard verify output=demo/data/train
     sepdist shard info output=demo/data/train
 

@@ -108,6 +108,7 @@ def plan(cfg: ShardConfig, corpus: Any) -> list[ShardJob]:
 
 def subset_of(records: list[Any], first: float, last: float) -> list[Any]:
     """A fixed random subset: fractions [first, last) of a seeded shuffle, in corpus order."""
+    # "part" was once the name of a subset; another purpose would draw other subsets.
     keys = rng(0, "part").bit_generator.random_raw(len(records))
     shuffled = np.argsort(keys, kind="stable")
     chosen = shuffled[round(first * len(records)) : round(last * len(records))]

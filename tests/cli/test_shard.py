@@ -142,6 +142,19 @@ def test_shards_of_other_settings_are_not_mixed_in(
     assert contents(small) == before
 
 
+def test_a_source_yaml_with_the_old_key_part_is_read_as_subset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["write", *SMALL, f"output={tmp_path}"]
+    assert shard_data.main([*command, "subset=[0.0,0.5]"]) == 0
+    source = tmp_path / "source.yaml"
+    text = source.read_text()
+    source.write_text(text.replace("subset:", "part:"))
+    assert "subset:" in text and shard_data.main([*command, "subset=[0.0,0.5]"]) == 0
+    assert shard_data.main([*command, "subset=[0.5,1.0]"]) == 1
+    assert "subset was [0.0, 0.5], is [0.5, 1.0]" in capsys.readouterr().err
+
+
 def test_killed_and_started_again_it_makes_the_same_bytes(longer: Path, tmp_path: Path) -> None:
     output = tmp_path / "train"
     command = ["write", *LONGER, f"output={output}"]
@@ -162,11 +175,11 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("ray")
-def test_two_ray_workers_one_of_them_killed_write_the_same_bytes_as_one_process(
+def test_ray_workers_one_of_them_killed_write_the_same_bytes_as_one_process(
     longer: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "train"
-    process = start(["write", *LONGER, f"output={output}", "num_workers=2"])
+    process = start(["write", *LONGER, f"output={output}", "num_workers=-1"])
     deadline = time.monotonic() + 120
     workers: list[psutil.Process] = []
     while not (workers and list(output.glob("*.tar"))):
@@ -207,7 +220,7 @@ def test_source_yaml_says_what_made_the_shards(small: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["shred"], "no verb 'shred'"),
         (["write", "corpus=demo", "split=dev"], "output"),
@@ -228,13 +241,15 @@ def test_source_yaml_says_what_made_the_shards(small: Path) -> None:
     ],
 )
 def test_an_error_is_one_line_that_names_the_thing_at_fault(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     output = tmp_path / "out"
     assert shard_data.main([word.replace("OUT", str(output)) for word in arguments]) == 1
     shown = capsys.readouterr()
     assert (
-        said in shown.err and shown.err.startswith("error: ") and len(shown.err.splitlines()) == 1
+        expected in shown.err
+        and shown.err.startswith("error: ")
+        and len(shown.err.splitlines()) == 1
     )
     assert not list(tmp_path.rglob("*.tar"))
 

@@ -228,8 +228,8 @@ def test_a_damaged_copy_is_fetched_again(
     check_readable(cache_of(remote), 0)
     (copy,) = (tmp_path / "cache").glob("*.tar")
     content = copy.read_bytes()
-    for spoilt in (content[:-512], b"x" + content[1:], b""):
-        copy.write_bytes(spoilt)
+    for damaged in (content[:-512], b"x" + content[1:], b""):
+        copy.write_bytes(damaged)
         with caplog.at_level(logging.WARNING):
             check_readable(cache_of(remote), 0)
         assert copy.read_bytes() == content

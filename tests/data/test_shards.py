@@ -267,7 +267,7 @@ def test_members_are_sorted_by_their_numbers(tmp_path: Path) -> None:
 # Records that cannot be stored.
 
 
-def spoilt(member: str, change: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+def damaged(member: str, change: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
     waves = waves_of(1)
     return waves | {member: change(waves[member].copy())}
 
@@ -283,21 +283,21 @@ def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
 @pytest.mark.parametrize(
     ("waves", "problem"),
     [
-        (spoilt("s2", lambda wave: wave[:0]), "broken-7', s2: empty"),
-        (spoilt("s1", lambda wave: wave * 0), "broken-7', s1: silent"),
-        (spoilt("s1", lambda wave: wave * 2.0**-17), "broken-7', s1: silent"),
+        (damaged("s2", lambda wave: wave[:0]), "broken-7', s2: empty"),
+        (damaged("s1", lambda wave: wave * 0), "broken-7', s1: silent"),
+        (damaged("s1", lambda wave: wave * 2.0**-17), "broken-7', s1: silent"),
         (
-            spoilt("noise", with_value(np.nan)),
+            damaged("noise", with_value(np.nan)),
             "broken-7', noise: NaN or infinite, first at sample 100",
         ),
-        (spoilt("s1", with_value(-np.inf)), "broken-7', s1: NaN or infinite, first at sample 100"),
-        (spoilt("s2", with_value(1.001)), r"broken-7', s2: outside \[-1, 1\], its peak is 1.001"),
-        (spoilt("s2", lambda wave: wave[:-1]), "broken-7': its members have different lengths"),
+        (damaged("s1", with_value(-np.inf)), "broken-7', s1: NaN or infinite, first at sample 100"),
+        (damaged("s2", with_value(1.001)), r"broken-7', s2: outside \[-1, 1\], its peak is 1.001"),
+        (damaged("s2", lambda wave: wave[:-1]), "broken-7': its members have different lengths"),
         (
-            spoilt("s2", lambda wave: np.stack([wave, wave])),
+            damaged("s2", lambda wave: np.stack([wave, wave])),
             "broken-7', s2: is float32 .*one-dimensional",
         ),
-        (spoilt("s2", lambda wave: (wave * 99).astype(np.int16)), "broken-7', s2: is int16"),
+        (damaged("s2", lambda wave: (wave * 99).astype(np.int16)), "broken-7', s2: is int16"),
         ({}, "broken-7': its members are nothing"),
         (waves_of(1, ("s1", "s3")), "broken-7': its members are s1, s3; give s1, s2"),
         (waves_of(1, ("s1", "mix")), "broken-7': its members are s1, mix"),
@@ -513,7 +513,7 @@ def test_a_flipped_bit_of_the_audio_is_found_and_placed(tmp_path: Path) -> None:
     manifest = write(tmp_path, num_shards=1)
     shard = manifest.shards[0]
     path = tmp_path / shard.name
-    sound, sample = path.read_bytes(), shards.read_index(tmp_path, shard)[1]
+    intact, sample = path.read_bytes(), shards.read_index(tmp_path, shard)[1]
     offset, size = sample.members["s2"]
     places = np.random.default_rng(0).integers(offset + size // 4, offset + size, 8).tolist()
     for at in [offset, *places, offset + size - 1]:
@@ -529,7 +529,7 @@ def test_a_flipped_bit_of_the_audio_is_found_and_placed(tmp_path: Path) -> None:
             for problem in problems
         )
         assert len(problems) == 2  # nothing else is reported
-        path.write_bytes(sound)
+        path.write_bytes(intact)
     assert shards.verify(tmp_path) == []
 
 
@@ -571,7 +571,7 @@ def test_verify_finds_audio_that_should_never_have_been_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sepdist.audio.SILENCE", 0.0)  # a writer that lets silence pass
-    quiet = spoilt("s1", lambda wave: wave * 2.0**-20)
+    quiet = damaged("s1", lambda wave: wave * 2.0**-20)
     info = shards.write_shard([holding(quiet)], tmp_path, "x.tar")
     shards.write_manifest(tmp_path, "toy", "train", RATE, [info])
     monkeypatch.undo()
