@@ -1,12 +1,13 @@
-"""How fast do training batches come? TrainStream from disk and from loopback S3, beside plain WebDataset.
+"""Measure the speed of training batches: TrainStream from disk and loopback S3, and WebDataset.
 
     python -m benchmarks.loader
 
-Out: one JSON line. All read the same generated tars (8 kHz; s1, s2 and noise of 3 to 6 s), decode all three, cut 3 s
-at random, add them up and stack 8. Every run is one epoch from a standing start: manifest, indices, checking of every
-sha256 and, for S3, the downloads into an empty cache are in the time. WebDataset (one process, no shuffling, no
-checks) reads from disk and must decode whole members. Medians of 3; the ways take turns, so that load on the machine
-meets all of them alike; cpu_seconds, of this process, is what such load disturbs least.
+Prints one JSON line. All ways read the same generated tars (8 kHz; s1, s2 and noise of 3 to 6 s),
+decode the three members, crop 3 s at random, add them up and stack 8. Every run is one epoch from a
+cold start: it includes reading manifest and indices, hashing every shard and, for S3, downloading
+into an empty cache. WebDataset (one process, no shuffling, no checks) reads from disk and decodes
+whole members. Figures are medians of 3 runs. The ways take turns, so that load on the machine
+affects all of them; it affects cpu_seconds, of this process, least.
 """
 
 import io
@@ -24,9 +25,10 @@ import torch
 import webdataset
 
 from sepdist.data import shards
+from sepdist.data.crops import Crops
 from sepdist.data.dataset import Dataset
 from sepdist.data.records import Mixture
-from sepdist.data.stream import Crops, TrainStream
+from sepdist.data.stream import TrainStream
 from sepdist.seeding import rng
 from tests.support.s3server import ADMIN, S3Server, find_weed
 
@@ -39,7 +41,7 @@ REPEATS = 3
 
 
 def mixture(number: int) -> Mixture:
-    """Noise with the spectrum and the loudness contour of speech, so that FLAC packs it about as well."""
+    """Noise with the spectrum and loudness contour of speech, so that FLAC packs it as well."""
 
     def load() -> dict[str, np.ndarray]:
         random = rng(0, "benchmark", number)
@@ -47,14 +49,14 @@ def mixture(number: int) -> Mixture:
         frequency = np.fft.rfftfreq(num_samples, 1 / RATE)
         shape = 1 / (1 + (frequency / 400) ** 2)
         time_seconds = np.arange(num_samples) / RATE
-        parts = {}
+        waves = {}
         for name in ("s1", "s2", "noise"):
             wave = np.fft.irfft(
                 np.fft.rfft(random.standard_normal(num_samples)) * shape, num_samples
             )
             wave *= 0.2 + np.sin(2 * np.pi * 2 * time_seconds + random.uniform(0, 6)) ** 2
-            parts[name] = (0.3 * wave / np.abs(wave).max()).astype(np.float32)
-        return parts
+            waves[name] = (0.3 * wave / np.abs(wave).max()).astype(np.float32)
+        return waves
 
     return Mixture(id=f"mix-{number:05d}", speakers=("a", "b"), sample_rate=RATE, load=load)
 
@@ -95,7 +97,7 @@ def from_webdataset(folder: str) -> Iterator[torch.Tensor]:
 
 
 def seconds_of(batches: Callable[[], Iterator[torch.Tensor]]) -> tuple[float, float]:
-    """Seconds of the clock and of the CPU for one epoch."""
+    """Wall-clock and CPU seconds of one epoch."""
     began, began_cpu, num_samples = time.perf_counter(), time.process_time(), 0
     for batch in batches():
         assert batch.shape == (BATCH, round(CROP_SECONDS * RATE)), batch.shape
@@ -105,7 +107,7 @@ def seconds_of(batches: Callable[[], Iterator[torch.Tensor]]) -> tuple[float, fl
 
 
 def start_s3(folder: Path) -> tuple[S3Server | None, str]:
-    """A server with a bucket named "bench", and the environment set for it; else None and why not."""
+    """Start a server with a bucket "bench" and set the environment; or return None and why not."""
     try:
         find_weed()
         server = S3Server(folder).start()

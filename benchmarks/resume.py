@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loader import start_s3, write
+from sepdist.data.crops import Crops
 from sepdist.data.dataset import Dataset
-from sepdist.data.stream import Crops, TrainStream
+from sepdist.data.stream import TrainStream
 from sepdist.reporting import read_metrics
 from tests.support.s3server import FaultyProxy, S3Server
 

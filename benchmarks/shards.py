@@ -1,8 +1,9 @@
-"""How fast do shards come out? The demo corpus through tools/shard_data.py, in this process and in 2 Ray workers.
+"""Measure the speed of writing shards of the demo corpus, in this process and in 2 Ray workers.
 
     python -m benchmarks.shards
 
-Out: one JSON line. Each figure is the median of 3 runs into an empty folder; Ray is started before the clock.
+Prints one JSON line. Each figure is the median of 3 runs into an empty folder, without the start of
+Ray.
 """
 
 import json
@@ -22,7 +23,7 @@ REPEATS = 3
 
 
 def measure(num_workers: int) -> dict[str, float]:
-    """Shards per minute and seconds of audio (each of s1, s2 and noise counts) per second, medians."""
+    """Medians of shards per minute and seconds of audio (of s1, s2 and noise) per second."""
     corpus = {
         "_target_": "sepdist.corpora.demo.DemoCorpus",
         "num_train": NUM_SHARDS * SAMPLES_PER_SHARD,

@@ -1,6 +1,7 @@
-"""A connection to Ray: a number of CPUs in, this job's cluster or a small Ray of this machine out."""
+"""Connect to Ray, this job's cluster or a small one on this machine, and run tasks in it."""
 
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,11 @@ from sepdist.config import ConfigError
 def connected(
     num_cpus: int, *, address: str | None = None, verbose: bool = False
 ) -> Iterator[None]:
-    """Be connected to Ray inside: to `address`, to RAY_ADDRESS (as `ray job submit` sets it), or to a Ray started here.
+    """Connect to `address`, to RAY_ADDRESS (set by `ray job submit`) or to a Ray started here.
 
-    One started here counts at least `num_cpus` logical CPUs, so that more workers than cores may share the machine;
-    `verbose` shows its processes' output. A connection that was there before is used and left alone.
+    A Ray started here has at least `num_cpus` logical CPUs, so that more workers than cores can
+    share the machine; `verbose` shows its processes' output. An existing connection is reused and
+    stays open.
     """
     import ray
 
@@ -29,7 +31,7 @@ def connected(
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
     else:
-        # Ray protects a local cluster by a token of its own accord, and says so each time.
+        # Ray protects a local cluster by a token and logs that every time.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
             logging.ERROR
         )
@@ -39,7 +41,7 @@ def connected(
             include_dashboard=False,
             object_store_memory=200_000_000,  # nothing large goes through it
             logging_level=logging.ERROR,
-            # Without a dashboard Ray's own actors complain to the driver every second.
+            # Without a dashboard Ray's own actors log errors to the driver every second.
             log_to_driver=verbose,
         )
     try:
@@ -49,34 +51,51 @@ def connected(
 
 
 def run_tasks(
-    work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]], *, num_gpus: float = 0.0
+    work: Callable[..., Iterator[Any]],
+    calls: Sequence[tuple[Any, ...]],
+    *,
+    num_gpus: float = 0.0,
+    at_once: int | None = None,
 ) -> Iterator[Any]:
-    """Run the generator `work` on each of `calls`, one Ray task per call; yields items as they come.
+    """Run the generator `work` on each of `calls`, one Ray task per call; yield items as they come.
 
-    A task whose worker dies is run again, up to three times.
+    At most `at_once` tasks run at a time: None is all of them, -1 one per CPU of the cluster. A
+    task whose worker dies is run again, up to three times.
 
     Raises:
         ConfigError: `num_gpus` per task are asked for and no node has a GPU.
-        ValueError, OSError: as `work` raised them.
+        ValueError, OSError: as `work` raised them; OSError too if a worker died every time.
     """
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayTaskError, WorkerCrashedError
 
-    with connected(len(calls)):
+    waiting = iter(calls)
+    with connected(len(calls) if at_once is None else max(at_once, 1)):
         if num_gpus and not ray.cluster_resources().get("GPU"):  # the tasks would wait forever
             raise ConfigError("use_gpu=true, but no node of this Ray cluster has a GPU")
+        if at_once == -1:
+            at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
         task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(work)
-        streams: list[Any] = [task.options(num_returns="streaming").remote(*call) for call in calls]
+
+        def start(count: int | None) -> list[Any]:
+            started = itertools.islice(waiting, count)
+            return [task.options(num_returns="streaming").remote(*call) for call in started]
+
+        streams = start(at_once)
         try:
             while streams:
                 [stream], _ = ray.wait(streams, num_returns=1)
                 reference = next(cast(Iterator[Any], stream), None)
                 if reference is None:
                     streams.remove(stream)
-                    continue
-                yield ray.get(reference)
+                    streams += start(1)
+                else:
+                    yield ray.get(reference)
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
+        except WorkerCrashedError as error:
+            todo = "the same command starts again"
+            raise OSError(f"a worker died more than three times ({error}); {todo}") from error
         finally:
             for stream in streams:
                 ray.cancel(stream)

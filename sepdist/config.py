@@ -255,22 +255,17 @@ class FigureConfig:
 
 @dataclass
 class ShardConfig:
-    """`configs/shard.yaml`: tools/shard_data.py and stages of kind `shards`."""
+    """`configs/shard.yaml`: sepdist shard and stages of kind `shards`."""
 
     corpus: Any = MISSING
     split: str = MISSING
-    output: str = MISSING  # folder or s3:// prefix of the one data set to write, verify or describe
+    output: str = MISSING  # folder or s3:// prefix of the data set to write, verify or describe
     samples_per_shard: int = 200
-    num_workers: int = (
-        0  # Ray tasks at once; 0 = in this process, -1 = as many as the cluster has CPUs
-    )
-    limit: int = 0  # only the first so many records; 0 = all
-    part: list[float] = field(
-        default_factory=lambda: [0.0, 1.0]
-    )  # of them, shuffled always alike: two shares of 0..1
-    mixtures_only: bool = (
-        False  # store the mixture alone, as of recordings whose sources nobody knows
-    )
+    num_workers: int = 0  # Ray tasks; 0 = in this process, -1 = one per CPU of the cluster
+    limit: int = 0  # use only the first records; 0 = all
+    # Fractions [first, last) of the records in a fixed shuffled order.
+    subset: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    mixtures_only: bool = False  # store mixtures without their sources, as unlabelled data
     gpus_per_worker: float = 0.0  # for corpus=separated with corpus.device=cuda
 
 

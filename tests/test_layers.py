@@ -33,7 +33,8 @@ SIDEWAYS = {
     ("objectives", "data"),
 }
 HOMES = {
-    "ray": {"cluster.py", "training/launch.py", "data/sharding.py"},
+    "ray": {"cluster.py", "training/launch.py"},
+    "webdataset": {"data/shards.py"},
     "deepspeed": {"training/engine.py"},
     "s3fs": {"storage.py"},
     "transformers": {"models/speech_encoders.py", "recognisers/transformers_ctc.py"},

@@ -1,4 +1,4 @@
-"""storage.py against a local disk and a real S3 server: contents, atomicity, and every fault a user can meet."""
+"""storage.py on a local disk and a real S3 server: contents, atomicity, and every fault."""
 
 import errno
 import logging
@@ -24,7 +24,7 @@ from tests.support.s3server import ADMIN, READ_ONLY, FaultyProxy, S3Server, free
 
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place of either kind; every test that takes it runs on both."""
+    """An empty place of either kind: a test that takes it runs on both."""
     if request.param == "local":
         return str(tmp_path / "root")
     return f"s3://{request.getfixturevalue('bucket')}/root"
@@ -54,7 +54,7 @@ def test_what_is_put_is_read_back_whole_and_in_ranges(root: str) -> None:
         (0, 10),
         (100, 4999),
         (10, None),
-        (None, 7),
+        (0, 7),
         (4990, 9999),
         (5000, 5001),
         (9000, None),
@@ -70,9 +70,7 @@ def test_a_put_replaces_and_a_create_only_put_does_not(root: str) -> None:
     storage.put_bytes(url, b"first", create_only=True)
     with pytest.raises(FileExistsError, match=re.escape(url)):
         storage.put_bytes(url, b"second", create_only=True)
-    with pytest.raises(
-        FileExistsError, match=re.escape(url)
-    ):  # the same bytes are no excuse: somebody was first
+    with pytest.raises(FileExistsError, match=re.escape(url)):  # even for the same bytes
         storage.put_bytes(url, b"first", create_only=True)
     assert storage.read_bytes(url) == b"first"
     storage.put_bytes(url, b"third")
@@ -284,7 +282,7 @@ def test_a_killed_writer_leaves_the_old_content_and_the_next_put_clears_its_rest
         pipe.write(bytes(2**16))
         while not [name for name in os.listdir(tmp_path) if name.endswith(storage.TEMP_SUFFIX)]:
             time.sleep(0.01)
-        storage.put_bytes(target, b"other")  # must not take the file from under a writer that lives
+        storage.put_bytes(target, b"other")  # must not remove the file of a living writer
         assert [name for name in os.listdir(tmp_path) if name.endswith(storage.TEMP_SUFFIX)]
         writer.send_signal(signal.SIGKILL)
         writer.wait()
@@ -340,16 +338,16 @@ def test_a_fault_that_passes_is_survived_and_logged(
 ) -> None:
     data = noise(300_000)
     storage.put_bytes(f"s3://{bucket}/x", data)
-    spoilt = iter([fault] * 3)
+    faults = iter([fault] * 3)
     proxy = FaultyProxy(
-        s3_env.ports["s3"], lambda number, line: next(spoilt, "") if line.startswith("GET") else ""
+        s3_env.ports["s3"], lambda number, line: next(faults, "") if line.startswith("GET") else ""
     )
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     with caplog.at_level(logging.WARNING):
         assert storage.read_bytes(f"s3://{bucket}/x") == data
     proxy.close()
     assert (
-        next(spoilt, None) is None
+        next(faults, None) is None
         and f"s3://{bucket}/x" in caplog.text
         and "attempt 1 of 6" in caplog.text
     )
@@ -389,7 +387,7 @@ def test_a_create_only_put_whose_answer_is_lost_knows_its_own_work(
     proxy.close()
 
 
-def test_a_wrong_secret_is_told_without_any_key(
+def test_a_wrong_secret_is_reported_without_any_key(
     bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     (tmp_path / "x").write_bytes(b".")
@@ -408,9 +406,11 @@ def test_a_wrong_secret_is_told_without_any_key(
                 StorageError, match=r"rejected the key .*check AWS_ACCESS_KEY_ID"
             ) as caught:
                 function(f"s3://{bucket}/x")
-            told = f"{caught.value!s} {caught.value!r} {caplog.text}"
+            message = f"{caught.value!s} {caught.value!r} {caplog.text}"
             assert (
-                f"s3://{bucket}/x" in told and ADMIN[0] not in told and "wrongsecret-42" not in told
+                f"s3://{bucket}/x" in message
+                and ADMIN[0] not in message
+                and "wrongsecret-42" not in message
             )
             assert str(pickle.loads(pickle.dumps(caught.value))) == str(
                 caught.value

@@ -1,6 +1,6 @@
-"""Object storage that is slow, busy, resets, forgets to answer or restarts: runs and loaders go on, to the same bits.
+"""Runs and loaders survive slow, busy, resetting or restarting storage, with the same bits.
 
-Past the bounded wait they end with one error that names the endpoint and what to do.
+After a bounded wait they end with one error that names the endpoint and what to do.
 """
 
 import hashlib
@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from sepdist import storage
+from sepdist.data.crops import Crops
 from sepdist.data.dataset import Dataset
-from sepdist.data.stream import Crops, TrainStream
+from sepdist.data.stream import TrainStream
 from sepdist.storage import StorageError
 from sepdist.training import checkpoint
 from sepdist.training.checkpoint import Checkpointer, collect_orphans, find_committed, load_newest
@@ -40,7 +41,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Dice:
-    """One request in five is spoilt, by what a hash of the seed and the request says; at most three times in a row."""
+    """Spoil one request in five, chosen by a hash, at most three times in a row."""
 
     def __init__(self, seed: int, faults: tuple[str, ...]) -> None:
         self.seed = seed
@@ -65,7 +66,7 @@ class Dice:
 def through(
     s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., FaultyProxy]]:
-    """Send what follows through a proxy with these faults."""
+    """Send the following requests through a proxy with these faults."""
     proxies = []
 
     def start(fault: Callable[[int, str], str]) -> FaultyProxy:
@@ -78,12 +79,12 @@ def through(
         proxy.close()
 
 
-def num_spoilt(proxy: FaultyProxy) -> int:
+def num_faults(proxy: FaultyProxy) -> int:
     return sum(not line.endswith("HTTP/1.1") for line in proxy.requests)
 
 
 class Outage:
-    """The server is killed before the request `number` of a kind, and started again once a client has met that."""
+    """Kill the server before request `number` of a kind; restart it when a client has noticed."""
 
     def __init__(self, server: S3Server, number: int, method: str) -> None:
         self.server, self.number, self.method = server, number, method
@@ -105,7 +106,7 @@ class Outage:
         return ""
 
     def happen(self) -> None:
-        """Wait for the request, kill and start the server; in the main thread, as the server ends with its starter."""
+        """Wait for the request, then restart the server, which must be this thread's child."""
         assert self.reached.wait(60)
         self.server.kill()
         try:
@@ -134,7 +135,7 @@ def test_a_run_writes_and_reads_its_checkpoints_through_any_fault_that_passes(
     proxy, run_dir = through(Dice(0, faults)), f"s3://{bucket}/run"
     writer = write_run(run_dir)
     assert_equal(load_newest(run_dir), snapshot(3))
-    assert writer.num_failed == 0 and num_spoilt(proxy) > 5
+    assert writer.num_failed == 0 and num_faults(proxy) > 5
     (only,) = find_committed(f"{run_dir}/checkpoints")
     assert (
         only.step == 3
@@ -207,12 +208,12 @@ def test_more_failed_checkpoints_in_a_row_than_allowed_end_the_run_with_endpoint
         writer.save(snapshot(step))
     with pytest.raises(StorageError) as caught:
         writer.save(snapshot(4))
-    told = str(caught.value)
+    message = str(caught.value)
     assert (
-        f"{endpoint} cannot be reached after 2 attempts" in told
-        and "check AWS_ENDPOINT_URL" in told
+        f"{endpoint} cannot be reached after 2 attempts" in message
+        and "check AWS_ENDPOINT_URL" in message
     )
-    assert "3 in a row" in told and "2 in a row are allowed, the run ends" in told
+    assert "3 in a row" in message and "2 in a row are allowed, the run ends" in message
     with pytest.raises(StorageError):
         writer.close()
 
@@ -270,7 +271,7 @@ def test_a_disk_that_fills_up_is_survived_as_soon_as_there_is_room(small_disk: P
 def batches(
     url: str, cache_dir: Path, during: Callable[[], None] = lambda: None
 ) -> list[list[torch.Tensor]]:
-    """All tensors of some steps from an empty cache; `during` runs in this thread while another reads."""
+    """Read all tensors of some steps in a thread, from an empty cache, while `during` runs here."""
     found: list[list[torch.Tensor]] = []
     errors: list[BaseException] = []
 
@@ -285,7 +286,8 @@ def batches(
                 "rank": 0,
                 "world_size": 1,
             }
-            stream = TrainStream(feeds, num_threads=2, prefetch_steps=1, **options)  # type: ignore[arg-type]
+            options |= {"num_threads": 2, "prefetch_steps": 1}
+            stream = TrainStream(feeds, **options)  # type: ignore[arg-type]
             steps = stream.steps(0)
             try:
                 for _ in range(NUM_STEPS):
@@ -335,7 +337,7 @@ def test_the_loader_gives_the_same_bits_through_any_fault_that_passes(
     url, wanted = data_set
     proxy = through(Dice(seed, ("delay:0.05", "503", "reset", "lose", "cut")))
     assert_same_bits(batches(url, tmp_path / "cache"), wanted)
-    assert num_spoilt(proxy) > 5
+    assert num_faults(proxy) > 5
 
 
 def test_the_loader_goes_on_through_a_restart_of_the_server(
@@ -354,7 +356,7 @@ def test_the_loader_goes_on_through_a_restart_of_the_server(
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         ("503", "answered 503 SlowDown after 2 attempts; the service is busy"),
         ("reset", "check the network"),
@@ -363,7 +365,7 @@ def test_the_loader_goes_on_through_a_restart_of_the_server(
 )
 def test_a_loader_without_storage_ends_with_endpoint_and_advice(
     fault: str,
-    told: str,
+    message: str,
     data_set: tuple[str, list[list[torch.Tensor]]],
     impatient: None,
     through: Callable[..., FaultyProxy],
@@ -376,5 +378,5 @@ def test_a_loader_without_storage_ends_with_endpoint_and_advice(
     assert (
         data_set[0] in str(caught.value)
         and proxy.endpoint in str(caught.value)
-        and told in str(caught.value)
+        and message in str(caught.value)
     )

@@ -44,7 +44,7 @@ class Stored:
         )
         for number, sample in enumerate(samples):
             read, tell = partial(load, *self.place, number), partial(texts, *self.place, number)
-            yield Mixture(sample.key, sample.speakers, self.sample_rate, read, measure=tell)
+            yield Mixture(sample.key, sample.speakers, self.sample_rate, read, metadata=tell)
 
 
 @lru_cache(maxsize=4)
@@ -71,4 +71,4 @@ def texts(
     url: str, noise: bool, cache_dir: str, cache_gigabytes: float, number: int, parts: Any
 ) -> dict[str, Any]:
     """What was said in sample `number`."""
-    return {"texts": open_data(url, noise, cache_dir, cache_gigabytes).facts(number)["texts"]}
+    return {"texts": open_data(url, noise, cache_dir, cache_gigabytes).metadata(number)["texts"]}

@@ -1,12 +1,12 @@
-"""Shards at hand: a shard number in, an open, verified local file and its index out.
+"""Shards as open, verified local files.
 
-A local data set is read in place, each shard checked against the manifest once per process. A remote one is fetched
-shard by shard to `cache_dir/<shard>-<sha256>.tar`; several processes of a machine share the copies, each is fetched
-once, and the least recently used ones go when the cache is full. A shard in use stays readable though its copy is
-removed, because the file stays open.
+A local data set is read in place, each shard checked against the manifest once per process. A
+remote shard is fetched to `cache_dir/<shard>-<sha256>.tar`. The processes of a machine share these
+copies: each is fetched once, and the least recently used are removed when the cache is full. An
+open shard stays readable when its copy is removed.
 
-Damage that belongs to samples does not stop the others: `OpenShard.damaged` says which they are, and the stream's
-policy decides. Damage that belongs to no sample is an error here.
+Damage of single samples does not stop the others: `OpenShard.damaged` lists them and the stream
+decides. Damage that cannot be located is an error here.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from pathlib import Path
 from sepdist import storage
 from sepdist.data.background import Background
 from sepdist.data.members import DataError
-from sepdist.data.shards import Manifest, Sample, ShardInfo, read_index, read_sample
+from sepdist.data.shards import Manifest, Sample, read_index, read_sample
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,11 @@ NUM_FETCHERS = 2
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard at hand; threads may `os.pread` from `file` at once."""
+    """An open shard; threads may `os.pread` from `file` concurrently."""
 
     file: BufferedReader
     samples: list[Sample]
-    damaged: Mapping[
-        int, str
-    ]  # sample number -> what is wrong; empty where size and sha256 are the manifest's
+    damaged: Mapping[int, str]  # sample number -> what is wrong with it
 
 
 class ShardCache:
@@ -58,13 +56,11 @@ class ShardCache:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._pending: dict[int, Future[OpenShard]] = {}
         self._wanted: frozenset[int] = frozenset()
-        self._verified: dict[
-            int, tuple[int, ...]
-        ] = {}  # shard -> the identity of the file that was sound
+        self._intact: dict[int, tuple[int, ...]] = {}  # shard -> identity of its verified file
         self._fetchers = Background(NUM_FETCHERS, "shard")
 
     def open(self, number: int) -> OpenShard:
-        """The shard, checked in size and sha256; DataError if it is missing or beyond use."""
+        """Return the shard, verified by size and sha256; DataError if it is missing or unusable."""
         with self._lock:
             if number in self._open:
                 self._open.move_to_end(number)
@@ -73,9 +69,9 @@ class ShardCache:
         return future.result()
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Get these shards in the background, in this order, and evict none of them until the next call.
+        """Get these shards in the background, in order, and keep them until the next call.
 
-        Each is tried once; what goes wrong is raised by `open`, which tries again.
+        Each is tried once. Errors are dropped: `open` tries again and raises its own.
         """
         with self._lock:
             fresh = [number for number in dict.fromkeys(numbers) if number not in self._wanted]
@@ -84,7 +80,7 @@ class ShardCache:
                 if number not in self._open:
                     self._request(number)
                 elif self.remote:
-                    _touch(self._copy_path(self.manifest.shards[number]))
+                    _touch(self._copy_path(number))
 
     def close(self) -> None:
         """End the background threads."""
@@ -97,164 +93,121 @@ class ShardCache:
 
     def _load(self, number: int) -> OpenShard:
         try:
-            shard = self.manifest.shards[number]
-            samples = read_index(self.url, shard)
-            file, complaint = self._fetched(number) if self.remote else self._in_place(number)
-            damaged = self._locate_damage(file, shard, samples, complaint) if complaint else {}
+            samples = read_index(self.url, self.manifest.shards[number])
+            file, problem = self._fetched(number) if self.remote else self._in_place(number)
+            damaged = self._locate_damage(number, file, samples, problem) if problem else {}
             opened = OpenShard(file, samples, damaged)
             with self._lock:
                 self._open[number] = opened
                 if len(self._open) > MAX_OPEN:
-                    self._open.popitem(
-                        last=False
-                    )  # the file is closed when its last reader drops it
+                    self._open.popitem(last=False)  # closed when its last reader drops it
             return opened
+        except FileNotFoundError:
+            todo = "the shard is missing; write the data set again"
+            raise DataError(f"{self._place(number)}: {todo}") from None
         finally:
             with self._lock:
                 self._pending.pop(number, None)
 
     def _in_place(self, number: int) -> tuple[BufferedReader, str]:
-        shard = self.manifest.shards[number]
-        path = Path(storage.join(self.url, shard.name)).expanduser()
-        try:
-            file = open(path, "rb")  # noqa: SIM115 - stays open for the readers
-        except FileNotFoundError:
-            raise DataError(f"{path}: the shard is missing; write the data set again") from None
-        return file, self._complaint(file, number)
+        file = open(Path(self._place(number)).expanduser(), "rb")  # noqa: SIM115
+        return file, self._problem(file, number)
 
     def _fetched(self, number: int) -> tuple[BufferedReader, str]:
-        shard = self.manifest.shards[number]
-        path = self._copy_path(shard)
-        file = self._sound_copy(number, path)
-        if file is None:
-            with _locked(
-                path.with_suffix(".lock")
-            ):  # one process of the machine fetches, the others find the copy
-                file = self._sound_copy(number, path)
-                if file is None:
-                    return self._fetch(number, path)
+        """Open the copy, fetched at most twice, as damage may occur on the way; and its problem."""
+        path, problem = self._copy_path(number), "absent"
+        with _locked(path.with_suffix(".lock")):  # one process fetches, the others find its copy
+            with contextlib.suppress(FileNotFoundError):
+                file = open(path, "rb")  # noqa: SIM115
+                problem = self._problem(file, number)
+                if problem:
+                    logger.warning("%s: %s; fetching the shard again", path, problem)
+            for _ in range(2):
+                if problem:
+                    self._make_room(self.manifest.shards[number].bytes)
+                    storage.fetch_file(self._place(number), path)
+                    file = open(path, "rb")  # noqa: SIM115
+                    problem = self._problem(file, number)
+            if problem:
+                path.unlink(missing_ok=True)  # hide it from others; the open file stays readable
         _touch(path)
-        return file, ""
+        return file, problem
 
-    def _sound_copy(self, number: int, path: Path) -> BufferedReader | None:
-        try:
-            file = open(path, "rb")  # noqa: SIM115
-        except FileNotFoundError:
-            return None
-        complaint = self._complaint(file, number)
-        if not complaint:
-            return file
-        logger.warning("%s: %s; fetching the shard again", path, complaint)
-        return None
-
-    def _fetch(self, number: int, path: Path) -> tuple[BufferedReader, str]:
-        shard = self.manifest.shards[number]
-        place = storage.join(self.url, shard.name)
-        complaint = ""
-        for _ in range(2):  # what arrives damaged may have been damaged on the way
-            self._make_room(shard.bytes)
-            try:
-                storage.fetch_file(place, path)
-            except FileNotFoundError:
-                raise DataError(
-                    f"{place}: the shard is missing; write the data set again"
-                ) from None
-            file = open(path, "rb")  # noqa: SIM115
-            complaint = self._complaint(file, number)
-            if not complaint:
-                return file, ""
-            path.unlink(missing_ok=True)  # nobody else is to find it; what is open stays readable
-        return file, complaint
-
-    def _complaint(self, file: BufferedReader, number: int) -> str:
-        """What is wrong with the whole file, "" if nothing; a file that was sound is not read through again."""
-        shard = self.manifest.shards[number]
-        status = os.fstat(file.fileno())
+    def _problem(self, file: BufferedReader, number: int) -> str:
+        """Describe what is wrong with a whole file ("": nothing); an intact one is hashed once."""
+        shard, status = self.manifest.shards[number], os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        if self._verified.get(number) == identity:
+        if self._intact.get(number) == identity:
             return ""
         if status.st_size != shard.bytes:
             return f"{status.st_size} bytes where the manifest says {shard.bytes}"
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             return "its sha256 is not the manifest's"
-        self._verified[number] = identity
+        self._intact[number] = identity
         return ""
 
     def _locate_damage(
-        self, file: BufferedReader, shard: ShardInfo, samples: list[Sample], complaint: str
+        self, number: int, file: BufferedReader, samples: list[Sample], problem: str
     ) -> Mapping[int, str]:
-        """Which samples of a damaged shard cannot be decoded, and why; DataError if all can."""
+        """Map the samples that cannot be decoded to the reason; DataError if all can."""
         damaged = {}
-        for number, sample in enumerate(samples):
+        for i, sample in enumerate(samples):
             try:
                 read_sample(file, sample, self.manifest.members)
             except DataError as error:
-                damaged[number] = str(error)
-        place = storage.join(self.url, shard.name)
+                damaged[i] = str(error)
+        what = f"{self._place(number)}: damaged, {problem}"
         if not damaged:
-            raise DataError(
-                f"{place}: damaged, {complaint}, yet every sample decodes; write the shard again"
-            )
-        first = next(iter(damaged.values()))
-        logger.warning(
-            "%s: %s; %d of %d samples damaged: %s",
-            place,
-            complaint,
-            len(damaged),
-            len(samples),
-            first,
-        )
+            raise DataError(f"{what}, yet every sample decodes; write the shard again")
+        counts = f"{len(damaged)} of {len(samples)} samples damaged"
+        logger.warning("%s; %s: %s", what, counts, next(iter(damaged.values())))
         return damaged
 
-    def _copy_path(self, shard: ShardInfo) -> Path:
-        # The sha256 keeps equal shard names of different data sets apart; the name is for messages and people.
+    def _place(self, number: int) -> str:
+        return storage.join(self.url, self.manifest.shards[number].name)
+
+    def _copy_path(self, number: int) -> Path:
+        # The sha256 separates shards of the same name; the name is for people.
+        shard = self.manifest.shards[number]
         return self.folder / f"{shard.name.removesuffix('.tar')}-{shard.sha256}.tar"
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove the copies used longest ago until `num_bytes` more fit; another process may remove them too."""
+        """Remove least recently used copies until `num_bytes` more fit; others may do the same."""
         copies = []
         for path in self.folder.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 copies.append((status.st_atime_ns, status.st_size, path))
         with self._lock:
-            wanted = {
-                self._copy_path(self.manifest.shards[number])
-                for number in self._wanted | set(self._pending)
-            }
+            wanted = {self._copy_path(number) for number in self._wanted | set(self._pending)}
         total = sum(size for _, size, _ in copies) + num_bytes
         for _, size, path in sorted(copies):
-            if total <= self.max_bytes:
-                return
-            if path not in wanted:
+            if total > self.max_bytes and path not in wanted:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".lock").unlink(missing_ok=True)
                 self._forget(path)
                 total -= size
         if total > self.max_bytes:
-            logger.warning(
-                "%s: %.2f GB of shards are needed at once, more than the %.2f GB that cache_gigabytes allows",
-                *(self.folder, total / 1e9, self.max_bytes / 1e9),
-            )
+            needed = f"{total / 1e9:.2f} GB of shards are needed at once"
+            allowed = f"the {self.max_bytes / 1e9:.2f} GB that cache_gigabytes allows"
+            logger.warning("%s: %s, more than %s", self.folder, needed, allowed)
 
     def _forget(self, path: Path) -> None:
-        """Close an evicted shard here, else its disk space would not be free."""
+        """Drop an evicted shard's open file, because it would occupy the disk."""
         with self._lock:
-            for number in [
-                n for n in self._open if self._copy_path(self.manifest.shards[n]) == path
-            ]:
+            for number in [n for n in self._open if self._copy_path(n) == path]:
                 del self._open[number]
 
 
 def _touch(path: Path) -> None:
-    """Note that a copy was used: in its access time, because the time of change tells whether it is still the same."""
+    """Record the use of a copy in its access time; the modification time identifies the file."""
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, which other threads and other processes of the machine wait for."""
+    """Hold a lock file, which other threads and processes of the machine wait for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

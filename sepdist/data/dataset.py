@@ -1,4 +1,4 @@
-"""A finished data set as batches of one whole utterance, for validation and test.
+"""A finished data set: its samples one by one, and `collate`, which makes a batch of several.
 
 Shapes: B batch, S sources, T samples.
 """
@@ -13,12 +13,12 @@ import torch
 from sepdist.data.cache import OpenShard, ShardCache
 from sepdist.data.members import DataError, split_members
 from sepdist.data.records import MAIN, Batch
-from sepdist.data.shards import read_facts, read_manifest, read_sample
+from sepdist.data.shards import read_manifest, read_metadata, read_sample
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a batch: float32 [T] of each member of the mixture, all of the same T."""
+    """One row of a batch: the members of a mixture, float32 [T] of one length."""
 
     id: str
     speakers: tuple[str, ...]
@@ -26,7 +26,7 @@ class Item:
 
 
 class Dataset:
-    """One finished data set, of which `num_sources` sources and, if asked, the noise make the mixtures."""
+    """A data set whose mixtures have `num_sources` sources and, with `noise`, the noise."""
 
     def __init__(
         self,
@@ -44,48 +44,47 @@ class Dataset:
         self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
 
     def _choose_members(self, num_sources: int, noise: bool) -> tuple[str, ...]:
-        there = self.manifest.members
-        if there == ("mix",):
-            return there
+        found = self.manifest.members
+        if found == ("mix",):
+            return found
         if num_sources < 1:
-            raise DataError(
-                f"{self.url}: num_sources={num_sources}, but a mixture has at least one source"
-            )
-        wanted = tuple(f"s{i + 1}" for i in range(num_sources)) + (("noise",) if noise else ())
-        if split_members(there)[1]:
-            wanted += tuple(f"e{i + 1}" for i in range(num_sources))
-            if "noise" in there and not noise:
+            raise DataError(f"{self.url}: num_sources={num_sources}: it must be positive")
+        numbers = range(1, num_sources + 1)
+        wanted = [f"s{i}" for i in numbers] + ["noise"] * noise
+        if split_members(found)[1]:
+            wanted += [f"e{i}" for i in numbers]
+            if "noise" in found and not noise:
                 raise DataError(
-                    f"{self.url}: its estimates were made of mixtures with noise, which noise=false would leave out; "
-                    "set noise=true, or make the data set again with corpus.noise=false"
+                    f"{self.url}: its estimates were made of mixtures with noise; set noise=true, "
+                    "or make the data set again with corpus.noise=false"
                 )
-        absent = [name for name in wanted if name not in there]
+        absent = [name for name in wanted if name not in found]
         if absent:
             raise DataError(
-                f"{self.url}: has no {', '.join(absent)}, its samples have {', '.join(there)}; "
+                f"{self.url}: has no {', '.join(absent)}, its samples have {', '.join(found)}; "
                 "change num_sources or noise, or shard the corpus again with them"
             )
-        return wanted
+        return tuple(wanted)
 
     def full(self, number: int, max_seconds: float) -> Batch:
-        """Sample `number` of the data set, in the order of the manifest, as a batch of one, cut to `max_seconds`."""
+        """Return sample `number`, in manifest order, as a batch of one cut to `max_seconds`."""
         item = self.item(number, max_seconds)
         return collate([item], range(number, number + 1), len(next(iter(item.members.values()))))
 
     def item(self, number: int, max_seconds: float) -> Item:
-        """The same as an item."""
+        """Return sample `number`, in manifest order, cut to `max_seconds`."""
         shard, within = self._find(number)
         sample = shard.samples[within]
         stop = min(sample.num_samples, int(max_seconds * self.manifest.sample_rate))
         return Item(sample.key, sample.speakers, self.read(shard, within, 0, stop))
 
-    def facts(self, number: int) -> dict[str, Any]:
-        """What the json of sample `number` says."""
+    def metadata(self, number: int) -> dict[str, Any]:
+        """Return the JSON metadata of sample `number`."""
         shard, within = self._find(number)
-        return read_facts(shard.file, shard.samples[within])
+        return read_metadata(shard.file, shard.samples[within])
 
     def _find(self, number: int) -> tuple[OpenShard, int]:
-        """The shard of sample `number` of the data set, and the sample's number within it."""
+        """Return the shard of sample `number`, and the sample's number within it."""
         if not 0 <= number < self.manifest.num_samples:
             raise IndexError(f"{self.url}: no sample {number}, it has {self.manifest.num_samples}")
         which = int(np.searchsorted(self._ends, number, side="right"))
@@ -93,9 +92,9 @@ class Dataset:
         return self.cache.open(which), number - (int(self._ends[which - 1]) if which else 0)
 
     def read(self, shard: OpenShard, number: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The members that matter of sample `number` of a shard, samples `start` to `stop`, float32 [stop - start].
+        """Read samples [start, stop) of `self.members` of one sample of a shard, float32.
 
-        DataError names shard, key and byte offset.
+        Damage raises a DataError that names shard, key and byte offset.
         """
         if number in shard.damaged:
             raise DataError(shard.damaged[number])
@@ -103,26 +102,25 @@ class Dataset:
 
 
 def collate(items: Sequence[Item], positions: range, length: int, data_set: str = MAIN) -> Batch:
-    """The items as one batch of `length`, shorter ones padded with zeros at the end."""
+    """Make a batch of `length`; shorter items are padded with zeros at the end."""
     names = list(items[0].members)
     waves = np.zeros((len(items), len(names), length), dtype=np.float32)
     for row, item in zip(waves, items, strict=True):
-        for part, name in zip(row, names, strict=True):
-            part[: len(item.members[name])] = item.members[name]
+        for padded, name in zip(row, names, strict=True):
+            padded[: len(item.members[name])] = item.members[name]
     sources, estimates, rest = split_members(names)
     mixture = waves[:, 0].copy()
-    for column in range(
-        1, len(sources) + len(rest)
-    ):  # one by one: the same bits whatever the shape of the batch
+    # One by one, so that the bits do not depend on the shape of the batch.
+    for column in range(1, len(sources) + len(rest)):
         mixture += waves[:, column]
-    parts = torch.from_numpy(waves)
+    members = torch.from_numpy(waves)
     return Batch(
         ids=[item.id for item in items],
         positions=torch.tensor(positions),
         mixture=torch.from_numpy(mixture),
-        sources=parts[:, : len(sources)] if sources else None,
-        noise=parts[:, names.index("noise")] if "noise" in names else None,
-        estimates=parts[:, -len(estimates) :] if estimates else None,
+        sources=members[:, : len(sources)] if sources else None,
+        noise=members[:, names.index("noise")] if "noise" in names else None,
+        estimates=members[:, -len(estimates) :] if estimates else None,
         lengths=torch.tensor([len(item.members[names[0]]) for item in items]),
         speakers=[item.speakers for item in items],
         data_set=data_set,

@@ -1,7 +1,7 @@
-"""The records that cross the seams: what a corpus yields (Utterance, Mixture) and what a model trains on (Batch).
+"""Shared records: what a corpus yields (Utterance, Mixture) and what a model trains on (Batch).
 
-A record of a corpus is a light, picklable description; its audio is read only when `load()` is called, so that a
-list of 50,000 records can be cut into shards and handed to other machines.
+A corpus record is a small, picklable description. Its audio is read only when `load()` is called,
+so a list of 50,000 records can be cut into shards and sent to other machines.
 
 Shapes: B batch, S sources, T samples (audio frames).
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAIN = "main"  # the data set of the task that validation measures, `data.train`
+MAIN = "main"  # name of `data.train`, the data set whose task validation measures
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several people at once. `load()` returns its parts, each float32 [T] of one common length T at `sample_rate`.
+    """Several people speaking at once. `load()` returns members by name, float32 [T] of one length.
 
-    The parts are "s1", "s2", ... and possibly "noise", whose sum is the mixture; or "mix" alone where no sources exist.
-    "e1", "e2", ... may stand beside the sources: what a separator made of the mixture, in their order.
+    The members are the sources "s1", "s2", ... and optionally "noise", and the mixture is their
+    sum; or "mix" alone where the sources are unknown. "e1", "e2", ... may be added: a separator's
+    estimates, in the order of the sources. `metadata`, called with the stored members (int16),
+    returns extra JSON metadata for the sample.
     """
 
     id: str
@@ -42,37 +44,27 @@ class Mixture:
     sample_rate: int
     load: Callable[[], Mapping[str, np.ndarray]]
     texts: tuple[str, ...] = ()
-    measure: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] | None = (
-        None  # the parts in, more facts to store out
-    )
+    metadata: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] | None = None
 
 
 @dataclass
 class Batch:
-    """What an objective reads: items of equal length, of which `lengths` says how much is signal and not padding."""
+    """Input of an objective: items padded to equal length; `lengths` counts their true samples."""
 
     ids: list[str]
-    positions: Tensor  # int64 [B], the global positions of the items in the data order
+    positions: Tensor  # int64 [B], global positions of the items in the data order
     mixture: Tensor  # float32 [B, T]
-    sources: Tensor | None  # float32 [B, S, T]; None where there is no ground truth
-    noise: Tensor | None  # float32 [B, T]; None where none was added
+    sources: Tensor | None  # float32 [B, S, T]; None without ground truth
+    noise: Tensor | None  # float32 [B, T]; None if none was added
     lengths: Tensor  # int64 [B]
     speakers: list[tuple[str, ...]] = field(default_factory=list)
-    data_set: str = MAIN  # all items of a batch come from one
-    estimates: Tensor | None = (
-        None  # float32 [B, S, T], of a separator, in the order of the sources
-    )
+    data_set: str = MAIN  # all items come from the same data set
+    estimates: Tensor | None = None  # float32 [B, S, T], a separator's, in the order of the sources
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`."""
-
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            mixture=self.mixture.to(device, non_blocking=True),
-            sources=move(self.sources),
-            noise=move(self.noise),
-            estimates=move(self.estimates),
-        )
+        """Return the batch with its audio on `device`."""
+        audio = {name: getattr(self, name) for name in ("mixture", "sources", "noise", "estimates")}
+        moved = {
+            name: x.to(device, non_blocking=True) for name, x in audio.items() if x is not None
+        }
+        return replace(self, **moved)

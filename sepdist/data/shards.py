@@ -1,20 +1,18 @@
-"""The format of a data set: writer, reader and checks in one place, so that they cannot drift apart.
+"""The format of a data set: its writer, reader and checks in one file, so that they stay in step.
 
-In: records of a corpus. Out: a folder or s3:// prefix with
+A data set is a folder or s3:// prefix with
 
-    <corpus>-<split>-000000.tar   a plain WebDataset shard: for every sample <id>.json and <id>.<member>.flac, where the
-                                  members are s1, s2, ... and possibly noise (their sum is the mixture), or mix alone;
-                                  beside sources possibly e1, e2, ..., what a separator made of the mixture
-    index/<the same>.json         where each sample's members lie in the tar, as byte offsets
-    manifest.json                 what there is, with sha256; written last and never replaced: without it, no data set
+    <corpus>-<split>-000000.tar   WebDataset shard: <id>.json and <id>.<member>.flac per sample
+    index/<the same>.json         byte offsets of every member in the tar
+    manifest.json                 all shards with their sha256; written last and never replaced
 
-The same records give the same bytes with one version of libsndfile: members sorted by name, no times, no owners, FLAC
-of 16-bit samples. One step of 16-bit audio is 2**-15, so audio that came from 16-bit files is kept exactly.
+See data/members.py for the members. A folder without a manifest is not a data set. With one version
+of libsndfile, equal records give equal bytes: files are sorted by name and carry no time or owner.
+A step of 16-bit audio is 2**-15, so audio that came from 16-bit files is kept exactly.
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -27,15 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sepdist import audio, storage
-from sepdist.data.members import (
-    DataError,
-    check_ids,
-    decode,
-    encode,
-    in_order,
-    load_members,
-    people,
-)
+from sepdist.data import members as sample_files
+from sepdist.data.members import DataError, in_order, people
 from sepdist.data.records import Mixture, Utterance
 
 FORMAT_VERSION = 1
@@ -44,7 +35,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard as the manifest knows it."""
+    """The manifest's entry of one shard."""
 
     name: str
     bytes: int
@@ -55,15 +46,13 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished data set holds."""
+    """What a finished data set holds; every sample has all `members` ("s1", "s2", "noise")."""
 
     format_version: int
     corpus: str
     split: str
     sample_rate: int
-    members: tuple[
-        str, ...
-    ]  # ("s1", "s2", "noise", "e1", "e2") or ("mix",); every sample has all of them
+    members: tuple[str, ...]
     num_samples: int
     hours: float
     num_speakers: int
@@ -71,13 +60,13 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
 
     def digest(self) -> str:
-        """The sha256 of the whole data set: equal exactly where every byte of every shard and index is."""
+        """The sha256 of the data set, which covers every byte of its shards and indices."""
         return hashlib.sha256(_canonical(asdict(self))).hexdigest()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a shard; `members` maps "s1", ... and "json" to (byte offset, size) in the tar."""
+    """One sample of a shard; `members` maps "s1", "json", ... to (byte offset, size)."""
 
     key: str
     num_samples: int  # audio length T
@@ -85,9 +74,9 @@ class Sample:
     members: dict[str, tuple[int, int]]
 
 
-def shard_name(corpus: str, split: str, i: int) -> str:
-    """The file name of shard `i`."""
-    return f"{corpus}-{split}-{i:06d}.tar"
+def shard_name(corpus: str, split: str, number: int) -> str:
+    """The file name of a shard."""
+    return f"{corpus}-{split}-{number:06d}.tar"
 
 
 # Writing.
@@ -96,27 +85,25 @@ def shard_name(corpus: str, split: str, i: int) -> str:
 def write_shard(
     records: Sequence[Utterance | Mixture], output_url: str | Path, name: str
 ) -> ShardInfo:
-    """Write, or keep, the shard `name` of `records`; it is stored and verified when this returns.
+    """Write the shard `name` of `records`, or keep it; it is stored and verified on return.
 
-    A finished shard of the same records (ids, speakers, texts, rate) whose bytes are sound is kept without loading any
-    audio. DataError names the record that cannot be stored.
+    An intact shard of the same records (ids, speakers, texts, rate) is kept without loading audio.
+    DataError names the record that cannot be stored.
     """
     if not records:
         raise DataError(f"{name}: no records; a shard holds at least one")
-    check_ids(records)
-    kept = _finished(records, output_url, name)
-    if kept is not None:
+    sample_files.check_ids(records)
+    if (kept := _finished(records, output_url, name)) is not None:
         return kept
     with tempfile.TemporaryDirectory(prefix="sepdist-shard-") as folder:
-        path = Path(folder) / name
+        path = Path(folder, name)
         try:
             samples = _write_tar(records, path)
         except OSError as error:
-            if error.errno in storage.DISK_FULL:
-                raise storage.disk_error(
-                    f"{path} (TMPDIR chooses the folder)", "write", error
-                ) from error
-            raise
+            if error.errno not in storage.DISK_FULL:
+                raise
+            place = f"{path} (TMPDIR chooses the folder)"
+            raise storage.disk_error(place, "write", error) from error
         index: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "shard": name,
@@ -126,12 +113,11 @@ def write_shard(
             "sample_rate": records[0].sample_rate,
             "samples": samples,
         }
-        storage.put_file(path, storage.join(output_url, name))
+        url = storage.join(output_url, name)
+        storage.put_file(path, url)
     with _local_copy(output_url, name) as stored:
         if _sha256_of(stored) != index["sha256"]:
-            raise DataError(
-                f"{storage.join(output_url, name)}: reads back other bytes than were written; use other disks"
-            )
+            raise DataError(f"{url}: reads back other bytes than were written; use other disks")
     text = json.dumps(index, indent=1, ensure_ascii=False).encode()
     storage.put_bytes(_index_url(output_url, name), text)
     return _info(index, text)
@@ -140,38 +126,33 @@ def write_shard(
 def write_manifest(
     output_url: str | Path, corpus: str, split: str, sample_rate: int, infos: Sequence[ShardInfo]
 ) -> Manifest:
-    """Finish a data set: check that its shards fit together and are all there, and put the manifest, create-only.
+    """Finish a data set: check that its shards exist and fit together, and create its manifest.
 
-    An equal manifest may be there already; another one is a DataError, and is left alone.
+    An equal manifest may exist already; a different one raises DataError and is left alone.
     """
     if not infos:
         raise DataError(f"{output_url}: no shards to finish a data set of")
     manifest = _describe(output_url, corpus, split, sample_rate, infos)
     url = storage.join(output_url, MANIFEST)
+    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
     with contextlib.suppress(FileExistsError):
-        storage.put_bytes(
-            url,
-            json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode(),
-            create_only=True,
-        )
-    there = read_manifest(output_url)
-    if there != manifest:
-        digests = f"its digest is {there.digest()[:12]}, not {manifest.digest()[:12]}"
-        raise DataError(
-            f"{url}: is of another data set ({digests}); remove that one or write to another place"
-        )
+        storage.put_bytes(url, text, create_only=True)
+    found = read_manifest(output_url)
+    if found != manifest:
+        digests = f"its digest is {found.digest()[:12]}, not {manifest.digest()[:12]}"
+        raise DataError(f"{url}: is of another data set ({digests}); remove it or change output")
     return manifest
 
 
 def _fingerprint(records: Sequence[Utterance | Mixture]) -> str:
-    facts = [[record.id, record.sample_rate, *people(record)] for record in records]
-    return hashlib.sha256(_canonical([FORMAT_VERSION, facts])).hexdigest()
+    identity = [[record.id, record.sample_rate, *people(record)] for record in records]
+    return hashlib.sha256(_canonical([FORMAT_VERSION, identity])).hexdigest()
 
 
 def _finished(
     records: Sequence[Utterance | Mixture], url: str | Path, name: str
 ) -> ShardInfo | None:
-    """The shard as an earlier run finished it; None if it is missing, of other records or damaged."""
+    """Return the shard of an earlier run; None if missing, damaged or of other records."""
     try:
         text = storage.read_bytes(_index_url(url, name))
         index = json.loads(text)
@@ -186,73 +167,63 @@ def _finished(
 
 
 def _info(index: Mapping[str, Any], text: bytes) -> ShardInfo:
-    return ShardInfo(
-        name=index["shard"],
-        bytes=index["bytes"],
-        num_samples=len(index["samples"]),
-        sha256=index["sha256"],
-        index_sha256=hashlib.sha256(text).hexdigest(),
-    )
+    own = {"name": index["shard"], "bytes": index["bytes"], "num_samples": len(index["samples"])}
+    return ShardInfo(**own, sha256=index["sha256"], index_sha256=hashlib.sha256(text).hexdigest())
 
 
 def _write_tar(records: Sequence[Utterance | Mixture], path: Path) -> list[dict[str, Any]]:
-    """Load, check and encode every record into the tar at `path`; returns the entries of its index."""
-    entries: list[dict[str, Any]] = []
+    """Load, check and encode the records into a tar at `path`; return the samples of its index."""
+    import webdataset  # late: readers do not need it
+
+    samples: list[dict[str, Any]] = []
     shape: tuple[str, ...] = ()
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
+    with open(path, "wb") as file, webdataset.TarWriter(file, **options) as writer:
+        tar = writer.tarstream
+        tar.format = tarfile.USTAR_FORMAT  # TarWriter's own argument `format` has no effect
         for record in records:
-            waves = load_members(record)
+            waves = sample_files.load_members(record)
             shape = shape or tuple(waves)
-            if tuple(waves) != shape:
-                have = f"has {', '.join(waves)} where the records before it have {', '.join(shape)}"
-                raise DataError(
-                    f"record {record.id!r}: {have}; all samples of a data set have the same members"
-                )
+            _require_members(f"record {record.id!r}", tuple(waves), shape)
             places = {}
-            for suffix, data in encode(record, waves).items():
-                entry = tarfile.TarInfo(
-                    f"{record.id}.{suffix}"
-                )  # mtime, uid and gid are 0, user and group empty
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
+            for suffix, data in sample_files.encode(record, waves).items():
+                writer.write({"__key__": record.id, suffix: data})  # alone, to learn its offset
                 padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 places[suffix.removesuffix(".flac")] = [tar.offset - padded, len(data)]
-            num_samples = len(waves[shape[0]])
-            facts = {
-                "key": record.id,
-                "num_samples": num_samples,
-                "speakers": people(record)[0],
-                "members": places,
-            }
-            entries.append(facts)
-    return entries
+            sample = {"key": record.id, "num_samples": len(waves[shape[0]])}
+            samples.append(sample | {"speakers": people(record)[0], "members": places})
+    return samples
+
+
+def _require_members(what: str, found: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    if found != wanted:
+        have = f"has {', '.join(found)} where the samples before it have {', '.join(wanted)}"
+        raise DataError(f"{what}: {have}; all samples of a data set have the same members")
 
 
 def _describe(
     url: str | Path, corpus: str, split: str, sample_rate: int, infos: Sequence[ShardInfo]
 ) -> Manifest:
-    """The manifest of shards that are there and fit together; else a DataError names the shard or the key."""
+    """Build the manifest of shards that exist and fit together; DataError names the misfit."""
     members: tuple[str, ...] = ()
-    where: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     speakers, num_frames = set[str](), 0
     for shard in infos:
         index = _load_index(url, shard)
         if index["sample_rate"] != sample_rate:
-            raise DataError(
-                f"{shard.name}: {index['sample_rate']} Hz in a data set of {sample_rate} Hz"
-            )
-        _require_size(url, shard)
+            rates = f"{index['sample_rate']} Hz in a data set of {sample_rate} Hz"
+            raise DataError(f"{shard.name}: {rates}")
+        place = storage.join(url, shard.name)
+        if not storage.exists(place) or storage.size(place) != shard.bytes:
+            raise DataError(f"{place}: the shard is missing or truncated; write it again")
         for sample in _samples(index):
-            own = in_order([name for name in sample.members if name != "json"])
-            members = members or own
-            if own != members:
-                have = f"has {', '.join(own)} where the samples before it have {', '.join(members)}"
-                raise DataError(f"{shard.name}, {sample.key}: {have}")
-            if sample.key in where:
-                raise DataError(
-                    f"{shard.name}, {sample.key}: is in {where[sample.key]} too; ids are unique"
-                )
-            where[sample.key] = shard.name
+            what = f"{shard.name}, {sample.key}"
+            found = in_order([name for name in sample.members if name != "json"])
+            members = members or found
+            _require_members(what, found, members)
+            if sample.key in shard_of:
+                raise DataError(f"{what}: is in {shard_of[sample.key]} too; ids are unique")
+            shard_of[sample.key] = shard.name
             speakers.update(sample.speakers)
             num_frames += sample.num_samples
     return Manifest(
@@ -261,7 +232,7 @@ def _describe(
         split=split,
         sample_rate=sample_rate,
         members=members,
-        num_samples=len(where),
+        num_samples=len(shard_of),
         hours=num_frames / sample_rate / 3600,
         num_speakers=len(speakers),
         speakers=tuple(sorted(speakers)),
@@ -273,105 +244,79 @@ def _describe(
 
 
 def read_manifest(url: str | Path) -> Manifest:
-    """The manifest of the finished data set at `url`; DataError if there is none or it is unreadable."""
+    """Read the manifest of the data set at `url`; DataError if it is missing or unreadable."""
     place = storage.join(url, MANIFEST)
     try:
         raw = json.loads(storage.read_bytes(place))
         version = raw["format_version"]
         if version != FORMAT_VERSION:
-            raise DataError(
-                f"{place}: is of format {version}, but format {FORMAT_VERSION} is read; write it again"
-            )
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()
-        }
-        manifest = Manifest(
-            **fields | {"shards": tuple(ShardInfo(**shard) for shard in raw["shards"])}
-        )
+            known = f"this version of sepdist reads format {FORMAT_VERSION}"
+            raise DataError(f"{place}: is of format {version}, {known}; write it again")
+        lists = {name: tuple(raw[name]) for name in ("members", "speakers")}
+        shards = tuple(ShardInfo(**shard) for shard in raw["shards"])
+        manifest = Manifest(**raw | lists | {"shards": shards})
     except FileNotFoundError:
-        todo = f"run tools/shard_data.py write ... output={url} (finished shards are kept)"
+        todo = f"run sepdist shard write ... output={url} (finished shards are kept)"
         raise DataError(f"no {MANIFEST} in {url}: not a finished data set; {todo}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{place}: is not a readable manifest ({error}); restore it or write it again"
-        ) from error
-    num_samples = sum(shard.num_samples for shard in manifest.shards)
-    if manifest.num_samples != num_samples:
-        raise DataError(
-            f"{place}: was changed, it counts {manifest.num_samples} samples and its shards {num_samples}"
-        )
+        todo = "restore it or write it again"
+        raise DataError(f"{place}: is not a readable manifest ({error}); {todo}") from error
+    total = sum(shard.num_samples for shard in manifest.shards)
+    if manifest.num_samples != total:
+        counts = f"it counts {manifest.num_samples} samples and its shards {total}"
+        raise DataError(f"{place}: was changed, {counts}")
     return manifest
 
 
 def read_index(url: str | Path, shard: ShardInfo) -> list[Sample]:
-    """The samples of a shard in the order of the tar; DataError names the shard if its index is missing or changed."""
+    """Read a shard's samples in tar order; DataError if its index is missing or was changed."""
     return _samples(_load_index(url, shard))
 
 
 def read_sample(
-    tar: Path | BinaryIO,
-    sample: Sample,
-    members: Sequence[str],
-    start: int = 0,
-    stop: int | None = None,
+    tar: BinaryIO, sample: Sample, members: Sequence[str], start: int = 0, stop: int | None = None
 ) -> dict[str, np.ndarray]:
-    """The samples `start` to `stop` (None: the end) of some members, each float32 [stop - start], full scale 1.0.
+    """Read samples [start, stop) of some members from an open shard: float32, full scale 1.0.
 
-    `tar` is a shard's path or an open file, which several threads may share. Damage is a DataError that names the
-    shard, the key and the byte offset.
+    Threads may share `tar`. Damage raises a DataError that names shard, key and byte offset.
     """
     stop = sample.num_samples if stop is None else stop
     if not 0 <= start < stop <= sample.num_samples:
-        raise ValueError(
-            f"{sample.key}: cannot read [{start}, {stop}) of {sample.num_samples} samples"
-        )
+        bounds = f"[{start}, {stop}) of {sample.num_samples} samples"
+        raise ValueError(f"{sample.key}: cannot read {bounds}")
     absent = [member for member in members if member not in sample.members]
     if absent:
-        raise DataError(
-            f"{sample.key}: has no {', '.join(absent)}; it has {', '.join(sorted(sample.members))}"
-        )
-    if isinstance(tar, Path):
-        try:
-            with open(tar, "rb") as file:
-                return {
-                    member: _read_member(file, sample, member, start, stop) for member in members
-                }
-        except FileNotFoundError:
-            raise DataError(
-                f"{tar}: the shard is missing; fetch it again or write the data set again"
-            ) from None
-    return {member: _read_member(tar, sample, member, start, stop) for member in members}
+        found = ", ".join(sorted(sample.members))
+        raise DataError(f"{sample.key}: has no {', '.join(absent)}; it has {found}")
+    waves = {}
+    for member in members:
+        offset, num_bytes = sample.members[member]
+        place = _place(tar, sample, member)
+        # pread moves no shared position, so threads do not disturb each other.
+        data = os.pread(tar.fileno(), num_bytes, offset)
+        if len(data) != num_bytes:
+            left = f"the shard ends after {len(data)} of {num_bytes} bytes"
+            raise DataError(f"{place}: truncated, {left}")
+        waves[member] = sample_files.decode(data, sample.num_samples, start, stop, place)
+    return waves
 
 
-def _read_member(file: BinaryIO, sample: Sample, member: str, start: int, stop: int) -> np.ndarray:
-    offset, num_bytes = sample.members[member]
-    place = _place(Path(str(getattr(file, "name", "shard"))).name, sample, member)
-    data = os.pread(
-        file.fileno(), num_bytes, offset
-    )  # moves no shared position, so threads do not disturb each other
-    if len(data) != num_bytes:
-        raise DataError(
-            f"{place}: truncated, the shard ends after {len(data)} of {num_bytes} bytes"
-        )
-    return decode(data, sample.num_samples, start, stop, place)
-
-
-def read_facts(tar: BinaryIO, sample: Sample) -> dict[str, Any]:
-    """What the json member of a sample says; ValueError or KeyError where it is damaged."""
+def read_metadata(tar: BinaryIO, sample: Sample) -> dict[str, Any]:
+    """Read the JSON metadata of a sample; ValueError or KeyError where it is damaged."""
     offset, num_bytes = sample.members["json"]
     return json.loads(os.pread(tar.fileno(), num_bytes, offset))
 
 
-def all_facts(url: str | Path) -> Iterator[dict[str, Any]]:
-    """What the json members of a whole data set say, in the order of the manifest."""
+def all_metadata(url: str | Path) -> Iterator[dict[str, Any]]:
+    """Read the JSON metadata of all samples of a data set, in the order of the manifest."""
     for shard in read_manifest(url).shards:
         with _local_copy(url, shard.name) as path, open(path, "rb") as tar:
             for sample in read_index(url, shard):
-                yield read_facts(tar, sample)
+                yield read_metadata(tar, sample)
 
 
 def verify(url: str | Path) -> list[str]:
-    """Every problem of the data set at `url`, each naming shard, key and byte offset; [] when it is sound."""
+    """List every problem of the data set at `url` by shard, key and byte offset; [] if intact."""
     try:
         manifest = read_manifest(url)
     except DataError as error:
@@ -386,40 +331,42 @@ def _verify_shard(url: str | Path, manifest: Manifest, shard: ShardInfo) -> Iter
     except DataError as error:
         yield str(error)
     try:
-        with _local_copy(url, shard.name) as path:
+        with _local_copy(url, shard.name) as path, open(path, "rb") as tar:
             num_bytes = path.stat().st_size
             if num_bytes != shard.bytes:
                 yield f"{shard.name}: has {num_bytes} bytes, the manifest says {shard.bytes}"
             elif _sha256_of(path) != shard.sha256:
                 yield f"{shard.name}: its sha256 is not the manifest's; it was damaged or changed"
             if samples and len(samples) != shard.num_samples:
-                yield f"{shard.name}: its index has {len(samples)} samples, the manifest says {shard.num_samples}"
+                counts = f"{len(samples)} samples, the manifest says {shard.num_samples}"
+                yield f"{shard.name}: its index has {counts}"
             for sample in samples:
-                yield from _verify_sample(path, sample, manifest)
+                yield from _verify_sample(tar, sample, manifest)
     except FileNotFoundError:
         yield f"{shard.name}: the shard is missing"
 
 
-def _verify_sample(path: Path, sample: Sample, manifest: Manifest) -> Iterator[str]:
+def _verify_sample(tar: BinaryIO, sample: Sample, manifest: Manifest) -> Iterator[str]:
     for member in manifest.members:
         try:
-            wave = read_sample(path, sample, [member])[member]
-            audio.check(wave, _place(path.name, sample, member))
+            wave = read_sample(tar, sample, [member])[member]
+            audio.check(wave, _place(tar, sample, member))
         except (DataError, audio.AudioError) as error:
             yield str(error)
-    place = _place(path.name, sample, "json")
+    place = _place(tar, sample, "json")
     try:
-        with open(path, "rb") as tar:
-            facts = read_facts(tar, sample)
-        told = (facts["id"], facts["num_samples"], tuple(facts["speakers"]), facts["sample_rate"])
-        if told != (sample.key, sample.num_samples, sample.speakers, manifest.sample_rate):
+        found = read_metadata(tar, sample)
+        indexed = (sample.key, sample.num_samples, list(sample.speakers), manifest.sample_rate)
+        names = ("id", "num_samples", "speakers", "sample_rate")
+        if tuple(found[name] for name in names) != indexed:
             yield f"{place}: does not agree with the index"
     except (ValueError, KeyError, TypeError) as error:
         yield f"{place}: cannot be read ({error})"
 
 
-def _place(shard: str, sample: Sample, member: str) -> str:
-    return f"{shard}, {sample.key}.{member} at byte {sample.members.get(member, (-1, 0))[0]}"
+def _place(tar: BinaryIO, sample: Sample, member: str) -> str:
+    offset, _ = sample.members.get(member, (-1, 0))
+    return f"{Path(tar.name).name}, {sample.key}.{member} at byte {offset}"
 
 
 def _index_url(url: str | Path, name: str) -> str:
@@ -427,17 +374,13 @@ def _index_url(url: str | Path, name: str) -> str:
 
 
 def _load_index(url: str | Path, shard: ShardInfo) -> dict[str, Any]:
-    place = _index_url(url, shard.name)
+    place = f"{shard.name}: its index {_index_url(url, shard.name)}"
     try:
-        text = storage.read_bytes(place)
+        text = storage.read_bytes(_index_url(url, shard.name))
     except FileNotFoundError:
-        raise DataError(
-            f"{shard.name}: its index {place} is missing; write the data set again"
-        ) from None
+        raise DataError(f"{place} is missing; write the data set again") from None
     if hashlib.sha256(text).hexdigest() != shard.index_sha256:
-        raise DataError(
-            f"{shard.name}: its index {place} was changed (sha256); write the data set again"
-        )
+        raise DataError(f"{place} was changed (sha256); write the data set again")
     return json.loads(text)
 
 
@@ -447,37 +390,22 @@ def _samples(index: Mapping[str, Any]) -> list[Sample]:
             key=one["key"],
             num_samples=one["num_samples"],
             speakers=tuple(one["speakers"]),
-            members={name: (place[0], place[1]) for name, place in one["members"].items()},
+            members={name: (offset, size) for name, (offset, size) in one["members"].items()},
         )
         for one in index["samples"]
     ]
 
 
-def _require_size(url: str | Path, shard: ShardInfo) -> None:
-    place = storage.join(url, shard.name)
-    try:
-        num_bytes = storage.size(place)
-    except FileNotFoundError:
-        raise DataError(f"{place}: the shard is missing; write it again") from None
-    if num_bytes != shard.bytes:
-        raise DataError(
-            f"{place}: has {num_bytes} bytes where {shard.bytes} were written; write it again"
-        )
-
-
 @contextlib.contextmanager
 def _local_copy(url: str | Path, name: str) -> Iterator[Path]:
-    """The shard as a local file: itself if it is local, else a temporary copy; FileNotFoundError if it is missing."""
+    """Yield the path of a shard, or of a temporary copy of a remote one."""
     place = storage.join(url, name)
     if not storage.is_remote(place):
-        path = Path(place).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"{place}: no such file")
-        yield path
+        yield Path(place).expanduser()
         return
     with tempfile.TemporaryDirectory(prefix="sepdist-shard-") as folder:
-        storage.fetch_file(place, Path(folder) / name)
-        yield Path(folder) / name
+        storage.fetch_file(place, Path(folder, name))
+        yield Path(folder, name)
 
 
 def _sha256_of(path: Path) -> str:

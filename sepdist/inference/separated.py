@@ -53,9 +53,9 @@ class Separated:
     def records(self, split: str) -> Iterator[Mixture]:
         """Every sample; it is separated when it is loaded."""
         for record in self.stored.records(split):
-            assert record.measure is not None
+            assert record.metadata is not None
             read = partial(separate, record, self.model, self.device)
-            yield replace(record, load=read, measure=partial(judge, record.measure))
+            yield replace(record, load=read, metadata=partial(judge, record.metadata))
 
 
 def separate(record: Mixture, model: str, device: str) -> Mapping[str, np.ndarray]:

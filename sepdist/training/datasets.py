@@ -2,10 +2,11 @@
 
 from sepdist import config, seeding
 from sepdist.config import ConfigError, TrainConfig
+from sepdist.data.crops import Crops
 from sepdist.data.dataset import Dataset
 from sepdist.data.order import INTERLEAVES
 from sepdist.data.records import MAIN
-from sepdist.data.stream import Crops, Feed
+from sepdist.data.stream import Feed
 
 
 def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:

@@ -51,7 +51,7 @@ def test_close_cancels_what_waits_finishes_what_runs_and_refuses_more() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("test-close")]
 
 
-def test_close_does_not_wait_for_ever_for_a_thread_that_hangs(
+def test_close_does_not_wait_forever_for_a_thread_that_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sepdist.data.background.PATIENCE_SECONDS", 0.1)

@@ -1,6 +1,7 @@
-"""The shard cache: fetched once for all processes, verified, within its size, and never pulled from under a reader."""
+"""The shard cache: fetched once for all processes, verified, bounded, and safe for open readers."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import subprocess
@@ -52,7 +53,7 @@ def check_readable(cache: ShardCache, shard: int) -> None:
     opened = cache.open(shard)
     for i, sample in enumerate(opened.samples):
         wave = read_sample(opened.file, sample, ["s1"])["s1"]
-        assert np.array_equal(wave, toy.as_float(toy.parts(3 * shard + i + 1)["s1"]))
+        assert np.array_equal(wave, toy.as_float(toy.members(3 * shard + i + 1)["s1"]))
 
 
 def tar_requests(proxy: FaultyProxy) -> list[str]:
@@ -75,7 +76,7 @@ def test_a_local_data_set_is_read_in_place_and_hashed_once(
     toy.write(tmp_path / "set", SIZES)
     monkeypatch.setattr("sepdist.data.cache.MAX_OPEN", 1)
     hashed: list[str] = []
-    digest = ShardCache._complaint.__globals__["hashlib"].file_digest
+    digest = hashlib.file_digest
     monkeypatch.setattr(
         "sepdist.data.cache.hashlib.file_digest",
         lambda file, name: hashed.append(file.name) or digest(file, name),
@@ -105,7 +106,8 @@ def test_two_processes_of_a_machine_fetch_a_shard_once(
     tmp_path: Path, remote: str, proxy: FaultyProxy
 ) -> None:
     program = (
-        "import sys\nfrom sepdist.data.cache import ShardCache\nfrom sepdist.data.shards import read_manifest\n"
+        "import sys\nfrom sepdist.data.cache import ShardCache\n"
+        "from sepdist.data.shards import read_manifest\n"
         "cache = ShardCache(sys.argv[1], read_manifest(sys.argv[1]), sys.argv[2], 10**9)\n"
         "print('ready', flush=True)\nsys.stdin.readline()\n"
         "for shard in range(4): print(len(cache.open(shard).samples))\n"
@@ -191,7 +193,7 @@ def test_the_least_recently_used_copies_go_and_readers_keep_their_files(
     check_readable(cache, 3)
     assert copies(tmp_path) == ["toy-train-000002", "toy-train-000003"]
     wave = read_sample(kept.file, kept.samples[0], ["s1"])["s1"]
-    assert np.array_equal(wave, toy.as_float(toy.parts(1)["s1"]))
+    assert np.array_equal(wave, toy.as_float(toy.members(1)["s1"]))
     check_readable(cache, 0)
     assert len(copies(tmp_path)) == 2 and len(list((tmp_path / "cache").glob("*.lock"))) == 2
 
@@ -226,8 +228,8 @@ def test_a_damaged_copy_is_fetched_again(
     check_readable(cache_of(remote), 0)
     (copy,) = (tmp_path / "cache").glob("*.tar")
     content = copy.read_bytes()
-    for spoilt in (content[:-512], b"x" + content[1:], b""):
-        copy.write_bytes(spoilt)
+    for damaged in (content[:-512], b"x" + content[1:], b""):
+        copy.write_bytes(damaged)
         with caplog.at_level(logging.WARNING):
             check_readable(cache_of(remote), 0)
         assert copy.read_bytes() == content

@@ -1,6 +1,7 @@
-"""Dynamic mixing: different people, drawn levels and speeds, the same bits in any world, each utterance in its turn.
+"""Dynamic mixing: different speakers, drawn levels and speeds, the same bits at any world size.
 
-Utterances are tones, each of a pitch of its own, so that a source tells which one it is, how fast and how loud.
+Each utterance is a tone of its own pitch, so a source shows which utterance it is, its speed and
+its level.
 """
 
 from collections import Counter
@@ -14,11 +15,12 @@ import pytest
 from sepdist import audio
 from sepdist.audio import AudioError
 from sepdist.data import shards
+from sepdist.data.crops import Damage
 from sepdist.data.dataset import Dataset, Item
 from sepdist.data.dynamic import DynamicMixing
 from sepdist.data.members import DataError
 from sepdist.data.records import Batch, Mixture, Utterance
-from sepdist.data.stream import Damage, TrainStream
+from sepdist.data.stream import TrainStream
 from tests.support import toy
 
 RATE = 8000
@@ -86,12 +88,12 @@ def mixing(url: str, num_sources: int = 2, seed: int = 3, **options: object) -> 
 
 
 def utterances(item: Item) -> list[int]:
-    """The numbers of its utterances by its id, which ends with the position."""
+    """Parse the numbers of the utterances from the id, which ends with the position."""
     return [int(key.removeprefix("u")) for key in item.id.partition("@")[0].split("_")]
 
 
 def found_pitch(wave: np.ndarray) -> float:
-    """By the highest bin of a spectrum of 16 times as many points."""
+    """Estimate by the highest bin of a spectrum zero-padded 16 times."""
     spectrum = np.abs(np.fft.rfft(wave * np.hanning(wave.size), 16 * wave.size))
     return float(spectrum.argmax()) * RATE / (16 * wave.size)
 
@@ -111,9 +113,9 @@ def test_a_source_is_its_utterance_at_one_of_the_speeds_and_at_a_level_of_librim
             nearest = min((0.95, 1.0, 1.05), key=lambda one: abs(one - speed))
             assert speed == pytest.approx(nearest, abs=3e-3)
             speeds[nearest] += 1
-            heard = min(CROP, round(num_samples(number) / nearest))
-            assert not wave[heard:].any() and np.abs(wave[heard - 40 : heard]).max() > 0
-            levels.append(audio.loudness(wave[: min(heard, 3400)], RATE))
+            length = min(CROP, round(num_samples(number) / nearest))
+            assert not wave[length:].any() and np.abs(wave[length - 40 : length]).max() > 0
+            levels.append(audio.loudness(wave[: min(length, 3400)], RATE))
     assert min(speeds.values()) > 40, "each of the three in a third of 180 draws"
     assert -33.3 < min(levels) < -32 and -26 < max(levels) < -24.7, (
         "U(-33, -25), and a little for another speed"
@@ -145,7 +147,8 @@ def rows(
     made: DynamicMixing, rank: int, world_size: int, first_step: int, num_steps: int, threads: int
 ) -> list[tuple]:
     options = {"num_virtual_shards": 4, "micro_batch": 2, "rank": rank, "world_size": world_size}
-    stream = TrainStream({"main": made}, seed=3, num_threads=threads, max_damaged=2, **options)  # type: ignore[arg-type]
+    options |= {"seed": 3, "num_threads": threads, "max_damaged": 2}
+    stream = TrainStream({"main": made}, **options)  # type: ignore[arg-type]
     steps = stream.steps(first_step)
     batches: list[Batch] = [batch for _ in range(num_steps) for batch in next(steps)]
     stream.close()
@@ -166,11 +169,11 @@ def test_a_position_has_the_same_bits_in_any_world_at_any_cut_and_number_of_thre
 ) -> None:
     whole = rows(mixing(voices, noise=noises), 0, 1, 0, 6, 1)
     assert [position for position, *_ in whole] == list(range(48))
-    parts: list[tuple] = []
+    found: list[tuple] = []
     for first, count, world_size in ((0, 2, 3), (2, 1, 1), (3, 3, 4)):
         for rank in range(world_size):
-            parts += rows(mixing(voices, noise=noises), rank, world_size, first, count, 2)
-    assert sorted(parts) == whole
+            found += rows(mixing(voices, noise=noises), rank, world_size, first, count, 2)
+    assert sorted(found) == whole
     assert len({row[1] for row in whole}) == 48
 
 
@@ -203,7 +206,7 @@ def test_speakers_may_be_rare_but_two_are_needed(tmp_path: Path) -> None:
 
 def test_librimixs_guards_hold_a_source_and_the_mixture_below_full_scale(tmp_path: Path) -> None:
     def click(number: int) -> np.ndarray:
-        """Quiet, but for one sample in every 400."""
+        """Quiet, except for one sample in every 400."""
         wave = 0.001 * tone(number)
         wave[::400] = 0.9
         return wave
@@ -219,7 +222,7 @@ def test_librimixs_guards_hold_a_source_and_the_mixture_below_full_scale(tmp_pat
         assert all(float(np.abs(wave).max()) == pytest.approx(0.45, abs=0.03) for wave in waves)
 
 
-def test_a_damaged_utterance_gives_way_to_the_next_alike_in_every_world_and_is_counted(
+def test_a_damaged_utterance_gives_way_to_the_next_in_every_world_and_is_counted(
     tmp_path: Path,
 ) -> None:
     url = write(tmp_path)
@@ -263,10 +266,10 @@ def test_what_cannot_be_mixed_is_refused(voices: str, tmp_path: Path) -> None:
 
 
 def test_the_first_sources_of_mixtures_can_be_mixed_anew(tmp_path: Path) -> None:
-    def parts(number: int) -> dict[str, np.ndarray]:
+    def members(number: int) -> dict[str, np.ndarray]:
         return {"s1": tone(number), "s2": 0.1 * tone(number)}
 
-    records = [Mixture(f"u{n}", (f"a{n}", "b"), RATE, partial(parts, n)) for n in range(4)]
+    records = [Mixture(f"u{n}", (f"a{n}", "b"), RATE, partial(members, n)) for n in range(4)]
     info = shards.write_shard(records, tmp_path, shards.shard_name("toy", "train", 0))
     shards.write_manifest(tmp_path, "toy", "train", RATE, [info])
     item = mixing(str(tmp_path), speeds=[1]).item(0, [])

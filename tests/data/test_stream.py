@@ -1,4 +1,4 @@
-"""From data sets to batches: every position once with the same audio in any world, faults where they belong."""
+"""The training stream: every position once with the same audio at any world size; damage."""
 
 import gc
 import subprocess
@@ -15,13 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sepdist.data import dataset as stream_module
+from sepdist.data import dataset as dataset_module
 from sepdist.data import order as order_module
+from sepdist.data.crops import Crops
 from sepdist.data.dataset import Dataset
 from sepdist.data.members import DataError
 from sepdist.data.records import Batch
 from sepdist.data.shards import read_index, read_manifest
-from sepdist.data.stream import Crops, TrainStream
+from sepdist.data.stream import TrainStream
 from tests.support import toy
 from tests.support.s3server import FaultyProxy
 
@@ -57,7 +58,7 @@ def take(dataset: Dataset, first_step: int, num_steps: int, **changes: object) -
 
 
 def rows(steps: list[list[Batch]]) -> Iterator[tuple[int, str, bytes]]:
-    """(position, id, bits of all audio) of every row."""
+    """Yield (position, id, bits of all audio) of every row."""
     for batches in steps:
         for batch in batches:
             assert batch.sources is not None
@@ -82,7 +83,7 @@ def rows(steps: list[list[Batch]]) -> Iterator[tuple[int, str, bytes]]:
         max_size=4,
     ),
 )
-def test_every_position_is_delivered_once_with_the_same_audio_at_any_world_size_cut_and_number_of_threads(
+def test_every_position_comes_once_with_the_same_audio_at_any_world_size_cut_and_thread_count(
     sets: dict[str, str],
     name: str,
     num_virtual_shards: int,
@@ -129,7 +130,7 @@ def test_a_batch_holds_the_crops_that_the_records_define(sets: dict[str, str]) -
                 length = min(CROP, toy.num_samples(number))
                 expected = {
                     name: toy.as_float(wave[start : start + length])
-                    for name, wave in toy.parts(number).items()
+                    for name, wave in toy.members(number).items()
                 }
                 assert batch.ids[i] == f"mix-{number}" and batch.speakers[i] == (
                     f"anna{number}",
@@ -157,11 +158,11 @@ def test_a_batch_holds_the_crops_that_the_records_define(sets: dict[str, str]) -
 def test_noise_stays_out_unless_it_is_asked_for(sets: dict[str, str]) -> None:
     dataset = Dataset(sets["even"])
     batch = dataset.full(3, 1.0)
-    clean = toy.parts(4)["s1"] + toy.parts(4)["s2"]
+    clean = toy.members(4)["s1"] + toy.members(4)["s2"]
     assert batch.noise is None and np.array_equal(batch.mixture[0].numpy(), toy.as_float(clean))
     one = Dataset(sets["even"], num_sources=1).full(3, 1.0)
     assert one.sources is not None and one.sources.shape[:2] == (1, 1)
-    assert np.array_equal(one.mixture[0].numpy(), toy.as_float(toy.parts(4)["s1"]))
+    assert np.array_equal(one.mixture[0].numpy(), toy.as_float(toy.members(4)["s1"]))
 
 
 def test_full_items_come_in_the_order_of_the_manifest_and_are_cut_where_asked(
@@ -176,7 +177,7 @@ def test_full_items_come_in_the_order_of_the_manifest_and_are_cut_where_asked(
         assert batch.positions.tolist() == [number]
         assert np.array_equal(
             batch.mixture[0].numpy(),
-            toy.as_float(sum(w[:length] for w in toy.parts(number + 1).values())),
+            toy.as_float(sum(w[:length] for w in toy.members(number + 1).values())),
         )
     assert dataset.full(20, 1e6).mixture.shape == (1, toy.num_samples(21))
     for number in (-1, 21):
@@ -192,7 +193,7 @@ def test_a_set_of_mixtures_alone_has_no_sources(tmp_path: Path) -> None:
     assert toy.identify(float(batch.mixture[0, 0]))[0] == int(batch.ids[0].removeprefix("mix-"))
 
 
-def test_asking_for_parts_that_the_data_set_lacks_says_what_it_has(tmp_path: Path) -> None:
+def test_asking_for_members_that_the_data_set_lacks_says_what_it_has(tmp_path: Path) -> None:
     toy.write(tmp_path, (2,), names=("s1", "s2"))
     with pytest.raises(
         DataError, match=r"has no s3, noise, its samples have s1, s2; change num_sources or noise"
@@ -215,7 +216,7 @@ def test_a_stream_that_could_deliver_nothing_is_refused(
 def test_a_start_at_step_a_million_does_what_a_start_at_step_0_does(
     sets: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, read = order_module.rng, stream_module.read_sample
+    draw, read = order_module.rng, dataset_module.read_sample
     counts = {"rng": 0, "read": 0}
 
     def count(what: str, function: object) -> object:
@@ -226,7 +227,7 @@ def test_a_start_at_step_a_million_does_what_a_start_at_step_0_does(
         return counted
 
     monkeypatch.setattr(order_module, "rng", count("rng", draw))
-    monkeypatch.setattr(stream_module, "read_sample", count("read", read))
+    monkeypatch.setattr(dataset_module, "read_sample", count("read", read))
     seen = []
     for first_step in (0, 10**6):
         counts |= {"rng": 0, "read": 0}
@@ -235,7 +236,7 @@ def test_a_start_at_step_a_million_does_what_a_start_at_step_0_does(
         seen.append(dict(counts))
         dataset.cache.close()
     assert seen[0]["read"] == seen[1]["read"] == 8  # the samples of one step and no other
-    # A step of 8 lies in one epoch of 21 or across two, each of one permutation and up to two blocks.
+    # A step of 8 touches one or two epochs of 21, each of one permutation and up to two blocks.
     assert max(one["rng"] for one in seen) <= 6
 
 
@@ -250,13 +251,13 @@ def test_resuming_at_a_step_gives_what_the_uninterrupted_stream_gives_there(
 def test_waiting_for_data_is_measured_and_prefetched_data_is_not_waited_for(
     sets: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, gate = stream_module.read_sample, threading.Event()
+    read, gate = dataset_module.read_sample, threading.Event()
 
     def gated(*arguments: object) -> object:
         assert gate.wait(30)
         return read(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stream_module, "read_sample", gated)
+    monkeypatch.setattr(dataset_module, "read_sample", gated)
     stream = open_stream(Dataset(sets["even"]), prefetch_steps=3)
     assert stream.seconds_waited == 0.0
     steps = stream.steps(0)
@@ -281,7 +282,7 @@ def test_an_exception_in_a_thread_reaches_the_consumer_at_the_step_that_needed_i
 ) -> None:
     dataset = Dataset(sets["even"])
     wanted = take(dataset, 3, 1)[0][2].ids[1]
-    read = stream_module.read_sample
+    read = dataset_module.read_sample
 
     def failing(file: object, sample: object, *rest: object) -> object:
         if getattr(sample, "key", "") == wanted:
@@ -293,7 +294,7 @@ def test_an_exception_in_a_thread_reaches_the_consumer_at_the_step_that_needed_i
         for step, batches in enumerate(take(dataset, 0, 9))
         if any(wanted in batch.ids for batch in batches)
     )
-    monkeypatch.setattr(stream_module, "read_sample", failing)
+    monkeypatch.setattr(dataset_module, "read_sample", failing)
     stream = open_stream(dataset, prefetch_steps=4)
     steps = stream.steps(0)
     for _ in range(first):
@@ -307,7 +308,7 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
     sets: dict[str, str],
 ) -> None:
     def feeds() -> dict[str, Crops]:
-        """One set as SE reads it and one as separation does, with seeds of their own."""
+        """One set as SE reads it and one as separation does, with different seeds."""
         se = Dataset(sets["even"], num_sources=1, noise=True)
         return {
             "main": Crops(Dataset(sets["ragged"]), seed=5, crop_seconds=CROP / toy.RATE),
@@ -324,7 +325,8 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
                 "rank": rank,
                 "world_size": world_size,
             }
-            stream = TrainStream(feeds(), num_threads=2, **(options | changes))  # type: ignore[arg-type]
+            options |= {"num_threads": 2, **changes}
+            stream = TrainStream(feeds(), **options)  # type: ignore[arg-type]
             steps = stream.steps(0)
             batches += [batch for _ in range(10) for batch in next(steps)]
             stream.close()
@@ -376,8 +378,9 @@ def test_the_digest_of_a_stream_is_that_of_its_set_or_names_all_with_their_share
     both = TrainStream({"main": ragged, "more": even}, **options).digest()  # type: ignore[arg-type]
     assert alone == ragged.dataset.manifest.digest()
     assert both == f"10 main {alone} + 6 more {even.dataset.manifest.digest()}"
-    evenly = TrainStream({"main": ragged, "more": even}, interleave="even", **options).digest()  # type: ignore[arg-type]
-    assert evenly == f"{both}, even"
+    options["interleave"] = "even"
+    evenly = TrainStream({"main": ragged, "more": even}, **options)  # type: ignore[arg-type]
+    assert evenly.digest() == f"{both}, even"
 
 
 # Damage.
@@ -386,7 +389,7 @@ def test_the_digest_of_a_stream_is_that_of_its_set_or_names_all_with_their_share
 def damaged_set(
     tmp_path: Path, numbers: tuple[int, ...], sizes: tuple[int, ...] = (6, 6)
 ) -> dict[int, int]:
-    """A data set in which s2 of mixtures `numbers` cannot be decoded; returns the byte offsets of these members."""
+    """Write a data set and damage s2 of mixtures `numbers`; returns the members' byte offsets."""
     toy.write(tmp_path, sizes)
     offsets = {}
     first = 1
@@ -415,7 +418,7 @@ def test_a_damaged_sample_ends_the_run_and_is_named_with_shard_key_and_byte_offs
             stream = open_stream(Dataset(str(tmp_path)), rank=rank, world_size=world_size)
             steps = stream.steps(0)
             for _ in range(met):
-                next(steps)  # what comes before it is delivered, however far the threads are ahead
+                next(steps)  # earlier steps are delivered, however far the threads are ahead
             try:
                 next(steps)
                 outcomes.append("")
@@ -533,10 +536,12 @@ def test_a_forgotten_stream_ends_its_threads_without_close(sets: dict[str, str])
 
 ABANDON = """
 import sys
-from sepdist.data.stream import Crops, Dataset, TrainStream
+from sepdist.data.crops import Crops
+from sepdist.data.dataset import Dataset
+from sepdist.data.stream import TrainStream
 crops = Crops(Dataset(sys.argv[1], cache_dir=sys.argv[2]), seed=0, crop_seconds=0.008)
-stream = TrainStream({"main": crops}, seed=0, num_virtual_shards=2, micro_batch=2, rank=0, world_size=1,
-                     num_threads=2, prefetch_steps=50)
+options = dict(num_virtual_shards=2, micro_batch=2, rank=0, world_size=1)
+stream = TrainStream({"main": crops}, seed=0, num_threads=2, prefetch_steps=50, **options)
 steps = stream.steps(0)
 if sys.argv[3] == "read":
     next(steps)
@@ -583,7 +588,7 @@ def test_a_process_that_abandons_its_stream_ends_at_once(
         assert (process.returncode, output) == (3, "leaving\n") and "Traceback" not in errors, (
             errors
         )
-        assert how == "read" or time.monotonic() - began < 30  # and not the minutes of all retries
+        assert how == "read" or time.monotonic() - began < 30  # not the minutes of all retries
 
 
 def test_a_stream_from_object_storage_delivers_what_one_from_disk_does(

@@ -12,7 +12,7 @@ from sepdist.config import ConfigError, ShardConfig
 from sepdist.data import shards
 from sepdist.data.dataset import Dataset
 from sepdist.data.members import DataError
-from sepdist.data.sharding import part_of, write_data_set
+from sepdist.data.sharding import subset_of, write_data_set
 from tests.inference.test_evaluation import oracle_si_snr, write_export
 
 
@@ -25,23 +25,23 @@ def write(output: Path, corpus: dict[str, object], **changes: object) -> shards.
 
 def test_parts_are_disjoint_and_together_everything_in_its_order() -> None:
     numbers = list(range(1000))
-    tenth, rest = part_of(numbers, 0.0, 0.1), part_of(numbers, 0.1, 1.0)
+    tenth, rest = subset_of(numbers, 0.0, 0.1), subset_of(numbers, 0.1, 1.0)
     assert len(tenth) == 100 and sorted(tenth + rest) == numbers
     assert tenth == sorted(tenth) and rest == sorted(rest)
     assert 300 < np.mean(tenth) < 700  # not the first ones
-    assert set(tenth) < set(part_of(numbers, 0.0, 0.5))
+    assert set(tenth) < set(subset_of(numbers, 0.0, 0.5))
 
 
-def test_a_part_of_a_stored_data_set_has_its_samples_to_the_bit_and_their_texts(
+def test_a_subset_of_a_stored_data_set_has_its_samples_to_the_bit_and_their_texts(
     tiny_data, tmp_path: Path
 ) -> None:
     stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["train"]}
-    first = write(tmp_path / "a", stored, part=[0.0, 0.25])
-    rest = write(tmp_path / "b", stored, part=[0.25, 1.0])
+    first = write(tmp_path / "a", stored, subset=[0.0, 0.25])
+    rest = write(tmp_path / "b", stored, subset=[0.25, 1.0])
     whole = Dataset(tiny_data["train"], noise=True)
     assert first.num_samples + rest.num_samples == whole.manifest.num_samples
     originals = {
-        whole.full(i, 99.0).ids[0]: (whole.full(i, 99.0), whole.facts(i)) for i in range(10)
+        whole.full(i, 99.0).ids[0]: (whole.full(i, 99.0), whole.metadata(i)) for i in range(10)
     }
     found = {}
     for place in ("a", "b"):
@@ -52,7 +52,7 @@ def test_a_part_of_a_stored_data_set_has_its_samples_to_the_bit_and_their_texts(
             assert torch.equal(batch.mixture, original.mixture) and torch.equal(
                 batch.sources, original.sources
             )
-            assert part.facts(i) == facts and facts["texts"]
+            assert part.metadata(i) == facts and facts["texts"]
             found[batch.ids[0]] = place
     assert len(found) == whole.manifest.num_samples
 
@@ -66,7 +66,7 @@ def test_mixtures_alone_say_nothing_of_who_speaks(tiny_data, tmp_path: Path) -> 
         batch = alone.full(i, 99.0)
         assert batch.sources is None and batch.noise is None
         torch.testing.assert_close(batch.mixture, whole.full(i, 99.0).mixture, atol=1e-7, rtol=0)
-        assert not alone.facts(i)["texts"]
+        assert not alone.metadata(i)["texts"]
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.xdist_group("ray"))])
@@ -99,7 +99,7 @@ def test_separated_data_has_the_models_estimates_in_the_order_of_the_sources(
         order = (0, 1) if straight >= crossed else (1, 0)
         for j in (0, 1):
             assert abs(np.corrcoef(estimates[j], raw[order[j]])[0, 1]) > 0.9999
-            assert after.facts(i)["si_snr"][j] == pytest.approx(
+            assert after.metadata(i)["si_snr"][j] == pytest.approx(
                 oracle_si_snr(estimates[j], sources[j]), abs=2e-3
             )
         assert np.abs(estimates).max() <= 0.9901
@@ -160,5 +160,5 @@ def test_what_cannot_be_separated_is_refused_by_name(tiny_data, tmp_path: Path) 
                 "model": "runs/none",
             }
         )
-    with pytest.raises(ConfigError, match=r"part=\[0\.5, 0\.5\]"):
-        write(tmp_path / "x", stored, part=[0.5, 0.5])
+    with pytest.raises(ConfigError, match=r"subset=\[0\.5, 0\.5\]"):
+        write(tmp_path / "x", stored, subset=[0.5, 0.5])

@@ -157,7 +157,7 @@ def test_the_histogram_shows_every_estimate_of_a_data_set_and_their_mean(tmp_pat
                 ("a",),
                 8000,
                 lambda wave=wave: {"s1": wave, "e1": wave},
-                measure=lambda _, v=v: {"si_snr": [v]},
+                metadata=lambda _, v=v: {"si_snr": [v]},
             )
             for i, v in enumerate(values)
         ]

@@ -234,7 +234,8 @@ def judging(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfi
     places = [f"data.validation={data['dev']}", *TINY, "training.max_steps=2"]
     stages = {
         "tenth": StageConfig(
-            "shards", overrides=["corpus=stored", f"corpus.data={data['train']}", "part=[0.0,0.1]"]
+            "shards",
+            overrides=["corpus=stored", f"corpus.data={data['train']}", "subset=[0.0,0.1]"],
         ),
         "separator": StageConfig(
             experiment="demo/finetune", overrides=["data.train=@tenth", "init.weights=null"]
@@ -265,7 +266,7 @@ def test_at_a_stages_name_stands_its_folder(tiny_data, tmp_path: Path) -> None:
     )
     assert stages["separated"].corpus["model"] == str(folder / "separator") and stages[
         "tenth"
-    ].part == [0.0, 0.1]
+    ].subset == [0.0, 0.1]
     assert stages["judged"].data == str(folder / "separated") and stages["judged"].model == str(
         folder / "estimator"
     )

@@ -1,4 +1,4 @@
-"""Small data sets whose audio says where it is from: the value at sample t of s1 of mixture i is i * 300 + t."""
+"""Small data sets whose audio shows its origin: sample t of s1 of mixture i is i * 300 + t."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ def num_samples(number: int) -> int:
     return SHORTEST + number * 37 % 80
 
 
-def parts(number: int) -> dict[str, np.ndarray]:
+def members(number: int) -> dict[str, np.ndarray]:
     """The members of mixture `number` as int16 values."""
     t = np.arange(num_samples(number))
     return {"s1": number * 300 + t, "s2": -number * 100 - 2 * t, "noise": t % 7 - 3}
@@ -30,14 +30,14 @@ def as_float(values: np.ndarray) -> np.ndarray:
 
 
 def identify(first_value: float) -> tuple[int, int]:
-    """(mixture number, t) of a value of s1."""
+    """Return (mixture number, t) of a value of s1."""
     return divmod(round(first_value * _FULL_SCALE), 300)
 
 
 def write(
     url: str | Path, sizes: Sequence[int], names: Sequence[str] = ("s1", "s2", "noise")
 ) -> Manifest:
-    """Mixtures 1, 2, ... in shards of `sizes`; with names ("mix",) s1 is stored as the mixture."""
+    """Write mixtures 1, 2, ... in shards of `sizes`; names ("mix",) store s1 as the mixture."""
     infos, number = [], 1
     for i, size in enumerate(sizes):
         records = [record(one, names) for one in range(number, number + size)]
@@ -48,7 +48,7 @@ def write(
 
 def record(number: int, names: Sequence[str]) -> Mixture:
     def load() -> dict[str, np.ndarray]:
-        waves = {name: as_float(wave) for name, wave in parts(number).items()}
+        waves = {name: as_float(wave) for name, wave in members(number).items()}
         return {"mix": waves["s1"]} if names == ("mix",) else {name: waves[name] for name in names}
 
     num_speakers = 2 if names == ("mix",) else len([name for name in names if name != "noise"])
@@ -57,12 +57,11 @@ def record(number: int, names: Sequence[str]) -> Mixture:
 
 
 def damage(tar: Path, sample: shards.Sample, member: str) -> int:
-    """Overwrite a few bytes of the audio of a member in a shard on disk; returns the byte offset of the member."""
+    """Damage the audio of a member in a shard on disk; returns the byte offset of the member."""
     offset, num_bytes = sample.members[member]
     data = bytearray(tar.read_bytes())
-    last = slice(
-        offset + num_bytes - 6, offset + num_bytes - 2
-    )  # a FLAC file begins with facts and ends with audio
+    # A FLAC file begins with metadata and ends with audio.
+    last = slice(offset + num_bytes - 6, offset + num_bytes - 2)
     data[last] = bytes(byte ^ 0xFF for byte in data[last])
     tar.write_bytes(data)
     return offset

@@ -10,7 +10,7 @@ from rich.console import Console
 from sepdist import config
 from sepdist.cli.audit import audit
 from sepdist.config import EvaluateConfig, TrainConfig
-from sepdist.data.stream import Crops
+from sepdist.data.crops import Crops
 from sepdist.inference.evaluation import evaluate
 from sepdist.inference.export import load_export
 from sepdist.reporting import read_metrics

@@ -1,0 +1,86 @@
+"""Crops of stored samples, each at a place drawn for its position in the data order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sepdist.data.dataset import Dataset, Item
+from sepdist.data.members import DataError
+from sepdist.data.order import Order
+from sepdist.seeding import rng
+
+MAX_REPLACEMENTS = 100  # positions tried in a row for one damaged sample
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A damaged sample, and the position (of its data set) that it should have filled."""
+
+    url: str
+    position: int
+    key: str
+    error: DataError
+
+
+def crop_length(crop_seconds: float, sample_rate: int) -> int:
+    """Convert the length of a crop to samples."""
+    if round(crop_seconds * sample_rate) < 1:
+        raise ValueError(f"crop_seconds={crop_seconds} at {sample_rate} Hz: it must be positive")
+    return round(crop_seconds * sample_rate)
+
+
+def beyond_replacing(damages: Sequence[Damage]) -> DataError:
+    """Build the error of a position for which no intact sample was found."""
+    last, tried = damages[-1], f"{len(damages)} damaged samples in a row"
+    return DataError(f"{last.url}: {last.error} (position {last.position}; {tried})")
+
+
+class Crops:
+    """The stored samples of a data set, each cut to `crop_seconds`: a feed of `TrainStream`."""
+
+    def __init__(self, dataset: Dataset, *, seed: int, crop_seconds: float) -> None:
+        self.dataset = dataset
+        self.url = dataset.url
+        self.order = Order(seed, tuple(shard.num_samples for shard in dataset.manifest.shards))
+        self.num_samples = self.order.num_samples
+        self.seed = seed
+        self.crop_samples = crop_length(crop_seconds, dataset.manifest.sample_rate)
+
+    def item(self, position: int, damages: list[Damage]) -> Item:
+        """Return the crop at `position`; a damaged sample gives way to that of the next position.
+
+        Damaged samples are appended to `damages`.
+        """
+        first = len(damages)
+        for candidate in range(position, position + 1 + MAX_REPLACEMENTS):
+            shard_number, number = self.order.locate(candidate)
+            shard = self.dataset.cache.open(shard_number)
+            sample = shard.samples[number]
+            start, stop = self._crop(position, sample.num_samples)
+            try:
+                members = self.dataset.read(shard, number, start, stop)
+            except DataError as error:
+                damages.append(Damage(self.url, candidate, sample.key, error))
+            else:
+                return Item(sample.key, sample.speakers, members)
+        raise beyond_replacing(damages[first:]) from damages[-1].error
+
+    def _crop(self, position: int, num_samples: int) -> tuple[int, int]:
+        """Draw start and stop of the crop at `position` in a sample of `num_samples`."""
+        spare = num_samples - self.crop_samples
+        if spare <= 0:
+            return 0, num_samples
+        # The raw stream, because NumPy keeps no other the same across versions.
+        start = int(rng(self.seed, "crop", position).bit_generator.random_raw()) % (spare + 1)
+        return start, start + self.crop_samples
+
+    def prefetch(self, positions: range) -> None:
+        """Get the shards of `positions` and of the next block in the background."""
+        self.dataset.cache.prefetch(self.order.upcoming(positions))
+
+    def digest(self) -> str:
+        """The sha256 of the data set."""
+        return self.dataset.manifest.digest()
+
+    def close(self) -> None:
+        """End the background threads."""
+        self.dataset.cache.close()
