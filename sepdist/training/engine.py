@@ -118,8 +118,11 @@ class DeepSpeedEngine:
         reduction: str = "canonical",
         clip_norm: float = 5.0,
         bucket_elements: int = 1_000_000,
+        allow_slow_bf16: bool = False,
     ) -> None:
         check_engine_options(zero_stage, precision, reduction, num_virtual_shards, world.size)
+        if precision == "bf16" and world.device.type == "cpu" and not allow_slow_bf16:
+            refuse_slow_bf16()
         self.objective = objective
         self.world = world
         self.seed = seed
@@ -401,6 +404,19 @@ def used_parameters(loss: Tensor, params: list[Tensor]) -> Tensor:
             used[number] = True
         waiting.extend(following for following, _ in node.next_functions)
     return used
+
+
+def refuse_slow_bf16() -> None:
+    """Raise ConfigError on a CPU for which oneDNN has no bf16 kernels, where torch's own are 24 times slower than fp32.
+
+    oneDNN needs AVX-512 (or, without it, AVX-NE-CONVERT) and obeys ONEDNN_MAX_CPU_ISA.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ConfigError(
+            "engine.precision=bf16: this CPU has no bf16 arithmetic (AVX-512), and a Conv-TasNet step takes "
+            "50.7 s instead of 2.1 s in fp32; set engine.precision=fp32, or engine.allow_slow_bf16=true to train "
+            "in bf16 nevertheless"
+        )
 
 
 def check_engine_options(

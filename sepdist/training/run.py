@@ -45,9 +45,12 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     """
     _make_absolute(cfg)
     from sepdist.training.datasets import open_datasets
-    from sepdist.training.engine import check_engine_options
+    from sepdist.training.engine import check_engine_options, refuse_slow_bf16
 
     options = dict(cfg.engine)
+    workers_here = not (cfg.cluster.use_gpu or cfg.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if workers_here and options.get("precision") == "bf16" and not options.get("allow_slow_bf16"):
+        refuse_slow_bf16()
     fewest, most = config.worker_range(cfg.cluster)
     for world_size in (most, *range(fewest, most)):  # an elastic run may come to any of them
         check_engine_options(
