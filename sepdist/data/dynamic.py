@@ -103,6 +103,8 @@ class DynamicMixing:
     are cropped each for itself, and padded with zeros where one is shorter than the others.
     """
 
+    path_arguments = ("noise",)
+
     def __init__(
         self,
         dataset: Dataset,

@@ -63,8 +63,8 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
         )
     if cfg.samples_per_shard < 1 or cfg.num_workers < -1 or cfg.limit < 0:
         raise ConfigError("needs samples_per_shard >= 1, num_workers >= -1 and limit >= 0")
-    if len(cfg.part) != 2 or not 0 <= cfg.part[0] < cfg.part[1] <= 1:
-        raise ConfigError(f"part={cfg.part}: give two numbers with 0 <= first < second <= 1")
+    if len(cfg.subset) != 2 or not 0 <= cfg.subset[0] < cfg.subset[1] <= 1:
+        raise ConfigError(f"subset={cfg.subset}: give two numbers with 0 <= first < second <= 1")
     start = time.monotonic()
     corpus = config.build(cfg.corpus)
     check_source(cfg, claim=False)
@@ -99,11 +99,11 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
 def plan(cfg: ShardConfig, corpus: Any) -> list[ShardJob]:
     """The shards to write, as many records to each as `samples_per_shard` says, in the corpus's order."""
     records = part_of(
-        list(itertools.islice(corpus.records(cfg.split), cfg.limit or None)), *cfg.part
+        list(itertools.islice(corpus.records(cfg.split), cfg.limit or None)), *cfg.subset
     )
     if not records:
         raise ConfigError(
-            f"corpus {corpus.name} has no records in split {cfg.split!r}, or none in part={cfg.part}"
+            f"corpus {corpus.name} has no records in split {cfg.split!r}, or none in subset={cfg.subset}"
         )
     if cfg.mixtures_only:
         records = [without_sources(record) for record in records]
@@ -150,7 +150,7 @@ def check_source(cfg: ShardConfig, *, claim: bool) -> None:
         "samples_per_shard": cfg.samples_per_shard,
         "limit": cfg.limit,
     }
-    chosen = {"part": list(cfg.part), "mixtures_only": cfg.mixtures_only}
+    chosen = {"part": list(cfg.subset), "mixtures_only": cfg.mixtures_only}
     wanted |= {key: value for key, value in chosen.items() if value not in ([0.0, 1.0], False)}
     if claim:
         with contextlib.suppress(

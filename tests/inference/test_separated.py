@@ -36,8 +36,8 @@ def test_a_part_of_a_stored_data_set_has_its_samples_to_the_bit_and_their_texts(
     tiny_data, tmp_path: Path
 ) -> None:
     stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["train"]}
-    first = write(tmp_path / "a", stored, part=[0.0, 0.25])
-    rest = write(tmp_path / "b", stored, part=[0.25, 1.0])
+    first = write(tmp_path / "a", stored, subset=[0.0, 0.25])
+    rest = write(tmp_path / "b", stored, subset=[0.25, 1.0])
     whole = Dataset(tiny_data["train"], noise=True)
     assert first.num_samples + rest.num_samples == whole.manifest.num_samples
     originals = {
@@ -160,5 +160,5 @@ def test_what_cannot_be_separated_is_refused_by_name(tiny_data, tmp_path: Path) 
                 "model": "runs/none",
             }
         )
-    with pytest.raises(ConfigError, match=r"part=\[0\.5, 0\.5\]"):
-        write(tmp_path / "x", stored, part=[0.5, 0.5])
+    with pytest.raises(ConfigError, match=r"subset=\[0\.5, 0\.5\]"):
+        write(tmp_path / "x", stored, subset=[0.5, 0.5])

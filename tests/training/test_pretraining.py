@@ -56,7 +56,11 @@ def test_masked_and_contrastive_runs_hand_their_separator_to_a_separation_run(
         frozen(tiny_data, contrastive, *CONTEXT, *ONE_PERSON, *partitioned, settings=inside),
         frozen(tiny_data, first, *separation, f"init.weights={masked}"),
         frozen(
-            tiny_data, second, *separation, f"init.weights={contrastive}", "init.part=separator"
+            tiny_data,
+            second,
+            *separation,
+            f"init.weights={contrastive}",
+            "init.submodule=separator",
         ),
     ]
     mp.start_processes(
