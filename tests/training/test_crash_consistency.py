@@ -464,7 +464,7 @@ def test_a_worker_that_writes_on_while_a_new_attempt_collects_never_makes_a_torn
     assert number >= 6 + 5
 
 
-def test_a_commit_that_is_damaged_in_any_byte_is_left_out_by_name(
+def test_a_commit_that_is_damaged_in_any_byte_is_ignored_by_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, SNAPSHOTS[3], SNAPSHOTS[4])
@@ -477,7 +477,7 @@ def test_a_commit_that_is_damaged_in_any_byte_is_left_out_by_name(
             caplog.clear()
             commit.write_bytes(damaged)
             assert_equal(load_newest(str(tmp_path)), SNAPSHOTS[3])
-            assert f"{commit} is damaged" in caplog.text and "left out" in caplog.text
+            assert f"{commit} is damaged" in caplog.text and "ignored" in caplog.text
     assert (
         collect_orphans(str(tmp_path)) == []
     )  # it was committed once, so it is not ours to remove
@@ -485,7 +485,7 @@ def test_a_commit_that_is_damaged_in_any_byte_is_left_out_by_name(
     assert_equal(load_newest(str(tmp_path)), SNAPSHOTS[4])
 
 
-def test_a_commit_of_a_later_format_is_left_out_and_named(
+def test_a_commit_of_a_later_format_is_ignored_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, SNAPSHOTS[3], SNAPSHOTS[4])
