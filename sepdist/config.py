@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,7 +32,6 @@ class ExtraConfig:
     """An additional training set, whose batches alternate with those of `data.train`."""
 
     path_arguments: ClassVar = ("url",)
-
     name: str = MISSING  # Batch.data_set of its batches
     url: str = MISSING
     num_sources: int = 1
@@ -47,7 +45,6 @@ class DataConfig:
     """Training and validation data, and how they are cut into steps (sepdist/data/)."""
 
     path_arguments: ClassVar = ("train", "validation", "cache_dir")
-
     train: str = MISSING  # folder or s3:// prefix that holds a manifest.json
     validation: str = MISSING
     num_sources: int = 2  # how many of s1, s2, ... enter the mixture and are targets
@@ -91,7 +88,6 @@ class InitConfig:
     """Hand-off: initial weights from an earlier stage, and what to initialise anew."""
 
     path_arguments: ClassVar = ("weights",)
-
     weights: str | None = None  # a run_dir, export or .safetensors file; None = from scratch
     submodule: str | None = None  # take only the parameters below this prefix; None = all
     reinit: list[str] = field(default_factory=list)  # prefixes of parameters to initialise anew
@@ -139,7 +135,6 @@ class TrainConfig:
     """`configs/train.yaml`: one training stage."""
 
     path_arguments: ClassVar = ("run_dir",)
-
     name: str = MISSING  # the run's identity; never derived from the time
     run_dir: str = MISSING
     seed: int = 0
@@ -260,7 +255,6 @@ class EvaluateConfig:
     """`configs/evaluate.yaml`: sepdist evaluate."""
 
     path_arguments: ClassVar = ("model", "data", "output", "cache_dir")
-
     model: str = MISSING  # a run_dir (its best checkpoint is taken) or an export folder
     data: str = MISSING  # folder or s3:// prefix of the test set
     output: str = MISSING  # folder or s3:// prefix for results.json, utterances.csv, ...
@@ -280,7 +274,6 @@ class RecogniseConfig:
     """`configs/recognise.yaml`: sepdist recognise."""
 
     path_arguments: ClassVar = ("model", "output")
-
     model: str | None = None  # a run_dir or an export folder; None = recognise the mixtures alone
     corpus: Any = MISSING  # yields mixtures with transcripts: libricss, overlap
     conditions: list[str] = field(
@@ -307,6 +300,8 @@ def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
 
 def register_schemas() -> None:
     """Register the schemas with Hydra; each primary config lists its own first in its defaults."""
+    from hydra.core.config_store import ConfigStore  # here, because workers do not need it
+
     store = ConfigStore.instance()
     for name, node in (
         ("train_schema", TrainConfig),
@@ -324,6 +319,8 @@ def register_evaluate() -> None:
     Hydra must not look into configs/ itself for them: there it takes model=... and data=... for choices in the groups
     model/ and data/, and refuses a path.
     """
+    from hydra.core.config_store import ConfigStore
+
     ConfigStore.instance().store("evaluate", OmegaConf.load(Path(config_dir(), "evaluate.yaml")))
 
 
@@ -344,8 +341,7 @@ def typed(composed: DictConfig, schema: type[_T]) -> _T:
             f"no value given for {', '.join(missing)} (pass {missing[0]}=... on the command line)"
         )
     result = OmegaConf.to_object(composed)
-    if not isinstance(result, schema):
-        raise TypeError(f"expected a {schema.__name__}, got {type(result).__name__}")
+    assert isinstance(result, schema), type(result)
     return result
 
 

@@ -1,7 +1,7 @@
 """A context network over a separator's features, for contrastive pre-training (CC, paper 1, section 3.1).
 
 Features of the separator, fewer of them per second, some hidden -> Transformer -> predictions of what was hidden, as in
-wav2vec 2.0 (Baevski et al. 2020, section 2). Only the separator is handed to the next stage, by `init.part=separator`.
+wav2vec 2.0 (Baevski et al. 2020, section 2). Only the separator is handed to the next stage, by `init.submodule=separator`.
 
 Shapes: B batch, T samples, N frames after down-sampling, F target features, H hidden features.
 """

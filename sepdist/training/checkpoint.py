@@ -17,7 +17,7 @@ import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -69,6 +69,7 @@ class Committed:
     files: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
 
+@dataclass
 class Checkpointer:
     """Writes snapshots in the background, at most one at a time, on the main rank.
 
@@ -77,32 +78,22 @@ class Checkpointer:
     failure is always an error.
     """
 
-    def __init__(
-        self,
-        run_dir: str,
-        *,
-        model_node: Mapping[str, Any],
-        sample_rate: int,
-        outputs: Mapping[str, int] | None = None,
-        lineage: Mapping[str, Any],
-        keep_last: int,
-        keep_best: bool,
-        keep_every: int = 0,
-        max_failed: int = 3,
-        previous: SegmentRef | None = None,
-    ) -> None:
-        self.run_dir = run_dir
-        self.folder = storage.join(run_dir, "checkpoints")
-        card = {"model": dict(model_node), "sample_rate": sample_rate, **(outputs or {})}
-        self.model_yaml = yaml.safe_dump(card, sort_keys=False)
-        self.lineage = dict(lineage)
-        self.keep_last = keep_last
-        self.keep_best = keep_best
-        self.keep_every = keep_every
-        self._previous = previous  # the ledger segment of the newest commit
-        self._consumed: list[Entry] = []  # since that commit
-        self.max_failed = max_failed
-        self.num_failed = 0
+    run_dir: str
+    _: KW_ONLY
+    model_node: Mapping[str, Any]
+    sample_rate: int
+    outputs: Mapping[str, int] = field(default_factory=dict)  # OUTPUT_RULES of the objective
+    lineage: dict[str, Any]
+    keep_last: int
+    keep_best: bool
+    keep_every: int = 0
+    max_failed: int = 3
+    previous: SegmentRef | None = None  # the ledger segment of the newest commit
+    num_failed: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder = storage.join(self.run_dir, "checkpoints")
+        self._consumed: list[Entry] = []  # since the newest commit
         self._failed_in_a_row = 0
         self._unfinished: list[str] = []  # folders of saves that failed
         self._newest: Committed | None = None  # of those written here
@@ -127,7 +118,14 @@ class Checkpointer:
         try:
             self.wait()
         except OSError as error:
-            self._tolerate(error)
+            self.num_failed += 1
+            self._failed_in_a_row += 1
+            since = "" if self._newest is None else f", none since step {self._newest.step}"
+            what = f"{error} (checkpoint not written, {self._failed_in_a_row} in a row{since})"
+            allowed = f"{self.max_failed} in a row are allowed"
+            if self._failed_in_a_row > self.max_failed:
+                raise storage.StorageError(f"{what}; {allowed}, the run ends") from error
+            logger.warning("%s; the run goes on, %s", what, allowed)
 
     def wait(self) -> None:
         """Wait until the last snapshot is committed; raises the error of its writer."""
@@ -145,23 +143,12 @@ class Checkpointer:
         finally:
             self._pool.shutdown()
 
-    def _tolerate(self, error: OSError) -> None:
-        self.num_failed += 1
-        self._failed_in_a_row += 1
-        since = "" if self._newest is None else f", none since step {self._newest.step}"
-        what = f"{error} (checkpoint not written, {self._failed_in_a_row} in a row{since})"
-        if self._failed_in_a_row > self.max_failed:
-            raise storage.StorageError(
-                f"{what}; {self.max_failed} in a row are allowed, the run ends"
-            ) from error
-        logger.warning("%s; the run goes on, %d in a row are allowed", what, self.max_failed)
-
     def _write(self, snapshot: Snapshot) -> None:
         # A unique name, because another attempt may write the same step.
         name = f"step-{snapshot.step:09d}-{uuid.uuid4().hex[:8]}"
         url = storage.join(self.folder, name)
         self._consumed += snapshot.ledger
-        ledger = put_segment(self.run_dir, name, self._consumed, self._previous)
+        ledger = put_segment(self.run_dir, name, self._consumed, self.previous)
         contents = self._contents(snapshot, ledger)
         files = {
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -182,7 +169,7 @@ class Checkpointer:
                     storage.remove(url)
             raise
         self._newest = Committed(url, snapshot.step, snapshot.score, files)
-        self._previous, self._consumed = ledger, []
+        self.previous, self._consumed = ledger, []
         try:
             self._prune(self._newest)
         except OSError as error:
@@ -190,6 +177,7 @@ class Checkpointer:
 
     def _contents(self, snapshot: Snapshot, ledger: SegmentRef) -> dict[str, bytes]:
         """Return the files of a checkpoint but COMMIT."""
+        card = {"model": dict(self.model_node), "sample_rate": self.sample_rate, **self.outputs}
         tensors = {name: value.contiguous() for name, value in snapshot.weights.items()}
         weights = safetensors.torch.save(tensors)
         sha256 = hashlib.sha256(weights).hexdigest()
@@ -203,7 +191,7 @@ class Checkpointer:
             "model.safetensors": weights,
             "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
             "state.json": json.dumps(state).encode(),
-            "model.yaml": self.model_yaml.encode(),
+            "model.yaml": yaml.safe_dump(card, sort_keys=False).encode(),
             "lineage.json": json.dumps(lineage, indent=1).encode(),
         }
 

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -66,70 +66,62 @@ class BranchError(RuntimeError):
     """Ranks took branches of the model whose gradients DeepSpeed's reduction would mix up."""
 
 
+@dataclass(eq=False)
 class DeepSpeedEngine:
     """ZeRO stages 0 to 3 on one process group.
 
     `model` holds its initial weights, the same on every rank.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        make_optimizer: Callable[[Any], torch.optim.Optimizer],
-        world: World,
-        *,
-        seed: int,
-        num_virtual_shards: int,
-        micro_batch: int,
-        zero_stage: int = 0,
-        precision: str = "fp32",
-        reduction: str = "canonical",
-        clip_norm: float = 5.0,
-        bucket_elements: int = 1_000_000,
-        allow_slow_bf16: bool = False,
-    ) -> None:
-        check_engine_options(zero_stage, precision, reduction, num_virtual_shards, world.size)
-        if precision == "bf16" and world.device.type == "cpu" and not allow_slow_bf16:
+    model: nn.Module
+    objective: Objective
+    make_optimizer: Callable[[Any], torch.optim.Optimizer]
+    world: World
+    _: KW_ONLY
+    seed: int
+    num_virtual_shards: int
+    micro_batch: int
+    zero_stage: int = 0
+    precision: str = "fp32"
+    reduction: str = "canonical"
+    clip_norm: float = 5.0
+    bucket_elements: int = 1_000_000
+    allow_slow_bf16: bool = False
+
+    def __post_init__(self) -> None:
+        world, num_shards = self.world, self.num_virtual_shards
+        check_engine_options(
+            self.zero_stage, self.precision, self.reduction, num_shards, world.size
+        )
+        if self.precision == "bf16" and world.device.type == "cpu" and not self.allow_slow_bf16:
             refuse_slow_bf16()
-        self.objective = objective
-        self.world = world
-        self.seed = seed
-        self.num_virtual_shards = num_virtual_shards
-        self.zero_stage = zero_stage
-        self.precision = precision
-        self.canonical = reduction == "canonical"
-        self.clip_norm = clip_norm
-        self.owned = owned_virtual_shards(num_virtual_shards, world.rank, world.size)
-        model.to(world.device)
-        options = {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": 1 if self.canonical else len(self.owned),
-            "gradient_clipping": 0.0 if self.canonical else clip_norm,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 2**62,
-            "zero_optimization": {
-                "stage": zero_stage,
-                # The defaults, 5e8, cost 2 GB per worker, and 14 times the time on CPU.
-                "reduce_bucket_size": bucket_elements,
-                "allgather_bucket_size": bucket_elements,
-                "stage3_prefetch_bucket_size": bucket_elements,
-                "stage3_param_persistence_threshold": 10_000,
-            },
-        }
-        self._initialize(model, make_optimizer, options)
+        self.canonical = self.reduction == "canonical"
+        self.owned = owned_virtual_shards(num_shards, world.rank, world.size)
+        self.model.to(world.device)
+        self._initialize(
+            {
+                "train_micro_batch_size_per_gpu": self.micro_batch,
+                "gradient_accumulation_steps": 1 if self.canonical else len(self.owned),
+                "gradient_clipping": 0.0 if self.canonical else self.clip_norm,
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 2**62,
+                "zero_optimization": {
+                    "stage": self.zero_stage,
+                    # The defaults, 5e8, cost 2 GB per worker, and 14 times the time on CPU.
+                    "reduce_bucket_size": self.bucket_elements,
+                    "allgather_bucket_size": self.bucket_elements,
+                    "stage3_prefetch_bucket_size": self.bucket_elements,
+                    "stage3_param_persistence_threshold": 10_000,
+                },
+            }
+        )
         self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if self.canonical:
-            self._engine.enable_backward_allreduce = zero_stage > 0
-            if zero_stage > 0:
+            self._engine.enable_backward_allreduce = self.zero_stage > 0
+            if self.zero_stage > 0:
                 self._optimizer.gradient_average = False
 
-    def _initialize(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[Any], torch.optim.Optimizer],
-        options: dict[str, Any],
-    ) -> None:
+    def _initialize(self, options: dict[str, Any]) -> None:
         import deepspeed  # here, because it takes seconds that a driver need not spend
 
         self._fragments = deepspeed.utils
@@ -139,11 +131,11 @@ class DeepSpeedEngine:
         if self.world.device.type == "cpu":
             # Otherwise DeepSpeed compiles a shared-memory communication op for a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=options
+            model=self.model, optimizer=self.make_optimizer(trained), config=options
         )
-        self.model: nn.Module = self._engine.module
+        self.model = self._engine.module
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""

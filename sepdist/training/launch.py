@@ -191,7 +191,8 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Record a failure, a resize or the end of the run."""
-        error = failure_of(current_state)
+        cause = getattr(current_state, "next_state", current_state)
+        error = getattr(cause, "training_failed_error", None)
         if error is not None and error is not self._seen:
             self._seen = error
             self._record("failed", error=root_cause(error))
@@ -304,11 +305,6 @@ def ask_coordinator(method: str, requester: str, **more: Any) -> None:
 def state_name(state: Any) -> str:
     """Return the name of a state of Ray Train's controller, such as RUNNING."""
     return state._state_type.state_name
-
-
-def failure_of(state: Any) -> BaseException | None:
-    """Return the error that led Ray Train's controller into `state`."""
-    return getattr(getattr(state, "next_state", state), "training_failed_error", None)
 
 
 def read_lines(url: str) -> list[str]:

@@ -110,7 +110,7 @@ def train(
             score = None
             if done % cfg.validation.every_steps == 0 or done == last:
                 watchdog.expect_slow()
-                with meter.validating():
+                with meter.timing("validation"):
                     metrics = validate(
                         engine, objective, validation_set, world, cfg.validation, watchdog.beat
                     )
@@ -131,7 +131,7 @@ def train(
                 if reporter:
                     reporter.flush()  # first, so that a run that goes on from here has its rows
                 watchdog.expect_slow()
-                with meter.checkpointing():
+                with meter.timing("checkpoint"):
                     if checkpointer:
                         checkpointer.settle()  # here: the others wait in a collective operation
                     snapshot = state.snapshot(score)

@@ -95,7 +95,7 @@ class Meter:
     def _start(self) -> None:
         self._results: list[StepResult] = []
         self._began = time.monotonic()
-        self._validation = self._checkpoint = 0.0
+        self._seconds = {"checkpoint": 0.0, "validation": 0.0}
         self._data_before = self._stream.seconds_waited
 
     def add(self, result: StepResult) -> None:
@@ -108,18 +108,11 @@ class Meter:
         self._results.append(result)
 
     @contextlib.contextmanager
-    def validating(self) -> Iterator[None]:
-        """Count the time inside as validation."""
+    def timing(self, kind: str) -> Iterator[None]:
+        """Count the time inside as `kind`, "checkpoint" or "validation"."""
         began = time.monotonic()
         yield
-        self._validation += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def checkpointing(self) -> Iterator[None]:
-        """Count the time inside as checkpointing."""
-        began = time.monotonic()
-        yield
-        self._checkpoint += time.monotonic() - began
+        self._seconds[kind] += time.monotonic() - began
 
     def read(self, step_seconds_of_audio: float) -> dict[str, float]:
         """Return the metrics of the steps since the last reading; collective.
@@ -127,8 +120,9 @@ class Meter:
         The share of waiting for data is the greatest of all workers, as all wait for that one.
         """
         results, applied = self._results, [one for one in self._results if one.applied]
-        seconds = max(time.monotonic() - self._began - self._validation, 1e-9)
+        seconds = max(time.monotonic() - self._began - self._seconds["validation"], 1e-9)
         waited = self._stream.seconds_waited - self._data_before
+        checkpoint = self._seconds["checkpoint"]
         by_rank = torch.zeros(2, self._world.size, dtype=torch.float64)
         by_rank[0, self._world.rank] = waited / seconds
         by_rank[1, self._world.rank] = self._stream.num_damaged
@@ -140,16 +134,15 @@ class Meter:
             "speed/steps_per_second": len(results) / seconds,
             "speed/audio_seconds_per_second": len(results) * step_seconds_of_audio / seconds,
             "speed/data_wait_share": float(data_wait.max()),
-            "speed/checkpoint_share": self._checkpoint / seconds,
+            "speed/checkpoint_share": checkpoint / seconds,
             "data/damaged_samples": float(damaged.sum()),
         }
         for name in sorted({name for one in results for name in one.means}):
             measured = [one.means[name] for one in applied if name in one.means]
             metrics[f"train/{name}"] = _mean(measured)
         if self._goodput:
-            work = {"data_wait": waited, "checkpoint": self._checkpoint}
-            work |= {"validation": self._validation}
-            self._goodput.add(work | {"step": max(seconds - waited - self._checkpoint, 0.0)})
+            step = max(seconds - waited - checkpoint, 0.0)
+            self._goodput.add(self._seconds | {"data_wait": waited, "step": step})
             metrics |= self._goodput.read()
         self._start()
         return metrics

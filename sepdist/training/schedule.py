@@ -7,38 +7,30 @@ every world size. So all ranks decide the same, and a resumed run decides as an 
 import math
 import statistics
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 NUM_NORMS = 100  # the limit is derived from this many norms
 LEAST_NORMS = 50  # with fewer there is no limit
 
 
+@dataclass
 class PlateauSchedule:
     """Warm-up, then halving on a plateau of the validation score and early stop, as in both papers.
 
     A higher score is better.
     """
 
-    def __init__(
-        self,
-        base_lr: float,
-        *,
-        warmup_steps: int,
-        factor: float,
-        patience: int,
-        min_lr: float,
-        early_stop_patience: int,
-    ) -> None:
-        self.base_lr = base_lr
-        self.warmup_steps = warmup_steps
-        self.factor = factor
-        self.patience = patience
-        self.min_lr = min_lr
-        self.early_stop_patience = early_stop_patience
-        self.scale = 1.0
-        self.best: float | None = None
-        self.num_stagnant = 0  # validations since the best
-        self.num_since_halving = 0
+    base_lr: float
+    warmup_steps: int
+    factor: float
+    patience: int
+    min_lr: float
+    early_stop_patience: int
+    scale: float = 1.0
+    best: float | None = None
+    num_stagnant: int = 0  # validations since the best
+    num_since_halving: int = 0
 
     def lr(self, step: int) -> float:
         """Return the learning rate of step `step` (the first is 0)."""
@@ -73,29 +65,29 @@ class PlateauSchedule:
         vars(self).update(state)
 
 
+@dataclass
 class GradientGuard:
     """Limit gradient norms to `spike_factor` times the median of the last ones; 0 sets no limit.
 
     A step whose norm is above it or not finite is skipped; `max_skipped` in a row are an error.
     """
 
-    def __init__(self, *, spike_factor: float, max_skipped: int) -> None:
-        self.spike_factor = spike_factor
-        self.max_skipped = max_skipped
-        self.num_skipped = 0  # in a row
-        self._norms: deque[float] = deque(maxlen=NUM_NORMS)  # of steps that were applied
+    spike_factor: float
+    max_skipped: int
+    num_skipped: int = 0  # in a row
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_NORMS))  # as applied
 
     @property
     def limit(self) -> float:
         """The greatest norm that the next step may have."""
-        if not self.spike_factor or len(self._norms) < LEAST_NORMS:
+        if not self.spike_factor or len(self.norms) < LEAST_NORMS:
             return math.inf
-        return self.spike_factor * statistics.median(self._norms)
+        return self.spike_factor * statistics.median(self.norms)
 
     def observe(self, step: int, norm: float, applied: bool) -> None:
         """Record the norm of a step; RuntimeError if too many in a row were skipped."""
         if applied:
-            self._norms.append(norm)
+            self.norms.append(norm)
             self.num_skipped = 0
             return
         self.num_skipped += 1
@@ -109,9 +101,9 @@ class GradientGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the JSON-able state."""
-        return {"norms": list(self._norms), "num_skipped": self.num_skipped}
+        return {"norms": list(self.norms), "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self._norms.extend(state["norms"])
+        self.norms.extend(state["norms"])
         self.num_skipped = state.get("num_skipped", 0)

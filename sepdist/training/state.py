@@ -65,18 +65,13 @@ class RunState:
             num_virtual_shards=cfg.data.num_virtual_shards,
             micro_batch=cfg.data.micro_batch,
         )
+        training = cfg.training
         self.schedule = PlateauSchedule(
             cfg.optim["lr"],
-            warmup_steps=cfg.schedule.warmup_steps,
-            factor=cfg.schedule.factor,
-            patience=cfg.schedule.patience,
-            min_lr=cfg.schedule.min_lr,
-            early_stop_patience=cfg.training.early_stop_patience,
+            early_stop_patience=training.early_stop_patience,
+            **vars(cfg.schedule),
         )
-        training = cfg.training
-        self.guard = GradientGuard(
-            spike_factor=training.spike_factor, max_skipped=training.max_skipped
-        )
+        self.guard = GradientGuard(training.spike_factor, training.max_skipped)
         self.switches = SwitchTracker()
         self.ledger = Ledger()
         self.step = 0
