@@ -1,4 +1,4 @@
-"""Runs on several data sets and on new mixtures: the same at any world size, and usable afterwards."""
+"""Runs on several data sets and on new mixtures: the same bits at any world size, and usable."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One step of the engine is one optimizer step over the global batch, whatever the world size, stage and reduction."""
+"""A step of the engine is one over the global batch, at any world size, stage and reduction."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ multiprocessing.set_forkserver_preload(
 
 
 class Toy(nn.Module):
-    """A convolution with dropout, a head that only some batches use, and a number that is not trained."""
+    """A convolution with dropout, a head that only some batches use, and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Toy(nn.Module):
 
 
 class SquaredError:
-    """Every second `branching` virtual shards use the other head; a loss of step `poisoned` is infinite."""
+    """Every other `branching` virtual shards use the other head; step `poisoned` has a loss of inf."""
 
     def __init__(self, branching: int, poisoned: int = -1) -> None:
         self.branching = branching
@@ -264,7 +264,7 @@ def test_native_reduction_agrees_to_rounding_and_resumes(
         (3, "native"),
     ],
 )
-def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_weights_of_all_alone_and_the_next_step_is_sound(
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all_and_the_next_step_is_sound(
     stage: int, reduction: str, tmp_path: Path
 ) -> None:
     met = run(tmp_path, 2, stage, last=4, reduction=reduction, poisoned=1)

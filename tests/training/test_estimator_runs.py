@@ -1,4 +1,4 @@
-"""Whole runs of an SI-SNR estimator, on a separator's estimates; its checkpoint needs nothing else."""
+"""Whole runs of an SI-SNR estimator on a separator's estimates; its checkpoint stands alone."""
 
 import multiprocessing
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_an_estimator_trains_to_the_same_bits_at_any_world_size_and_its_checkpoi
 
 
 def zero_rank(rank: int, folder: str, family: str) -> None:
-    """Losses, validation and weights at ZeRO 0 and 3, of an encoder large enough to be partitioned."""
+    """Losses and weights at ZeRO 0 and 3, of an encoder large enough to be partitioned."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     wide = {

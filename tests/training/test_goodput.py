@@ -43,7 +43,7 @@ def test_a_run_that_dies_twice() -> None:
     assert metrics["goodput/share"] == pytest.approx(50.0 / 120.0)
 
 
-def test_a_run_without_faults_has_only_its_start_beside_the_work() -> None:
+def test_a_run_without_faults_has_only_its_start_besides_the_work() -> None:
     goodput = Goodput([], None, now=0.0)
     goodput.started(4.0)
     metrics = interval(goodput, 96.0)

@@ -1,4 +1,4 @@
-"""An export is refused by name where it is damaged, and fits its model or says where it does not."""
+"""A damaged export is refused by name; one that does not fit its model, with the differences."""
 
 import json
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_a_submodule_of_the_parent_is_handed_over_without_its_prefix(tmp_path: P
         inherit(linear(1)[:1], InitConfig(url, submodule="separator"))
 
 
-def test_an_export_gives_the_loudest_outputs_where_its_objective_says_so_and_an_old_one_all_but_the_last(
+def test_an_export_returns_the_outputs_that_its_objective_chose(
     tmp_path: Path,
 ) -> None:
     node, mixture = NODE | {"num_speakers": 4}, torch.randn(2, 900)

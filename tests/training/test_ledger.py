@@ -1,4 +1,4 @@
-"""The audit finds every lost and every repeated position of the committed history, and only those."""
+"""The audit finds all lost and repeated positions of the committed history, and only those."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def batch(step: int, shard: int) -> Batch:
 
 
 class Run:
-    """Commits steps as the loop does, on any number of workers; `drop` and `again` spoil what rank 0 fetched."""
+    """Commits steps as the loop does; `drop` and `again` spoil what rank 0 fetched."""
 
     def __init__(self, run_dir: Path, previous: SegmentRef | None = None) -> None:
         self.run_dir = run_dir

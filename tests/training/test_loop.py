@@ -1,4 +1,4 @@
-"""Steps without a usable gradient are skipped at every world size, as the ledger and the log record."""
+"""Steps without a usable gradient are skipped at any world size; the ledger and the log record it."""
 
 import math
 import multiprocessing
@@ -20,7 +20,7 @@ multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 
 
 def spoil(first: int, stop: int, factor: float) -> None:
-    """From now on the loss of one item in each of the steps [first, stop) is multiplied by `factor`."""
+    """Multiply the loss of one item in each of the steps [first, stop) by `factor` from now on."""
     from sepdist.objectives.separation import Separation
 
     def spoiled(

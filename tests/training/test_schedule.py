@@ -1,4 +1,4 @@
-"""The learning rate, early stopping and the gradient limit follow the history, and survive a restart."""
+"""Learning rate, early stopping and gradient limit follow the history, and survive a restart."""
 
 import json
 import math

@@ -100,7 +100,7 @@ def engine_rank(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_a_labelled_and_an_unlabelled_batch_on_different_ranks_make_the_step_of_equation_5_at_zero_0_and_1(
+def test_labelled_and_unlabelled_batches_on_different_ranks_make_the_step_of_equation_5(
     tmp_path: Path,
 ) -> None:
     mp.start_processes(engine_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
@@ -139,6 +139,8 @@ def test_a_labelled_and_an_unlabelled_batch_on_different_ranks_make_the_step_of_
 
 # Whole runs.
 
+UNLABELLED = "num_sources: 2, noise: false"
+
 
 def run_rank(rank: int, world_size: int, config_file: str, store: str) -> None:
     import os
@@ -157,7 +159,7 @@ def run_rank(rank: int, world_size: int, config_file: str, store: str) -> None:
 
 
 def run(data: dict[str, str], folder: Path, world_size: int, on_gap: str, *more: str) -> list[dict]:
-    """Train up to 8 steps, half of the batches unlabelled; every validation finds too wide a gap; rows of the log."""
+    """Train up to 8 steps, half of the batches unlabelled, with too wide a gap; returns the log."""
     options = [
         "objective=semisupervised",
         "objective.estimator.url=x",
@@ -168,7 +170,7 @@ def run(data: dict[str, str], folder: Path, world_size: int, on_gap: str, *more:
         "objective.max_gap_db=-1000",
         f"objective.on_gap={on_gap}",
         "data.interleave=even",
-        f"data.extra=[{{name: unlabelled, url: {data['train']}, num_sources: 2, noise: false, weight: 1.0}}]",
+        f"data.extra=[{{name: unlabelled, url: {data['train']}, {UNLABELLED}, weight: 1.0}}]",
         "training.max_steps=8",
         "validation.every_steps=2",
         "validation.num_mixtures=1",
@@ -215,7 +217,7 @@ def test_a_run_that_is_cut_and_goes_on_at_another_world_size_keeps_the_weight_th
     )
 
 
-def test_a_run_whose_estimator_is_fooled_ends_with_the_figures_and_ends_again_when_it_is_started_again(
+def test_a_run_whose_estimator_is_fooled_ends_with_the_figures_and_so_it_does_again(
     tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     for _ in range(2):
@@ -227,10 +229,8 @@ def test_a_run_whose_estimator_is_fooled_ends_with_the_figures_and_ends_again_wh
         config.load_frozen(str(tmp_path / "config.yaml")), Console(file=shown, soft_wrap=True)
     )
     row = next(row for row in rows if "validation/gap" in row)
-    assert (
-        f"ended at step 2: the SI-SNR estimator predicts {row['validation/predicted_si_snr']:.2f} dB"
-        in shown.getvalue()
-    )
+    predicted = row["validation/predicted_si_snr"]
+    assert f"ended at step 2: the SI-SNR estimator predicts {predicted:.2f} dB" in shown.getvalue()
     assert f"{row['validation/gap']:.2f} dB, above objective.max_gap_db=-1000" in shown.getvalue()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
 
@@ -256,9 +256,7 @@ def test_a_relative_estimator_is_made_absolute_and_a_run_from_before_a_key_of_th
         "objective.labelled_share=0.5",
     ]
     options += ["objective.epoch_samples=4", "training.max_steps=1"]
-    options += [
-        f"data.extra=[{{name: unlabelled, url: {tiny_data['train']}, num_sources: 2, noise: false}}]"
-    ]
+    options += [f"data.extra=[{{name: unlabelled, url: {tiny_data['train']}, {UNLABELLED}}}]"]
     cfg = config.load_frozen(frozen(tiny_data, tmp_path / "composed", *options))
     cfg.run_dir = str(tmp_path / "run")
     with pytest.raises(
