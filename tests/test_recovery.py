@@ -275,7 +275,7 @@ def test_a_killed_driver_started_again_goes_on_and_its_old_workers_are_gone(
 def test_an_elastic_run_whose_driver_was_killed_has_all_its_workers_when_it_starts_again(
     nodes, undisturbed, tiny_data, tmp_path, started
 ) -> None:
-    """Ray keeps a dead controller's reservation for three minutes; here the new one gives it back."""
+    """Ray keeps a dead controller's reservation for 3 minutes; the new one gives it back."""
     run = started(tiny_data, tmp_path / "run", "cluster.num_workers=[1,2]", nodes.address)
     run.until_step(12)
 

@@ -42,24 +42,12 @@ class Engine(Protocol):
 
     model: nn.Module
     world: World
-
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
-
-    def step(self, batches: list[Batch], norm_limit: float = math.inf) -> StepResult:
-        """Make a step; `batches` are those of this rank's virtual shards; collective."""
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Return the context of a forward pass, which sets its precision."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the fp32 weights and buffers on CPU, on the main rank; collective."""
-
-    def optimizer_state(self) -> OptimizerState:
-        """Return the optimizer's state by whole parameters on CPU, on the main rank; collective."""
-
-    def load_optimizer_state(self, saved: OptimizerState) -> None:
-        """Load what `optimizer_state` returned at any world size."""
+    set_lr: Callable[[float], None]  # of the next step
+    step: Callable[..., StepResult]  # takes this rank's batches and a limit of the norm; collective
+    autocast: Callable[[], contextlib.AbstractContextManager]  # the precision of a forward pass
+    weights: Callable[[], dict[str, Tensor]]  # fp32 and buffers, on the main rank; collective
+    optimizer_state: Callable[[], OptimizerState]  # on the main rank; collective
+    load_optimizer_state: Callable[[OptimizerState], None]
 
 
 class BranchError(RuntimeError):

@@ -170,9 +170,9 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
     """Writes run_dir/events.jsonl in Ray Train's controller, which outlives the workers.
 
     Each line is an object with `time` (Unix seconds), `event` ("started", "failed", "resized" or
-    "finished"), `workers` (their number; of "resized" the new one) and, for "failed", `error` in
-    one line. A later start of the run continues the file. It is rewritten whole in a thread of its own,
-    so that a storage outage never delays a recovery; events not written go out with the next one.
+    "finished"), `workers` (their number; of "resized" the new one) and, for "failed", `error`. A
+    later start of the run continues the file. It is rewritten whole in a thread of its own, so that
+    a storage outage never delays a recovery; events not written go out with the next one.
     """
 
     def __init__(self, run_dir: str) -> None:

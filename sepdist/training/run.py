@@ -16,6 +16,8 @@ from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import progress_bar
 from sepdist.objectives.contract import with_defaults
 from sepdist.training.checkpoint import best_of, find_committed, read_file
+from sepdist.training.datasets import open_datasets
+from sepdist.training.engine import check_engine_options, refuse_slow_bf16
 from sepdist.training.handoff import inherit
 
 # What may change between the first start of a run and a later one; anything else makes it another
@@ -46,8 +48,6 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
         ConfigError: an object cannot be built, a data set is missing, or run_dir holds a run of
             another config.
     """
-    from sepdist.training.datasets import open_datasets
-
     config.make_paths_absolute(cfg)
     _check_engine(cfg)
     if cfg.cluster.preemption_check_steps < 1:
@@ -72,19 +72,12 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
 
 def _check_engine(cfg: TrainConfig) -> None:
     """Refuse engine options that do not work, at every world size that an elastic run may have."""
-    from sepdist.training.engine import check_engine_options, refuse_slow_bf16
-
-    options = dict(cfg.engine)
+    options, num_shards = cfg.engine, cfg.data.num_virtual_shards
     fewest, most = config.worker_range(cfg.cluster)
-    precision = options.get("precision", "fp32")
+    stage, precision = options.get("zero_stage", 0), options.get("precision", "fp32")
+    reduction = options.get("reduction", "canonical")
     for world_size in (most, *range(fewest, most)):
-        check_engine_options(
-            options.get("zero_stage", 0),
-            precision,
-            options.get("reduction", "canonical"),
-            cfg.data.num_virtual_shards,
-            world_size,
-        )
+        check_engine_options(stage, precision, reduction, num_shards, world_size)
     elsewhere = cfg.cluster.address or os.environ.get("RAY_ADDRESS")  # then workers check their CPU
     on_this_cpu = not cfg.cluster.use_gpu and not elsewhere
     if precision == "bf16" and on_this_cpu and not options.get("allow_slow_bf16"):

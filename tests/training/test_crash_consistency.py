@@ -1,4 +1,4 @@
-"""Kill the writer of checkpoints at every operation: commits stay loadable, and nothing torn ever is.
+"""Kill the writer of checkpoints at every operation: commits stay loadable, nothing torn ever is.
 
 An audit hook of Python counts the operations, in a forked child, so that none is missed whatever
 storage.py uses; on S3 they are the requests that pass a proxy.
@@ -270,7 +270,7 @@ def test_a_kill_at_any_request_to_s3_never_costs_a_commit_nor_leaves_a_torn_chec
 def test_a_loss_of_power_leaves_what_was_committed_and_nothing_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each flush, check two disks that could be found: one with the flushed names, one with all.
+    """After each flush, check two possible disks: one with the flushed names, one with all names.
 
     Both have the flushed contents only.
     """

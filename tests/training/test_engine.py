@@ -47,7 +47,7 @@ class Toy(nn.Module):
 
 
 class SquaredError:
-    """Every other `branching` virtual shards use the other head; step `poisoned` has a loss of inf."""
+    """Every other `branching` virtual shards use the other head; step `poisoned` has loss inf."""
 
     def __init__(self, branching: int, poisoned: int = -1) -> None:
         self.branching = branching

@@ -1,4 +1,4 @@
-"""Steps without a usable gradient are skipped at any world size; the ledger and the log record it."""
+"""Steps without a usable gradient are skipped at any world size; ledger and log record it."""
 
 import math
 import multiprocessing
