@@ -1,4 +1,4 @@
-"""Connect to Ray, the job's cluster or a small one on this machine, and run tasks on it."""
+"""A connection to Ray: a number of CPUs in, this job's cluster or a small Ray of this machine out."""
 
 import contextlib
 import logging
@@ -13,10 +13,10 @@ from sepdist.config import ConfigError
 def connected(
     num_cpus: int, *, address: str | None = None, verbose: bool = False
 ) -> Iterator[None]:
-    """Connect to `address`, to RAY_ADDRESS (which `ray job submit` sets), or to a Ray started here.
+    """Be connected to Ray inside: to `address`, to RAY_ADDRESS (as `ray job submit` sets it), or to a Ray started here.
 
-    A Ray started here has at least `num_cpus` logical CPUs, so that more workers than cores can
-    share the machine; `verbose` shows its processes' output. An existing connection is reused.
+    One started here counts at least `num_cpus` logical CPUs, so that more workers than cores may share the machine;
+    `verbose` shows its processes' output. A connection that was there before is used and left alone.
     """
     import ray
 
@@ -29,9 +29,10 @@ def connected(
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
     else:
-        # It announces every time that Ray protects a local cluster by a token.
-        announcer = "ray._private.authentication.authentication_token_setup"
-        logging.getLogger(announcer).setLevel(logging.ERROR)
+        # Ray protects a local cluster by a token of its own accord, and says so each time.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
+            logging.ERROR
+        )
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, num_cpus),
@@ -50,12 +51,12 @@ def connected(
 def run_tasks(
     work: Callable[..., Iterator[Any]], calls: Sequence[tuple[Any, ...]], *, num_gpus: float = 0.0
 ) -> Iterator[Any]:
-    """Run the generator `work` on each of `calls` as a Ray task; yields items as they come.
+    """Run the generator `work` on each of `calls`, one Ray task per call; yields items as they come.
 
     A task whose worker dies is run again, up to three times.
 
     Raises:
-        ConfigError: tasks need `num_gpus`, and no node has a GPU.
+        ConfigError: `num_gpus` per task are asked for and no node has a GPU.
         ValueError, OSError: as `work` raised them.
     """
     import ray
