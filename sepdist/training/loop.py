@@ -127,21 +127,22 @@ def train(
             if leaving:
                 logger.warning("step %d: a node is about to go; committing a checkpoint", done)
             due = done % cfg.training.checkpoint_every == 0 or done == last
-            if due or leaving or score is not None:
-                if reporter:
-                    reporter.flush()  # first, so that a run that goes on from here has its rows
-                watchdog.expect_slow()
-                with meter.timing("checkpoint"):
-                    if checkpointer:
-                        checkpointer.settle()  # here: the others wait in a collective operation
-                    snapshot = state.snapshot(score)
-                    if checkpointer:
-                        checkpointer.save(snapshot)
-                        if leaving:
-                            checkpointer.settle()
-                    if leaving:
-                        gather_objects(None, world)  # nobody leaves before it is committed
-                watchdog.beat()
+            if not (due or leaving or score is not None):
+                continue
+            if reporter:
+                reporter.flush()  # first, so that a run that goes on from here has its rows
+            watchdog.expect_slow()
+            with meter.timing("checkpoint"):
+                if checkpointer:
+                    checkpointer.settle()  # here, as the others wait in a collective operation
+                snapshot = state.snapshot(score)
+                if checkpointer:
+                    checkpointer.save(snapshot)
+                if checkpointer and leaving:
+                    checkpointer.settle()
+                if leaving:
+                    gather_objects(None, world)  # nobody leaves before it is committed
+            watchdog.beat()
     logger.info("finished")
 
 
