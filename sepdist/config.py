@@ -36,8 +36,9 @@ class ExtraConfig:
     url: str = MISSING
     num_sources: int = 1
     noise: bool = True
-    # Batches per batch of data.train; None = in proportion to its size, one pass per epoch.
-    weight: float | None = None
+    weight: float | None = (
+        None  # batches per batch of data.train; None = by size, one pass an epoch
+    )
 
 
 @dataclass
@@ -53,8 +54,7 @@ class DataConfig:
     extra: list[ExtraConfig] = field(default_factory=list)  # for objectives with several tasks
     interleave: str = "drawn"  # order of the data sets' batches: drawn (permuted) | even
     crop_seconds: float = 3.0
-    # V fixes the data order and the reduction tree; any world size from 1 to V gives the same run.
-    num_virtual_shards: int = 4
+    num_virtual_shards: int = 4  # V: fixes data order and reduction; 1 to V workers can run it
     micro_batch: int = 2  # samples per virtual shard; the global batch is V * micro_batch
     cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
     cache_gigabytes: float = 50.0
@@ -105,8 +105,7 @@ class TrainingConfig:
     keep_every: int = 0  # keep every checkpoint whose step is a multiple of this; 0 = none
     max_failed_checkpoints: int = 3  # failed saves in a row that the run tolerates
     early_stop_patience: int = 30  # validations without improvement; 0 = never
-    # Skip a step whose gradient norm exceeds this many times the median; 0 = only if not finite.
-    spike_factor: float = 100.0
+    spike_factor: float = 100.0  # skip norms above this many medians; 0 = only if not finite
     max_skipped: int = 20  # skipped steps in a row at which the run ends with an error
 
 
@@ -119,13 +118,11 @@ class ClusterConfig:
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1
     address: str | None = None  # None: the cluster of the Ray job, else a local Ray
-    # Failures in a row without a new checkpoint between them, not counting preemptions; -1 = any.
-    max_failures: int = 5
+    max_failures: int = 5  # in a row without a new checkpoint; not preemptions; -1 = no limit
     elastic_check_seconds: float = 60.0  # how often an elastic run looks for more workers
     preemption_check_steps: int = 10  # steps between two checks for a preemption notice
     collective_timeout_seconds: int = 600
-    # A worker without progress for this long ends itself; longer where steps are slow; 0 = never.
-    hang_seconds: float = 30.0
+    hang_seconds: float = 30.0  # a worker without progress ends itself; more if slow; 0 = never
     startup_seconds: float = 600.0  # the same for the first step, validations and checkpoints
     verbose: bool = False  # show the output of a local Ray's processes
 
@@ -303,14 +300,11 @@ def register_schemas() -> None:
     from hydra.core.config_store import ConfigStore  # here, because workers do not need it
 
     store = ConfigStore.instance()
-    for name, node in (
-        ("train_schema", TrainConfig),
-        ("shard_schema", ShardConfig),
-        ("evaluate_schema", EvaluateConfig),
-        ("recognise_schema", RecogniseConfig),
-        ("pipeline_schema", PipelineConfig),
-    ):
-        store.store(name=name, node=node)
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="shard_schema", node=ShardConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="recognise_schema", node=RecogniseConfig)
+    store.store(name="pipeline_schema", node=PipelineConfig)
 
 
 def register_evaluate() -> None:
