@@ -1,8 +1,8 @@
-"""Configuration: the typed schema of the fixed parts, and `build`, which turns a `_target_` node into an object.
+"""The typed config of every program, and `build`, which turns a `_target_` node into an object.
 
-In: what Hydra composed from configs/ in the driver. Out: plain dataclasses (fixed parts) and plain dicts (pluggable
-parts, whose constructor is their schema). Nothing below the programs ever sees an OmegaConf object, and every worker
-reads the one frozen file that `freeze` wrote.
+Hydra composes configs/ in the driver. The fixed parts become dataclasses, the pluggable ones plain
+dicts, whose schema is the constructor that `_target_` names. Nothing below the programs sees an
+OmegaConf object; every worker reads the config that the driver froze at run_dir/config.yaml.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sepdist import storage
 
@@ -29,61 +29,53 @@ class ConfigError(ValueError):
 
 @dataclass
 class ExtraConfig:
-    """One more data set to train on: batches of it come between those of `data.train`, with its name on them."""
+    """An additional training set, whose batches alternate with those of `data.train`."""
 
-    name: str = MISSING
+    path_arguments: ClassVar = ("url",)
+    name: str = MISSING  # Batch.data_set of its batches
     url: str = MISSING
     num_sources: int = 1
     noise: bool = True
     weight: float | None = (
-        None  # batches for each one of data.train; None = by its size, so that an epoch is one pass
+        None  # batches per batch of data.train; None = by size, one pass an epoch
     )
 
 
 @dataclass
 class DataConfig:
-    """Where the samples come from and how they are cut into steps (`sepdist/data/`)."""
+    """Training and validation data, and how they are cut into steps (sepdist/data/)."""
 
+    path_arguments: ClassVar = ("train", "validation", "cache_dir")
     train: str = MISSING  # folder or s3:// prefix that holds a manifest.json
     validation: str = MISSING
     num_sources: int = 2  # how many of s1, s2, ... enter the mixture and are targets
-    noise: bool = False  # whether the noise of each sample is part of the mixture
-    mixing: Any = None  # a node that makes new mixtures of data.train's first sources (configs/mixing); None = as stored
-    extra: list[ExtraConfig] = field(
-        default_factory=list
-    )  # more data sets, for objectives of several tasks
-    interleave: str = (
-        "drawn"  # how their batches come between those of data.train: drawn (permuted) | even
-    )
+    noise: bool = False  # whether the mixture includes each sample's noise
+    mixing: Any = None  # a configs/mixing node that mixes data.train anew; None = as stored
+    extra: list[ExtraConfig] = field(default_factory=list)  # for objectives with several tasks
+    interleave: str = "drawn"  # order of the data sets' batches: drawn (permuted) | even
     crop_seconds: float = 3.0
-    num_virtual_shards: int = (
-        4  # V: fixes the data order and the reduction tree; world sizes 1..V can run it
-    )
-    micro_batch: int = (
-        2  # samples per virtual shard and step; global batch = num_virtual_shards * micro_batch
-    )
+    num_virtual_shards: int = 4  # V: fixes data order and reduction; 1 to V workers can run it
+    micro_batch: int = 2  # samples per virtual shard; the global batch is V * micro_batch
     cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
     cache_gigabytes: float = 50.0
     num_threads: int = 1  # decoding threads per worker
     prefetch_steps: int = 4
-    max_damaged: int = (
-        0  # damaged samples that may be replaced by the next position before the run stops
-    )
+    max_damaged: int = 0  # damaged samples to replace by the next position before the run stops
 
 
 @dataclass
 class ValidationConfig:
-    """Full-length utterances, always the same ones in the same order."""
+    """Validation on full-length mixtures, the same ones in the same order each time."""
 
-    num_mixtures: int = 200  # the first so many of the validation set; 0 = all
+    num_mixtures: int = 200  # the first ones of the validation set; 0 = all
     every_steps: int = 500
     num_listening: int = 3  # mixtures whose audio and spectrograms go to TensorBoard
-    max_seconds: float = 30.0  # longer mixtures are cut, so that one never exhausts memory
+    max_seconds: float = 30.0  # longer mixtures are cut, to bound memory
 
 
 @dataclass
 class ScheduleConfig:
-    """Warm-up, then halving on a plateau of the validation SI-SNR, as the papers train."""
+    """Warm-up, then a smaller learning rate at each plateau of the validation score."""
 
     warmup_steps: int = 0
     factor: float = 0.5
@@ -93,70 +85,57 @@ class ScheduleConfig:
 
 @dataclass
 class InitConfig:
-    """Hand-off: weights of an earlier stage and the parameters that start afresh."""
+    """Hand-off: initial weights from an earlier stage, and what to initialise anew."""
 
-    weights: str | None = (
-        None  # a run_dir, an export folder or a .safetensors file; None = from scratch
-    )
-    part: str | None = None  # take only the weights below this prefix, without it; None = all
-    reinit: list[str] = field(
-        default_factory=list
-    )  # parameter-name prefixes that keep their fresh values
+    path_arguments: ClassVar = ("weights",)
+    weights: str | None = None  # a run_dir, export or .safetensors file; None = from scratch
+    submodule: str | None = None  # take only the parameters below this prefix; None = all
+    reinit: list[str] = field(default_factory=list)  # prefixes of parameters to initialise anew
 
 
 @dataclass
 class TrainingConfig:
-    """The loop."""
+    """Length of training, logging, checkpoints and skipped steps."""
 
     max_steps: int = MISSING
     log_every: int = 20
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_best: bool = True
-    keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good
-    max_failed_checkpoints: int = 3  # in a row, that storage would not take, before the run ends
+    keep_every: int = 0  # keep every checkpoint whose step is a multiple of this; 0 = none
+    max_failed_checkpoints: int = 3  # failed saves in a row that the run tolerates
     early_stop_patience: int = 30  # validations without improvement; 0 = never
-    spike_factor: float = (
-        100.0  # skip a step whose gradient norm is so many times the median; 0 = only if not finite
-    )
-    max_skipped: int = 20  # skipped steps in a row that send the run back to its newest checkpoint, to go on without them
-    max_rollbacks: int = 3
+    spike_factor: float = 100.0  # skip norms above this many medians; 0 = only if not finite
+    max_skipped: int = 20  # skipped steps in a row at which the run ends with an error
 
 
 @dataclass
 class ClusterConfig:
-    """Ray Train: how many workers and what each gets."""
+    """Ray Train: the number of workers, their resources, and how faults are noticed."""
 
-    num_workers: Any = 1  # a number, or [min, max]: as many of these as the cluster has room for, see `worker_range`
+    num_workers: Any = 1  # a number, or [min, max] for an elastic run; see `worker_range`
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1
-    address: str | None = None  # None: the cluster of the job it runs in, else a local Ray
-    max_failures: int = 5  # in a row, without a new checkpoint between them; preemptions do not count; -1 = no limit
-    elastic_check_seconds: float = (
-        60.0  # with [min, max]: how often a running group looks for room for more workers
-    )
-    preemption_check_steps: int = (
-        10  # steps between two looks for a notice that a node is about to be taken away
-    )
+    address: str | None = None  # None: the cluster of the Ray job, else a local Ray
+    max_failures: int = 5  # in a row without a new checkpoint; not preemptions; -1 = no limit
+    elastic_check_seconds: float = 60.0  # how often an elastic run looks for more workers
+    preemption_check_steps: int = 10  # steps between two checks for a preemption notice
     collective_timeout_seconds: int = 600
-    hang_seconds: float = 30.0  # a worker without progress for so long ends itself; more where steps are slow; 0 = never
-    startup_seconds: float = (
-        600.0  # the same for the first step and the first validation, which compile
-    )
-    verbose: bool = False  # show what Ray's processes print, where a local Ray is started
+    hang_seconds: float = 30.0  # a worker without progress ends itself; more if slow; 0 = never
+    startup_seconds: float = 600.0  # the same for the first step, validations and checkpoints
+    verbose: bool = False  # show the output of a local Ray's processes
 
 
 @dataclass
 class TrainConfig:
     """`configs/train.yaml`: one training stage."""
 
-    name: str = MISSING  # derives the run's identity; never from the time
+    path_arguments: ClassVar = ("run_dir",)
+    name: str = MISSING  # the run's identity; never derived from the time
     run_dir: str = MISSING
     seed: int = 0
-    data_root: str = (
-        "data"  # folder or s3:// prefix of the data sets, where an experiment names them by it
-    )
+    data_root: str = "data"  # folder or s3:// prefix below which experiments name their data sets
     sample_rate: int = 8000
     num_speakers: int = 2
     model: Any = MISSING
@@ -271,16 +250,17 @@ class ShardConfig:
 
 @dataclass
 class EvaluateConfig:
-    """`configs/evaluate.yaml`: python -m sepdist evaluate."""
+    """`configs/evaluate.yaml`: sepdist evaluate."""
 
+    path_arguments: ClassVar = ("model", "data", "output", "cache_dir")
     model: str = MISSING  # a run_dir (its best checkpoint is taken) or an export folder
     data: str = MISSING  # folder or s3:// prefix of the test set
-    output: str = MISSING  # folder or s3:// prefix for results.json, utterances.csv, histogram.png, listening/
+    output: str = MISSING  # folder or s3:// prefix for results.json, utterances.csv, ...
     num_sources: int = 2
     noise: bool = False
-    num_mixtures: int = 0  # the first so many; 0 = all
+    num_mixtures: int = 0  # score only the first mixtures; 0 = all
     max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
-    num_listening: int = 3  # mixtures whose audio and spectrograms are put out too
+    num_listening: int = 3  # mixtures to save as audio and spectrograms
     num_workers: int = 1  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker
     cache_dir: str = "~/.cache/sepdist"
@@ -289,48 +269,43 @@ class EvaluateConfig:
 
 @dataclass
 class RecogniseConfig:
-    """`configs/recognise.yaml`: python -m sepdist recognise."""
+    """`configs/recognise.yaml`: sepdist recognise."""
 
-    model: str | None = (
-        None  # a run_dir (its best checkpoint is taken) or an export folder; None = mixtures alone
-    )
-    corpus: Any = MISSING  # gives mixtures with transcripts: libricss, overlap
+    path_arguments: ClassVar = ("model", "output")
+    model: str | None = None  # a run_dir or an export folder; None = recognise the mixtures alone
+    corpus: Any = MISSING  # yields mixtures with transcripts: libricss, overlap
     conditions: list[str] = field(
         default_factory=lambda: ["OV10", "OV20", "OV30", "OV40"]
-    )  # splits of the corpus
+    )  # splits
     recogniser: Any = MISSING
     output: str = MISSING  # folder or s3:// prefix for results.json and utterances.csv
-    limit: int = 0  # only the first so many utterances of each condition; 0 = all
+    limit: int = 0  # only the first utterances of each condition; 0 = all
     num_workers: int = 1  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker, for separator and recogniser
 
 
 def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
-    """The least and the greatest number of workers that `cluster.num_workers` allows; equal where it is one number."""
+    """Return the least and the greatest number of workers that `cluster.num_workers` allows."""
     value = cluster.num_workers
     pair = value if isinstance(value, list | tuple) else [value, value]
-    if (
-        len(pair) != 2
-        or any(type(number) is not int for number in pair)
-        or not 1 <= pair[0] <= pair[1]
-    ):
+    if [type(one) for one in pair] != [int, int] or not 1 <= pair[0] <= pair[1]:
         raise ConfigError(
-            f"cluster.num_workers={value!r}: give a number of workers from 1 up, or [min, max] with 1 <= min <= max"
+            f"cluster.num_workers={value!r}: give a number of workers from 1 up, or [min, max] "
+            "with 1 <= min <= max"
         )
     return pair[0], pair[1]
 
 
 def register_schemas() -> None:
-    """Give Hydra the schemas; the primary configs name them first in their defaults."""
+    """Register the schemas with Hydra; each primary config lists its own first in its defaults."""
+    from hydra.core.config_store import ConfigStore  # here, because workers do not need it
+
     store = ConfigStore.instance()
-    for name, node in (
-        ("train_schema", TrainConfig),
-        ("shard_schema", ShardConfig),
-        ("evaluate_schema", EvaluateConfig),
-        ("recognise_schema", RecogniseConfig),
-        ("pipeline_schema", PipelineConfig),
-    ):
-        store.store(name=name, node=node)
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="shard_schema", node=ShardConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="recognise_schema", node=RecogniseConfig)
+    store.store(name="pipeline_schema", node=PipelineConfig)
 
 
 def register_evaluate() -> None:
@@ -339,45 +314,49 @@ def register_evaluate() -> None:
     Hydra must not look into configs/ itself for them: there it takes model=... and data=... for choices in the groups
     model/ and data/, and refuses a path.
     """
+    from hydra.core.config_store import ConfigStore
+
     ConfigStore.instance().store("evaluate", OmegaConf.load(Path(config_dir(), "evaluate.yaml")))
 
 
 def config_dir() -> str:
-    """The absolute folder of the shipped YAML: beside the package in a checkout, inside it in a wheel."""
+    """Return the folder of the YAML files: next to the package or, in a wheel, inside it."""
     package = Path(__file__).resolve().parent
     for folder in (package.parent / "configs", package / "configs"):
         if (folder / "train.yaml").exists():
             return str(folder)
-    raise ConfigError(f"no configs/ beside or inside {package}: the installation is incomplete")
+    raise ConfigError(f"{package}: no configs/ next to it or in it; the installation is incomplete")
 
 
 def typed(composed: DictConfig, schema: type[_T]) -> _T:
-    """The composed config as real dataclasses; a mandatory value left at ??? is an error that names it."""
+    """Return a composed config as dataclasses; ConfigError names a mandatory value left at ???."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(
             f"no value given for {', '.join(missing)} (pass {missing[0]}=... on the command line)"
         )
     result = OmegaConf.to_object(composed)
-    if not isinstance(result, schema):
-        raise TypeError(f"expected a {schema.__name__}, got {type(result).__name__}")
+    assert isinstance(result, schema), type(result)
     return result
 
 
 def to_yaml(config: Any) -> str:
-    """A dataclass as the YAML text that `from_yaml` reads back."""
+    """Return a dataclass as YAML that `from_yaml` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def from_yaml(text: str, schema: type[_T]) -> _T:
-    """Read what `to_yaml` wrote, against the schema."""
+    """Read what `to_yaml` wrote and check it against the schema."""
     merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text))
     assert isinstance(merged, DictConfig)
     return typed(merged, schema)
 
 
 def differences(before: Any, after: Any, free: tuple[str, ...] = (), name: str = "") -> list[str]:
-    """The leaves in which two nested dictionaries differ, as "split was dev, is test"; not those named `free`..."""
+    """List the leaves in which two nested dictionaries differ, as "split was dev, is test".
+
+    Names that begin with one of `free` are not compared.
+    """
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         inner = [
             differences(before.get(key), after.get(key), free, f"{name}.{key}".lstrip("."))
@@ -388,20 +367,45 @@ def differences(before: Any, after: Any, free: tuple[str, ...] = (), name: str =
 
 
 def load_frozen(url: str) -> TrainConfig:
-    """The frozen config of a run, from a folder or s3://."""
-    return from_yaml(storage.read_bytes(url).decode(), TrainConfig)
+    """Read a run's frozen config; ConfigError if another version of sepdist wrote it."""
+    try:
+        return from_yaml(storage.read_bytes(url).decode(), TrainConfig)
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{url} was written by another version of sepdist ({reason}): the run cannot go on; "
+            "start another run_dir, with init.weights set to this one to keep its weights"
+        ) from error
 
 
-def _allowed(name: str) -> bool:
-    return name.startswith(ALLOWED_TARGETS) or any(
-        name + "." == prefix for prefix in ALLOWED_TARGETS
-    )
+def make_paths_absolute(config: Any) -> None:
+    """Make the paths in a config absolute, in place: workers have another working directory.
+
+    A config class lists its path fields in `path_arguments`, and so does the class or function that
+    a `_target_` names, if it takes paths.
+    """
+    if isinstance(config, list):
+        fields: dict[Any, Any] = dict(enumerate(config))
+        names: tuple[str, ...] = ()
+    elif isinstance(config, dict):
+        fields, target = config, config.get("_target_")
+        names = getattr(resolve(target), "path_arguments", ()) if target else ()
+    elif dataclasses.is_dataclass(config):
+        fields, names = vars(config), getattr(config, "path_arguments", ())
+    else:
+        return
+    for name in names:
+        if fields.get(name):
+            fields[name] = storage.absolute(fields[name])
+    for value in fields.values():
+        make_paths_absolute(value)
 
 
 def resolve(target: str) -> Any:
-    """The callable that `_target_` names, if it is defined where targets are allowed to live.
+    """Return the callable that `_target_` names.
 
-    The name and the place of definition are both checked, so an alias reached through an allowed module is refused.
+    The name and the module that defines it must lie below ALLOWED_TARGETS, so that no alias in an
+    allowed module leads elsewhere.
     """
     refusal = f"_target_ {target!r} is not allowed: targets live under {', '.join(ALLOWED_TARGETS)}"
     if not target.startswith(ALLOWED_TARGETS):
@@ -411,19 +415,19 @@ def resolve(target: str) -> Any:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"_target_ {target!r} does not exist: {error}") from error
-    if not callable(found) or not _allowed(getattr(found, "__module__", "") or ""):
+    defined_in = f"{getattr(found, '__module__', '')}."
+    if not callable(found) or not defined_in.startswith(ALLOWED_TARGETS):
         raise ConfigError(refusal)
     return found
 
 
 def build(node: Mapping[str, Any], **runtime: Any) -> Any:
-    """Call the node's `_target_` with its other keys and `runtime`; nested `_target_` nodes are built first."""
+    """Call the node's `_target_` with its other keys, nested nodes built first, and `runtime`."""
     if "_target_" not in node:
         raise ConfigError(f"cannot build {dict(node)!r}: it has no _target_")
     target = resolve(str(node["_target_"]))
-    arguments = {
-        key: _build_nested(value) for key, value in node.items() if key != "_target_"
-    } | runtime
+    arguments = {key: _build_nested(value) for key, value in node.items() if key != "_target_"}
+    arguments |= runtime
     try:
         inspect.signature(target).bind(**arguments)
     except TypeError as error:
@@ -434,11 +438,9 @@ def build(node: Mapping[str, Any], **runtime: Any) -> Any:
 
 def _build_nested(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return (
-            build(value)
-            if "_target_" in value
-            else {key: _build_nested(item) for key, item in value.items()}
-        )
+        if "_target_" in value:
+            return build(value)
+        return {key: _build_nested(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_build_nested(item) for item in value]
     return value

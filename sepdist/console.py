@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 @contextmanager
 def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator[Console]:
     """A program's console; OSError, ValueError and `also` are the user's, `stopped` is said after a Ctrl-C."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.WARNING)
     try:
         yield console
@@ -26,11 +26,24 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
 
 
 @contextmanager
-def progress_bar(console: Console, description: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on a terminal; yields the function that advances it by one."""
+def progress_bar(
+    console: Console, description: str, total: float | None = None
+) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on a terminal; yields advance(amount=1, total=None, text="").
+
+    The total may be given later, by `advance`, where it is not known at first.
+    """
     columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
+        task = progress.add_task("", total=total, text="")
+
+        def advance(amount: float = 1, total: float | None = None, text: str = "") -> None:
+            progress.update(task, advance=amount, total=total, text=text)
+
+        yield advance

@@ -1,6 +1,6 @@
-"""Kill anything, and the run goes on to the same bits: each test disturbs a run and compares it with one left alone.
+"""Kill anything, and the run ends with the same bits as one that was left alone.
 
-The run left alone is a single process without Ray, so the two share neither the launcher nor the world size.
+The latter is a single process without Ray, so they share neither the launcher nor the world size.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ def same(run: Run, undisturbed: tuple[dict[int, float], str]) -> None:
     assert steps == sorted(set(steps)), "a step is there twice"
 
 
-def told(run: Run) -> list[tuple[str, int]]:
+def recorded(run: Run) -> list[tuple[str, int]]:
     return [(event["event"], event["workers"]) for event in run.events()]
 
 
@@ -203,7 +203,7 @@ def test_a_run_that_lost_a_worker_of_two_ends_with_the_bits_of_one_left_alone(
     seconds = run.seconds_to_next_step(lambda: os.kill(run.workers()[1].pid, signal.SIGKILL))
     run.finish()
     same(run, alone)
-    assert told(run) == [("started", 2), ("failed", 2), ("started", 2), ("finished", 2)]
+    assert recorded(run) == [("started", 2), ("failed", 2), ("started", 2), ("finished", 2)]
     assert run.events()[1]["error"]
     print(f"worker killed -> next step: {seconds:.1f} s")
     assert seconds < 40
@@ -238,7 +238,7 @@ def test_a_stopped_worker_is_taken_for_hung_and_replaced(
     print(f"one of {num_workers} workers stopped -> next step: {seconds:.1f} s")
     run.finish()
     same(run, undisturbed)
-    assert told(run) == [
+    assert recorded(run) == [
         (event, num_workers) for event in ("started", "failed", "started", "finished")
     ]
     assert seconds < 75
@@ -267,7 +267,7 @@ def test_a_killed_driver_started_again_goes_on_and_its_old_workers_are_gone(
     print(f"started again -> loop: {time.monotonic() - began:.1f} s")
     run.finish()
     same(run, undisturbed)
-    assert told(run) == [("started", 2), ("started", 2), ("finished", 2)]
+    assert recorded(run) == [("started", 2), ("started", 2), ("finished", 2)]
     assert not psutil.wait_procs(left, timeout=5)[1]
 
 
@@ -275,7 +275,7 @@ def test_a_killed_driver_started_again_goes_on_and_its_old_workers_are_gone(
 def test_an_elastic_run_whose_driver_was_killed_has_all_its_workers_when_it_starts_again(
     nodes, undisturbed, tiny_data, tmp_path, started
 ) -> None:
-    """Ray keeps what the dead controller had reserved for three minutes; here the new one gives it back."""
+    """Ray keeps a dead controller's reservation for 3 minutes; the new one gives it back."""
     run = started(tiny_data, tmp_path / "run", "cluster.num_workers=[1,2]", nodes.address)
     run.until_step(12)
 
@@ -287,7 +287,7 @@ def test_an_elastic_run_whose_driver_was_killed_has_all_its_workers_when_it_star
     print(f"driver killed and started again on the same cluster -> next step: {seconds:.1f} s")
     run.finish()
     same(run, undisturbed)
-    assert told(run) == [("started", 2), ("started", 2), ("finished", 2)]
+    assert recorded(run) == [("started", 2), ("started", 2), ("finished", 2)]
     assert seconds < 60
 
 
@@ -299,16 +299,16 @@ def test_an_elastic_run_survives_the_loss_of_a_node_and_uses_one_that_joins(
     elastic = ["cluster.num_workers=[1,2]", "cluster.elastic_check_seconds=5", nodes.address]
     run = started(tiny_data, tmp_path / "run", *elastic, steps=ELASTIC_STEPS)
     run.until_step(12)
-    assert told(run) == [("started", 2)]
+    assert recorded(run) == [("started", 2)]
     seconds = run.seconds_to_next_step(nodes.lose_second)
     print(f"node lost -> next step: {seconds:.1f} s")
-    assert told(run)[-1] == ("started", 1)
+    assert recorded(run)[-1] == ("started", 1)
     joined = run.seconds_to_next_step(nodes.join)
     print(f"node joined -> step with it: {joined:.1f} s")
-    assert told(run)[-1] == ("started", 2)
+    assert recorded(run)[-1] == ("started", 2)
     run.finish()
     same(run, left_alone(tiny_data, tmp_path / "alone", ELASTIC_STEPS, OFTEN))
-    assert [event for event, _ in told(run)].count("failed") <= 2, run.events()
+    assert [event for event, _ in recorded(run)].count("failed") <= 2, run.events()
     assert seconds < 60 and joined < 90
 
 
@@ -338,7 +338,10 @@ def test_a_preemption_notice_makes_a_checkpoint_and_the_run_goes_on_from_it(
     same_losses, weights = undisturbed
     assert history(run.run_dir) == same_losses
     assert final_hash(run.run_dir) == weights
-    assert told(run)[0] == ("started", 2) and told(run)[-2:] == [("started", 1), ("finished", 1)]
+    assert recorded(run)[0] == ("started", 2) and recorded(run)[-2:] == [
+        ("started", 1),
+        ("finished", 1),
+    ]
 
 
 def committed_steps(run: Run) -> list[int]:

@@ -22,10 +22,9 @@ from sepdist import storage
 from sepdist.training.checkpoint import find_committed, read_file
 from sepdist.training.ledger import (
     APPLIED,
-    LEFT_OUT,
     SKIPPED,
     LedgerError,
-    Link,
+    SegmentRef,
     as_ranges,
     read_history,
 )
@@ -42,7 +41,7 @@ class Audit:
     num_repeated: int = 0
     lost: list[list[int]] = field(default_factory=list)
     repeated: list[list[int]] = field(default_factory=list)
-    outcomes: dict[str, int] = field(default_factory=dict)  # steps applied, skipped, left out
+    outcomes: dict[str, int] = field(default_factory=dict)  # steps applied and skipped
     world_sizes: dict[int, int] = field(default_factory=dict)  # steps by number of workers
 
     @property
@@ -73,11 +72,8 @@ def audit(run_dir: str) -> Audit:
     outside: list[int] = []
     outcomes: Counter[str] = Counter()
     world_sizes: Counter[int] = Counter()
-    for step, outcome, ranks in read_history(run_dir, Link(**state["ledger"])):
+    for _, outcome, ranks in read_history(run_dir, SegmentRef(**state["ledger"])):
         outcomes[outcome] += 1
-        if outcome == LEFT_OUT:
-            fetched[step * global_batch : (step + 1) * global_batch] += 1
-            continue
         world_sizes[len(ranks)] += 1
         for start, stop in (span for spans in ranks for span in spans):
             fetched[start : min(stop, len(fetched))] += 1
@@ -88,7 +84,7 @@ def audit(run_dir: str) -> Audit:
     )
     result.num_lost, result.num_repeated = len(lost), len(repeated)
     result.lost, result.repeated = as_ranges(lost.tolist()), as_ranges(repeated)
-    result.outcomes = {name: outcomes[name] for name in (APPLIED, SKIPPED, LEFT_OUT)}
+    result.outcomes = {name: outcomes[name] for name in (APPLIED, SKIPPED)}
     result.world_sizes = dict(sorted(world_sizes.items()))
     return result
 

@@ -1,9 +1,9 @@
-"""Train one stage: compose the config once, freeze run_dir/config.yaml, run it in Ray Train workers.
+"""Train one stage in Ray Train workers.
 
     sepdist train experiment=demo/finetune cluster.num_workers=2
     ray job submit --working-dir . -- sepdist train experiment=demo/finetune
 
-Started again with the same config it resumes from the newest checkpoint of its run_dir.
+The same command again resumes from the newest checkpoint of its run_dir.
 """
 
 import hydra
@@ -19,7 +19,7 @@ config.register_schemas()
 
 @hydra.main(version_base="1.3", config_path=config.config_dir(), config_name="train")
 def main(composed: DictConfig) -> None:
-    """Compose, check, freeze, launch; errors of the user are one line and exit status 1."""
+    """Compose, check, freeze and launch; exit 1 after an error of the user."""
     from sepdist.training import launch
 
     stopped = "the same command goes on from the newest checkpoint"

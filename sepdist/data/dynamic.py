@@ -103,6 +103,8 @@ class DynamicMixing:
         noise_levels: range of the noise's loudness in LUFS.
     """
 
+    path_arguments = ("noise",)
+
     def __init__(
         self,
         dataset: Dataset,

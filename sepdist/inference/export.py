@@ -7,8 +7,9 @@ from torch import nn
 
 from sepdist import config
 from sepdist.metrics.selection import speakers_of
+from sepdist.objectives.contract import OUTPUT_RULES
 from sepdist.training.checkpoint import CheckpointError
-from sepdist.training.handoff import OUTPUT_RULES, load_weights, read_export
+from sepdist.training.handoff import load_weights, read_export
 
 
 @dataclass
@@ -52,3 +53,6 @@ def load_model(url: str) -> nn.Module:
     export = load_export(url)
     export.model.origin = {"url": export.url} | export.lineage  # type: ignore[assignment]
     return export.model
+
+
+load_model.path_arguments = ("url",)  # type: ignore[attr-defined]

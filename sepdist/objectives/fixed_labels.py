@@ -25,6 +25,8 @@ class FixedLabels:
     the table's.
     """
 
+    path_arguments = ("labels",)
+
     def __init__(self, labels: str) -> None:
         self.url = labels
         self.labels = read_labels(labels)

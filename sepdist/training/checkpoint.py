@@ -1,12 +1,13 @@
-"""Checkpoints and hand-off: a snapshot of a run in, a folder that is either whole or not there out; and back.
+"""Write and read checkpoints: folders that are either whole or do not exist.
 
     run_dir/checkpoints/step-000000500-<unique>/
-        model.safetensors   fp32 weights            model.yaml     what builds the model, and its sample rate
-        optimizer.safetensors  whole tensors        lineage.json   run, step, hash, and the parent's lineage
-        state.json          counters, ledger        COMMIT         sizes and sha256 of the others, put last
+        model.safetensors      fp32 weights       model.yaml    the model's config, its sample rate
+        optimizer.safetensors  whole tensors      lineage.json  run, step, hash, parent's lineage
+        state.json             counters, ledger   COMMIT        sizes and sha256 of all, put last
 
-A folder without COMMIT does not exist for any reader. Tensors are stored whole, not by rank, so a checkpoint loads at
-any world size and ZeRO stage; no file is a pickle. A checkpoint is also an export (training/export.py).
+A folder without COMMIT does not exist for any reader. Tensors are stored whole, not by rank, so a
+checkpoint loads at any world size and ZeRO stage; no file is a pickle. A checkpoint is also an
+export (sepdist/inference/export.py).
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -24,7 +25,7 @@ import yaml
 from torch import Tensor
 
 from sepdist import storage
-from sepdist.training.ledger import Entry, Link, put_segment
+from sepdist.training.ledger import Entry, SegmentRef, put_segment
 
 logger = logging.getLogger(__name__)
 
@@ -39,32 +40,28 @@ class CheckpointError(ValueError):
 
 @dataclass
 class OptimizerState:
-    """Optimizer state by parameter, whatever the world size or ZeRO stage that held it."""
+    """Optimizer state by whole parameters, independent of world size and ZeRO stage."""
 
     tensors: dict[str, Tensor]  # "exp_avg/<parameter>" -> tensor of the parameter's shape
-    scalars: dict[str, float]  # "step" -> ..., common to all parameters
+    scalars: dict[str, float]  # "step" -> ..., the same for all parameters
 
 
 @dataclass
 class Snapshot:
-    """All that a run needs to go on: tensors on CPU that nobody else writes to, and JSON-able counters."""
+    """The contents of a checkpoint: tensors on CPU that nobody else writes to, and counters."""
 
     step: int
     weights: dict[str, Tensor]
     optimizer: OptimizerState
     state: dict[str, Any]
-    score: float | None = (
-        None  # validation score, higher is better; None where none was taken at this step
-    )
-    ledger: list[Entry] = field(
-        default_factory=list
-    )  # what all ranks consumed since the snapshot before
+    score: float | None = None  # validation score, higher is better; None if there was none
+    ledger: list[Entry] = field(default_factory=list)  # of all ranks, since the snapshot before
     url: str = ""  # where it was read from
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A checkpoint whose COMMIT could be read."""
+    """A checkpoint with a valid COMMIT."""
 
     url: str
     step: int
@@ -72,39 +69,31 @@ class Committed:
     files: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
 
+@dataclass
 class Checkpointer:
-    """Writes snapshots in the background, at most one at a time; only the main rank has one.
+    """Writes snapshots in the background, at most one at a time, on the main rank.
 
-    Where storage fails for longer than its own retries last, the run goes on without that checkpoint, up to
-    `max_failed` times in a row; `num_failed` counts them all. A failure of the last one is always raised.
+    If storage fails for longer than its retries last, the run goes on without that checkpoint, up
+    to `max_failed` times in a row; `num_failed` counts them all. For the last checkpoint of a run a
+    failure is always an error.
     """
 
-    def __init__(
-        self,
-        run_dir: str,
-        *,
-        model_node: Mapping[str, Any],
-        sample_rate: int,
-        outputs: Mapping[str, int] | None = None,
-        lineage: Mapping[str, Any],
-        keep_last: int,
-        keep_best: bool,
-        keep_every: int = 0,
-        max_failed: int = 3,
-        previous: Link | None = None,
-    ) -> None:
-        self.run_dir = run_dir
-        self.folder = storage.join(run_dir, "checkpoints")
-        card = {"model": dict(model_node), "sample_rate": sample_rate, **(outputs or {})}
-        self.model_yaml = yaml.safe_dump(card, sort_keys=False)
-        self.lineage = dict(lineage)
-        self.keep_last = keep_last
-        self.keep_best = keep_best
-        self.keep_every = keep_every
-        self._previous = previous  # the ledger segment of the newest commit
-        self._consumed: list[Entry] = []  # since then
-        self.max_failed = max_failed
-        self.num_failed = 0
+    run_dir: str
+    _: KW_ONLY
+    model_node: Mapping[str, Any]
+    sample_rate: int
+    outputs: Mapping[str, int] = field(default_factory=dict)  # OUTPUT_RULES of the objective
+    lineage: dict[str, Any]
+    keep_last: int
+    keep_best: bool
+    keep_every: int = 0
+    max_failed: int = 3
+    previous: SegmentRef | None = None  # the ledger segment of the newest commit
+    num_failed: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder = storage.join(self.run_dir, "checkpoints")
+        self._consumed: list[Entry] = []  # since the newest commit
         self._failed_in_a_row = 0
         self._unfinished: list[str] = []  # folders of saves that failed
         self._newest: Committed | None = None  # of those written here
@@ -112,7 +101,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Hand the snapshot to the writer, once the one before it is done.
+        """Start writing a snapshot, after waiting for the one before.
 
         Raises:
             StorageError: more than `max_failed` snapshots in a row could not be written.
@@ -121,7 +110,7 @@ class Checkpointer:
         self._pending = self._pool.submit(self._write, snapshot)
 
     def settle(self) -> None:
-        """Return once the last snapshot handed over is committed, or has failed and may be done without.
+        """Wait until the last snapshot is committed, or has failed and is tolerated.
 
         Raises:
             StorageError: more than `max_failed` snapshots in a row could not be written.
@@ -129,17 +118,24 @@ class Checkpointer:
         try:
             self.wait()
         except OSError as error:
-            self._tolerate(error)
+            self.num_failed += 1
+            self._failed_in_a_row += 1
+            since = "" if self._newest is None else f", none since step {self._newest.step}"
+            what = f"{error} (checkpoint not written, {self._failed_in_a_row} in a row{since})"
+            allowed = f"{self.max_failed} in a row are allowed"
+            if self._failed_in_a_row > self.max_failed:
+                raise storage.StorageError(f"{what}; {allowed}, the run ends") from error
+            logger.warning("%s; the run goes on, %s", what, allowed)
 
     def wait(self) -> None:
-        """Return once the last snapshot handed over is committed; raises what went wrong with it."""
+        """Wait until the last snapshot is committed; raises the error of its writer."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
             self._failed_in_a_row = 0
 
     def close(self) -> None:
-        """Commit what is pending, read the last checkpoint back to check it, and end the writer."""
+        """Wait for the last snapshot, read it back to check it, and end the writer."""
         try:
             self.wait()
             if self._newest is not None:
@@ -147,60 +143,25 @@ class Checkpointer:
         finally:
             self._pool.shutdown()
 
-    def _tolerate(self, error: OSError) -> None:
-        self.num_failed += 1
-        self._failed_in_a_row += 1
-        since = "" if self._newest is None else f", none since step {self._newest.step}"
-        what = f"{error} (checkpoint not written, {self._failed_in_a_row} in a row{since})"
-        if self._failed_in_a_row > self.max_failed:
-            raise storage.StorageError(
-                f"{what}; {self.max_failed} in a row are allowed, the run ends"
-            ) from error
-        logger.warning("%s; the run goes on, %d in a row are allowed", what, self.max_failed)
-
     def _write(self, snapshot: Snapshot) -> None:
-        # A name of its own for every write: a step may come twice, after a rollback or in a second attempt.
+        # A unique name, because another attempt may write the same step.
         name = f"step-{snapshot.step:09d}-{uuid.uuid4().hex[:8]}"
         url = storage.join(self.folder, name)
         self._consumed += snapshot.ledger
-        ledger = put_segment(self.run_dir, name, self._consumed, self._previous)
-        weights = safetensors.torch.save(
-            {name: value.contiguous() for name, value in snapshot.weights.items()}
-        )
-        lineage = self.lineage | {
-            "step": snapshot.step,
-            "sha256": hashlib.sha256(weights).hexdigest(),
-        }
-        state = {
-            "step": snapshot.step,
-            "optimizer_scalars": snapshot.optimizer.scalars,
-            "ledger": asdict(ledger),
-        }
-        state = snapshot.state | state
-        contents = {
-            "model.safetensors": weights,
-            "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
-            "state.json": json.dumps(state).encode(),
-            "model.yaml": self.model_yaml.encode(),
-            "lineage.json": json.dumps(lineage, indent=1).encode(),
-        }
+        ledger = put_segment(self.run_dir, name, self._consumed, self.previous)
+        contents = self._contents(snapshot, ledger)
         files = {
-            name: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()}
-            for name, d in contents.items()
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in contents.items()
         }
-        commit: dict[str, Any] = {
-            "format": FORMAT,
-            "step": snapshot.step,
-            "score": snapshot.score,
-            "files": files,
-        }
+        commit: dict[str, Any] = {"format": FORMAT, "step": snapshot.step, "score": snapshot.score}
+        commit["files"] = files
         commit["sha256"] = _digest(commit)
         try:
             for name, data in contents.items():
                 storage.put_bytes(storage.join(url, name), data)
-            storage.put_bytes(
-                storage.join(url, COMMIT), json.dumps(commit).encode(), create_only=True
-            )
+            data = json.dumps(commit).encode()
+            storage.put_bytes(storage.join(url, COMMIT), data, create_only=True)
         except OSError:
             self._unfinished.append(url)
             if not storage.is_remote(url):  # at once, else a full disk would stay full
@@ -208,27 +169,46 @@ class Checkpointer:
                     storage.remove(url)
             raise
         self._newest = Committed(url, snapshot.step, snapshot.score, files)
-        self._previous, self._consumed = ledger, []
+        self.previous, self._consumed = ledger, []
         try:
             self._prune(self._newest)
         except OSError as error:
-            logger.warning("%s; what is to go is tried again after the next checkpoint", error)
+            logger.warning("%s; old checkpoints are removed after the next one", error)
+
+    def _contents(self, snapshot: Snapshot, ledger: SegmentRef) -> dict[str, bytes]:
+        """Return the files of a checkpoint but COMMIT."""
+        card = {"model": dict(self.model_node), "sample_rate": self.sample_rate, **self.outputs}
+        tensors = {name: value.contiguous() for name, value in snapshot.weights.items()}
+        weights = safetensors.torch.save(tensors)
+        sha256 = hashlib.sha256(weights).hexdigest()
+        lineage = self.lineage | {"step": snapshot.step, "sha256": sha256}
+        state = snapshot.state | {
+            "step": snapshot.step,
+            "optimizer_scalars": snapshot.optimizer.scalars,
+            "ledger": asdict(ledger),
+        }
+        return {
+            "model.safetensors": weights,
+            "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
+            "state.json": json.dumps(state).encode(),
+            "model.yaml": yaml.safe_dump(card, sort_keys=False).encode(),
+            "lineage.json": json.dumps(lineage, indent=1).encode(),
+        }
 
     def _prune(self, written: Committed) -> None:
-        """Remove what `keep_last`, `keep_best` and `keep_every` do not name; `written` and later steps stay.
+        """Remove earlier checkpoints but those that `keep_last`, `keep_best` and `keep_every` keep.
 
-        Later steps are what another attempt left; they may be damaged, so they take no place among the last.
+        Later steps are of another attempt and stay; they may be damaged, so they do not count among
+        the last.
         """
         committed = find_committed(self.folder)
         if written.url not in {one.url for one in committed}:
-            todo = "this one ends; if both are wanted, give them different run_dirs"
             raise CheckpointError(
-                f"{written.url} was removed by another attempt of this run: {todo}"
+                f"{written.url} was removed by another attempt of this run: this one ends; to keep "
+                "both, give them different run_dirs"
             )
-        until_now = [
-            one for one in committed if one.step <= written.step and one.url != written.url
-        ]
-        keep = {written.url} | {one.url for one in [*until_now, written][-self.keep_last :]}
+        earlier = [one for one in committed if one.step <= written.step and one.url != written.url]
+        keep = {written.url} | {one.url for one in [*earlier, written][-self.keep_last :]}
         if self.keep_every:
             keep |= {one.url for one in committed if one.step % self.keep_every == 0}
         if self.keep_best and (best := best_of(committed)) is not None:
@@ -236,12 +216,10 @@ class Checkpointer:
         for url in set(self._unfinished) - {one.url for one in committed}:
             storage.remove(url)
         self._unfinished.clear()
-        for one in until_now:
-            if one.url not in keep:
-                storage.remove(
-                    storage.join(one.url, COMMIT)
-                )  # first, so that a torn removal is never loadable
-                storage.remove(one.url)
+        for url in (one.url for one in earlier if one.url not in keep):
+            # COMMIT first, so that a removal that is interrupted leaves nothing loadable.
+            storage.remove(storage.join(url, COMMIT))
+            storage.remove(url)
 
 
 def _digest(commit: Mapping[str, Any]) -> str:
@@ -249,7 +227,12 @@ def _digest(commit: Mapping[str, Any]) -> str:
 
 
 def parse_commit(url: str) -> Committed:
-    """What the COMMIT of a folder says; CheckpointError where it is damaged or of a later sepdist."""
+    """Read the COMMIT of a folder.
+
+    Raises:
+        CheckpointError: it is damaged or of a later sepdist.
+        FileNotFoundError: there is none, or the folder is being removed.
+    """
     raw = storage.read_bytes(storage.join(url, COMMIT))
     if raw == COLLECTED:
         raise FileNotFoundError(f"{url}: is being removed, it was never finished")
@@ -260,9 +243,8 @@ def parse_commit(url: str) -> Committed:
             raise ValueError("its sha256 is another")
         one = Committed(url, int(commit["step"]), commit["score"], files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{url}/{COMMIT} is damaged ({type(error).__name__}: {error})"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{url}/{COMMIT} is damaged ({reason})") from None
     if its_format != FORMAT:
         raise CheckpointError(
             f"{url}/{COMMIT} is of format {its_format}, this sepdist reads up to {FORMAT}"
@@ -271,7 +253,7 @@ def parse_commit(url: str) -> Committed:
 
 
 def _read_commit(url: str) -> Committed | None:
-    """`parse_commit`, or None where the checkpoint is unfinished, collected, or lacks files that it names."""
+    """Return `parse_commit`, or None if the checkpoint is unfinished, collected, or lacks files."""
     names = storage.list_names(url)  # before COMMIT is read: a removal takes COMMIT first
     if COMMIT not in names:
         return None
@@ -279,18 +261,16 @@ def _read_commit(url: str) -> Committed | None:
         one = parse_commit(url)
     except FileNotFoundError:
         return None
-    missing = sorted(set(one.files) - set(names))
+    missing = ", ".join(sorted(set(one.files) - set(names)))
     if missing:
-        # An attempt that was thought dead committed a folder of which its successor had collected the first files.
-        logger.warning(
-            "%s: committed, but %s is missing; the checkpoint is left out", url, ", ".join(missing)
-        )
+        # An attempt that was thought dead committed a folder whose first files had been collected.
+        logger.warning("%s: ignored, it is committed but %s is missing", url, missing)
         return None
     return one
 
 
 def _scan(folder: str) -> tuple[list[Committed], list[str], list[CheckpointError]]:
-    """The checkpoints below `folder`: committed ones by step, urls of unfinished ones, what is wrong with others."""
+    """Return committed checkpoints by step, urls of unfinished ones, and errors of the others."""
     committed, unfinished, damaged = [], [], []
     for name in storage.list_names(folder):
         if not name.startswith("step-"):
@@ -299,7 +279,7 @@ def _scan(folder: str) -> tuple[list[Committed], list[str], list[CheckpointError
         try:
             one = _read_commit(url)
         except CheckpointError as error:
-            logger.warning("%s; the checkpoint is left out, and stays until you remove it", error)
+            logger.warning("%s; the checkpoint is ignored, and stays until you remove it", error)
             damaged.append(error)
             continue
         if one is None:
@@ -310,18 +290,21 @@ def _scan(folder: str) -> tuple[list[Committed], list[str], list[CheckpointError
 
 
 def find_committed(folder: str) -> list[Committed]:
-    """The committed checkpoints of a `checkpoints` folder, oldest step first; a damaged COMMIT counts as none."""
+    """Return the committed checkpoints of a `checkpoints` folder, oldest step first.
+
+    One whose COMMIT is damaged is ignored.
+    """
     return _scan(folder)[0]
 
 
 def best_of(committed: Sequence[Committed]) -> Committed | None:
-    """The one with the highest validation score, the latest of equals; None where none was scored."""
+    """Return the one with the highest score, the latest of equals; None without scores."""
     scored = [one for one in committed if one.score is not None]
-    return max(scored, key=lambda one: (one.score, one.step)) if scored else None
+    return max(scored, key=lambda one: (one.score, one.step), default=None)
 
 
 def read_file(one: Committed, name: str) -> bytes:
-    """A file of a checkpoint, checked against its COMMIT."""
+    """Read a file of a checkpoint and check it against COMMIT."""
     try:
         expected = one.files[name]
         data = storage.read_bytes(storage.join(one.url, name))
@@ -335,50 +318,49 @@ def read_file(one: Committed, name: str) -> bytes:
 
 
 def _check(one: Committed) -> None:
-    """Read a checkpoint back; CheckpointError if it is not what was written."""
+    """Read a checkpoint back; CheckpointError if it is not as written."""
     found = _read_commit(one.url)
     if found is None or found.files != one.files:
-        raise CheckpointError(
-            f"{one.url}: {'gone' if found is None else 'changed'} since it was committed"
-        )
+        change = "gone" if found is None else "changed"
+        raise CheckpointError(f"{one.url}: {change} since it was committed")
     for name in one.files:
         read_file(one, name)
 
 
 def load_newest(run_dir: str) -> Snapshot | None:
-    """The newest committed and undamaged checkpoint of a run; None where there is none.
+    """Load the newest undamaged checkpoint of a run; None if it has no checkpoints.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
     """
     folder = storage.join(run_dir, "checkpoints")
     problems: dict[str, CheckpointError] = {}
+    # The folder is listed again after each failure: if another process removed the checkpoint, then
+    # because it wrote a newer one.
     while True:
         committed, _, damaged = _scan(folder)
         left = [one for one in committed if one.url not in problems]
         if not left:
             break
-        one = left[-1]
         try:
-            snapshot = _load(one)
+            snapshot = _load(left[-1])
         except CheckpointError as error:
-            # The folder is listed anew: if another process removed this one, then because it wrote a newer one.
             logger.warning("%s; falling back to the newest of the others", error)
-            problems[one.url] = error
+            problems[left[-1].url] = error
             continue
-        logger.info("resuming from %s", one.url)
+        logger.info("resuming from %s", snapshot.url)
         return snapshot
     damaged += [problems[one.url] for one in committed]
     if damaged:
-        todo = "restore one of them, or remove the folder to start from the beginning"
         raise CheckpointError(
-            f"{folder}: no checkpoint is whole: {'; '.join(map(str, damaged))}; {todo}"
+            f"{folder}: no checkpoint is whole: {'; '.join(map(str, damaged))}; restore one of "
+            "them, or remove the folder to start from the beginning"
         )
     return None
 
 
 def load_snapshot(url: str) -> Snapshot:
-    """One committed checkpoint, verified; CheckpointError if it is missing or damaged."""
+    """Load and verify one checkpoint; CheckpointError if it is missing or damaged."""
     one = _read_commit(url)
     if one is None:
         raise CheckpointError(f"{url}: no committed checkpoint")
@@ -387,29 +369,28 @@ def load_snapshot(url: str) -> Snapshot:
 
 def _load(one: Committed) -> Snapshot:
     state = json.loads(read_file(one, "state.json"))
-    optimizer = OptimizerState(
-        safetensors.torch.load(read_file(one, "optimizer.safetensors")), state["optimizer_scalars"]
-    )
+    tensors = safetensors.torch.load(read_file(one, "optimizer.safetensors"))
     weights = safetensors.torch.load(read_file(one, "model.safetensors"))
+    optimizer = OptimizerState(tensors, state["optimizer_scalars"])
     return Snapshot(one.step, weights, optimizer, state, one.score, url=one.url)
 
 
 def collect_orphans(run_dir: str) -> list[str]:
-    """Remove the uncommitted folders that earlier attempts left; returns their names. Only before writing starts.
+    """Remove uncommitted folders that earlier attempts left; returns their names.
 
-    Their writer may still be alive; then it fails, as no folder is committed and collected at once. What cannot be
-    removed stays, with a warning; so do folders with a damaged COMMIT.
+    To be called before writing starts. A writer that is still alive fails, because no folder can be
+    committed and collected at once. What cannot be removed stays, with a warning, as do folders
+    with a damaged COMMIT.
     """
     _, unfinished, _ = _scan(storage.join(run_dir, "checkpoints"))
     collected = []
     for url in unfinished:
         try:
-            with contextlib.suppress(
-                FileExistsError
-            ):  # an earlier start was interrupted here, or files are missing
+            # It exists if an earlier collection was interrupted, or files are missing.
+            with contextlib.suppress(FileExistsError):
                 storage.put_bytes(storage.join(url, COMMIT), COLLECTED, create_only=True)
             if _read_commit(url) is not None:
-                continue  # its writer was not dead, and came first
+                continue  # its writer was alive, and came first
             for name in storage.list_names(url):
                 if name != COMMIT:  # the last to go: while it is there nobody can commit
                     storage.remove(storage.join(url, name))

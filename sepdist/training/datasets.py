@@ -1,4 +1,6 @@
-"""The data of a run: its config in, what it trains on (feeds by name) and the validation set out."""
+"""Open the data of a run: training feeds by name, validation set and training stream."""
+
+from typing import Any
 
 from sepdist import config, seeding
 from sepdist.config import ConfigError, TrainConfig
@@ -6,33 +8,21 @@ from sepdist.data.crops import Crops
 from sepdist.data.dataset import Dataset
 from sepdist.data.order import INTERLEAVES
 from sepdist.data.records import MAIN
-from sepdist.data.stream import Feed
+from sepdist.data.stream import Feed, TrainStream
+from sepdist.training.world import World
 
 
 def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
-    """The feeds, that of `data.train` first, and the validation set; their sample rate must be the run's."""
+    """Return the feeds, that of `data.train` first, and the validation set.
+
+    Raises:
+        ConfigError: options contradict each other, or the sample rate of the data is not the run's.
+    """
     data = cfg.data
-    seconds = data.crop_seconds
-    if data.mixing is None:
-        main: Feed = Crops(
-            _open(cfg, data.train, data.num_sources, data.noise),
-            seed=cfg.seed,
-            crop_seconds=seconds,
-        )
-    elif data.noise != bool(data.mixing.get("noise")):
-        raise ConfigError(
-            f"data.noise={data.noise} with data.mixing.noise={data.mixing.get('noise')}: new mixtures have noise where "
-            "a data set of noises is given; change one of them"
-        )
-    else:
-        voices = _open(cfg, data.train, 1, False)
-        options = {"num_sources": data.num_sources, "seed": cfg.seed, "crop_seconds": seconds}
-        main = config.build(data.mixing, dataset=voices, **options)
     if data.interleave not in INTERLEAVES:
-        raise ConfigError(
-            f"data.interleave={data.interleave!r}: it is one of {', '.join(INTERLEAVES)}"
-        )
-    feeds: dict[str, Feed] = {MAIN: main}
+        names = ", ".join(INTERLEAVES)
+        raise ConfigError(f"data.interleave={data.interleave!r}: it is one of {names}")
+    feeds = {MAIN: _open_main(cfg)}
     for one in data.extra:
         if one.name in feeds:
             raise ConfigError(
@@ -43,10 +33,24 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
                 f"data.extra: weight={one.weight} of {one.name!r}: it must be positive, or null"
             )
         seed = seeding.derive(cfg.seed, "data set", one.name)
-        feeds[one.name] = Crops(
-            _open(cfg, one.url, one.num_sources, one.noise), seed=seed, crop_seconds=seconds
-        )
+        dataset = _open(cfg, one.url, one.num_sources, one.noise)
+        feeds[one.name] = Crops(dataset, seed=seed, crop_seconds=data.crop_seconds)
     return feeds, _open(cfg, data.validation, data.num_sources, data.noise)
+
+
+def _open_main(cfg: TrainConfig) -> Feed:
+    data = cfg.data
+    options: dict[str, Any] = {"seed": cfg.seed, "crop_seconds": data.crop_seconds}
+    if data.mixing is None:
+        return Crops(_open(cfg, data.train, data.num_sources, data.noise), **options)
+    noise = data.mixing.get("noise")
+    if data.noise != bool(noise):
+        raise ConfigError(
+            f"data.noise={data.noise} with data.mixing.noise={noise}: new mixtures have noise if a "
+            "data set of noises is given; change one of them"
+        )
+    voices = _open(cfg, data.train, 1, False)
+    return config.build(data.mixing, dataset=voices, num_sources=data.num_sources, **options)
 
 
 def _open(cfg: TrainConfig, url: str, num_sources: int, noise: bool) -> Dataset:
@@ -57,9 +61,28 @@ def _open(cfg: TrainConfig, url: str, num_sources: int, noise: bool) -> Dataset:
         cache_dir=cfg.data.cache_dir,
         cache_gigabytes=cfg.data.cache_gigabytes,
     )
-    if dataset.manifest.sample_rate != cfg.sample_rate:
+    rate = dataset.manifest.sample_rate
+    if rate != cfg.sample_rate:
         raise ConfigError(
-            f"{url} has {dataset.manifest.sample_rate} Hz, sample_rate={cfg.sample_rate}: shard it again at "
+            f"{url} has {rate} Hz, sample_rate={cfg.sample_rate}: shard it again at "
             f"{cfg.sample_rate} Hz, or set sample_rate"
         )
     return dataset
+
+
+def open_stream(cfg: TrainConfig, feeds: dict[str, Feed], world: World) -> TrainStream:
+    """Return the stream of this rank's batches."""
+    data = cfg.data
+    return TrainStream(
+        feeds,
+        seed=cfg.seed,
+        num_virtual_shards=data.num_virtual_shards,
+        micro_batch=data.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        num_threads=data.num_threads,
+        prefetch_steps=data.prefetch_steps,
+        max_damaged=data.max_damaged,
+        weights={one.name: one.weight for one in data.extra if one.weight is not None},
+        interleave=data.interleave,
+    )

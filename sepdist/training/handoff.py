@@ -1,4 +1,4 @@
-"""Hand-off: find, read and check the weights of an earlier stage and load them into a model."""
+"""Hand-off between stages: find, check and load the weights of an earlier one."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,33 +19,28 @@ from sepdist.training.checkpoint import (
     read_file,
 )
 
-OUTPUT_RULES = (
-    "num_extra_outputs",
-    "num_loudest",
-)  # in model.yaml: what `speakers_of` takes; absent or 0 = none
-
 
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], reinit: Sequence[str] = (), source: str = ""
 ) -> list[str]:
-    """Copy `weights` into `model`; returns the names that keep their fresh values, which `reinit` prefixes name.
+    """Copy `weights` into `model`, except what is below the `reinit` prefixes; returns its names.
 
     Raises:
-        CheckpointError: any other parameter is missing, unexpected, or of another shape, or a prefix names nothing.
+        CheckpointError: any other parameter is missing, unexpected or of another shape, or nothing
+            in the model has such a prefix.
     """
     own = model.state_dict()
 
-    def fresh(name: str) -> bool:
-        return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in reinit)
+    def below(name: str, prefix: str) -> bool:
+        return f"{name}.".startswith(prefix.rstrip(".") + ".")
 
-    kept = sorted(name for name in own if fresh(name))
     for prefix in reinit:
-        if not any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for name in own):
-            raise CheckpointError(
-                f"init.reinit: no parameter of {type(model).__name__} begins with {prefix!r}"
-            )
-    wanted = {name for name in own if not fresh(name)}
-    given = {name for name in weights if not fresh(name)}
+        if not any(below(name, prefix) for name in own):
+            kind = type(model).__name__
+            raise CheckpointError(f"init.reinit: no parameter of {kind} begins with {prefix!r}")
+    kept = {name: own[name] for name in own if any(below(name, prefix) for prefix in reinit)}
+    wanted = own.keys() - kept.keys()
+    given = {name for name in weights if not any(below(name, prefix) for prefix in reinit)}
     problems = [f"missing {name}" for name in sorted(wanted - given)]
     problems += [f"unexpected {name}" for name in sorted(given - wanted)]
     problems += [
@@ -54,72 +49,57 @@ def load_weights(
         if weights[name].shape != own[name].shape
     ]
     if problems:
+        shown, more = "; ".join(problems[:6]), len(problems) - 6
+        shown += f"; and {more} more" if more > 0 else ""
         outputs = list(getattr(model, "output_parameters", ()))
         hint = f"; to start the output layer afresh set init.reinit={outputs}" if outputs else ""
-        shown = "; ".join(problems[:6]) + (
-            f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        )
-        raise CheckpointError(
-            f"{source or 'these weights'} are not of this {type(model).__name__}: {shown}{hint}"
-        )
-    model.load_state_dict(
-        {name: weights[name] for name in wanted} | {name: own[name] for name in kept}
-    )
-    return kept
+        kind = type(model).__name__
+        raise CheckpointError(f"{source or 'these weights'} do not fit this {kind}: {shown}{hint}")
+    model.load_state_dict({name: weights[name] for name in wanted} | kept)
+    return sorted(kept)
 
 
-def part_of(weights: Mapping[str, Tensor], part: str, source: str) -> dict[str, Tensor]:
-    """The weights whose names begin with `part.`, without it; CheckpointError, naming what there is, if none does."""
-    prefix = part.rstrip(".") + "."
-    chosen = {
-        name.removeprefix(prefix): value
-        for name, value in weights.items()
-        if name.startswith(prefix)
-    }
+def submodule_of(weights: Mapping[str, Tensor], submodule: str, source: str) -> dict[str, Tensor]:
+    """Return the weights below `submodule`, their names without it; CheckpointError if none are."""
+    prefix = submodule.rstrip(".") + "."
+    chosen = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not chosen:
         there = ", ".join(sorted({name.partition(".")[0] for name in weights}))
-        raise CheckpointError(f"init.part={part}: {source} has no such part, it has {there}")
+        raise CheckpointError(f"init.submodule={submodule}: {source} has no such one, only {there}")
     return chosen
 
 
 def inherit(model: nn.Module, init: InitConfig) -> tuple[list[str], dict[str, Any]]:
-    """Fill `model` from the parent stage that `init` names: what stays fresh, and the parent's url and lineage."""
+    """Fill `model` from the parent stage; returns re-initialised names, and its url and lineage."""
     weights, _, lineage, folder = read_export(str(init.weights))
-    if init.part:
-        weights = part_of(weights, init.part, folder)
+    if init.submodule:
+        weights = submodule_of(weights, init.submodule, folder)
     return load_weights(model, weights, init.reinit, source=folder), {"url": folder} | lineage
 
 
 def find_export(url: str) -> str:
-    """The folder of model.safetensors that `url` means: itself, or the best (else newest) checkpoint of a run_dir."""
+    """Return the folder with weights: `url` or the best (else newest) checkpoint of that run."""
     if storage.exists(storage.join(url, "model.safetensors")):
         return url
     committed = find_committed(storage.join(url, "checkpoints"))
     if not committed:
         raise CheckpointError(
-            f"{url}: neither a folder with model.safetensors nor a run_dir with a finished checkpoint"
+            f"{url}: neither a folder with model.safetensors nor a run_dir with a checkpoint"
         )
     return (best_of(committed) or committed[-1]).url
 
 
 def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], str]:
-    """Weights, model.yaml, lineage and folder of the export that `url` means; checked where it has a COMMIT."""
+    """Return weights, model.yaml, lineage and folder of an export, checked if it has a COMMIT."""
     folder = find_export(url)
+    one = parse_commit(folder) if storage.exists(storage.join(folder, COMMIT)) else None
 
     def read(name: str) -> bytes:
-        return (
-            read_file(one, name)
-            if one is not None
-            else storage.read_bytes(storage.join(folder, name))
-        )
+        return read_file(one, name) if one else storage.read_bytes(storage.join(folder, name))
 
-    one = parse_commit(folder) if storage.exists(storage.join(folder, COMMIT)) else None
     data, card = read("model.safetensors"), yaml.safe_load(read("model.yaml"))
-    lineage = (
-        json.loads(read("lineage.json"))
-        if storage.exists(storage.join(folder, "lineage.json"))
-        else {}
-    )
+    has_lineage = storage.exists(storage.join(folder, "lineage.json"))
+    lineage = json.loads(read("lineage.json")) if has_lineage else {}
     try:
         return safetensors.torch.load(data), card, lineage, folder
     except safetensors.SafetensorError as error:

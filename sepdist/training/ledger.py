@@ -1,11 +1,11 @@
-"""What a run has consumed: the positions of every step in, one segment per checkpoint out, each naming the one before.
+"""Record the positions that each step of a run consumed, for `sepdist audit` to check.
 
     run_dir/ledger/step-<step>-<attempt>.json
 
-A segment holds what every rank really fetched in the steps since the checkpoint before. It is put before the
-checkpoint commits, whose state.json names it by its sha256, as the segment names its predecessor: so the newest
-commit fixes the whole history of the run that led to it, and what dead attempts wrote beside it does not count.
-`python -m sepdist audit` checks that history.
+A segment holds the positions that each rank fetched in the steps since the checkpoint before. It
+is written before the checkpoint commits, whose state.json holds its name and sha256, as each
+segment holds those of its predecessor. So the newest commit fixes the whole history of the run, and
+segments of attempts that died do not count.
 """
 
 import hashlib
@@ -17,13 +17,11 @@ from typing import Any
 from sepdist import storage
 from sepdist.data.records import Batch
 
-Entry = list[
-    Any
-]  # [step, what became of it, [[start, stop], ...]], or after `merge` a list of such ranges per rank
+# [step, outcome, [[start, stop], ...]], or after `merge` one such list of ranges per rank.
+Entry = list[Any]
 
-LEFT_OUT = "left out"  # by a rollback: the positions count as consumed, nobody trains on them
-SKIPPED = "skipped"  # fetched, but the gradient was not applied
 APPLIED = "applied"
+SKIPPED = "skipped"  # fetched, but the gradient was not applied
 
 
 class LedgerError(ValueError):
@@ -31,32 +29,32 @@ class LedgerError(ValueError):
 
 
 @dataclass(frozen=True)
-class Link:
-    """The name of a segment below run_dir and the sha256 of its bytes."""
+class SegmentRef:
+    """A segment's name below run_dir and the sha256 of its bytes."""
 
     name: str
     sha256: str
 
 
 class Ledger:
-    """What this rank has fetched since the last checkpoint."""
+    """The positions that this rank has fetched since the last checkpoint."""
 
     def __init__(self) -> None:
         self._steps: list[Entry] = []
 
     def record(self, step: int, outcome: str, batches: Iterable[Batch] = ()) -> None:
-        """Note one step and the positions of this rank's batches."""
+        """Record the positions of this rank's batches in one step."""
         positions = (int(position) for batch in batches for position in batch.positions)
         self._steps.append([step, outcome, as_ranges(positions)])
 
     def take(self) -> list[Entry]:
-        """What this rank recorded since the last call."""
+        """Return what was recorded since the last call."""
         steps, self._steps = self._steps, []
         return steps
 
 
 def as_ranges(numbers: Iterable[int]) -> list[list[int]]:
-    """Runs of consecutive numbers as [start, stop], in the order given; a repeated number begins a run of its own."""
+    """Return runs of consecutive numbers as [start, stop]; a repeated number begins a new run."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and ranges[-1][1] == number:
@@ -67,7 +65,7 @@ def as_ranges(numbers: Iterable[int]) -> list[list[int]]:
 
 
 def merge(by_rank: list[list[Entry]]) -> list[Entry]:
-    """What every rank recorded over the same steps, as one list."""
+    """Join all ranks' records of the same steps into one list."""
     merged = []
     for entries in zip(*by_rank, strict=True):
         (step, outcome), *others = {(entry[0], entry[1]) for entry in entries}
@@ -76,33 +74,35 @@ def merge(by_rank: list[list[Entry]]) -> list[Entry]:
     return merged
 
 
-def put_segment(run_dir: str, name: str, merged: list[Entry], previous: Link | None) -> Link:
-    """Put a segment at run_dir/ledger/<name>.json; the link that a checkpoint has to hold."""
+def put_segment(
+    run_dir: str, name: str, merged: list[Entry], previous: SegmentRef | None
+) -> SegmentRef:
+    """Write a segment to run_dir/ledger/<name>.json; returns its reference for the checkpoint."""
     before = asdict(previous) if previous else None
     segment = json.dumps({"previous": before, "steps": merged}, separators=(",", ":")).encode()
     name = f"ledger/{name}.json"
     storage.put_bytes(storage.join(run_dir, name), segment)
-    return Link(name, hashlib.sha256(segment).hexdigest())
+    return SegmentRef(name, hashlib.sha256(segment).hexdigest())
 
 
 def read_history(
-    run_dir: str, head: Link | None
+    run_dir: str, newest: SegmentRef | None
 ) -> Iterator[tuple[int, str, list[list[list[int]]]]]:
-    """(step, outcome, ranges by rank) of the history that ends at `head`, newest segment first.
+    """Yield (step, outcome, ranges by rank), beginning with the newest segment.
 
     Raises:
-        LedgerError: a segment is missing or not the one that was committed.
+        LedgerError: a segment is missing or is not the one that was committed.
     """
-    while head is not None:
-        url = storage.join(run_dir, head.name)
+    while newest is not None:
+        url = storage.join(run_dir, newest.name)
         try:
             data = storage.read_bytes(url)
         except FileNotFoundError as error:
             raise LedgerError(
                 f"{url} is missing: the history before it cannot be checked"
             ) from error
-        if hashlib.sha256(data).hexdigest() != head.sha256:
+        if hashlib.sha256(data).hexdigest() != newest.sha256:
             raise LedgerError(f"{url} is damaged: its sha256 is not the one that was committed")
         segment = json.loads(data)
         yield from ((step, outcome, ranks) for step, outcome, ranks in segment["steps"])
-        head = Link(**segment["previous"]) if segment["previous"] else None
+        newest = SegmentRef(**segment["previous"]) if segment["previous"] else None

@@ -1,9 +1,10 @@
-"""Canonical reduction: gradients of V virtual shards in, their sum out, in one fixed order of additions.
+"""Canonical reduction: sum the gradients of V virtual shards in one fixed order of additions.
 
-Floating-point addition is not associative, so an ordinary all-reduce gives other bits at another world size. Here the
-sum is a fixed binary tree over the virtual shards 0..V-1: node (level, i) covers [i * 2^level, (i + 1) * 2^level), cut
-at V, and is the sum of its two children. Which rank computes a node does not matter, so any contiguous division of the
-virtual shards over ranks (any world size from 1 to V) gives the same bits.
+Floating-point addition is not associative, so an all-reduce gives other bits at another world size.
+Here the sum is a fixed binary tree over the virtual shards 0..V-1: node (level, i) covers
+[i * 2^level, (i + 1) * 2^level), cut at V, and is the sum of its two children. It does not matter
+which rank computes a node, so any contiguous division of the virtual shards over 1 to V ranks gives
+the same bits.
 """
 
 import torch
@@ -16,7 +17,7 @@ Node = tuple[int, int]  # (level, index)
 
 
 class TreeSum:
-    """Adds leaves as they come, left to right, and joins siblings at once, so that it holds O(log V) partial sums."""
+    """Adds leaves from left to right; joins siblings at once, to hold O(log V) partial sums."""
 
     def __init__(self, num_leaves: int) -> None:
         self.num_leaves = num_leaves
@@ -34,15 +35,14 @@ class TreeSum:
         self.partials.append(((level, index), total))
 
     def result(self) -> Tensor:
-        """The sum of all leaves, once every one of them has been pushed."""
-        assert len(self.partials) == 1 and self.partials[0][0][1] == 0, [
-            node for node, _ in self.partials
-        ]
-        return self.partials[0][1]
+        """Return the sum of all leaves, once every one of them has been pushed."""
+        [((_, index), total)] = self.partials
+        assert index == 0, index
+        return total
 
 
 def covering_nodes(leaves: range, num_leaves: int) -> list[Node]:
-    """The nodes whose values a rank that owns `leaves` ends up with."""
+    """Return the nodes whose values a rank that owns `leaves` ends up with."""
     tree = TreeSum(num_leaves)
     for leaf in leaves:
         tree.push((0, leaf), torch.zeros(()))
@@ -50,7 +50,7 @@ def covering_nodes(leaves: range, num_leaves: int) -> list[Node]:
 
 
 def tree_sum(leaves: list[Tensor]) -> Tensor:
-    """The canonical sum of all leaves in one process."""
+    """Return the canonical sum of all leaves in one process."""
     tree = TreeSum(len(leaves))
     for position, leaf in enumerate(leaves):
         tree.push((0, position), leaf)
@@ -60,11 +60,12 @@ def tree_sum(leaves: list[Tensor]) -> Tensor:
 def reduce_canonically(
     local: TreeSum, rank: int, world_size: int, block_elements: int = 4_000_000
 ) -> Tensor:
-    """The canonical sum over all ranks' leaves, the same bits on every rank; collective.
+    """Return the canonical sum over all ranks' leaves, the same bits on every rank; collective.
 
-    `local` holds this rank's leaves (1-D, one length on all ranks), those of `owned_virtual_shards`, and is used up:
-    the sum overwrites one of its tensors. Traffic is that of a ring all-reduce, times the number of partial sums per
-    rank (1 where V and the world size are powers of two). Beside `local` it holds a few times `block_elements` numbers.
+    `local` holds the leaves of this rank's virtual shards (1-D, of one length on all ranks) and is
+    used up: the sum overwrites one of its tensors. Traffic is that of a ring all-reduce, times the
+    number of partial sums per rank (1 if V and the world size are powers of two). Memory besides
+    `local` is a few times `block_elements` numbers.
     """
     if world_size == 1:
         return local.result()
@@ -74,9 +75,7 @@ def reduce_canonically(
         for other in range(world_size)
     ]
     mine = [value for _, value in local.partials]
-    assert [node for node, _ in local.partials] == nodes[rank], (
-        "the leaves pushed are not those this rank owns"
-    )
+    assert [node for node, _ in local.partials] == nodes[rank], "leaves of another rank were pushed"
     total = mine[0]
     for start in range(0, len(total), block_elements):
         block = torch.stack([value[start : start + block_elements] for value in mine])
@@ -85,7 +84,7 @@ def reduce_canonically(
 
 
 def _reduce_block(mine_NL: Tensor, nodes: list[list[Node]], num_leaves: int) -> Tensor:
-    """The sum [L] of every rank's N partial sums; `nodes` says by rank which they are."""
+    """Return the sum [L] of every rank's N partial sums, whose nodes are listed by rank."""
     world_size, (num_mine, length) = len(nodes), mine_NL.shape
     chunk = -(-length // world_size)
     # Chunk c of every partial sum goes to rank c, which finishes the tree on it.
@@ -95,13 +94,12 @@ def _reduce_block(mine_NL: Tensor, nodes: list[list[Node]], num_leaves: int) -> 
     dist.all_to_all_single(
         incoming,
         outgoing,
-        output_split_sizes=[len(part) * chunk for part in nodes],
+        output_split_sizes=[len(theirs) * chunk for theirs in nodes],
         input_split_sizes=[num_mine * chunk] * world_size,
     )
     tree = TreeSum(num_leaves)
-    for node, value in zip(
-        [node for part in nodes for node in part], incoming.view(-1, chunk), strict=True
-    ):
+    in_order = [node for theirs in nodes for node in theirs]
+    for node, value in zip(in_order, incoming.view(-1, chunk), strict=True):
         tree.push(node, value)
     gathered = outgoing.new_empty(chunk * world_size)
     dist.all_gather_into_tensor(gathered, tree.result().contiguous())

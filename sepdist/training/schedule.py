@@ -1,43 +1,44 @@
-"""The learning rate and the end of training: validation scores in, a rate for every step and a verdict out.
+"""The learning rate, early stopping and the limit on gradient norms, as functions of the history.
 
-Warm-up, then halving on a plateau of the validation score and early stop, as both papers train. The rate is a function
-of the step and of the scores seen, nothing else, so that a resumed run continues it exactly.
+None of them depends on anything but the scores and norms seen, which are the same on all ranks at
+every world size. So all ranks decide the same, and a resumed run decides as an uninterrupted one.
 """
 
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
+NUM_NORMS = 100  # the limit is derived from this many norms
+LEAST_NORMS = 50  # with fewer there is no limit
 
+
+@dataclass
 class PlateauSchedule:
-    """`lr(step)` and `observe(score)`; a score is better when it is higher."""
+    """Warm-up, then halving on a plateau of the validation score and early stop, as in both papers.
 
-    def __init__(
-        self,
-        base_lr: float,
-        *,
-        warmup_steps: int,
-        factor: float,
-        patience: int,
-        min_lr: float,
-        early_stop_patience: int,
-    ) -> None:
-        self.base_lr = base_lr
-        self.warmup_steps = warmup_steps
-        self.factor = factor
-        self.patience = patience
-        self.min_lr = min_lr
-        self.early_stop_patience = early_stop_patience
-        self.scale = 1.0
-        self.best: float | None = None
-        self.num_stagnant = 0  # validations since the best
-        self.num_since_halving = 0
+    A higher score is better.
+    """
+
+    base_lr: float
+    warmup_steps: int
+    factor: float
+    patience: int
+    min_lr: float
+    early_stop_patience: int
+    scale: float = 1.0
+    best: float | None = None
+    num_stagnant: int = 0  # validations since the best
+    num_since_halving: int = 0
 
     def lr(self, step: int) -> float:
-        """The learning rate of step `step` (the first is 0)."""
+        """Return the learning rate of step `step` (the first is 0)."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return max(self.base_lr * self.scale * warmup, min(self.min_lr, self.base_lr))
 
     def observe(self, score: float) -> bool:
-        """Take a validation score; whether it is the best so far."""
+        """Record a validation score; returns whether it is the best so far."""
         if self.best is None or score > self.best:
             self.best = score
             self.num_stagnant = self.num_since_halving = 0
@@ -51,15 +52,58 @@ class PlateauSchedule:
 
     @property
     def should_stop(self) -> bool:
-        """Whether early stopping has been reached."""
+        """Whether to stop early."""
         return 0 < self.early_stop_patience <= self.num_stagnant
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state."""
+        """Return the JSON-able state."""
         names = ("scale", "best", "num_stagnant", "num_since_halving")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)
+
+
+@dataclass
+class GradientGuard:
+    """Limit gradient norms to `spike_factor` times the median of the last ones; 0 sets no limit.
+
+    A step whose norm is above it or not finite is skipped; `max_skipped` in a row are an error.
+    """
+
+    spike_factor: float
+    max_skipped: int
+    num_skipped: int = 0  # in a row
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_NORMS))  # as applied
+
+    @property
+    def limit(self) -> float:
+        """The greatest norm that the next step may have."""
+        if not self.spike_factor or len(self.norms) < LEAST_NORMS:
+            return math.inf
+        return self.spike_factor * statistics.median(self.norms)
+
+    def observe(self, step: int, norm: float, applied: bool) -> None:
+        """Record the norm of a step; RuntimeError if too many in a row were skipped."""
+        if applied:
+            self.norms.append(norm)
+            self.num_skipped = 0
+            return
+        self.num_skipped += 1
+        if self.num_skipped >= self.max_skipped:
+            raise RuntimeError(
+                f"steps {step + 1 - self.num_skipped} to {step} were skipped, as their gradients "
+                f"were not finite or above the limit ({self.limit:.4g}); training.max_skipped="
+                f"{self.max_skipped} in a row end the run: lower optim.lr, or look at "
+                "optim/grad_norm in metrics.jsonl"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the JSON-able state."""
+        return {"norms": list(self.norms), "num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.norms.extend(state["norms"])
+        self.num_skipped = state.get("num_skipped", 0)

@@ -1,4 +1,4 @@
-"""Validation: the model as it is and fixed full-length mixtures in; means, and audio and pictures to listen to, out."""
+"""Validate the model on fixed full-length mixtures, and save audio and spectrograms of some."""
 
 from collections.abc import Callable
 
@@ -10,23 +10,24 @@ from sepdist.data.dataset import Dataset
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import pairwise_si_snr
+from sepdist.objectives.contract import OUTPUT_RULES, Objective
 from sepdist.reporting import Reporter
-from sepdist.training.engine import DeepSpeedEngine, Objective, speaker_outputs
+from sepdist.training.engine import Engine
 from sepdist.training.world import World, sum_over_world
 
 
 def validate(
-    engine: DeepSpeedEngine,
+    engine: Engine,
     objective: Objective,
     dataset: Dataset,
     world: World,
     options: ValidationConfig,
     beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Means of the objective's metrics over the first `num_mixtures` full-length mixtures; the same at any world size.
+    """Return the means of the objective's metrics over the first `num_mixtures`; collective.
 
-    "score" is the SI-SNR where the objective measures one, else minus the loss: higher is better. `beat` is called
-    after every mixture. Collective.
+    They are the same at any world size. "score", higher is better, is the mean SI-SNR if the
+    objective measures it, else minus the loss. `beat` is called after every mixture.
     """
     total = dataset.manifest.num_samples
     count = min(options.num_mixtures or total, total)
@@ -38,13 +39,8 @@ def validate(
         batch = dataset.full(min(index, count - 1), options.max_seconds).to(world.device)
         with torch.no_grad(), engine.autocast():
             loss, metrics = objective(engine.model, batch)
-        measured = {
-            name: value
-            for name, value in metrics.items()
-            if value.is_floating_point() and value.numel()
-        }
-        values = {"loss": loss} | measured
-        for name, value in values.items():
+        measured = {k: v for k, v in metrics.items() if v.is_floating_point() and v.numel()}
+        for name, value in ({"loss": loss} | measured).items():
             row = rows.setdefault(name, torch.zeros(count, dtype=torch.float64))
             if index < count:
                 row[index] = value.double().mean().cpu()
@@ -56,28 +52,27 @@ def validate(
 
 
 def listen(
-    engine: DeepSpeedEngine,
+    engine: Engine,
     objective: Objective,
     dataset: Dataset,
     reporter: Reporter | None,
     step: int,
     options: ValidationConfig,
 ) -> None:
-    """Put the first few mixtures with their estimates into TensorBoard, estimates in the order of the sources.
+    """Save some mixtures with estimates, in the order of the sources, to TensorBoard; collective.
 
-    The estimates are the data set's where it has some, else the model's.
-    Every rank computes them, because a ZeRO-3 forward is collective; only the one with a reporter writes.
+    If the data set has estimates, as for an SI-SNR estimator, they are saved, else the model's.
     """
     rate = dataset.manifest.sample_rate
     for index in range(min(options.num_listening, dataset.manifest.num_samples)):
         batch = dataset.full(index, options.max_seconds)
-        if batch.estimates is not None:  # what the model judges
-            estimates = batch.estimates
-        else:
+        estimates = batch.estimates
+        if estimates is None:
             with torch.no_grad(), engine.autocast():
-                estimates = engine.model(batch.mixture.to(engine.world.device)).float().cpu()
-            estimates = speakers_of(estimates, **speaker_outputs(objective))
-        if reporter is None:
+                outputs = engine.model(batch.mixture.to(engine.world.device)).float().cpu()
+            rules = {name: getattr(objective, name) for name in OUTPUT_RULES}
+            estimates = speakers_of(outputs, **rules)
+        if reporter is None:  # but a ZeRO-3 forward is collective
             continue
         waves = {"mixture": batch.mixture[0].numpy()}
         if batch.sources is not None and batch.sources.shape == estimates.shape:

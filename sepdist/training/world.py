@@ -1,4 +1,4 @@
-"""Who this process is among the workers of a run. In: a process group or torchrun's environment; out: a World."""
+"""The workers of a run: this process's rank and device, and small collective operations."""
 
 import os
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """Rank and size of the process group, and the device this worker computes on."""
+    """Rank in and size of the process group, and the device of this worker."""
 
     rank: int
     size: int
@@ -22,14 +22,14 @@ class World:
 
 
 def join_world() -> World:
-    """The World of this process: of the group that Ray made, of torchrun's, or of one process alone.
+    """Join Ray's process group, torchrun's, or one of this process alone.
 
-    The back end is nccl where a GPU is used and gloo elsewhere.
+    The backend is nccl on GPUs and gloo elsewhere.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cpu")
     if on_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
@@ -41,7 +41,7 @@ def join_world() -> World:
 
 
 def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:
-    """Element-wise sum over ranks; exact, and the same at every world size, where ranks fill disjoint elements."""
+    """Sum over ranks, on CPU; exact at every world size if ranks fill disjoint elements."""
     if world.size > 1:
         values = values.to(world.device)
         dist.all_reduce(values)
@@ -49,7 +49,7 @@ def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def gather_objects(value: object, world: World) -> list:
-    """Every rank's `value` (picklable), in rank order, on every rank."""
+    """Return every rank's `value` (picklable), in rank order, on every rank."""
     if world.size == 1:
         return [value]
     gathered: list = [None] * world.size

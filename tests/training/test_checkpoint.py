@@ -146,8 +146,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
         victim.unlink()
     assert_equal(load_newest(str(tmp_path)), snapshot(1))
     assert (
-        name in caplog.text
-        and ("left out" if damage == "remove" else "falling back") in caplog.text
+        name in caplog.text and ("ignored" if damage == "remove" else "falling back") in caplog.text
     )
 
 
@@ -174,7 +173,7 @@ def test_a_damaged_checkpoint_of_a_later_step_takes_no_place_among_the_last(tmp_
     save(tmp_path, snapshot(2), snapshot(3), keep_last=1)
     assert steps_of(tmp_path) == [3, 5]
     assert_equal(load_newest(str(tmp_path)), snapshot(3))
-    save(tmp_path, snapshot(5), keep_last=1)  # the same step again, as after a rollback
+    save(tmp_path, snapshot(5), keep_last=1)  # the same step again, of another attempt
     assert_equal(load_newest(str(tmp_path)), snapshot(5))
     assert steps_of(tmp_path) == [5]
 
@@ -196,7 +195,7 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(
 
     monkeypatch.setattr(storage, "remove", refuse)
     save(tmp_path, snapshot(1), snapshot(2), keep_last=1)
-    assert "read-only; what is to go is tried again" in caplog.text
+    assert "read-only; old checkpoints are removed after the next one" in caplog.text
     monkeypatch.undo()
     assert steps_of(tmp_path) == [1, 2]
     save(tmp_path, snapshot(3), keep_last=1)

@@ -1,7 +1,7 @@
-"""Kill the writer of checkpoints at every operation: what was committed stays loadable, and nothing torn ever is.
+"""Kill the writer of checkpoints at every operation: commits stay loadable, nothing torn ever is.
 
-The operations are counted by an audit hook of Python, in a forked child, so that none is missed whatever storage.py
-uses; on S3 they are the requests that pass a proxy.
+An audit hook of Python counts the operations, in a forked child, so that none is missed whatever
+storage.py uses; on S3 they are the requests that pass a proxy.
 """
 
 import builtins
@@ -57,8 +57,11 @@ SNAPSHOTS = {step: snapshot(step, score) for step, score in SCORES.items()}
 def in_child(
     body: Callable[[Callable[[bytes], object]], None], started: Callable[[int], object] = id
 ) -> Any:
-    """Run `body(tell)` in a forked child; its wait status and what it told. `started` gets its pid before it begins."""
-    (told, tell), (gate, opening) = os.pipe(), os.pipe()
+    """Run `body(send)` in a forked child; returns its wait status and the bytes that it sent.
+
+    `started` gets its pid before it begins.
+    """
+    (receiving, sending), (gate, opening) = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -66,16 +69,16 @@ def in_child(
             signal.alarm(120)  # a child that hangs fails its test and not the suite
             os.close(opening)
             os.read(gate, 1)
-            body(lambda data: os.write(tell, data))
+            body(lambda data: os.write(sending, data))
             code = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
     started(pid)
-    for handle in (tell, gate, opening):  # the last one opens the gate
+    for handle in (sending, gate, opening):  # the last one opens the gate
         os.close(handle)
-    with open(told, "rb") as pipe:
+    with open(receiving, "rb") as pipe:
         data = pipe.read()
     return os.waitpid(pid, 0)[1], data
 
@@ -109,7 +112,7 @@ class TwoHalves:
 
 
 def before_every_operation(reached: Callable[[], None]) -> None:
-    """Call `reached` before whatever changes the disk, for the rest of this process: only in a child."""
+    """Call `reached` before each change of the disk, for the rest of this (child) process."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in CHANGES or (event == "open" and arguments[2] & WRITING):
@@ -132,7 +135,7 @@ def before_every_operation(reached: Callable[[], None]) -> None:
 def assert_sound(
     run_dir: str, at_least: int, at_most: int, snapshots: Mapping[int, Snapshot] = SNAPSHOTS
 ) -> None:
-    """A start finds a whole checkpoint between the two steps (0: none), and tidies up so that all others are whole."""
+    """A start finds a whole checkpoint between the two steps (0: none), and removes torn ones."""
     loaded = load_newest(run_dir)
     step = 0 if loaded is None else loaded.step
     assert at_least <= step <= at_most
@@ -178,7 +181,7 @@ def test_a_kill_at_any_operation_on_disk_never_costs_a_commit_nor_leaves_a_torn_
             shutil.copytree(tmp_path / "start", run_dir)
 
         def body(
-            tell: Callable[[bytes], object], number: int = number, run_dir: Path = run_dir
+            send: Callable[[bytes], object], number: int = number, run_dir: Path = run_dir
         ) -> None:
             operations = itertools.count()
             before_every_operation(
@@ -189,7 +192,7 @@ def test_a_kill_at_any_operation_on_disk_never_costs_a_commit_nor_leaves_a_torn_
             for step in later:
                 writer.save(SNAPSHOTS[step])
                 writer.wait()
-                tell(bytes([step]))
+                send(bytes([step]))
             writer.close()
 
         status, returned = in_child(body)
@@ -228,7 +231,7 @@ def test_a_kill_at_any_request_to_s3_never_costs_a_commit_nor_leaves_a_torn_chec
 ) -> None:
     """Before, in the middle of, and after each request that changes something, the answer lost.
 
-    A kill at one that only reads leaves the same objects as a kill before the next that changes something.
+    A kill at one that only reads leaves the same objects as a kill before the next change.
     """
     run_dir, snapshots = f"s3://{bucket}/run", dict(SNAPSHOTS)
     save(run_dir, SNAPSHOTS[1], keep_last=1)
@@ -243,13 +246,13 @@ def test_a_kill_at_any_request_to_s3_never_costs_a_commit_nor_leaves_a_torn_chec
         )
 
         def body(
-            tell: Callable[[bytes], object], step: int = step, endpoint: str = proxy.endpoint
+            send: Callable[[bytes], object], step: int = step, endpoint: str = proxy.endpoint
         ) -> None:
             os.environ["AWS_ENDPOINT_URL"] = endpoint
             writer = checkpointer(run_dir, keep_last=1)
             writer.save(snapshots[step])  # noqa: B023 - forked and ended in this round
             writer.wait()
-            tell(bytes([step]))
+            send(bytes([step]))
             writer.close()
 
         status, returned = in_child(body, pids.append)
@@ -267,9 +270,9 @@ def test_a_kill_at_any_request_to_s3_never_costs_a_commit_nor_leaves_a_torn_chec
 def test_a_loss_of_power_leaves_what_was_committed_and_nothing_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each flush, two disks that could be found: with the flushed names only, and with all names.
+    """After each flush, check two possible disks: one with the flushed names, one with all names.
 
-    The contents are the flushed ones on both.
+    Both have the flushed contents only.
     """
     run_dir = tmp_path / "run"
     names: dict[int, list[os.DirEntry[str]]] = {}
@@ -332,7 +335,7 @@ def new_attempt(run_dir: str) -> None:
 
 
 def finish(writer: Checkpointer, step: int) -> None:
-    """The worker that was taken for dead ends its save, or fails because its files were taken away."""
+    """End the save of a worker that was thought dead; it may fail, as its files were removed."""
     writer.save(SNAPSHOTS[step])
     try:
         writer.close()
@@ -350,7 +353,7 @@ def test_a_worker_that_writes_on_while_a_new_attempt_collects_never_makes_a_torn
         shutil.copytree(tmp_path / "start", run_dir)
 
         def body(
-            tell: Callable[[bytes], object], number: int = number, run_dir: Path = run_dir
+            send: Callable[[bytes], object], number: int = number, run_dir: Path = run_dir
         ) -> None:
             operations = itertools.count()
             interrupted = False
@@ -363,7 +366,7 @@ def test_a_worker_that_writes_on_while_a_new_attempt_collects_never_makes_a_torn
 
             before_every_operation(reached)
             finish(checkpointer(run_dir, keep_last=1, keep_best=False), step)
-            tell(b"interrupted" if interrupted else b"")
+            send(b"interrupted" if interrupted else b"")
 
         status, interrupted = in_child(body)
         assert status == 0
@@ -374,7 +377,7 @@ def test_a_worker_that_writes_on_while_a_new_attempt_collects_never_makes_a_torn
     assert number > 50
 
 
-def test_a_worker_that_commits_while_a_new_attempt_collects_wins_or_fails_and_never_takes_the_last_checkpoint_along(
+def test_a_worker_that_commits_while_a_new_attempt_collects_never_costs_the_last_checkpoint(
     tmp_path: Path,
 ) -> None:
     """The other way round: the collector is held up before each of its operations."""
@@ -385,7 +388,7 @@ def test_a_worker_that_commits_while_a_new_attempt_collects_wins_or_fails_and_ne
         old = checkpointer(run_dir, keep_last=1, keep_best=False)
 
         def body(
-            tell: Callable[[bytes], object],
+            send: Callable[[bytes], object],
             number: int = number,
             run_dir: Path = run_dir,
             old: Any = old,
@@ -419,7 +422,7 @@ def test_a_worker_that_commits_while_a_new_attempt_collects_wins_or_fails_and_ne
             at_commit.wait()
             before_every_operation(reached)
             collect_orphans(str(run_dir))
-            tell(b"held up" if held_up else b"")
+            send(b"held up" if held_up else b"")
             collecting.set()
             thread.join()
 
@@ -464,7 +467,7 @@ def test_a_worker_that_writes_on_while_a_new_attempt_collects_never_makes_a_torn
     assert number >= 6 + 5
 
 
-def test_a_commit_that_is_damaged_in_any_byte_is_left_out_by_name(
+def test_a_commit_that_is_damaged_in_any_byte_is_ignored_by_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, SNAPSHOTS[3], SNAPSHOTS[4])
@@ -477,7 +480,7 @@ def test_a_commit_that_is_damaged_in_any_byte_is_left_out_by_name(
             caplog.clear()
             commit.write_bytes(damaged)
             assert_equal(load_newest(str(tmp_path)), SNAPSHOTS[3])
-            assert f"{commit} is damaged" in caplog.text and "left out" in caplog.text
+            assert f"{commit} is damaged" in caplog.text and "ignored" in caplog.text
     assert (
         collect_orphans(str(tmp_path)) == []
     )  # it was committed once, so it is not ours to remove
@@ -485,7 +488,7 @@ def test_a_commit_that_is_damaged_in_any_byte_is_left_out_by_name(
     assert_equal(load_newest(str(tmp_path)), SNAPSHOTS[4])
 
 
-def test_a_commit_of_a_later_format_is_left_out_and_named(
+def test_a_commit_of_a_later_format_is_ignored_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, SNAPSHOTS[3], SNAPSHOTS[4])
@@ -497,7 +500,7 @@ def test_a_commit_of_a_later_format_is_left_out_and_named(
     assert "is of format 3" in caplog.text
 
 
-def test_a_checkpoint_that_another_process_removes_while_it_is_read_gives_way_to_that_processs_newer_one(
+def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_a_newer_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, SNAPSHOTS[1], SNAPSHOTS[2])

@@ -1,4 +1,4 @@
-"""Runs on several data sets and on new mixtures: alike at any world size, measured by task, and usable afterwards."""
+"""Runs on several data sets and on new mixtures: the same bits at any world size, and usable."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sepdist import config
 from sepdist.cli.audit import audit
-from sepdist.config import EvaluateConfig, TrainConfig
+from sepdist.config import ConfigError, DataConfig, EvaluateConfig, ExtraConfig, TrainConfig
 from sepdist.data.crops import Crops
 from sepdist.inference.evaluation import evaluate
 from sepdist.inference.export import load_export
@@ -83,14 +83,14 @@ def test_ranks_with_batches_of_different_tasks_and_a_restart_come_to_the_same_we
     )  # an epoch ends in steps 4 and 8
     assert final_hash(tmp_path) == final_hash(multitask)
 
-    def told(rows: list[dict]) -> list[dict]:
+    def measured(rows: list[dict]) -> list[dict]:
         names = ("step", "loss/total", "optim/grad_norm", "switching/rate")
         kept = [
             {k: v for k, v in row.items() if k in names or k.startswith("train/")} for row in rows
         ]
         return [row for row in kept if len(row) > 1]
 
-    assert told(rows) == told(read_metrics(str(multitask)))
+    assert measured(rows) == measured(read_metrics(str(multitask)))
 
 
 def test_a_multitask_checkpoint_gives_the_speakers_alone(
@@ -152,7 +152,7 @@ def test_each_data_set_has_an_order_and_crops_of_its_own(
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (["data.extra=[{name: main, url: x}]"], r"two data sets are named 'main'"),
         (
@@ -166,16 +166,56 @@ def test_each_data_set_has_an_order_and_crops_of_its_own(
         ),
         (["data.interleave=odd"], r"data\.interleave=.odd.: it is one of drawn, even"),
         (["objective=mixit", "model.num_speakers=3"], r"3 outputs are few; model\.num_speakers=4"),
-        (["objective=multitask"], r"MultiTask needs data\.extra of the name enhancement"),
+        (["objective=multitask"], r"MultiTask needs data\.extra with the name enhancement"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_worker_starts(
-    more: list[str], told: str, tiny_data: dict[str, str], tmp_path: Path
+    more: list[str], message: str, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     cfg = config_of(tiny_data, tmp_path, *more)
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         freeze(cfg, Console(file=io.StringIO()))
+
+
+def test_the_config_of_a_run_of_another_version_is_refused_with_what_to_do(
+    tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    path = Path(frozen(tiny_data, tmp_path, "training.max_steps=1"))
+    path.write_text(path.read_text().replace("max_skipped:", "max_rollbacks: 3\n  max_skipped:"))
+    with pytest.raises(ConfigError, match=r"another version .*max_rollbacks.*init\.weights"):
+        config.load_frozen(str(path))
+
+
+class Tables:
+    """Takes a path, and an object that takes one too."""
+
+    path_arguments = ("table",)
+
+
+def test_every_path_of_a_config_is_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(config, "ALLOWED_TARGETS", ("sepdist.", "tests."))
+    tables = {"_target_": "tests.training.test_datasets.Tables", "table": "a.csv", "other": "b"}
+    cfg = TrainConfig(
+        run_dir="runs/a",
+        model={"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "name": "c"},
+        objective=tables | {"inner": [tables | {"table": "s3://bucket/a.csv"}, tables]},
+    )
+    cfg.data = DataConfig(train="../train", validation="/dev", extra=[ExtraConfig("x", "y")])
+    cfg.init.weights = "~/weights"
+    config.make_paths_absolute(cfg)
+    here = str(tmp_path)
+    assert cfg.run_dir == f"{here}/runs/a" and cfg.init.weights == "/home/me/weights"
+    assert cfg.data.train == f"{tmp_path.parent}/train" and cfg.data.validation == "/dev"
+    assert cfg.data.extra[0].url == f"{here}/y" and cfg.data.cache_dir == "/home/me/.cache/sepdist"
+    objective = cfg.objective
+    assert objective["table"] == objective["inner"][1]["table"] == f"{here}/a.csv"
+    assert objective["inner"][0]["table"] == "s3://bucket/a.csv" and objective["other"] == "b"
+    assert cfg.model["name"] == "c" and cfg.data_root == "data"
 
 
 def test_paths_of_all_data_sets_are_made_absolute(

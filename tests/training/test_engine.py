@@ -1,4 +1,4 @@
-"""One step of the engine is one optimizer step over the global batch, whatever the world size, stage and reduction."""
+"""A step of the engine is one over the global batch, at any world size, stage and reduction."""
 
 import hashlib
 import json
@@ -10,14 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rich.console import Console
 from torch import Tensor, nn
 
+from sepdist import config
 from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
 from sepdist.data.records import Batch
 from sepdist.training.checkpoint import OptimizerState
 from sepdist.training.engine import DeepSpeedEngine, check_engine_options
+from sepdist.training.run import freeze
 from sepdist.training.world import World
+from tests.support.runs import frozen, program
 
 NUM_SHARDS, MICRO_BATCH, LENGTH = 4, 2, 40
 
@@ -27,7 +31,7 @@ multiprocessing.set_forkserver_preload(
 
 
 class Toy(nn.Module):
-    """A convolution with dropout, a head that only some batches use, and a number that is not trained."""
+    """A convolution with dropout, a head that only some batches use, and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +47,7 @@ class Toy(nn.Module):
 
 
 class SquaredError:
-    """Every second `branching` virtual shards use the other head; a loss of step `poisoned` is infinite."""
+    """Every other `branching` virtual shards use the other head; step `poisoned` has loss inf."""
 
     def __init__(self, branching: int, poisoned: int = -1) -> None:
         self.branching = branching
@@ -94,6 +98,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         micro_batch=MICRO_BATCH,
         zero_stage=options["stage"],
         precision=options.get("precision", "fp32"),
+        allow_slow_bf16=True,
         reduction=options.get("reduction", "canonical"),
         clip_norm=0.5,
     )
@@ -259,7 +264,7 @@ def test_native_reduction_agrees_to_rounding_and_resumes(
         (3, "native"),
     ],
 )
-def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_weights_of_all_alone_and_the_next_step_is_sound(
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all_and_the_next_step_is_sound(
     stage: int, reduction: str, tmp_path: Path
 ) -> None:
     met = run(tmp_path, 2, stage, last=4, reduction=reduction, poisoned=1)
@@ -282,3 +287,23 @@ def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_weights_of_all_alo
 def test_options_that_cannot_work_are_refused_with_what_to_set(options: tuple, advice: str) -> None:
     with pytest.raises(ConfigError, match=advice):
         check_engine_options(*options)
+
+
+def test_bf16_is_refused_on_a_cpu_without_bf16_arithmetic_unless_the_user_insists(
+    tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the driver, and in the worker, whose CPU may be another one."""
+    path = frozen(tiny_data, tmp_path / "run", "engine.precision=bf16", "training.max_steps=1")
+    old_cpu = {"ONEDNN_MAX_CPU_ISA": "AVX2", "DS_ACCELERATOR": "cpu"}
+    worker = program("-m", "sepdist.training.loop", path, expect=1, **old_cpu)
+    assert "this CPU has no bf16 arithmetic" in worker and "engine.precision=fp32" in worker
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    cfg = config.load_frozen(path)
+    with pytest.raises(ConfigError, match=r"50\.7 s.*engine\.allow_slow_bf16=true"):
+        freeze(cfg, Console(quiet=True))
+    cfg.cluster.address = "elsewhere:6379"  # its workers' CPUs are not known here
+    freeze(cfg, Console(quiet=True))
+    (tmp_path / "run" / "config.yaml").unlink()
+    cfg.cluster.address, cfg.engine["allow_slow_bf16"] = None, True
+    freeze(cfg, Console(quiet=True))

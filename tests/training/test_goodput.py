@@ -1,10 +1,10 @@
-"""Every second of a run is counted once, whatever attempts it took. Worked out by hand on a made-up run."""
+"""Every second of a run is counted once, over all its attempts. Worked out by hand."""
 
 import json
 
 import pytest
 
-from sepdist.training.goodput import Goodput
+from sepdist.training.meter import Goodput
 
 
 def interval(
@@ -20,12 +20,12 @@ def test_a_run_that_dies_twice() -> None:
     first = Goodput([], None, now=100.0)
     first.started(110.0)  # 10 s of start-up
     kept = interval(first, 20.0, data=1.0, checkpoint=2.0)  # to 133; the checkpoint is here
-    interval(first, 15.0, validation=5.0)  # to 153: the last sign of life
+    interval(first, 15.0, validation=5.0)  # to 153: the last log line
     note = first.note(153.0)  # killed at 160
 
     second = Goodput([{"step": 1}, kept], note, now=170.0)
     assert second.seconds["redone"] == 20.0 and second.seconds["step"] == 20.0
-    note = second.note(second.sign_of_life)  # killed again before its first step
+    note = second.note(second.last_note)  # killed again before its first step
 
     third = Goodput([kept], note, now=180.0)
     third.started(190.0)
@@ -43,7 +43,7 @@ def test_a_run_that_dies_twice() -> None:
     assert metrics["goodput/share"] == pytest.approx(50.0 / 120.0)
 
 
-def test_a_run_without_faults_has_only_its_start_beside_the_work() -> None:
+def test_a_run_without_faults_has_only_its_start_besides_the_work() -> None:
     goodput = Goodput([], None, now=0.0)
     goodput.started(4.0)
     metrics = interval(goodput, 96.0)

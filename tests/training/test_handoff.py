@@ -1,4 +1,4 @@
-"""An export is refused by name where it is damaged, and fits its model or says where it does not."""
+"""A damaged export is refused by name; one that does not fit its model, with the differences."""
 
 import json
 from pathlib import Path
@@ -94,29 +94,29 @@ def exported(model: nn.Module, folder: Path) -> str:
     return str(folder)
 
 
-def test_a_part_of_the_parent_is_handed_over_with_its_prefix_stripped(tmp_path: Path) -> None:
+def test_a_submodule_of_the_parent_is_handed_over_without_its_prefix(tmp_path: Path) -> None:
     parent = nn.ModuleDict(
         {"separator": linear(1), "separators": linear(1), "head": nn.Linear(1, 1)}
     )
     url = exported(parent, tmp_path / "parent")
     child = linear(2)
-    fresh, lineage = inherit(child, InitConfig(url, part="separator", reinit=["1"]))
+    fresh, lineage = inherit(child, InitConfig(url, submodule="separator", reinit=["1"]))
     assert fresh == ["1.bias", "1.weight"] and lineage == {"url": url, "run": "parent"}
     assert torch.equal(child[0].weight, parent["separator"][0].weight)
     with pytest.raises(
         CheckpointError,
-        match=r"init\.part=nosuch: .*parent has no such part, it has head, separator, s",
+        match=r"init\.submodule=nosuch: .*parent has no such one, only head, separator, s",
     ):
-        inherit(child, InitConfig(url, part="nosuch"))
+        inherit(child, InitConfig(url, submodule="nosuch"))
     with pytest.raises(CheckpointError, match=r"missing 0\.bias.*unexpected head\.bias"):
         inherit(linear(1), InitConfig(url))
     with pytest.raises(CheckpointError, match=r"missing 2\.weight"):
-        inherit(nn.Sequential(*linear(1), nn.Linear(1, 1)), InitConfig(url, part="separator"))
+        inherit(nn.Sequential(*linear(1), nn.Linear(1, 1)), InitConfig(url, submodule="separator"))
     with pytest.raises(CheckpointError, match=r"unexpected 1\.bias"):
-        inherit(linear(1)[:1], InitConfig(url, part="separator"))
+        inherit(linear(1)[:1], InitConfig(url, submodule="separator"))
 
 
-def test_an_export_gives_the_loudest_outputs_where_its_objective_says_so_and_an_old_one_all_but_the_last(
+def test_an_export_returns_the_outputs_that_its_objective_chose(
     tmp_path: Path,
 ) -> None:
     node, mixture = NODE | {"num_speakers": 4}, torch.randn(2, 900)

@@ -1,4 +1,4 @@
-"""The audit finds every lost and every repeated position of the committed history, and only those."""
+"""The audit finds all lost and repeated positions of the committed history, and only those."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,10 @@ from sepdist.data.records import Batch
 from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
 from sepdist.training.ledger import (
     APPLIED,
-    LEFT_OUT,
     SKIPPED,
     Ledger,
     LedgerError,
-    Link,
+    SegmentRef,
     as_ranges,
     merge,
 )
@@ -31,9 +30,9 @@ def batch(step: int, shard: int) -> Batch:
 
 
 class Run:
-    """Commits steps as the loop does, on any number of workers; `drop` and `again` spoil what rank 0 fetched."""
+    """Commits steps as the loop does; `drop` and `again` spoil what rank 0 fetched."""
 
-    def __init__(self, run_dir: Path, previous: Link | None = None) -> None:
+    def __init__(self, run_dir: Path, previous: SegmentRef | None = None) -> None:
         self.run_dir = run_dir
         node = {"_target_": "sepdist.models.conv_tasnet.ConvTasNet"}
         self.writer = Checkpointer(
@@ -57,11 +56,7 @@ class Run:
                     shards = [s for s in shards if (step, s) not in drop] + [
                         s for s in shards if (step, s) in again
                     ]
-                ledger.record(
-                    step,
-                    outcome,
-                    [] if outcome == LEFT_OUT else [batch(step, shard) for shard in shards],
-                )
+                ledger.record(step, outcome, [batch(step, shard) for shard in shards])
         state = {"num_virtual_shards": V, "micro_batch": B}
         consumed = merge([ledger.take() for ledger in ledgers])
         self.writer.save(
@@ -70,30 +65,28 @@ class Run:
         self.writer.wait()
         return self
 
-    def link(self) -> Link:
+    def segment(self) -> SegmentRef:
         [folder] = (self.run_dir / "checkpoints").iterdir()
-        return Link(**json.loads((folder / "state.json").read_text())["ledger"])
+        return SegmentRef(**json.loads((folder / "state.json").read_text())["ledger"])
 
 
 def test_a_history_over_attempts_and_world_sizes_is_sound(tmp_path: Path, capsys) -> None:
     first = Run(tmp_path).steps(0, 5, 2).steps(5, 7, 2)
-    dead = Run(tmp_path, first.link())
-    Run(tmp_path, first.link()).steps(7, 8, 3).steps(8, 12, 4)
+    dead = Run(tmp_path, first.segment())
+    Run(tmp_path, first.segment()).steps(7, 8, 3).steps(8, 12, 4)
     dead.writer.close()
     found = audit(str(tmp_path))
     assert found.sound and found.positions == 12 * V * B
     assert found.world_sizes == {2: 7, 3: 1, 4: 4}
-    assert found.outcomes == {APPLIED: 12, SKIPPED: 0, LEFT_OUT: 0}
+    assert found.outcomes == {APPLIED: 12, SKIPPED: 0}
     assert main([str(tmp_path)]) == 0
     assert "0 lost, 0 repeated" in capsys.readouterr().out
 
 
-def test_steps_skipped_or_left_out_are_counted_and_lose_nothing(tmp_path: Path) -> None:
-    Run(tmp_path).steps(0, 2, 1).steps(2, 3, 1, outcome=SKIPPED).steps(
-        3, 5, 1, outcome=LEFT_OUT
-    ).steps(5, 6, 1)
+def test_skipped_steps_are_counted_and_lose_nothing(tmp_path: Path) -> None:
+    Run(tmp_path).steps(0, 2, 1).steps(2, 5, 1, outcome=SKIPPED).steps(5, 6, 1)
     found = audit(str(tmp_path))
-    assert found.sound and found.outcomes == {APPLIED: 3, SKIPPED: 1, LEFT_OUT: 2}
+    assert found.sound and found.outcomes == {APPLIED: 3, SKIPPED: 3}
 
 
 def test_lost_and_repeated_positions_are_named_and_the_status_is_1(tmp_path: Path, capsys) -> None:

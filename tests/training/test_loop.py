@@ -1,4 +1,4 @@
-"""Steps whose gradient is no use are left out alike at every world size, and the ledger and the log say so."""
+"""Steps without a usable gradient are skipped at any world size; ledger and log record it."""
 
 import math
 import multiprocessing
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from sepdist.cli.audit import audit
 from sepdist.reporting import read_metrics
-from sepdist.training.ledger import APPLIED, LEFT_OUT, SKIPPED
+from sepdist.training.checkpoint import find_committed
+from sepdist.training.ledger import APPLIED, SKIPPED
 from tests.support.runs import final_hash, frozen
 
-GLOBAL_BATCH = 4  # of tests/runs.py
+GLOBAL_BATCH = 4  # of tests/support/runs.py
 multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 
 
 def spoil(first: int, stop: int, factor: float) -> None:
-    """From now on the loss of one item in each of the steps [first, stop) is multiplied by `factor`."""
+    """Multiply the loss of one item in each of the steps [first, stop) by `factor` from now on."""
     from sepdist.objectives.separation import Separation
 
     def spoiled(
@@ -45,12 +46,12 @@ def run_rank(
     import torch.distributed as dist
 
     from sepdist import config
-    from sepdist.training import guard, loop
+    from sepdist.training import loop, schedule
     from sepdist.training.world import World
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    guard.LEAST_HISTORY = 3
+    schedule.LEAST_NORMS = 3
     spoil(first, stop, factor)
     loop.train(config.load_frozen(config_file), World(rank, world_size, torch.device("cpu")))
     dist.barrier()
@@ -74,36 +75,30 @@ def run(
     return read_metrics(str(folder))
 
 
-def test_a_bad_spell_sends_the_run_back_to_its_checkpoint_and_on_without_it(
+def test_steps_that_are_not_finite_and_spikes_are_skipped_at_any_world_size(
     tiny_data, tmp_path: Path
 ) -> None:
-    rows = run(tiny_data, tmp_path / "one", 1, 3, 6, math.nan)
-    steps = {row["step"]: row for row in rows if "loss/total" in row}
-    assert sorted(steps) == list(range(1, 9))
-    assert [step for step, row in steps.items() if row["loss/total"] is None] == [4, 5, 6]
-    assert steps[3]["optim/rollbacks"] == 1.0, (
-        "step 3 was done again, from the checkpoint of step 2"
-    )
-    found = audit(str(tmp_path / "one"))
-    assert found.sound and found.outcomes == {APPLIED: 5, SKIPPED: 0, LEFT_OUT: 3}
-
-    run(tiny_data, tmp_path / "two", 2, 3, 6, math.nan, "engine.zero_stage=1")
-    assert final_hash(tmp_path / "two") == final_hash(tmp_path / "one")
-
-
-def test_single_bad_steps_and_spikes_are_skipped(tiny_data, tmp_path: Path) -> None:
-    rows = run(tiny_data, tmp_path / "nan", 1, 3, 5, math.inf)
+    rows = run(tiny_data, tmp_path / "nan", 1, 3, 5, math.nan)
     assert [row["step"] for row in rows if row.get("optim/skipped_steps")] == [4, 5]
+    losses = {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
+    assert [step for step, loss in losses.items() if loss is None] == [4, 5]
+    assert list(losses) == list(range(1, 9))
+    run(tiny_data, tmp_path / "two", 2, 3, 5, math.inf, "engine.zero_stage=1")
     rows = run(tiny_data, tmp_path / "spike", 1, 3, 5, 1e6)
     assert [row["step"] for row in rows if row.get("optim/skipped_steps")] == [4, 5]
-    assert final_hash(tmp_path / "nan") == final_hash(tmp_path / "spike"), (
-        "why they were skipped does not matter"
-    )
-    assert audit(str(tmp_path / "spike")).outcomes == {APPLIED: 6, SKIPPED: 2, LEFT_OUT: 0}
+    hashes = {final_hash(tmp_path / name) for name in ("nan", "two", "spike")}
+    assert len(hashes) == 1, "why they were skipped, and where, does not matter"
+    for name in ("two", "spike"):
+        assert audit(str(tmp_path / name)).outcomes == {APPLIED: 6, SKIPPED: 2}
 
 
-def test_a_spell_that_never_ends_is_an_error_that_says_what_to_do(
+def test_a_run_without_usable_gradients_ends_with_what_to_do_also_after_a_restart(
     tiny_data, tmp_path: Path
 ) -> None:
-    with pytest.raises(mp.ProcessRaisedException, match=r"after 1 rollbacks.*lower optim\.lr"):
-        run(tiny_data, tmp_path, 1, 1, 100, math.nan, "training.max_rollbacks=1")
+    """Two steps of the spell are in the checkpoint that the second start continues from."""
+    error = r"steps 2 to 4 were skipped.*training\.max_skipped=3.*lower optim\.lr"
+    for _ in range(2):
+        with pytest.raises(mp.ProcessRaisedException, match=error):
+            run(tiny_data, tmp_path, 1, 2, 100, math.nan)
+        (tmp_path / "store").unlink()
+    assert find_committed(f"{tmp_path}/checkpoints")[-1].step == 4

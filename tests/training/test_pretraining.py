@@ -1,4 +1,4 @@
-"""MAMA and CC runs of the loop leave checkpoints that a separation run starts from, with all but its last layer."""
+"""MAMA and CC runs give a separation run its initial weights, all but those of the last layer."""
 
 import multiprocessing
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_masked_and_contrastive_runs_hand_their_separator_to_a_separation_run(
     masked, contrastive, first, second = (
         tmp_path / name for name in ("masked", "contrastive", "first", "second")
     )
-    # ZeRO-3 for CC: the context network uses one layer several times, and the separator without its decoder.
+    # ZeRO-3 for CC: its network uses one layer several times, and no decoder of the separator.
     inside = [setting.replace("model.", "model.separator.") for setting in TINY]
     partitioned = ["engine.zero_stage=3", "engine.reduction=native"]
     separation = ["num_speakers=2", "init.reinit=[mask_conv]", "training.max_steps=1", "optim.lr=0"]
@@ -56,7 +56,11 @@ def test_masked_and_contrastive_runs_hand_their_separator_to_a_separation_run(
         frozen(tiny_data, contrastive, *CONTEXT, *ONE_PERSON, *partitioned, settings=inside),
         frozen(tiny_data, first, *separation, f"init.weights={masked}"),
         frozen(
-            tiny_data, second, *separation, f"init.weights={contrastive}", "init.part=separator"
+            tiny_data,
+            second,
+            *separation,
+            f"init.weights={contrastive}",
+            "init.submodule=separator",
         ),
     ]
     mp.start_processes(

@@ -1,4 +1,4 @@
-"""The canonical sum is one fixed tree of additions, whoever computes which part of it."""
+"""The canonical sum is one fixed tree of additions, whichever rank computes a node."""
 
 import random
 
@@ -22,7 +22,7 @@ def leaves_of(num_leaves: int) -> list[Tensor]:
 
 
 def recursive_sum(leaves: list[Tensor]) -> Tensor:
-    """The definition, top down: the left child is the largest power of two smaller than the number of leaves."""
+    """The definition, top down: the left child has the largest power of two below the total."""
     if len(leaves) == 1:
         return leaves[0]
     half = 1

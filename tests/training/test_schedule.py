@@ -1,8 +1,11 @@
-"""The learning rate warms up, halves on a plateau and ends the run, and its state survives a restart."""
+"""Learning rate, early stopping and gradient limit follow the history, and survive a restart."""
 
 import json
+import math
 
-from sepdist.training.schedule import PlateauSchedule
+import pytest
+
+from sepdist.training.schedule import LEAST_NORMS, GradientGuard, PlateauSchedule
 
 
 def schedule(**changes: float) -> PlateauSchedule:
@@ -39,11 +42,11 @@ def test_the_rate_never_falls_below_the_floor() -> None:
 
 def test_training_stops_early_after_the_given_number_of_stagnant_validations() -> None:
     plateau = schedule()
-    verdicts = []
+    stops = []
     for score in [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]:
         plateau.observe(score)
-        verdicts.append(plateau.should_stop)
-    assert verdicts == [False] * 5 + [True]
+        stops.append(plateau.should_stop)
+    assert stops == [False] * 5 + [True]
 
 
 def test_a_restored_schedule_goes_on_as_if_never_interrupted() -> None:
@@ -58,3 +61,56 @@ def test_a_restored_schedule_goes_on_as_if_never_interrupted() -> None:
     for score in scores[3:]:
         second.observe(score)
     assert second.state_dict() == whole.state_dict() and second.lr(9) == whole.lr(9)
+
+
+# The limit on gradient norms.
+
+
+def filled(*norms: float, **options: float) -> GradientGuard:
+    guard = GradientGuard(**({"spike_factor": 10.0, "max_skipped": 3} | options))
+    for step, norm in enumerate(norms):
+        guard.observe(step, norm, True)
+    return guard
+
+
+def test_the_limit_is_the_factor_times_the_median_of_what_was_applied() -> None:
+    norms = [float(1 + (7 * i) % 60) for i in range(60)]  # a permutation of 1 to 60
+    assert filled(*norms).limit == 305.0
+
+
+def test_there_is_no_limit_before_there_is_a_history_or_without_a_factor() -> None:
+    assert filled(*[1.0] * (LEAST_NORMS - 1)).limit == math.inf
+    assert filled(*[1.0] * 100, spike_factor=0.0).limit == math.inf
+
+
+def test_old_norms_are_forgotten() -> None:
+    assert filled(*[100.0] * 80, *[1.0] * 100).limit == 10.0
+
+
+def test_skipped_steps_do_not_move_the_limit() -> None:
+    guard = filled(*[1.0] * 60)
+    guard.observe(60, 1e9, False)
+    guard.observe(61, math.nan, False)
+    assert guard.limit == 10.0
+
+
+def test_the_third_skipped_step_in_a_row_is_an_error_that_names_all_three() -> None:
+    guard = filled(1.0, 1.0)
+    guard.observe(2, math.nan, False)
+    guard.observe(3, math.nan, False)
+    guard.observe(4, 1.0, True)
+    guard.observe(5, math.nan, False)
+    guard.observe(6, math.inf, False)
+    with pytest.raises(RuntimeError, match=r"steps 5 to 7 were skipped.*lower optim\.lr"):
+        guard.observe(7, math.nan, False)
+
+
+def test_a_continued_guard_has_the_same_limit_and_goes_on_counting() -> None:
+    guard = filled(*[0.1 * i for i in range(70)])
+    guard.observe(70, math.nan, False)
+    guard.observe(71, math.nan, False)
+    other = filled()
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert other.limit == guard.limit
+    with pytest.raises(RuntimeError, match="steps 70 to 72"):
+        other.observe(72, math.nan, False)

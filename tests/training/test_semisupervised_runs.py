@@ -1,4 +1,4 @@
-"""Semi-supervised runs: ranks with batches of different kinds, kills, and a judge that is fooled, in whole runs."""
+"""Semi-supervised runs: batches of different kinds, restarts, and an estimator that is fooled."""
 
 import io
 import json
@@ -16,13 +16,13 @@ from torch import nn
 from sepdist import config
 from sepdist.config import ConfigError
 from sepdist.data.records import Batch
-from sepdist.inference.export import load_model
+from sepdist.inference.export import load_estimator
 from sepdist.metrics.si_snr import si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
+from sepdist.objectives.contract import with_defaults
 from sepdist.objectives.semisupervised import SemiSupervised
 from sepdist.reporting import read_metrics
 from sepdist.training.checkpoint import find_committed, load_snapshot
-from sepdist.training.engine import origins
 from sepdist.training.run import freeze, summarise
 from tests.inference.test_evaluation import write_export
 from tests.support.batches import Listener
@@ -100,7 +100,7 @@ def engine_rank(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_a_labelled_and_an_unlabelled_batch_on_different_ranks_make_the_step_of_equation_5_at_zero_0_and_1(
+def test_labelled_and_unlabelled_batches_on_different_ranks_make_the_step_of_equation_5(
     tmp_path: Path,
 ) -> None:
     mp.start_processes(engine_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
@@ -112,7 +112,7 @@ def test_a_labelled_and_an_unlabelled_batch_on_different_ranks_make_the_step_of_
         torch.equal(value, same["weights"][name]) for name, value in found["weights"].items()
     )
     torch.manual_seed(0)
-    model, judge = Separator(), Listener().eval()
+    model, estimator = Separator(), Listener().eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(3):
         f = step / RAMP
@@ -122,7 +122,7 @@ def test_a_labelled_and_an_unlabelled_batch_on_different_ranks_make_the_step_of_
             si_snr(estimates[:, order], labelled.sources).mean(1) for order in ([0, 1], [1, 0])
         ]
         supervised = -torch.maximum(*orders).mean()
-        unsupervised = -judge(other.mixture, model(other.mixture)).mean()
+        unsupervised = -estimator(other.mixture, model(other.mixture)).mean()
         loss = (1 - f) * supervised + f * unsupervised
         optimizer.zero_grad()
         loss.backward()
@@ -139,6 +139,8 @@ def test_a_labelled_and_an_unlabelled_batch_on_different_ranks_make_the_step_of_
 
 # Whole runs.
 
+UNLABELLED = "num_sources: 2, noise: false"
+
 
 def run_rank(rank: int, world_size: int, config_file: str, store: str) -> None:
     import os
@@ -149,7 +151,7 @@ def run_rank(rank: int, world_size: int, config_file: str, store: str) -> None:
     from sepdist.training.world import World
 
     os.environ["DS_ACCELERATOR"] = "cpu"
-    config.ALLOWED_TARGETS += ("tests.",)  # where the judge is
+    config.ALLOWED_TARGETS += ("tests.",)  # where the estimator is
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     loop.train(config.load_frozen(config_file), World(rank, world_size, torch.device("cpu")))
     dist.barrier()
@@ -157,18 +159,18 @@ def run_rank(rank: int, world_size: int, config_file: str, store: str) -> None:
 
 
 def run(data: dict[str, str], folder: Path, world_size: int, on_gap: str, *more: str) -> list[dict]:
-    """Train up to 8 steps, half of the batches unlabelled; every validation finds too wide a gap; rows of the log."""
+    """Train up to 8 steps, half of the batches unlabelled, with too wide a gap; returns the log."""
     options = [
         "objective=semisupervised",
-        "objective.judge.url=x",
-        "objective.judge._target_=tests.support.batches.Listener",
+        "objective.estimator.url=x",
+        "objective.estimator._target_=tests.support.batches.Listener",
         "objective.labelled_share=0.5",
         "objective.epoch_samples=4",
         "objective.ramp_epochs=10",
         "objective.max_gap_db=-1000",
         f"objective.on_gap={on_gap}",
         "data.interleave=even",
-        f"data.extra=[{{name: unlabelled, url: {data['train']}, num_sources: 2, noise: false, weight: 1.0}}]",
+        f"data.extra=[{{name: unlabelled, url: {data['train']}, {UNLABELLED}, weight: 1.0}}]",
         "training.max_steps=8",
         "validation.every_steps=2",
         "validation.num_mixtures=1",
@@ -215,7 +217,7 @@ def test_a_run_that_is_cut_and_goes_on_at_another_world_size_keeps_the_weight_th
     )
 
 
-def test_a_run_whose_judge_is_fooled_ends_with_the_figures_and_ends_again_when_it_is_started_again(
+def test_a_run_whose_estimator_is_fooled_ends_with_the_figures_and_so_it_does_again(
     tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     for _ in range(2):
@@ -223,17 +225,17 @@ def test_a_run_whose_judge_is_fooled_ends_with_the_figures_and_ends_again_when_i
         assert max(row["step"] for row in rows) == 2
         (tmp_path / "store-1").unlink()
     shown = io.StringIO()
-    summarise(config.load_frozen(str(tmp_path / "config.yaml")), Console(file=shown))
-    row = next(row for row in rows if "validation/gap" in row)
-    assert (
-        f"ended at step 2: the judge predicts {row['validation/predicted_si_snr']:.2f} dB"
-        in shown.getvalue()
+    summarise(
+        config.load_frozen(str(tmp_path / "config.yaml")), Console(file=shown, soft_wrap=True)
     )
+    row = next(row for row in rows if "validation/gap" in row)
+    predicted = row["validation/predicted_si_snr"]
+    assert f"ended at step 2: the SI-SNR estimator predicts {predicted:.2f} dB" in shown.getvalue()
     assert f"{row['validation/gap']:.2f} dB, above objective.max_gap_db=-1000" in shown.getvalue()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
-def test_a_relative_judge_is_made_absolute_and_a_run_from_before_a_key_of_the_config_goes_on(
+def test_a_relative_estimator_is_made_absolute_and_a_run_from_before_a_key_of_the_config_goes_on(
     tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -243,30 +245,26 @@ def test_a_relative_judge_is_made_absolute_and_a_run_from_before_a_key_of_the_co
         "num_blocks": 1,
         "compile": False,
     }
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "model.yaml").write_text(
+    (tmp_path / "estimator").mkdir()
+    (tmp_path / "estimator" / "model.yaml").write_text(
         yaml.safe_dump({"model": node, "sample_rate": 8000})
     )
-    save_file(config.build(node).state_dict(), tmp_path / "judge" / "model.safetensors")
+    save_file(config.build(node).state_dict(), tmp_path / "estimator" / "model.safetensors")
     options = [
         "objective=semisupervised",
-        "objective.judge.url=judge",
+        "objective.estimator.url=estimator",
         "objective.labelled_share=0.5",
     ]
     options += ["objective.epoch_samples=4", "training.max_steps=1"]
-    options += [
-        f"data.extra=[{{name: unlabelled, url: {tiny_data['train']}, num_sources: 2, noise: false}}]"
-    ]
+    options += [f"data.extra=[{{name: unlabelled, url: {tiny_data['train']}, {UNLABELLED}}}]"]
     cfg = config.load_frozen(frozen(tiny_data, tmp_path / "composed", *options))
     cfg.run_dir = str(tmp_path / "run")
-    with pytest.raises(
-        ValueError, match=r"is a ConvTasNet, which judges no estimates: set objective\.judge\.url"
-    ):
+    with pytest.raises(ValueError, match=r"is a ConvTasNet, .*set objective\.estimator\.url"):
         freeze(cfg, Console(quiet=True))
-    monkeypatch.setattr(ConvTasNet, "is_judge", True, raising=False)
+    monkeypatch.setattr(ConvTasNet, "estimates_si_snr", True, raising=False)
     freeze(cfg, Console(quiet=True))
     text = (tmp_path / "run" / "config.yaml").read_text()
-    assert f"url: {tmp_path}/judge\n" in text
+    assert f"url: {tmp_path}/estimator\n" in text
     older = yaml.safe_load(text)
     del older["data"]["interleave"]
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(older))
@@ -276,11 +274,14 @@ def test_a_relative_judge_is_made_absolute_and_a_run_from_before_a_key_of_the_co
         freeze(cfg, Console(quiet=True))
 
 
-def test_the_lineage_names_the_judge_and_the_step_that_it_was_trained_to(tmp_path: Path) -> None:
-    write_export(tmp_path / "judge")
-    judge = load_model(str(tmp_path / "judge"))
-    objective = SemiSupervised(judge, epoch_samples=1, labelled_share=0.5)
-    assert origins(objective) == {
-        "judge": {"url": str(tmp_path / "judge"), "run": "toy", "step": 12}
+def test_the_lineage_names_the_estimator_and_the_step_that_it_was_trained_to(
+    tmp_path: Path,
+) -> None:
+    write_export(tmp_path / "estimator")
+    estimator = load_estimator(str(tmp_path / "estimator"))
+    objective = SemiSupervised(estimator, epoch_samples=1, labelled_share=0.5)
+    assert with_defaults(objective).lineage() == {
+        "estimator": {"url": str(tmp_path / "estimator"), "run": "toy", "step": 12}
     }
-    assert origins(SemiSupervised(Listener(), epoch_samples=1, labelled_share=0.5)) == {}
+    other = SemiSupervised(Listener(), epoch_samples=1, labelled_share=0.5)
+    assert with_defaults(other).lineage() == {}

@@ -1,12 +1,12 @@
-"""The watchdog bites a worker without progress, and nobody else. Time is a number here that the test moves."""
+"""The watchdog ends a worker without progress, and no other. The test moves the clock."""
 
+import faulthandler
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
-from sepdist.training import watchdog
 from sepdist.training.watchdog import Watchdog
 
 
@@ -23,77 +23,91 @@ def clock() -> Clock:
     return Clock()
 
 
-def watching(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Watchdog:
-    monkeypatch.setattr(watchdog.threading.Thread, "start", lambda self: None)
-    return Watchdog(30.0, 600.0, clock=clock)
+@pytest.fixture
+def armed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The times that the timer was set to."""
+    seconds: list[float] = []
+
+    def arm(timeout: float, file: int, exit: bool) -> None:
+        assert file == 2 and exit
+        seconds.append(timeout)
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", arm)
+    return seconds
 
 
-def after(clock: Clock, dog: Watchdog, seconds: float) -> bool:
-    """Whether the beat is overdue `seconds` from now, looked at every second as the thread does."""
-    for _ in range(int(seconds)):
-        clock.now += 1.0
-        if dog.overdue():
-            return True
-    return False
-
-
-def test_the_first_beat_may_take_the_start_up_time(clock: Clock, monkeypatch) -> None:
-    assert not after(clock, watching(clock, monkeypatch), 600)
-    assert after(clock, watching(clock, monkeypatch), 601)
-
-
-def test_after_a_beat_the_hang_time_holds(clock: Clock, monkeypatch) -> None:
-    dog = watching(clock, monkeypatch)
+def test_the_first_beat_may_take_the_start_up_time_and_the_next_ones_the_hang_time(
+    clock: Clock, armed: list[float]
+) -> None:
+    dog = Watchdog(30.0, 600.0, clock)
+    clock.now += 500.0
     dog.beat()
-    assert not after(clock, dog, 30)
-    assert after(clock, dog, 1)
+    clock.now += 1.0
+    dog.beat()
+    assert armed == [600.0, 30.0, 30.0]
 
 
-def test_slow_steps_may_take_ten_times_the_usual(clock: Clock, monkeypatch) -> None:
-    dog = watching(clock, monkeypatch)
+def test_slow_steps_may_take_ten_times_the_usual_but_no_more_than_the_start_up(
+    clock: Clock, armed: list[float]
+) -> None:
+    dog = Watchdog(30.0, 600.0, clock)
+    dog.beat()
     for _ in range(40):
+        clock.now += 8.0
         dog.beat()
-        assert not after(clock, dog, 8)
-    dog.beat()
-    assert not after(clock, dog, 80)
-    assert after(clock, dog, 1)
+    assert armed[-1] == 80.0
+    for _ in range(100):
+        clock.now += 70.0
+        dog.beat()
+    assert armed[-1] == 600.0
 
 
 def test_what_is_announced_as_slow_may_take_the_start_up_time_and_does_not_count_as_usual(
-    clock, monkeypatch
+    clock: Clock, armed: list[float]
 ) -> None:
-    dog = watching(clock, monkeypatch)
+    dog = Watchdog(30.0, 600.0, clock)
     for _ in range(40):
         dog.beat()
         clock.now += 1.0
     dog.expect_slow()
-    assert not after(clock, dog, 500)
+    clock.now += 500.0
     dog.beat()
-    assert after(clock, dog, 31)
+    assert armed[-2:] == [600.0, 30.0]
 
 
-def test_a_machine_that_slept_has_not_hung(clock: Clock, monkeypatch) -> None:
-    dog = watching(clock, monkeypatch)
+def test_a_hang_time_of_zero_watches_nothing(clock: Clock, armed: list[float]) -> None:
+    dog = Watchdog(0.0, 600.0, clock)
     dog.beat()
-    clock.now += 1.0
-    assert not dog.overdue()
-    clock.now += 3600.0
-    assert not dog.overdue()
-    assert after(clock, dog, 35)
+    dog.expect_slow()
+    assert armed == []
 
 
-def test_a_live_locked_process_shows_its_stacks_and_ends() -> None:
-    program = """
+def run(hang: str) -> subprocess.CompletedProcess[str]:
+    program = f"""
+        import ctypes
         from sepdist.training.watchdog import Watchdog
         dog = Watchdog(1.0, 600.0)
         dog.beat()
-        def live_lock():
-            while True:
-                pass
-        live_lock()
+        def hang():
+            {hang}
+        hang()
     """
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == watchdog.EXIT_STATUS
-    assert "live_lock" in done.stderr and "no progress for" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "hang",
+    ["while True: pass", "ctypes.PyDLL(None).sleep(50)"],
+    ids=["a live lock", "C code that holds the GIL"],
+)
+def test_a_process_that_hangs_shows_its_stacks_and_ends(hang: str) -> None:
+    done = run(hang)
+    assert done.returncode == 1
+    assert "Timeout (0:00:01)!" in done.stderr and "in hang" in done.stderr
+
+
+def test_a_watchdog_that_was_closed_ends_nothing() -> None:
+    done = run("dog.close(); ctypes.CDLL(None).sleep(2)")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""A judge in whole runs: data with a separator's estimates in, a checkpoint that needs nothing else out."""
+"""Whole runs of an SI-SNR estimator on a separator's estimates; its checkpoint stands alone."""
 
 import multiprocessing
 from pathlib import Path
@@ -12,7 +12,7 @@ from rich.console import Console
 from sepdist import config
 from sepdist.config import EvaluateConfig, ShardConfig
 from sepdist.data.sharding import write_data_set
-from sepdist.inference.estimation import judge
+from sepdist.inference.estimation import evaluate_estimator
 from sepdist.models.ssqp import SSQPNet
 from sepdist.objectives.quality import Quality
 from sepdist.reporting import read_metrics
@@ -38,7 +38,7 @@ def run_rank(rank: int, world_size: int, config_file: str, store: str) -> None:
     dist.destroy_process_group()
 
 
-def test_a_judge_trains_to_the_same_bits_at_any_world_size_and_its_checkpoint_stands_alone(
+def test_an_estimator_trains_to_the_same_bits_at_any_world_size_and_its_checkpoint_stands_alone(
     tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     write_export(tmp_path / "separator")
@@ -82,13 +82,13 @@ def test_a_judge_trains_to_the_same_bits_at_any_world_size_and_its_checkpoint_st
 
     (tmp_path / "hub").rename(tmp_path / "gone")
     cfg = EvaluateConfig(
-        str(tmp_path / "run-1"), data["dev"], str(tmp_path / "judged"), noise=True, num_workers=0
+        str(tmp_path / "run-1"), data["dev"], str(tmp_path / "scores"), noise=True, num_workers=0
     )
-    assert judge(cfg, Console(quiet=True))["num_mixtures"] == 4
+    assert evaluate_estimator(cfg, Console(quiet=True))["num_mixtures"] == 4
 
 
 def zero_rank(rank: int, folder: str, family: str) -> None:
-    """Losses, validation and weights at ZeRO 0 and 3, of an encoder whose tensors are large enough to be parted."""
+    """Losses and weights at ZeRO 0 and 3, of an encoder large enough to be partitioned."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     wide = {

@@ -1,0 +1,147 @@
+"""The state of a run: everything that a checkpoint holds, built, loaded and saved in one place."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from sepdist import config, seeding
+from sepdist.config import TrainConfig
+from sepdist.metrics.switching import SwitchTracker
+from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
+from sepdist.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    Snapshot,
+    load_newest,
+    load_snapshot,
+)
+from sepdist.training.engine import Engine
+from sepdist.training.handoff import inherit, load_weights
+from sepdist.training.ledger import Ledger, SegmentRef, merge
+from sepdist.training.schedule import GradientGuard, PlateauSchedule
+from sepdist.training.world import World, gather_objects
+
+logger = logging.getLogger(__name__)
+
+
+class RunState:
+    """What a run has learnt and counted so far.
+
+    step       the next one; all that the data position depends on
+    engine     weights and optimizer state
+    schedule   learning rate and early stopping
+    guard      norms of the last gradients, and how many steps in a row were skipped
+    switches   label assignments, by utterance
+    objective  its own state, if it has any
+    ledger     positions consumed since the last checkpoint, whose segment `segment` names
+
+    It continues from the newest checkpoint of the run; without one it starts from the weights of
+    the parent stage, or from fresh ones. `data_digest` identifies the data sets.
+    """
+
+    def __init__(self, cfg: TrainConfig, world: World, data_digest: str) -> None:
+        self._cfg = cfg
+        self._world = world
+        self._data: dict[str, Any] = {  # fixes the data order
+            "seed": cfg.seed,
+            "num_virtual_shards": cfg.data.num_virtual_shards,
+            "micro_batch": cfg.data.micro_batch,
+            "manifest": data_digest,
+        }
+        torch.manual_seed(seeding.torch_seed(cfg.seed, "weights"))
+        model: nn.Module = config.build(cfg.model)
+        self.objective: Objective = with_defaults(config.build(cfg.objective))
+        saved = self._agree_on_newest()
+        self._lineage = self._fill(model, saved) | self.objective.lineage()
+        self.engine: Engine = config.build(
+            cfg.engine,
+            model=model,
+            objective=self.objective,
+            make_optimizer=lambda params: config.build(cfg.optim, params=params),
+            world=world,
+            seed=cfg.seed,
+            num_virtual_shards=cfg.data.num_virtual_shards,
+            micro_batch=cfg.data.micro_batch,
+        )
+        training = cfg.training
+        self.schedule = PlateauSchedule(
+            cfg.optim["lr"],
+            early_stop_patience=training.early_stop_patience,
+            **vars(cfg.schedule),
+        )
+        self.guard = GradientGuard(training.spike_factor, training.max_skipped)
+        self.switches = SwitchTracker()
+        self.ledger = Ledger()
+        self.step = 0
+        self.segment: SegmentRef | None = None
+        self._counters: dict[str, Any] = {  # by their keys in state.json
+            "schedule": self.schedule,
+            "guard": self.guard,
+            "switches": self.switches,
+            "objective": self.objective,
+        }
+        if saved is not None:
+            self._load(saved)
+
+    def _agree_on_newest(self) -> Snapshot | None:
+        """Load the checkpoint that the main rank finds: an older attempt may still write one."""
+        saved = load_newest(self._cfg.run_dir) if self._world.is_main else None
+        url = gather_objects(saved.url if saved else "", self._world)[0]
+        return load_snapshot(url) if url and saved is None else saved
+
+    def _fill(self, model: nn.Module, saved: Snapshot | None) -> dict[str, Any]:
+        """Fill `model` from the checkpoint or the parent stage; returns the lineage of the run."""
+        cfg = self._cfg
+        fresh, parent = inherit(model, cfg.init) if cfg.init.weights else ([], None)
+        if parent:
+            names = ", ".join(fresh) or "none"
+            logger.info("weights from %s; re-initialised: %s", parent["url"], names)
+        if saved is not None:
+            source = f"the checkpoint of step {saved.step} in {cfg.run_dir}"
+            load_weights(model, saved.weights, source=source)
+        return {"run": cfg.name, "run_dir": cfg.run_dir, "parent": parent, "reinitialised": fresh}
+
+    def _load(self, saved: Snapshot) -> None:
+        """Continue from a checkpoint, whose weights the engine has already."""
+        changes = [
+            f"{name} was {saved.state[name]}, is {value}"
+            for name, value in self._data.items()
+            if saved.state[name] != value
+        ]
+        if changes:
+            raise CheckpointError(
+                f"the run's data changed since its checkpoint ({', '.join(changes)}); start "
+                "another run_dir"
+            )
+        self.engine.load_optimizer_state(saved.optimizer)
+        for name, counter in self._counters.items():
+            counter.load_state_dict(saved.state[name])
+        self.step, self.segment = saved.step, SegmentRef(**saved.state["ledger"])
+
+    def snapshot(self, score: float | None) -> Snapshot:
+        """Gather what a checkpoint holds; collective, and complete on the main rank only."""
+        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
+        self.switches.merge(gather_objects(self.switches.state_dict(), self._world))
+        consumed = merge(gather_objects(self.ledger.take(), self._world))
+        samples_per_step = self._data["num_virtual_shards"] * self._data["micro_batch"]
+        state = self._data | {name: one.state_dict() for name, one in self._counters.items()}
+        state |= {"samples_seen": self.step * samples_per_step, "world_size": self._world.size}
+        return Snapshot(self.step, weights, optimizer, state, score, consumed)
+
+    def checkpointer(self) -> Checkpointer:
+        """Return the writer of this run's checkpoints."""
+        cfg, training = self._cfg, self._cfg.training
+        return Checkpointer(
+            cfg.run_dir,
+            model_node=cfg.model | getattr(self.engine.model, "node_changes", {}),
+            sample_rate=cfg.sample_rate,
+            outputs={name: getattr(self.objective, name) for name in OUTPUT_RULES},
+            lineage=self._lineage,
+            keep_last=training.keep_last,
+            keep_best=training.keep_best,
+            keep_every=training.keep_every,
+            max_failed=training.max_failed_checkpoints,
+            previous=self.segment,
+        )
