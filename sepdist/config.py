@@ -338,15 +338,6 @@ def register_schemas() -> None:
         store.store(name=name, node=node)
 
 
-def register_evaluate() -> None:
-    """Give Hydra the config of the scoring programs.
-
-    Hydra must not look into configs/ itself for them: there it takes model=... and data=... for choices in the groups
-    model/ and data/, and refuses a path.
-    """
-    ConfigStore.instance().store("evaluate", OmegaConf.load(Path(config_dir(), "evaluate.yaml")))
-
-
 def config_dir() -> str:
     """The absolute folder of the shipped YAML: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""What the programs say to people, on stderr: an error of the user is one line and exit status 1, Ctrl-C is 130."""
+"""The console of the programs, on stderr: one-line errors, exit statuses and the progress bar."""
 
 import logging
 import sys
@@ -11,26 +11,40 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator[Console]:
-    """A program's console; OSError, ValueError and `also` are the user's, `stopped` is said after a Ctrl-C."""
-    console = Console(stderr=True)
+    """Print OSError, ValueError and `also` as one line and exit 1; on Ctrl-C print `stopped`, exit 130.
+
+    A closed pipe (`sepdist ... | head`) is left to `sepdist.cli.main`.
+    """
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.WARNING)
     try:
         yield console
     except KeyboardInterrupt:
         if stopped:
-            console.print(f"stopped; {stopped}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"stopped; {stopped}")
         sys.exit(130)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, also) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {error}")
         sys.exit(1)
 
 
 @contextmanager
-def progress_bar(console: Console, description: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on a terminal; yields the function that advances it by one."""
+def progress_bar(
+    console: Console, description: str, total: float | None = None
+) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on a terminal; yields advance(amount=1, total=None).
+
+    The total may be given later, by `advance`, where it is not known at first.
+    """
     columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
         task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
+
+        def advance(amount: float = 1, total: float | None = None) -> None:
+            progress.update(task, advance=amount, total=total)
+
+        yield advance

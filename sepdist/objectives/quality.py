@@ -26,7 +26,7 @@ class Quality:
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that separates."""
-        if not getattr(model, "is_judge", False):
+        if not getattr(model, "estimates_si_snr", False):
             what = f"objective quality trains a model that judges estimates, a {type(model).__name__} makes them"
             raise ValueError(f"{what}: set model=ssqp_wav2vec2, another ssqp_* or sisnr_cnn")
 

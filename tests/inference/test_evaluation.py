@@ -152,7 +152,7 @@ def test_a_mixture_too_short_for_the_model_is_named() -> None:
     model = nn.Identity()
     model.min_length = 5000
     with pytest.raises(EvaluationError, match=r"talk-7: 4000 samples.*5000"):
-        scoring.estimate(model, batch_of(voices()), torch.device("cpu"))
+        scoring.separate_batch(model, batch_of(voices()), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         meeting_name(40, 1),
         {n: (t, speak(t) + wave) for n, (t, wave) in forty.items()},
     )
-    export(tmp_path / "split", {"_target_": "tests.test_recognise.BandSplit"})
+    export(tmp_path / "split", {"_target_": "tests.inference.test_recognition.BandSplit"})
     return tmp_path
 
 
@@ -111,7 +111,7 @@ def options(work: Path, **changes: object) -> RecogniseConfig:
         "model": str(work / "split"),
         "corpus": {"_target_": "sepdist.corpora.libricss.LibriCss", "root": str(work / "libricss")},
         "conditions": ["OV10", "OV40"],
-        "recogniser": {"_target_": "tests.test_recognise.ToneReader", "folder": "none"},
+        "recogniser": {"_target_": "tests.inference.test_recognition.ToneReader", "folder": "none"},
         "output": str(work / "out"),
         "num_workers": 0,
     }
@@ -225,7 +225,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_recognised(
         conditions=[]
     )
     assert "limit=-1" in message(limit=-1)
-    export(work / "long", {"_target_": "tests.test_recognise.BandSplit", "min_length": 9000})
+    export(
+        work / "long",
+        {"_target_": "tests.inference.test_recognition.BandSplit", "min_length": 9000},
+    )
     assert "8000 samples are fewer than the 9000" in message(
         EvaluationError, model=str(work / "long")
     )
@@ -242,7 +245,7 @@ def test_a_mixture_is_the_sum_of_its_parts_and_an_output_that_is_no_number_is_re
     }
     record = recognition.Mixture("m7", ("a", "b"), 8000, lambda: waves, ("ONE", ""))
     heard: list[np.ndarray] = []
-    job, cpu = recognition.Job(0, "test", record), torch.device("cpu")
+    job, cpu = recognition.Job("test", record), torch.device("cpu")
     recognition.recognise_one(job, lambda wave_T, rate: heard.append(wave_T) or "one", None, cpu)
     np.testing.assert_allclose(heard[0], 0.9 * speak("ONE TWO")[::2], atol=1e-7)
 
@@ -269,22 +272,6 @@ def test_mixtures_without_a_transcript_are_refused_by_name() -> None:
         recognition.plan(cfg, Silent())
 
 
-def test_groups_compose_beside_a_path_as_the_model() -> None:
-    given = ["corpus=overlap", "corpus.root=speech", "recogniser=faster_whisper", "output=out"]
-    cfg = program.read_config(["model=runs/ctn", *given])
-    assert (
-        cfg.model == "runs/ctn"
-        and cfg.corpus["num_mixtures"] == 100
-        and cfg.recogniser["beam_size"] == 5
-    )
-    assert cfg.conditions == ["OV10", "OV20", "OV30", "OV40"]
-    assert (
-        program.read_config(given).model
-        is program.read_config(["model=null", *given]).model
-        is None
-    )
-
-
 def test_the_program_runs_and_names_what_is_missing(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,14 +289,17 @@ def test_the_program_runs_and_names_what_is_missing(
         f"output={work / 'program'}",
         "num_workers=0",
     ]
-    fixed += ["recogniser._target_=tests.test_recognise.ToneReader", "conditions=[OV40]"]
+    fixed += [
+        "recogniser._target_=tests.inference.test_recognition.ToneReader",
+        "conditions=[OV40]",
+    ]
     assert run(*fixed, f"corpus.root={work / 'libricss'}") == 0
     assert (
         json.loads((work / "program" / "results.json").read_text())["wer"]["OV40"]["separated"]
         == 12.5
     )
     assert run("--help") == 0
-    assert "recogniser: Any" in capsys.readouterr().out
+    assert "recogniser=transformers_ctc" in capsys.readouterr().out
     assert run(*fixed, "limits=3") == 1
     assert "limits" in capsys.readouterr().err
     assert run(*fixed) == 1

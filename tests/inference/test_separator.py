@@ -334,7 +334,7 @@ def test_a_recording_that_cannot_be_separated_is_named_and_leaves_nothing_behind
     cases = [
         ("nan.wav", Halves(), r"nan\.wav.*0\.5000 s"),
         ("empty.wav", Halves(), r"empty\.wav is empty"),
-        ("text.wav", Halves(), r"text\.wav is not audio"),
+        ("text.wav", Halves(), r"text\.wav is not readable audio"),
         ("cut.flac", Halves(), r"cut\.flac is (cut short|damaged)"),
         ("good.wav", Const(float("nan")), r"good\.wav.*NaN"),
     ]
@@ -419,4 +419,4 @@ def test_help_says_what_the_program_does_with_examples(
 ) -> None:
     assert run_main(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    assert "python -m sepdist separate --model runs/a" in shown and "--overlap-seconds" in shown
+    assert "sepdist separate --model runs/a" in shown and "--overlap-seconds" in shown

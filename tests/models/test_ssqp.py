@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from sepdist import config
-from sepdist.inference.export import load_model
+from sepdist.inference.export import load_estimator
 from sepdist.models.speech_encoders import SPEECH_LEVEL, log_mel, speech_encoder, upsample
 from sepdist.models.ssqp import SSQPNet, as_heard
 from sepdist.objectives.quality import Quality
@@ -411,7 +411,7 @@ def test_a_checkpoint_of_a_model_from_a_folder_needs_the_folder_no_more(
     writer.save(Snapshot(1, model.state_dict(), OptimizerState({}, {}), {}))
     writer.close()
     (tmp_path / "hub").rename(tmp_path / "gone")
-    found = load_model(str(tmp_path / "run"))
+    found = load_estimator(str(tmp_path / "run"))
     mixture, estimates = speech()
     assert torch.equal(found(mixture, estimates), model(mixture, estimates))
     (card,) = (tmp_path / "run" / "checkpoints").glob("*/model.yaml")

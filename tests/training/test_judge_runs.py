@@ -12,7 +12,7 @@ from rich.console import Console
 from sepdist import config
 from sepdist.config import EvaluateConfig, ShardConfig
 from sepdist.data.sharding import write_data_set
-from sepdist.inference.estimation import judge
+from sepdist.inference.estimation import evaluate_estimator
 from sepdist.models.ssqp import SSQPNet
 from sepdist.objectives.quality import Quality
 from sepdist.reporting import read_metrics
@@ -84,7 +84,7 @@ def test_a_judge_trains_to_the_same_bits_at_any_world_size_and_its_checkpoint_st
     cfg = EvaluateConfig(
         str(tmp_path / "run-1"), data["dev"], str(tmp_path / "judged"), noise=True, num_workers=0
     )
-    assert judge(cfg, Console(quiet=True))["num_mixtures"] == 4
+    assert evaluate_estimator(cfg, Console(quiet=True))["num_mixtures"] == 4
 
 
 def zero_rank(rank: int, folder: str, family: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from sepdist import config
 from sepdist.config import ConfigError
 from sepdist.data.records import Batch
-from sepdist.inference.export import load_model
+from sepdist.inference.export import load_estimator
 from sepdist.metrics.si_snr import si_snr
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.semisupervised import SemiSupervised
@@ -263,7 +263,7 @@ def test_a_relative_judge_is_made_absolute_and_a_run_from_before_a_key_of_the_co
         ValueError, match=r"is a ConvTasNet, which judges no estimates: set objective\.judge\.url"
     ):
         freeze(cfg, Console(quiet=True))
-    monkeypatch.setattr(ConvTasNet, "is_judge", True, raising=False)
+    monkeypatch.setattr(ConvTasNet, "estimates_si_snr", True, raising=False)
     freeze(cfg, Console(quiet=True))
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert f"url: {tmp_path}/judge\n" in text
@@ -278,7 +278,7 @@ def test_a_relative_judge_is_made_absolute_and_a_run_from_before_a_key_of_the_co
 
 def test_the_lineage_names_the_judge_and_the_step_that_it_was_trained_to(tmp_path: Path) -> None:
     write_export(tmp_path / "judge")
-    judge = load_model(str(tmp_path / "judge"))
+    judge = load_estimator(str(tmp_path / "judge"))
     objective = SemiSupervised(judge, epoch_samples=1, labelled_share=0.5)
     assert origins(objective) == {
         "judge": {"url": str(tmp_path / "judge"), "run": "toy", "step": 12}
