@@ -34,17 +34,21 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
 def progress_bar(
     console: Console, description: str, total: float | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on a terminal; yields advance(amount=1, total=None).
+    """Show a progress bar on a terminal; yields advance(amount=1, total=None, text="").
 
     The total may be given later, by `advance`, where it is not known at first.
     """
     columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=total, text="")
 
-        def advance(amount: float = 1, total: float | None = None) -> None:
-            progress.update(task, advance=amount, total=total)
+        def advance(amount: float = 1, total: float | None = None, text: str = "") -> None:
+            progress.update(task, advance=amount, total=total, text=text)
 
         yield advance

@@ -10,13 +10,12 @@ there is nothing to check.
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from sepdist import storage
 from sepdist.training.checkpoint import find_committed, read_file
@@ -107,27 +106,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = audit(given.run_dir)
     except (OSError, ValueError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, LedgerError) else 2
-    if given.json:
-        print(json.dumps(asdict(result)))
-    else:
-        show(result, Console(highlight=False, markup=False, soft_wrap=True))
+    print(json.dumps(asdict(result)) if given.json else to_text(result))
     return 0 if result.sound else 1
 
 
-def show(result: Audit, console: Console) -> None:
-    """Print the table, and the positions that were lost or repeated."""
+def to_text(result: Audit) -> str:
+    """The result in lines, with the first positions that were lost or repeated."""
     outcomes = ", ".join(f"{number} {name}" for name, number in result.outcomes.items())
     workers = ", ".join(f"{number} steps on {size}" for size, number in result.world_sizes.items())
-    table = Table(show_header=False)
-    table.add_row("checkpoint", result.checkpoint)
-    table.add_row("steps", f"{result.steps} ({outcomes})")
-    table.add_row("workers", workers)
-    table.add_row("positions", str(result.positions))
-    console.print(table)
+    lines = [
+        f"checkpoint  {result.checkpoint}",
+        f"steps       {result.steps} ({outcomes})",
+        f"workers     {workers}",
+        f"positions   {result.positions}",
+    ]
     for name, ranges in (("lost", result.lost), ("repeated", result.repeated)):
         if ranges:
             shown = ", ".join(f"[{start}, {stop})" for start, stop in ranges[:10])
-            console.print(f"{name}: {shown}{', ...' if len(ranges) > 10 else ''}")
-    console.print(f"{result.num_lost} lost, {result.num_repeated} repeated")
+            lines.append(f"{name}: {shown}{', ...' if len(ranges) > 10 else ''}")
+    return "\n".join([*lines, f"{result.num_lost} lost, {result.num_repeated} repeated"])

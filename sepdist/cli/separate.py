@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from sepdist import storage
 from sepdist.console import progress_bar, user_console
-from sepdist.inference.stitching import SeparationError, Windows, output_names
+from sepdist.inference.stitching import FORMATS, SeparationError, Windows, output_names
 
 
 def main() -> int:
@@ -61,43 +61,40 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = Windows()
     parser = argparse.ArgumentParser(
         prog="sepdist separate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    recording = "audio file (wav, flac, ogg, ...) or s3://"
-    add("recordings", nargs="+", metavar="RECORDING", help=recording)
+    parser.add_argument("recordings", nargs="+", help="audio file (wav, flac, ogg, ...) or s3://")
     model = "run_dir (its best checkpoint is taken) or export; path or s3://"
-    add("--model", required=True, help=model)
+    parser.add_argument("--model", required=True, help=model)
     output = "folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ..."
-    add("--output", required=True, help=output)
-    add("--format", choices=("flac", "wav"), default="wav", help="of the outputs (%(default)s)")
-    window = "length of the model's input (%(default)s)"
-    add("--window-seconds", type=float, default=defaults.window_seconds, help=window)
-    overlap = "shared by neighbours, at most half a window; longer than the pauses in the speech, "
-    overlap += "it keeps the speakers apart (%(default)s)"
-    add("--overlap-seconds", type=float, default=defaults.overlap_seconds, help=overlap)
-    batch = "windows at once; memory grows with it (%(default)s)"
-    add("--batch-size", type=int, default=defaults.batch_size, help=batch)
-    add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    parser.add_argument("--output", required=True, help=output)
+    parser.add_argument("--format", choices=FORMATS, default="wav", help="of the outputs (wav)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    for name, text in {
+        "window_seconds": "length of the model's input",
+        "overlap_seconds": "shared by neighbours, at most half a window; longer than the pauses in "
+        "the speech it keeps the speakers apart",
+        "batch_size": "windows at once; memory grows with it",
+    }.items():
+        value = getattr(Windows(), name)
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(value), default=value, help=f"{text} ({value})")
     return parser
 
 
 def _check_names(recordings: list[str], output: str, file_format: str) -> None:
     """Refuse two recordings with the same outputs, and outputs that would replace a recording."""
-    stems: dict[str, str] = {}
+    writers: dict[str, str] = {}
     places = {storage.absolute(name) for name in recordings}
     for recording in recordings:
-        stem = PurePosixPath(recording).stem
-        if stem in stems:
-            raise SeparationError(
-                f"{stems[stem]} and {recording} would both be written as {stem}_s1.{file_format}"
-            )
-        stems[stem] = recording
-        for name in output_names(recording, 8, file_format):
+        names = output_names(recording, 8, file_format)
+        if first := writers.get(names[0]):
+            raise SeparationError(f"{first} and {recording} would both be written as {names[0]}")
+        writers[names[0]] = recording
+        for name in names:
             if storage.absolute(storage.join(output, name)) in places:
                 raise SeparationError(
                     f"an output of {recording} would replace the recording {name}: "

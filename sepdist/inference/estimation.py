@@ -1,4 +1,4 @@
-"""Score an SI-SNR estimator: correlation and error of its predictions for a separator's estimates."""
+"""Score an SI-SNR estimator: correlation and error of its predictions on a data set."""
 
 import itertools
 from collections.abc import Iterator, Sequence

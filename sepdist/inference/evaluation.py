@@ -6,7 +6,7 @@ Shapes: S sources, T samples.
 import dataclasses
 import io
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,14 @@ import soundfile
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from sepdist import storage
 from sepdist.config import EvaluateConfig
 from sepdist.data.dataset import Dataset
 from sepdist.data.records import Batch
 from sepdist.inference import scoring
-from sepdist.inference.export import Export, load_export, load_separator
+from sepdist.inference.export import Export, load_separator
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
 from sepdist.reporting import to_csv
@@ -35,6 +35,13 @@ METRICS = {
     "sdr_mixture": "SDR of the mixture",
     "sdr": "SDR",
     "sdri": "SDRi",
+}
+STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
+    "mean": np.mean,
+    "std": lambda values: values.std(ddof=min(1, len(values) - 1)),
+    "median": np.median,
+    "min": np.min,
+    "max": np.max,
 }
 SDR_LIMIT_DB = 100.0  # a perfect estimate has an infinite SDR
 
@@ -73,9 +80,10 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     numbers = scoring.mixture_numbers(cfg, dataset)
     scores = scoring.run_on_data_set(score_mixtures, cfg, numbers, console)
     with scoring.single_threaded():
-        for number, batch in enumerate(scoring.read_batches(cfg, numbers[: cfg.num_listening])):
+        first = scoring.separate_mixtures(cfg, numbers[: cfg.num_listening])
+        for number, (batch, estimates_ST) in enumerate(first):
             folder = storage.join(cfg.output, "listening", str(number))
-            write_listening(folder, export.model, batch, export.sample_rate)
+            write_listening(folder, estimates_ST, batch, export.sample_rate)
     results = summarise(cfg, export, dataset, scores)
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
     header = [field.name for field in dataclasses.fields(Score)]
@@ -90,13 +98,9 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
 
 def score_mixtures(cfg: EvaluateConfig, numbers: Sequence[int]) -> Iterator[Score]:
     """The score of each mixture."""
-    device = scoring.device_of(cfg)
-    export = load_export(cfg.model)
-    model = export.model.to(device)
-    for batch in scoring.read_batches(cfg, numbers):
-        yield score_utterance(
-            scoring.separate_batch(model, batch, device), batch, export.sample_rate
-        )
+    rate = scoring.open_dataset(cfg).manifest.sample_rate
+    for batch, estimates_ST in scoring.separate_mixtures(cfg, numbers):
+        yield score_utterance(estimates_ST, batch, rate)
 
 
 def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
@@ -119,24 +123,22 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     as_estimates_ST = (mixture_T / mixture_T.std()).expand_as(sources_ST)
     before, after = si_snr(as_estimates_ST, sources_ST), si_snr(wide_ST[order[0]], sources_ST)
     sdr_before, sdr_after = _sdr(as_estimates_ST, sources_ST), _sdr(wide_ST, sources_ST)
-    score = Score(
+    si_snrs = (float(before.mean()), float(after.mean()), float((after - before).mean()))
+    values = dict(
+        zip(METRICS, (*si_snrs, sdr_before, sdr_after, sdr_after - sdr_before), strict=True)
+    )
+    for metric, value in values.items():
+        if not np.isfinite(value):
+            raise scoring.EvaluationError(f"{name}: its {metric} is {value}")
+    return Score(
         id=name,
         length_seconds=mixture_T.numel() / rate,
         speakers="+".join(batch.speakers[0]) if batch.speakers else "",
-        si_snr_mixture=float(before.mean()),
-        si_snr=float(after.mean()),
-        si_snri=float((after - before).mean()),
-        sdr_mixture=sdr_before,
-        sdr=sdr_after,
-        sdri=sdr_after - sdr_before,
+        **values,
         si_snr_mixture_by_source=tuple(before.tolist()),
         si_snr_by_source=tuple(after.tolist()),
         permutation=" ".join(str(int(i) + 1) for i in order[0]),
     )
-    for metric in METRICS:
-        if not np.isfinite(getattr(score, metric)):
-            raise scoring.EvaluationError(f"{name}: its {metric} is {getattr(score, metric)}")
-    return score
 
 
 def check_audible(name: str, estimates_ST: Tensor, sources_ST: Tensor) -> None:
@@ -164,13 +166,11 @@ def _sdr(estimates_ST: Tensor, sources_ST: Tensor) -> float:
     return float(np.mean(ratios))
 
 
-def write_listening(folder: str, model: nn.Module, batch: Batch, rate: int) -> None:
+def write_listening(folder: str, estimates_ST: Tensor, batch: Batch, rate: int) -> None:
     """Write audio and spectrograms of one mixture; estimates in the order and level of sources."""
     from sepdist.plotting import spectrogram_figure, to_png
 
-    estimates_ST = scoring.separate_batch(model, batch, torch.device("cpu"))
     assert batch.sources is not None
-    check_audible(batch.ids[0], estimates_ST, batch.sources[0])
     _, order = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))
     sources = {f"source {i}": wave.numpy() for i, wave in enumerate(batch.sources[0], start=1)}
     waves = {"mixture": batch.mixture[0].numpy()} | sources
@@ -190,17 +190,10 @@ def summarise(
     cfg: EvaluateConfig, export: Export, dataset: Dataset, scores: Sequence[Score]
 ) -> dict[str, Any]:
     """The content of results.json, without the time that the scoring took."""
-    manifest = dataset.manifest
-    metrics = {}
+    manifest, metrics = dataset.manifest, {}
     for name in METRICS:
         values = np.array([getattr(score, name) for score in scores])
-        metrics[name] = {
-            "mean": float(values.mean()),
-            "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
-            "median": float(np.median(values)),
-            "min": float(values.min()),
-            "max": float(values.max()),
-        }
+        metrics[name] = {key: float(function(values)) for key, function in STATISTICS.items()}
     return {
         "num_utterances": len(scores),
         "num_worse_than_mixture": sum(score.si_snri < 0 for score in scores),
@@ -255,7 +248,7 @@ def print_table(console: Console, results: Mapping[str, Any], scores: Sequence[S
     data = results["data"]
     counts = f"{results['num_utterances']} utterances, {results['hours']:.2f} h"
     title = f"{data['corpus']} {data['split']}: {counts}"
-    table = Table("dB", *("mean", "std", "median", "min", "max"), title=title, title_justify="left")
+    table = Table("dB", *STATISTICS, title=title, title_justify="left")
     for name, label in METRICS.items():
         values = [f"{value:.2f}" for value in results["metrics_db"][name].values()]
         table.add_row(label, *values, style="bold" if name in ("si_snri", "sdri") else None)

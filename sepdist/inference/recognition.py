@@ -21,42 +21,23 @@ from sepdist.data.dataset import Item, collate
 from sepdist.data.records import Mixture
 from sepdist.inference import scoring
 from sepdist.inference.export import Export, load_export, load_separator
-from sepdist.metrics.wer import error_rate, fewest, word_errors
+from sepdist.metrics.wer import error_rate, word_errors
 from sepdist.reporting import to_csv
 
 PACKAGES = ("torch", "numpy", "jiwer", "transformers", "faster-whisper", "ctranslate2")
-COLUMNS = [
-    "condition",
-    "id",
-    "length_seconds",
-    "num_words",
-    "reference",
-    "mixture_errors",
-    "mixture",
-]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One utterance to recognise; light enough to be sent to another machine."""
-
-    condition: str
-    record: Mixture
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """The texts recognised in one utterance, and their word errors."""
+    """The texts recognised in one utterance: of the mixture first, then of each estimate."""
 
     condition: str
     id: str
     length_seconds: float
     num_words: int
     reference: str
-    mixture_errors: int
-    mixture: str
-    output_errors: tuple[int, ...] = ()  # none without a separator
-    outputs: tuple[str, ...] = ()
+    texts: tuple[str, ...]
+    errors: tuple[int, ...]  # word errors of each text
 
 
 def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
@@ -73,16 +54,14 @@ def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
     corpus = config.build(cfg.corpus)
     export = load_separator(cfg.model) if cfg.model else None
     check_fit(cfg, corpus, export)
-    rows = scoring.run_on_data_set(recognise_jobs, cfg, plan(cfg, corpus), console)
+    rows = scoring.run_on_data_set(recognise_each, cfg, plan(cfg, corpus), console)
     results = summarise(cfg, export, rows)
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
-    pairs = [(f"output_{i}_errors", f"output_{i}") for i in range(1, len(rows[0].outputs) + 1)]
-    header = [*COLUMNS, *itertools.chain(*pairs)]
+    names = ["mixture", *(f"output_{i}" for i in range(1, len(rows[0].texts)))]
+    header = ["condition", "id", "length_seconds", "num_words", "reference"]
+    header += itertools.chain(*((f"{name}_errors", name) for name in names))
     cells = [
-        (
-            *astuple(row)[: len(COLUMNS)],
-            *itertools.chain(*zip(row.output_errors, row.outputs, strict=True)),
-        )
+        (*astuple(row)[:5], *itertools.chain(*zip(row.errors, row.texts, strict=True)))
         for row in rows
     ]
     print_table(console, cfg, results)
@@ -106,13 +85,13 @@ def check_fit(cfg: RecogniseConfig, corpus: Any, export: Export | None) -> None:
         )
 
 
-def plan(cfg: RecogniseConfig, corpus: Any) -> list[Job]:
-    """Every utterance of every condition.
+def plan(cfg: RecogniseConfig, corpus: Any) -> list[tuple[str, Mixture]]:
+    """Every utterance to recognise, with its condition.
 
     Raises:
         ConfigError: an utterance has no transcript, or a condition no utterances.
     """
-    jobs: list[Job] = []
+    found: list[tuple[str, Mixture]] = []
     for condition in cfg.conditions:
         records = list(itertools.islice(corpus.records(condition), cfg.limit or None))
         if not records:
@@ -122,27 +101,29 @@ def plan(cfg: RecogniseConfig, corpus: Any) -> list[Job]:
                 raise ConfigError(
                     f"corpus {corpus.name}, {record.id}: needs a mixture with a transcript"
                 )
-            jobs.append(Job(condition, record))
-    return jobs
+            found.append((condition, record))
+    return found
 
 
-def recognise_jobs(cfg: RecogniseConfig, jobs: Sequence[Job]) -> Iterator[Recognition]:
-    """Recognise each of `jobs`."""
+def recognise_each(
+    cfg: RecogniseConfig, utterances: Sequence[tuple[str, Mixture]]
+) -> Iterator[Recognition]:
+    """Recognise each utterance, given as (condition, record)."""
     device = scoring.device_of(cfg)
     recogniser = config.build(cfg.recogniser, device=str(device))
     model = load_export(cfg.model).model.to(device) if cfg.model else None
-    for job in jobs:
-        yield recognise_one(job, recogniser, model, device)
+    for condition, record in utterances:
+        yield recognise_one(condition, record, recogniser, model, device)
 
 
 def recognise_one(
-    job: Job, recogniser: Any, model: nn.Module | None, device: torch.device
+    condition: str, record: Mixture, recogniser: Any, model: nn.Module | None, device: torch.device
 ) -> Recognition:
     """Recognise one mixture and its estimates by `model`, each at the mixture's level."""
-    record, reference = job.record, job.record.texts[0]
-    waves = record.load()
-    item = Item(record.id, record.speakers, waves)
-    batch = collate([item], range(1), len(next(iter(waves.values()))))
+    waves, reference = record.load(), record.texts[0]
+    batch = collate(
+        [Item(record.id, record.speakers, waves)], range(1), len(next(iter(waves.values())))
+    )
     mixture_T = batch.mixture[0].numpy()
     estimates: list[np.ndarray] = []
     if model is not None:
@@ -152,19 +133,10 @@ def recognise_one(
                 f"{record.id}: the model's estimates hold NaN or infinity"
             )
         estimates = [audio.at_level_of(mixture_T, wave_T) for wave_T in estimates_ST]
-    texts = [recogniser(wave_T, record.sample_rate) for wave_T in (mixture_T, *estimates)]
+    texts = tuple(recogniser(wave_T, record.sample_rate) for wave_T in (mixture_T, *estimates))
     errors, num_words = zip(*(word_errors(reference, text) for text in texts), strict=True)
-    return Recognition(
-        job.condition,
-        record.id,
-        mixture_T.size / record.sample_rate,
-        num_words[0],
-        reference,
-        errors[0],
-        texts[0],
-        errors[1:],
-        tuple(texts[1:]),
-    )
+    seconds = mixture_T.size / record.sample_rate
+    return Recognition(condition, record.id, seconds, num_words[0], reference, texts, errors)
 
 
 def summarise(
@@ -176,9 +148,9 @@ def summarise(
     for condition in cfg.conditions:
         own = [row for row in rows if row.condition == condition]
         num_words = [row.num_words for row in own]
-        errors = {"mixture": [row.mixture_errors for row in own]}
-        if export is not None:
-            errors["separated"] = [row.output_errors[fewest(row.output_errors)] for row in own]
+        errors = {"mixture": [row.errors[0] for row in own]}
+        if export is not None:  # LibriCSS counts the output with the fewest errors
+            errors["separated"] = [min(row.errors[1:]) for row in own]
         wer[condition] = {name: error_rate(values, num_words) for name, values in errors.items()}
         counts[condition] = {"utterances": len(own), "words": sum(num_words)}
         counts[condition] |= {f"{name}_errors": sum(values) for name, values in errors.items()}

@@ -3,13 +3,13 @@
 Shapes: S sources, T samples.
 """
 
-import dataclasses
 import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig
 from sepdist.console import progress_bar
 from sepdist.data.dataset import Dataset
 from sepdist.data.records import Batch
-from sepdist.inference.export import Export
+from sepdist.inference.export import Export, load_export
 
 NO_LIMIT_SECONDS = 1e6
 _Cfg = TypeVar("_Cfg", EvaluateConfig, RecogniseConfig)
@@ -39,9 +39,9 @@ class EvaluationError(ValueError):
 
 def absolute_paths(cfg: _Cfg) -> _Cfg:
     """The config with absolute paths, because Ray tasks run in another working directory."""
-    given = {name: getattr(cfg, name, None) for name in ("model", "data", "output", "cache_dir")}
-    paths: dict[str, Any] = {name: storage.absolute(url) for name, url in given.items() if url}
-    return dataclasses.replace(cfg, **paths)
+    urls = {name: getattr(cfg, name, None) for name in ("model", "data", "output", "cache_dir")}
+    paths: dict[str, Any] = {key: storage.absolute(url) for key, url in urls.items() if url}
+    return replace(cfg, **paths)
 
 
 def check_workers(cfg: EvaluateConfig | RecogniseConfig) -> None:
@@ -113,6 +113,16 @@ def separate_batch(model: nn.Module, batch: Batch, device: torch.device) -> Tens
         return model(batch.mixture.to(device))[0].float().cpu()
 
 
+def separate_mixtures(
+    cfg: EvaluateConfig, numbers: Sequence[int]
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Each mixture as a batch of one, with the separator's estimates [S, T]."""
+    device = device_of(cfg)
+    model = load_export(cfg.model).model.to(device)
+    for batch in read_batches(cfg, numbers):
+        yield batch, separate_batch(model, batch, device)
+
+
 @contextmanager
 def single_threaded() -> Iterator[None]:
     """Limit torch to one thread, because sums over threads round differently; keep freed memory."""
@@ -176,14 +186,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def write_results(
-    console: Console,
-    output: str,
-    files: Mapping[str, bytes],
-    results: Mapping[str, Any],
-    results_name: str = "results.json",
+    console: Console, output: str, files: dict[str, bytes], results: Any, name: str = "results.json"
 ) -> None:
     """Write `files` to the output folder, and `results` as JSON last, which marks them complete."""
-    files = {**files, results_name: json.dumps(results, indent=1).encode()}
-    for name, data in files.items():
-        storage.put_bytes(storage.join(output, name), data)
-    console.print(f"results: {storage.join(output, results_name)}")
+    for file, data in (files | {name: json.dumps(results, indent=1).encode()}).items():
+        storage.put_bytes(storage.join(output, file), data)
+    console.print(f"results: {storage.join(output, name)}")

@@ -14,6 +14,7 @@ from torch import nn
 
 from sepdist import storage
 from sepdist.inference.stitching import (
+    FORMATS,
     SeparationError,
     Windows,
     cut_windows,
@@ -24,7 +25,6 @@ from sepdist.inference.stitching import (
 
 BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99
-FORMATS = ("flac", "wav")
 
 
 @dataclass
@@ -83,10 +83,8 @@ def separate_file(
         if fit.silent:
             warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
         if scale < 1:
-            warnings.append(
-                f"{recording}: all outputs are scaled by {scale:.3f}, "
-                "because one would have clipped"
-            )
+            why = "because one would have clipped"
+            warnings.append(f"{recording}: all outputs are scaled by {scale:.3f}, {why}")
         names = output_names(recording, len(gains), file_format)
         outputs = [storage.join(output_folder, name) for name in names]
         _write_audio([work / name for name in names], scratch, gains * scale, rate)

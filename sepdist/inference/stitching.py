@@ -10,6 +10,8 @@ from pathlib import PurePosixPath
 import numpy as np
 import soxr
 
+FORMATS = ("flac", "wav")  # of the outputs
+
 
 class SeparationError(ValueError):
     """A recording that cannot be separated; the message names it and says what to do."""

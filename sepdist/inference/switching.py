@@ -1,8 +1,9 @@
-"""Measure label switching: the permutations of every checkpoint of a run, and how often they change."""
+"""Measure label switching: how often the permutations change between a run's checkpoints."""
 
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,14 +67,12 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
 
 def assign(cfg: EvaluateConfig, items: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     """The id and the rank of the best permutation for each (checkpoint, number of a mixture)."""
-    device = scoring.device_of(cfg)
     for url, group in itertools.groupby(items, key=lambda item: item[0]):
-        model = load_export(url).model.to(device)
-        for batch in scoring.read_batches(cfg, [number for _, number in group]):
+        numbers = [number for _, number in group]
+        for batch, estimates_ST in scoring.separate_mixtures(replace(cfg, model=url), numbers):
             assert batch.sources is not None
-            estimates_BST = scoring.separate_batch(model, batch, device)[None]
-            _, order = best_permutation(pairwise_si_snr(estimates_BST, batch.sources))
-            yield batch.ids[0], int(permutation_rank(order))
+            _, order_BS = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))
+            yield batch.ids[0], int(permutation_rank(order_BS))
 
 
 def permutations_in_training(one: Committed) -> Permutations:

@@ -245,8 +245,10 @@ def test_a_mixture_is_the_sum_of_its_parts_and_an_output_that_is_no_number_is_re
     }
     record = recognition.Mixture("m7", ("a", "b"), 8000, lambda: waves, ("ONE", ""))
     heard: list[np.ndarray] = []
-    job, cpu = recognition.Job("test", record), torch.device("cpu")
-    recognition.recognise_one(job, lambda wave_T, rate: heard.append(wave_T) or "one", None, cpu)
+    cpu = torch.device("cpu")
+    recognition.recognise_one(
+        "test", record, lambda wave_T, rate: heard.append(wave_T) or "one", None, cpu
+    )
     np.testing.assert_allclose(heard[0], 0.9 * speak("ONE TWO")[::2], atol=1e-7)
 
     class Broken(nn.Module):
@@ -254,7 +256,7 @@ def test_a_mixture_is_the_sum_of_its_parts_and_an_output_that_is_no_number_is_re
             return torch.full_like(mixture_BT, torch.nan)[:, None]
 
     with pytest.raises(EvaluationError, match="m7: the model's estimates hold NaN"):
-        recognition.recognise_one(job, ToneReader("none", "cpu"), Broken(), cpu)
+        recognition.recognise_one("test", record, ToneReader("none", "cpu"), Broken(), cpu)
 
 
 def test_mixtures_without_a_transcript_are_refused_by_name() -> None:
