@@ -3,9 +3,9 @@
     run_dir/metrics.jsonl   one JSON object per `log` call: step, seconds, and the metrics by name
     run_dir/tensorboard/    event files with the same numbers, and with audio and spectrograms
 
-metrics.jsonl is the truth, TensorBoard a view of it: `tensorboard --logdir run_dir/tensorboard`. The
-names are group/name with groups loss, train, si_snri, speed, optim, validation. A run_dir on s3:// is
-written in a local scratch folder and put there as whole files, as an object cannot be appended to.
+metrics.jsonl is the truth, TensorBoard a view of it: `tensorboard --logdir run_dir/tensorboard`.
+Names are group/name, with groups loss, train, si_snri, speed, optim, validation. A run_dir on s3://
+is written in a local scratch folder and put there as whole files: objects cannot be appended to.
 """
 
 import csv

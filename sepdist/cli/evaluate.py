@@ -1,7 +1,7 @@
 """Score a separator on a test set: SI-SNR and SDR of every utterance, their means and pictures.
 
     sepdist evaluate model=runs/a data=data/test output=evaluation num_workers=2
-    sepdist evaluate model=s3://bucket/exports/a data=s3://bucket/data/test output=s3://bucket/scores
+    sepdist evaluate model=s3://b/exports/a data=s3://b/data/test output=s3://b/evaluation
 
 Every utterance is scored alone and at full length, with one thread per worker, so the results do
 not depend on the number of workers.

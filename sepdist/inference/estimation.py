@@ -34,15 +34,13 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     from sepdist.plotting import scatter, to_png  # late: Ray tasks draw nothing
 
     cfg = scoring.absolute_paths(cfg)
-    dataset, export = scoring.open_dataset(cfg), load_export(cfg.model)
-    manifest = dataset.manifest
+    export = load_export(cfg.model)
+    manifest, numbers = scoring.check_data(cfg, export)
     if "e1" not in manifest.members:
         raise ConfigError(
             f"{cfg.data} has {', '.join(manifest.members)}, no estimates; "
             "write it with corpus=separated"
         )
-    scoring.check_fit(cfg, export, dataset)
-    numbers = scoring.mixture_numbers(cfg, dataset)
     predictions = scoring.run_on_data_set(predict, cfg, numbers, console)
     true = np.array([one.true for one in predictions])
     predicted = np.array([one.predicted for one in predictions])

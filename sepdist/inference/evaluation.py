@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sepdist import storage
 from sepdist.config import EvaluateConfig
-from sepdist.data.dataset import Dataset
 from sepdist.data.records import Batch
+from sepdist.data.shards import Manifest, read_manifest
 from sepdist.inference import scoring
 from sepdist.inference.export import Export, load_separator
 from sepdist.metrics.permutation import best_permutation
@@ -75,16 +75,15 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
 
     cfg = scoring.absolute_paths(cfg)
     began = time.monotonic()
-    export, dataset = load_separator(cfg.model), scoring.open_dataset(cfg)
-    scoring.check_fit(cfg, export, dataset)
-    numbers = scoring.mixture_numbers(cfg, dataset)
+    export = load_separator(cfg.model)
+    manifest, numbers = scoring.check_data(cfg, export)
     scores = scoring.run_on_data_set(score_mixtures, cfg, numbers, console)
     with scoring.single_threaded():
         first = scoring.separate_mixtures(cfg, numbers[: cfg.num_listening])
         for number, (batch, estimates_ST) in enumerate(first):
             folder = storage.join(cfg.output, "listening", str(number))
             write_listening(folder, estimates_ST, batch, export.sample_rate)
-    results = summarise(cfg, export, dataset, scores)
+    results = summarise(cfg, export, manifest, scores)
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
     header = [field.name for field in dataclasses.fields(Score)]
     files = {
@@ -98,7 +97,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
 
 def score_mixtures(cfg: EvaluateConfig, numbers: Sequence[int]) -> Iterator[Score]:
     """The score of each mixture."""
-    rate = scoring.open_dataset(cfg).manifest.sample_rate
+    rate = read_manifest(cfg.data).sample_rate
     for batch, estimates_ST in scoring.separate_mixtures(cfg, numbers):
         yield score_utterance(estimates_ST, batch, rate)
 
@@ -187,10 +186,10 @@ def write_listening(folder: str, estimates_ST: Tensor, batch: Batch, rate: int) 
 
 
 def summarise(
-    cfg: EvaluateConfig, export: Export, dataset: Dataset, scores: Sequence[Score]
+    cfg: EvaluateConfig, export: Export, manifest: Manifest, scores: Sequence[Score]
 ) -> dict[str, Any]:
     """The content of results.json, without the time that the scoring took."""
-    manifest, metrics = dataset.manifest, {}
+    metrics = {}
     for name in METRICS:
         values = np.array([getattr(score, name) for score in scores])
         metrics[name] = {key: float(function(values)) for key, function in STATISTICS.items()}
@@ -237,8 +236,8 @@ def histogram(scores: Sequence[Score]) -> Any:
     right.scatter(before, after, s=12, alpha=0.6, linewidths=0)
     ends = [min(before + after), max(before + after)]
     right.plot(ends, ends, color="grey", linestyle=":", label="no improvement")
-    labels = ("SI-SNR of the mixture in dB", "SI-SNR of the estimate in dB")
-    right.set(xlabel=labels[0], ylabel=labels[1], title="output over input, by source")
+    right.set(xlabel="SI-SNR of the mixture in dB", ylabel="SI-SNR of the estimate in dB")
+    right.set_title("output over input, by source")
     right.legend()
     return figure
 

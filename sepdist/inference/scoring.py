@@ -25,6 +25,7 @@ from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig
 from sepdist.console import progress_bar
 from sepdist.data.dataset import Dataset
 from sepdist.data.records import Batch
+from sepdist.data.shards import Manifest
 from sepdist.inference.export import Export, load_export
 
 NO_LIMIT_SECONDS = 1e6
@@ -65,25 +66,24 @@ def open_dataset(cfg: EvaluateConfig) -> Dataset:
     )
 
 
-def check_fit(cfg: EvaluateConfig, export: Export, dataset: Dataset) -> None:
-    """Refuse, before any scoring, a model and data that cannot be scored together."""
+def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range]:
+    """The manifest of the data set, and the numbers of the mixtures to score.
+
+    Raises:
+        ConfigError: model and data cannot be scored together.
+    """
     check_workers(cfg)
-    rate = dataset.manifest.sample_rate
-    if export.sample_rate != rate:
+    manifest = open_dataset(cfg).manifest
+    if export.sample_rate != manifest.sample_rate:
         raise ConfigError(
-            f"{cfg.model} works at {export.sample_rate} Hz, {cfg.data} has {rate} Hz: "
-            f"shard the corpus again at {export.sample_rate} Hz"
+            f"{cfg.model} works at {export.sample_rate} Hz, {cfg.data} has {manifest.sample_rate} "
+            f"Hz: shard the corpus again at {export.sample_rate} Hz"
         )
     if cfg.num_sources == 1 and not cfg.noise:
         raise ConfigError(
             "num_sources=1 without noise: the mixture is the source itself; pass noise=true"
         )
-
-
-def mixture_numbers(cfg: EvaluateConfig, dataset: Dataset) -> range:
-    """The numbers of the mixtures to score: the first `num_mixtures`, or all."""
-    total = dataset.manifest.num_samples
-    return range(min(cfg.num_mixtures or total, total))
+    return manifest, range(min(cfg.num_mixtures or manifest.num_samples, manifest.num_samples))
 
 
 def read_batches(cfg: EvaluateConfig, numbers: Sequence[int]) -> Iterator[Batch]:

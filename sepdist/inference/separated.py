@@ -28,10 +28,10 @@ class Separated:
     """The samples of `data` with the estimates of the separator `model`, a run_dir or an export.
 
     Each mixture is separated whole. Its estimates have the order of the sources (the permutation
-    with the best mean SI-SNR) and the level of the mixture, because their own is arbitrary. `si_snr`
-    in a sample's JSON is that of each stored estimate in dB. On `device` cpu one thread gives the
-    same bits everywhere; cuda needs `gpus_per_worker`. `noise=False` leaves the noise out of the
-    mixtures, for separators trained with `data.noise=false`.
+    with the best mean SI-SNR) and the level of the mixture, because their own is arbitrary. A
+    sample's JSON has the `si_snr` of each stored estimate in dB. On `device` cpu one thread gives
+    the same bits everywhere; cuda needs `gpus_per_worker`. `noise=False` leaves the noise out of
+    the mixtures, for separators trained with `data.noise=false`.
 
     Raises:
         ConfigError: `data` has no sources.
@@ -69,10 +69,9 @@ def separate(record: Mixture, model: str, device: str) -> Mapping[str, np.ndarra
     batch = collate([Item(record.id, record.speakers, waves)], range(1), len(members["s1"]))
     assert batch.sources is not None
     place = torch.device(device)
+    separator = open_export(model).model.to(place)
     with scoring.single_threaded():
-        estimates_BST = scoring.separate_batch(open_export(model).model.to(place), batch, place)[
-            None
-        ]
+        estimates_BST = scoring.separate_batch(separator, batch, place)[None]
         if estimates_BST.shape != batch.sources.shape:
             raise scoring.EvaluationError(
                 f"{record.id}: {model} gives estimates {list(estimates_BST.shape[1:])} of sources "

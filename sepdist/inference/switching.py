@@ -38,9 +38,7 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
             f"{cfg.model} has {len(checkpoints)} checkpoint(s), a switch rate needs two: train with"
             " training.keep_every and training.checkpoint_every set to the steps of an epoch"
         )
-    dataset = scoring.open_dataset(cfg)
-    scoring.check_fit(cfg, load_export(checkpoints[-1].url), dataset)
-    numbers = scoring.mixture_numbers(cfg, dataset)
+    _, numbers = scoring.check_data(cfg, load_export(checkpoints[-1].url))
     items = [(one.url, number) for one in checkpoints for number in numbers]
     ranked = scoring.run_on_data_set(assign, cfg, items, console, "switching.json")
     found = {

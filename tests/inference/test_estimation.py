@@ -36,18 +36,19 @@ def data(tmp_path: Path) -> tuple[str, dict[float, Tensor], list[list[float]]]:
     records, truth, wanted = [], {}, []
     for number in range(5):
         waves = voices(3000 + number, seed=number, num=4)
-        parts = {"s1": waves[0], "s2": waves[1]}
-        parts |= {"e1": waves[0] + 0.3 * number * waves[2], "e2": 0.5 * waves[1] + 0.1 * waves[3]}
-        parts = {
-            name: np.round(wave * 2**15).astype(np.float32) / 2**15 for name, wave in parts.items()
+        members = {"s1": waves[0], "s2": waves[1]}
+        members |= {"e1": waves[0] + 0.3 * number * waves[2], "e2": 0.5 * waves[1] + 0.1 * waves[3]}
+        members = {
+            name: np.round(wave * 2**15).astype(np.float32) / 2**15
+            for name, wave in members.items()
         }
-        records.append(Mixture(f"m{number}", ("a", "b"), RATE, lambda parts=parts: parts))
-        mixture = parts["s1"] + parts["s2"]
+        records.append(Mixture(f"m{number}", ("a", "b"), RATE, lambda members=members: members))
+        mixture = members["s1"] + members["s2"]
         truth[round(float(torch.from_numpy(mixture)[:50].sum()), 4)] = torch.from_numpy(
-            np.stack([parts["s1"], parts["s2"]])
+            np.stack([members["s1"], members["s2"]])
         )
         pairs = (("e1", "s1"), ("e2", "s2"))
-        wanted.append([min(oracle_si_snr(parts[e], parts[s]), 200) for e, s in pairs])
+        wanted.append([min(oracle_si_snr(members[e], members[s]), 200) for e, s in pairs])
     url = str(tmp_path / "data")
     shards.write_manifest(
         url,

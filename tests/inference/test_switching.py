@@ -24,7 +24,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 def make_run(
     run_dir: Path, swapped_at: dict[int, bool], noted: dict[str, int], rates: dict[int, float]
 ) -> torch.nn.Module:
-    """A run with a checkpoint at each step: one model, whose two outputs are exchanged where it says so."""
+    """A run with a checkpoint of one model at each step; `swapped_at` exchanges its two outputs."""
     torch.manual_seed(0)
     model = config.build(MODEL)
     writer = Checkpointer(
@@ -52,7 +52,7 @@ def make_run(
     return model
 
 
-def test_labels_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
+def test_permutations_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
     tiny_data, tmp_path: Path
 ) -> None:
     dataset = Dataset(tiny_data["dev"], num_sources=2)
@@ -62,7 +62,7 @@ def test_labels_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
     steps = {10: False, 20: True, 30: True, 40: False}
     model = make_run(tmp_path / "run", steps, noted, {15: 0.5, 20: 0.7, 30: 0.1})
 
-    expected = {}  # with two speakers the better assignment is that of the greater product of 1 / (1 - r^2)
+    expected = {}  # the better of two permutations has the greater product of r^2 / (1 - r^2)
     for batch in batches:
         with torch.no_grad():
             estimates = model(batch.mixture)[0].numpy()
@@ -82,7 +82,7 @@ def test_labels_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
     for step, swapped in steps.items():
         with open(tmp_path / "out" / f"step-{step:09d}.csv", newline="") as file:
             table = {row["id"]: int(row["permutation"]) for row in csv.DictReader(file)}
-        assert table == {id_: label ^ swapped for id_, label in expected.items()}
+        assert table == {id_: rank ^ swapped for id_, rank in expected.items()}
     assert [(row["from"], row["to"], row["rate"]) for row in results["rates"]] == [
         (10, 20, 1),
         (20, 30, 0),
