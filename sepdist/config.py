@@ -308,17 +308,6 @@ def register_schemas() -> None:
     store.store(name="pipeline_schema", node=PipelineConfig)
 
 
-def register_evaluate() -> None:
-    """Give Hydra the config of the scoring programs.
-
-    Hydra must not look into configs/ itself for them: there it takes model=... and data=... for choices in the groups
-    model/ and data/, and refuses a path.
-    """
-    from hydra.core.config_store import ConfigStore
-
-    ConfigStore.instance().store("evaluate", OmegaConf.load(Path(config_dir(), "evaluate.yaml")))
-
-
 def config_dir() -> str:
     """Return the folder of the YAML files: next to the package or, in a wheel, inside it."""
     package = Path(__file__).resolve().parent

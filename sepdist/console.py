@@ -1,4 +1,4 @@
-"""What the programs say to people, on stderr: an error of the user is one line and exit status 1, Ctrl-C is 130."""
+"""The console of the programs, on stderr: one-line errors, exit statuses and the progress bar."""
 
 import logging
 import sys
@@ -11,17 +11,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator[Console]:
-    """A program's console; OSError, ValueError and `also` are the user's, `stopped` is said after a Ctrl-C."""
+    """Print OSError, ValueError and `also` as one line and exit 1.
+
+    On Ctrl-C print `stopped` and exit 130. A closed pipe (`sepdist ... | head`) is left to
+    `sepdist.cli.main`.
+    """
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.WARNING)
     try:
         yield console
     except KeyboardInterrupt:
         if stopped:
-            console.print(f"stopped; {stopped}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"stopped; {stopped}")
         sys.exit(130)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, also) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {error}")
         sys.exit(1)
 
 

@@ -1,11 +1,11 @@
-"""What a run says about itself. In: numbers, sound and pictures by step; out: run_dir/metrics.jsonl and TensorBoard.
+"""Write a run's metrics, audio and spectrograms; read its metrics back; make CSV files.
 
-    run_dir/metrics.jsonl      one JSON object per `log` call: step, seconds, and the metrics by "group/name"; the truth
-    run_dir/tensorboard/       event files: a view of the same numbers, with audio and spectrograms
+    run_dir/metrics.jsonl   one JSON object per `log` call: step, seconds, and the metrics by name
+    run_dir/tensorboard/    event files with the same numbers, and with audio and spectrograms
 
-Groups: loss/*, train/*, si_snri/*, speed/*, optim/*, validation/*. A run_dir on s3:// is written in a local scratch
-folder and put there as whole files, because an object cannot be appended to. Look at it with
-`tensorboard --logdir run_dir/tensorboard`.
+metrics.jsonl is the truth, TensorBoard a view of it: `tensorboard --logdir run_dir/tensorboard`.
+Names are group/name, with groups loss, train, si_snri, speed, optim, validation. A run_dir on s3://
+is written in a local scratch folder and put there as whole files: objects cannot be appended to.
 """
 
 import csv
@@ -20,62 +20,58 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from torch.utils.tensorboard import SummaryWriter
 
 from sepdist import storage
-from sepdist.plotting import spectrogram_figure
 
 LISTENING_PEAK = 0.9
-UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl that nobody asked for: how old a progress bar may be
-EVENT_FILE_BYTES = 16_000_000  # on s3://, where a flush puts whole files: what one flush may repeat of the one before
+UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl without a flush
+EVENT_FILE_BYTES = 16_000_000  # on s3:// a flush puts the last event file again, up to this size
 
 
 class ReportingError(ValueError):
-    """A metrics.jsonl that cannot be continued, or sound that cannot be played."""
+    """A metrics.jsonl that cannot be continued, or a wave that cannot be played."""
 
 
 class Reporter:
-    """Writes the metrics, sound and pictures of one attempt of a run; only the main rank makes one.
+    """Writes the metrics, audio and spectrograms of one attempt of a run, on the main rank only.
 
-    On a resume at `resume_step` the rows of later steps are dropped, since the run is about to make them again, and
-    TensorBoard is told to forget them; `kept` are the others.
+    A resume at `resume_step` drops the rows of later steps, in TensorBoard too, because the run is
+    about to repeat them; `kept` holds the other rows.
     """
 
     def __init__(self, run_dir: str, *, resume_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # late: only the main rank needs it
+
         self._run_dir = str(run_dir)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._pool: ThreadPoolExecutor | None = None  # uploads, where run_dir is on s3://
         if storage.is_remote(self._run_dir):
             self._scratch = tempfile.TemporaryDirectory(prefix="sepdist-report-")
-        self._folder = Path(self._scratch.name) if self._scratch else Path(self._run_dir)
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="report")
+        self._folder = Path(self._scratch.name if self._scratch else self._run_dir)
         rows = read_metrics(self._run_dir)
-        kept = [row for row in rows if row["step"] <= resume_step]
-        self._seconds_before = max((row["seconds"] for row in kept), default=0.0)
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        if rows != kept or not self._scratch:
+        self.kept = [row for row in rows if row["step"] <= resume_step]
+        self._seconds_before = max((row["seconds"] for row in self.kept), default=0.0)
+        text = "".join(json.dumps(row) + "\n" for row in self.kept)
+        if rows != self.kept or not self._scratch:
             storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text.encode())
-        path = self._folder / "metrics.jsonl"
         if self._scratch:
-            path.write_text(text)
-        self._file = path.open("a", encoding="utf-8")
+            (self._folder / "metrics.jsonl").write_text(text)
+        self._file = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=resume_step + 1)
-        self.kept = kept
-        self._notes: dict[str, bytes] = {}  # small files that go to s3:// with the next upload
+        self._notes: dict[str, bytes] = {}  # small files for the next upload
         self._uploaded: dict[str, int] = {}  # name below run_dir -> bytes there
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="report") if self._scratch else None
         self._pending: Future[None] | None = None
         self._began = self._last_upload = time.monotonic()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One row: `metrics` by "group/name", with the seconds the run has taken over all its attempts.
+        """Write one row: `metrics` by "group/name", and the seconds of all attempts of the run.
 
-        A value that is not finite is null in metrics.jsonl, because JSON has no NaN, and NaN in TensorBoard.
+        A value that is not finite is null in metrics.jsonl, because JSON has no NaN.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        assert all("/" in name for name in values), (
-            f"metrics are named group/name, not {sorted(values)}"
-        )
+        wrong = [name for name in values if "/" not in name]
+        assert not wrong, f"metrics are named group/name, not {wrong}"
         seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
         row: dict[str, float | None] = {"step": int(step), "seconds": seconds}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -87,38 +83,35 @@ class Reporter:
             self._upload(["metrics.jsonl"])
 
     def note(self, name: str, text: str) -> None:
-        """A small file `name` in run_dir, replaced whole; on s3:// with the next upload."""
+        """Replace the small file `name` in run_dir as a whole; on s3:// with the next upload."""
         if self._pool:
             self._notes[name] = text.encode()
         else:
             storage.put_bytes(storage.join(self._run_dir, name), text.encode())
 
-    def audio(self, step: int, name: str, wave: np.ndarray, rate: int) -> None:
-        """Sound [T] at `rate`, its peak brought to 0.9: SI-SNR leaves the level of an estimate open."""
-        self._writer.add_audio(
-            name, torch.from_numpy(for_listening(wave, name))[None], step, sample_rate=rate
-        )
+    def audio(self, step: int, name: str, wave_T: np.ndarray, rate: int) -> None:
+        """Write a wave at peak 0.9, because SI-SNR leaves the level of an estimate open."""
+        self._writer.add_audio(name, for_listening(wave_T, name)[None], step, sample_rate=rate)
 
     def spectrogram(self, step: int, name: str, waves: Mapping[str, np.ndarray], rate: int) -> None:
-        """A picture of `spectrogram_figure`."""
+        """Write the picture of `spectrogram_figure`."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        from sepdist.plotting import spectrogram_figure
+
         canvas = FigureCanvasAgg(spectrogram_figure(waves, rate))
         canvas.draw()
         picture = np.asarray(canvas.buffer_rgba())[..., :3]
         self._writer.add_image(f"{name}/spectrogram", picture, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Everything so far is on disk, or on its way to s3://, which `close` waits for.
+        """Put all rows and events on disk, or on their way to s3://, for which `close` waits.
 
         Raises:
             OSError: an upload before this one failed.
         """
         self._writer.flush()
-        if not self._pool:
-            return
-        self._upload(
-            ["metrics.jsonl"] + [f"tensorboard/{path.name}" for path in self._event_files()]
-        )
-        if self._event_files()[-1].stat().st_size > EVENT_FILE_BYTES:
+        if self._pool and self._upload_all() > EVENT_FILE_BYTES:
             self._writer.close()  # the next event opens another file
 
     def close(self) -> None:
@@ -127,21 +120,21 @@ class Reporter:
         self._file.close()
         if self._pool and self._scratch:
             try:
-                self._upload(
-                    ["metrics.jsonl"] + [f"tensorboard/{path.name}" for path in self._event_files()]
-                )
+                self._upload_all()
                 self._wait()
             finally:
                 self._pool.shutdown()
                 self._scratch.cleanup()
 
-    def _event_files(self) -> list[Path]:
-        return sorted(
-            (self._folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns
-        )
+    def _upload_all(self) -> int:
+        """Upload the metrics and every event file that grew; returns the size of the newest."""
+        events = (self._folder / "tensorboard").iterdir()
+        files = sorted((path.stat().st_mtime_ns, path) for path in events)
+        self._upload(["metrics.jsonl"] + [f"tensorboard/{path.name}" for _, path in files])
+        return files[-1][1].stat().st_size
 
     def _upload(self, names: list[str]) -> None:
-        """Put whole files in the background; the bytes are taken now, because the files go on growing."""
+        """Put whole files in the background, as they are now, because they go on growing."""
         assert self._pool is not None
         self._wait()
         sizes = {name: (self._folder / name).stat().st_size for name in names}
@@ -167,41 +160,40 @@ def _put_all(run_dir: str, contents: Mapping[str, bytes]) -> None:
 def read_metrics(run_dir: str) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl, in the order they were written; [] where there is none.
 
-    A last line that a kill cut short is left out; damage anywhere else is a ReportingError naming the line.
+    A last line that was cut short by a kill is left out.
+
+    Raises:
+        ReportingError: another line is damaged.
     """
     url = storage.join(run_dir, "metrics.jsonl")
     if not storage.exists(url):
         return []
-    lines = storage.read_bytes(url).split(b"\n")
+    *lines, _ = storage.read_bytes(url).split(b"\n")  # after the last newline: empty or torn
     rows = []
-    for number, line in enumerate(
-        lines[:-1], start=1
-    ):  # what follows the last newline is empty or torn
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             row["step"], row["seconds"]
         except (ValueError, KeyError, TypeError) as error:
             raise ReportingError(
-                f"{url}: line {number} is damaged; mend or move the file"
+                f"{url}: line {number} is damaged; repair or move the file"
             ) from error
         rows.append(row)
     return rows
 
 
-def for_listening(wave: np.ndarray, name: str = "wave") -> np.ndarray:
+def for_listening(wave_T: np.ndarray, name: str = "wave") -> np.ndarray:
     """float32 [T] with its peak at 0.9; silence stays silence.
 
     Raises:
-        ReportingError: `wave` holds NaN or infinity, which no loudspeaker plays.
+        ReportingError: the wave holds NaN or infinity.
     """
-    wave = np.asarray(wave, dtype=np.float32)
-    assert wave.ndim == 1, f"{name}: a wave is [T], not {wave.shape}"
-    if not np.isfinite(wave).all():
-        raise ReportingError(
-            f"{name}: {np.count_nonzero(~np.isfinite(wave))} of {wave.size} samples are not finite"
-        )
-    peak = float(np.abs(wave).max(initial=0.0))
-    return wave * np.float32(LISTENING_PEAK / peak) if peak > 0 else wave
+    wave_T = np.asarray(wave_T, dtype=np.float32)
+    assert wave_T.ndim == 1, f"{name}: a wave is [T], not {wave_T.shape}"
+    if num_wrong := np.count_nonzero(~np.isfinite(wave_T)):
+        raise ReportingError(f"{name}: {num_wrong} of {wave_T.size} samples are not finite")
+    peak = float(np.abs(wave_T).max(initial=0.0))
+    return wave_T * np.float32(LISTENING_PEAK / peak) if peak > 0 else wave_T
 
 
 def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

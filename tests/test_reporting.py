@@ -1,4 +1,4 @@
-"""metrics.jsonl is the truth, TensorBoard agrees with it, and a resume leaves no row twice."""
+"""metrics.jsonl is the truth, TensorBoard agrees with it, and a resume repeats no row."""
 
 import json
 import threading
@@ -29,7 +29,7 @@ def board(folder: Path) -> EventAccumulator:
 
 
 def next_second() -> None:
-    """TensorBoard reads event files in the order of their names, which begin with the second of their creation."""
+    """Wait: TensorBoard orders event files by name, which begins with the second of creation."""
     time.sleep(1.001 - time.time() % 1)
 
 
@@ -62,7 +62,7 @@ def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None
     reporter = Reporter(str(tmp_path))
     for step in range(1, 9):
         reporter.log(step, {"loss/total": 100.0 + step})
-    reporter.flush()  # and then it is killed, having committed a checkpoint at step 5
+    reporter.flush()  # then the run is killed; its newest checkpoint is of step 5
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "sec')
     seconds_before = read_metrics(str(tmp_path))[4]["seconds"]
@@ -81,7 +81,7 @@ def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None
 
 
 def test_seconds_go_on_from_the_attempt_before(tmp_path: Path) -> None:
-    rows = '{"step": 1, "seconds": 100.0}\n{"step": 2, "seconds": 200.0}\n{"step": 3, "seconds": 300.0}\n'
+    rows = "".join(f'{{"step": {step}, "seconds": {step}00.0}}\n' for step in (1, 2, 3))
     (tmp_path / "metrics.jsonl").write_text(rows)
     reporter = Reporter(str(tmp_path), resume_step=2)
     reporter.log(3, {"loss/total": 1.0})
@@ -152,7 +152,7 @@ def test_panels_stand_in_columns_by_kind_on_one_colour_scale() -> None:
 
 
 class Objects:
-    """Objects in memory in place of s3://, with every put counted."""
+    """Objects in memory instead of s3://, and a list of all puts."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.objects: dict[str, bytes] = {}

@@ -1,6 +1,7 @@
 """The programs, one module per verb: `sepdist VERB ...`, or `python -m sepdist VERB ...`."""
 
 import importlib
+import os
 import sys
 
 VERBS = {
@@ -19,15 +20,27 @@ VERBS = {
 
 def main() -> None:
     """Run the verb that the command line names; exit status 2 where it names none."""
-    verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb not in VERBS:
-        width = max(map(len, VERBS))
-        lines = [f"  {name:{width}}  {summary}" for name, summary in VERBS.items()]
-        usage = "\n".join(
-            ["usage: sepdist VERB ...", "", *lines, "", "sepdist VERB --help explains one."]
-        )
-        wanted = verb in ("-h", "--help")
-        print(usage, file=sys.stdout if wanted else sys.stderr)
-        sys.exit(0 if wanted else 2)
-    sys.argv = [f"sepdist {verb}", *sys.argv[2:]]
-    sys.exit(importlib.import_module(f"sepdist.cli.{verb}").main())
+    try:
+        try:
+            status = run(sys.argv[1] if len(sys.argv) > 1 else "")
+        finally:
+            sys.stdout.flush()  # here a closed pipe can still be caught
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+        status = 1
+    sys.exit(status)
+
+
+def run(verb: str) -> int | None:
+    """Run one verb; returns its exit status, None for success."""
+    if verb in VERBS:
+        sys.argv = [f"sepdist {verb}", *sys.argv[2:]]
+        return importlib.import_module(f"sepdist.cli.{verb}").main()
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in VERBS.items()]
+    wanted = verb in ("-h", "--help")
+    if verb and not wanted:
+        print(f"error: no verb {verb!r}", file=sys.stderr)
+    usage = ["usage: sepdist VERB ...", "", *lines, "", "sepdist VERB --help explains one."]
+    print("\n".join(usage), file=sys.stdout if wanted else sys.stderr)
+    return 0 if wanted else 2

@@ -1,10 +1,11 @@
-"""Check that a run consumed every position of its data exactly once: a run_dir in, a verdict and exit status out.
+"""Check that a run consumed every position of its data exactly once.
 
-    python -m sepdist audit runs/a          # or s3://bucket/runs/a
+    sepdist audit runs/a          # or s3://bucket/runs/a
 
-It reads the newest committed checkpoint and the ledger that leads to it (sepdist/training/ledger.py), and checks the
-positions that the ranks fetched against [0, steps x global batch). Status 0: none lost, none repeated; 1: some were,
-or the ledger is damaged; 2: there is nothing to check.
+It reads the newest committed checkpoint and the ledger that leads to it (see
+sepdist/training/ledger.py), and compares the positions that the ranks fetched with [0, steps x
+global batch). Exit status 0: none lost, none repeated; 1: some were, or the ledger is damaged; 2:
+there is nothing to check.
 """
 
 import argparse
@@ -15,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from sepdist import storage
 from sepdist.training.checkpoint import find_committed, read_file
@@ -32,7 +31,7 @@ from sepdist.training.ledger import (
 
 @dataclass
 class Audit:
-    """What a run's committed history holds; positions as [start, stop] ranges."""
+    """The committed history of a run; positions as [start, stop] ranges."""
 
     checkpoint: str
     steps: int
@@ -59,16 +58,13 @@ def audit(run_dir: str) -> Audit:
     """
     committed = find_committed(storage.join(run_dir, "checkpoints"))
     if not committed:
-        raise FileNotFoundError(
-            f"{run_dir}: no committed checkpoint, so there is no history to check"
-        )
+        raise FileNotFoundError(f"{run_dir}: no committed checkpoint, so no history to check")
     newest = committed[-1]
     state = json.loads(read_file(newest, "state.json"))
     if "ledger" not in state:
         raise LedgerError(f"{newest.url}: names no ledger")
     global_batch = state["num_virtual_shards"] * state["micro_batch"]
-    result = Audit(newest.url, newest.step, newest.step * global_batch)
-    fetched = np.zeros(result.positions, dtype=np.int32)
+    fetched = np.zeros(newest.step * global_batch, dtype=np.int32)  # how often, by position
     outside: list[int] = []
     outcomes: Counter[str] = Counter()
     world_sizes: Counter[int] = Counter()
@@ -78,64 +74,52 @@ def audit(run_dir: str) -> Audit:
         for start, stop in (span for spans in ranks for span in spans):
             fetched[start : min(stop, len(fetched))] += 1
             outside.extend(range(max(start, len(fetched)), stop))
-    lost, repeated = (
-        np.flatnonzero(fetched == 0),
-        [*np.flatnonzero(fetched > 1).tolist(), *sorted(outside)],
+    lost = np.flatnonzero(fetched == 0).tolist()
+    repeated = [*np.flatnonzero(fetched > 1).tolist(), *sorted(outside)]
+    return Audit(
+        checkpoint=newest.url,
+        steps=newest.step,
+        positions=len(fetched),
+        num_lost=len(lost),
+        num_repeated=len(repeated),
+        lost=as_ranges(lost),
+        repeated=as_ranges(repeated),
+        outcomes={name: outcomes[name] for name in (APPLIED, SKIPPED)},
+        world_sizes=dict(sorted(world_sizes.items())),
     )
-    result.num_lost, result.num_repeated = len(lost), len(repeated)
-    result.lost, result.repeated = as_ranges(lost.tolist()), as_ranges(repeated)
-    result.outcomes = {name: outcomes[name] for name in (APPLIED, SKIPPED)}
-    result.world_sizes = dict(sorted(world_sizes.items()))
-    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the verdict; returns the exit status."""
+    """Print the result; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m sepdist audit",
+        prog="sepdist audit",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_dir", help="a folder or s3://bucket/prefix")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the table"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     given = parser.parse_args(arguments)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         result = audit(given.run_dir)
-    except LedgerError as error:
-        errors.print(f"error: {error}", markup=False)
-        return 1
     except (OSError, ValueError) as error:
-        errors.print(f"error: {error}", markup=False)
-        return 2
-    if given.json:
-        print(json.dumps(asdict(result)))
-    else:
-        show(result, Console(highlight=False, soft_wrap=True))
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, LedgerError) else 2
+    print(json.dumps(asdict(result)) if given.json else to_text(result))
     return 0 if result.sound else 1
 
 
-def show(result: Audit, console: Console) -> None:
-    """Print the table and the verdict."""
-    table = Table(show_header=False)
-    table.add_row("checkpoint", result.checkpoint)
-    table.add_row(
-        "steps",
-        f"{result.steps} ({', '.join(f'{n} {name}' for name, n in result.outcomes.items())})",
-    )
-    table.add_row(
-        "workers", ", ".join(f"{n} steps on {size}" for size, n in result.world_sizes.items())
-    )
-    table.add_row("positions", str(result.positions))
-    console.print(table)
+def to_text(result: Audit) -> str:
+    """The result in lines, with the first positions that were lost or repeated."""
+    outcomes = ", ".join(f"{number} {name}" for name, number in result.outcomes.items())
+    workers = ", ".join(f"{number} steps on {size}" for size, number in result.world_sizes.items())
+    lines = [
+        f"checkpoint  {result.checkpoint}",
+        f"steps       {result.steps} ({outcomes})",
+        f"workers     {workers}",
+        f"positions   {result.positions}",
+    ]
     for name, ranges in (("lost", result.lost), ("repeated", result.repeated)):
         if ranges:
             shown = ", ".join(f"[{start}, {stop})" for start, stop in ranges[:10])
-            console.print(f"{name}: {shown}{', ...' if len(ranges) > 10 else ''}")
-    console.print(f"{result.num_lost} lost, {result.num_repeated} repeated")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            lines.append(f"{name}: {shown}{', ...' if len(ranges) > 10 else ''}")
+    return "\n".join([*lines, f"{result.num_lost} lost, {result.num_repeated} repeated"])

@@ -1,35 +1,28 @@
-"""Label assignments after the fact: every checkpoint of a run and a data set in, label tables and switch rates out.
+"""Measure label switching after training: every checkpoint of a run assigns a whole data set.
 
-    python -m sepdist labels model=runs/a data=data/train output=labels num_workers=2
+    sepdist labels model=runs/a data=data/train output=labels num_workers=2
 
-It is how paper 1's authors measured figure 2 (c) and (d): each checkpoint is run over whole utterances in fixed order.
-Keep a checkpoint of every epoch for it: training.keep_every=E training.checkpoint_every=E, E the steps of an epoch.
+Paper 1's authors measured figure 2 (c) and (d) in this way: each checkpoint is run over whole
+utterances in a fixed order. It needs a checkpoint of every epoch: train with training.keep_every=E
+training.checkpoint_every=E, where E is the number of steps of an epoch.
 
-    output/step-000000500.csv   id,permutation: the rank of the best assignment of each utterance, by checkpoint
-    output/switching.json       share of utterances whose label changed from one checkpoint to the next, and how far
-                                that agrees with what was measured while training; written last
+    output/step-000000500.csv   id,permutation: rank of the best permutation of each utterance
+    output/switching.json       share of utterances whose permutation changed from one checkpoint to
+                                the next, and its agreement with the rate measured in training;
+                                written last
 
-The tables are what objective `fixed_labels` reads.
+The objective `fixed_permutations` reads these tables.
 """
 
-import hydra
-from omegaconf import DictConfig
-
-from sepdist import config
+from sepdist.cli.compose import read_config
 from sepdist.config import EvaluateConfig
 from sepdist.console import user_console
-from sepdist.inference.labels import label
-
-config.register_schemas()
-config.register_evaluate()
 
 
-@hydra.main(version_base="1.3", config_path="pkg://hydra.conf", config_name="evaluate")
-def main(composed: DictConfig) -> None:
-    """Compose, label, print the rates; errors of the user are one line and exit status 1."""
+def main() -> None:
+    """Measure the switch rates and print them."""
     with user_console() as console:
-        label(config.typed(composed, EvaluateConfig), console)
+        cfg = read_config("evaluate", EvaluateConfig, __doc__)
+        from sepdist.inference.switching import measure_switching
 
-
-if __name__ == "__main__":
-    main()
+        measure_switching(cfg, console)

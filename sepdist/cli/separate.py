@@ -1,147 +1,102 @@
-"""Separate recordings: audio of any rate and length in, one file per speaker out.
+"""Separate recordings of any rate and length into one file per speaker.
 
-    python -m sepdist separate --model runs/a --output separated meeting.wav
-    python -m sepdist separate --model s3://bucket/exports/a --output s3://bucket/out --format flac a.wav s3://bucket/b.flac
+    sepdist separate --model runs/a --output separated meeting.wav
+    sepdist separate --model s3://bucket/exports/a --output s3://bucket/out a.wav s3://bucket/b.flac
 
-The recording is read in blocks (channels averaged), resampled to the model's rate and cut into overlapping windows, so
-memory does not grow with its length. Windows are joined by cross-fades; the order of the speakers is carried from one
-to the next by the estimates' correlation on the overlap. Each output then gets the gain with which the sum of all comes
-closest to the recording, and, if one would clip, all are scaled down together. Outputs <stem>_s1.wav, ... are mono
-16-bit, as long as the input to the sample and at its rate, and appear only when they are complete.
+The recording is read in blocks (channels averaged), resampled to the model's rate and cut into
+overlapping windows, so memory does not grow with its length. The windows are joined by cross-fades;
+the correlation of the estimates on the overlap carries the order of the speakers from one to the
+next. Each output then gets the gain that brings the sum of all outputs closest to the recording;
+if one would clip, all are scaled down together. The outputs <stem>_s1.wav, ... are mono 16-bit, at
+the recording's rate and of its length to the sample, and appear only when they are complete.
 """
 
 import argparse
-import sys
-from pathlib import Path, PurePosixPath
-
-import torch
+from pathlib import PurePosixPath
 
 from sepdist import storage
-from sepdist.allocator import keep_freed_memory
-from sepdist.inference.separator import (
-    FORMATS,
-    output_names,
-    separate_file,
-)
-from sepdist.inference.stitching import (
-    SeparationError,
-    Windows,
-)
+from sepdist.console import progress_bar, user_console
+from sepdist.inference.stitching import FORMATS, SeparationError, Windows, output_names
 
 
-def main() -> None:
-    """The command line; a recording that fails is named, the others are still separated, and the exit status is 1."""
-    arguments = _parser().parse_args()
-    from rich.console import Console
-    from rich.progress import Progress
+def main() -> int:
+    """Separate each recording; where one fails, name it, go on and return exit status 1."""
+    given = _parser().parse_args()
+    status = 0
+    with user_console(RuntimeError) as console:  # RuntimeError: torch lacks the device
+        windows = Windows(given.window_seconds, given.overlap_seconds, given.batch_size)
+        _check_names(given.recordings, given.output, given.format)
+        import torch  # only now, when the command line is right
 
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
-        _check_names(arguments.recordings, arguments.output, arguments.format)
-        windows = Windows(arguments.window_seconds, arguments.overlap_seconds, arguments.batch_size)
+        from sepdist.allocator import keep_freed_memory
         from sepdist.inference.export import load_separator
+        from sepdist.inference.separator import separate_file
 
-        export = load_separator(arguments.model)
-        model = export.model.to(arguments.device)
+        device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        export = load_separator(given.model)
+        model = export.model.to(device)
         keep_freed_memory()
-    except (ValueError, OSError, RuntimeError) as error:
-        console.print(f"error: {error}", markup=False)
-        sys.exit(1)
-    failed = False
-    for recording in arguments.recordings:
-        try:
-            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-                task = bar.add_task(PurePosixPath(recording).name, total=None)
-                result = separate_file(
-                    model,
-                    export.sample_rate,
-                    recording,
-                    arguments.output,
-                    windows=windows,
-                    file_format=arguments.format,
-                    device=arguments.device,
-                    progress=lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
-                )
-        except (ValueError, OSError) as error:
-            console.print(f"error: {error}", markup=False)
-            failed = True
-            continue
-        for warning in result.warnings:
-            console.print(f"warning: {warning}", markup=False)
-        for output in result.outputs:
-            print(output)
-    sys.exit(1 if failed else 0)
+    with user_console() as console:
+        for recording in given.recordings:
+            try:
+                with progress_bar(console, PurePosixPath(recording).name) as advance:
+                    result = separate_file(
+                        model,
+                        export.sample_rate,
+                        recording,
+                        given.output,
+                        windows=windows,
+                        file_format=given.format,
+                        device=device,
+                        progress=advance,
+                    )
+            except (ValueError, OSError) as error:
+                console.print(f"error: {error}")
+                status = 1
+                continue
+            for warning in result.warnings:
+                console.print(f"warning: {warning}")
+            print("\n".join(result.outputs))
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = Windows()
     parser = argparse.ArgumentParser(
-        prog="python -m sepdist separate",
+        prog="sepdist separate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "recordings",
-        nargs="+",
-        metavar="RECORDING",
-        help="audio file (wav, flac, ogg, ...) or s3://",
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="run_dir (its best checkpoint is taken) or export; path or s3://",
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        help="folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ...",
-    )
-    parser.add_argument(
-        "--format", choices=sorted(FORMATS), default="wav", help="of the outputs (default: wav)"
-    )
-    parser.add_argument(
-        "--window-seconds",
-        type=float,
-        default=defaults.window_seconds,
-        help="what the model sees (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--overlap-seconds",
-        type=float,
-        default=defaults.overlap_seconds,
-        help="shared by neighbours, at most half a window; longer than the pauses keeps speakers apart (%(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=defaults.batch_size,
-        help="windows at once; memory grows with it (%(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: %(default)s)",
-    )
+    parser.add_argument("recordings", nargs="+", help="audio file (wav, flac, ogg, ...) or s3://")
+    model = "run_dir (its best checkpoint is taken) or export; path or s3://"
+    parser.add_argument("--model", required=True, help=model)
+    output = "folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ..."
+    parser.add_argument("--output", required=True, help=output)
+    parser.add_argument("--format", choices=FORMATS, default="wav", help="of the outputs (wav)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    for name, text in {
+        "window_seconds": "length of the model's input",
+        "overlap_seconds": "shared by neighbours, at most half a window; longer than the pauses in "
+        "the speech it keeps the speakers apart",
+        "batch_size": "windows at once; memory grows with it",
+    }.items():
+        value = getattr(Windows(), name)
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(value), default=value, help=f"{text} ({value})")
     return parser
 
 
 def _check_names(recordings: list[str], output: str, file_format: str) -> None:
-    """Two recordings of one stem would write the same files, and an output must not replace a recording."""
-    stems: dict[str, str] = {}
-    given = {str(Path(name).resolve()) for name in recordings if not storage.is_remote(name)}
+    """Refuse two recordings with the same outputs, and outputs that would replace a recording."""
+    writers: dict[str, str] = {}
+    places = {storage.absolute(name) for name in recordings}
     for recording in recordings:
-        stem = PurePosixPath(recording).stem
-        if stem in stems:
-            raise SeparationError(
-                f"{stems[stem]} and {recording} would both be written as {stem}_s1.{file_format}"
-            )
-        stems[stem] = recording
-        for name in output_names(recording, 8, file_format):
-            if not storage.is_remote(output) and str(Path(output, name).resolve()) in given:
+        names = output_names(recording, 8, file_format)
+        if first := writers.get(names[0]):
+            raise SeparationError(f"{first} and {recording} would both be written as {names[0]}")
+        writers[names[0]] = recording
+        for name in names:
+            if storage.absolute(storage.join(output, name)) in places:
                 raise SeparationError(
-                    f"an output of {recording} would replace the recording {name}: use another --output"
+                    f"an output of {recording} would replace the recording {name}: "
+                    "use another --output"
                 )
-
-
-if __name__ == "__main__":
-    main()

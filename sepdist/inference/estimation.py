@@ -1,68 +1,50 @@
-"""Score an SI-SNR estimator: correlation and error of its predictions on a data set with estimates."""
+"""Score an SI-SNR estimator: correlation and error of its predictions on a data set."""
 
-import csv
-import dataclasses
-import io
 import itertools
-import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from sepdist import storage
-from sepdist.cluster import run_tasks
 from sepdist.config import ConfigError, EvaluateConfig
-from sepdist.console import progress_bar
+from sepdist.inference import scoring
 from sepdist.inference.export import load_export
-from sepdist.inference.scoring import absolute_paths, open_dataset, read_full, single_threaded
 from sepdist.metrics.si_snr import si_snr
-from sepdist.plotting import scatter, to_png
+from sepdist.reporting import to_csv
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """One mixture: SI-SNR in dB of each estimate, in the order of the sources."""
+@dataclass(frozen=True)
+class Prediction:
+    """SI-SNR in dB of each estimate of one mixture, in the order of the sources."""
 
     id: str
     true: tuple[float, ...]
     predicted: tuple[float, ...]
 
 
-def judge(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
-    """Judge the data set, write the output folder; returns what results.json holds.
+def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
+    """Score the estimator, write the output folder; returns the content of results.json.
 
     Raises:
-        ConfigError: the data set has no estimates, or another sample rate than the model.
+        ConfigError: the data set has no estimates, or model and data do not fit each other.
     """
-    cfg = absolute_paths(cfg)
-    dataset, export = open_dataset(cfg), load_export(cfg.model)
-    manifest = dataset.manifest
+    from sepdist.plotting import scatter, to_png  # late: Ray tasks draw nothing
+
+    cfg = scoring.absolute_paths(cfg)
+    export = load_export(cfg.model)
+    manifest, numbers = scoring.check_data(cfg, export)
     if "e1" not in manifest.members:
         raise ConfigError(
-            f"{cfg.data} has {', '.join(manifest.members)}, no estimates; write it with corpus=separated"
+            f"{cfg.data} has {', '.join(manifest.members)}, no estimates; "
+            "write it with corpus=separated"
         )
-    if export.sample_rate != manifest.sample_rate:
-        raise ConfigError(
-            f"{cfg.model} works at {export.sample_rate} Hz, {cfg.data} has {manifest.sample_rate} Hz"
-        )
-    count = min(cfg.num_mixtures or manifest.num_samples, manifest.num_samples)
-    num_parts = max(1, min(cfg.num_workers, count))
-    calls = [(cfg, part, count, num_parts) for part in range(num_parts)]
-    found: dict[int, Verdict] = {}
-    with progress_bar(console, "scoring", count) as advance:
-        here = itertools.chain.from_iterable(itertools.starmap(judge_part, calls))
-        for index, verdict in (
-            run_tasks(judge_part, calls, num_gpus=float(cfg.use_gpu)) if cfg.num_workers else here
-        ):
-            found[index] = verdict
-            advance()
-    verdicts = [found[index] for index in range(count)]
-    true, predicted = (
-        np.array([getattr(one, name) for one in verdicts]) for name in ("true", "predicted")
-    )
+    predictions = scoring.run_on_data_set(predict, cfg, numbers, console)
+    true = np.array([one.true for one in predictions])
+    predicted = np.array([one.predicted for one in predictions])
+    found = agreement(true.mean(1), predicted.mean(1))
     results: dict[str, Any] = {
         "model": {"url": cfg.model, "lineage": export.lineage},
         "data": {
@@ -71,58 +53,43 @@ def judge(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
             "split": manifest.split,
             "digest": manifest.digest(),
         },
-        "num_mixtures": count,
-        **agreement(true.mean(1), predicted.mean(1)),
+        "num_mixtures": len(predictions),
+        **found,
         "by_estimate": agreement(true.ravel(), predicted.ravel()),
+        "versions": scoring.versions("torch", "numpy"),
     }
-    storage.put_bytes(storage.join(cfg.output, "utterances.csv"), to_csv(verdicts).encode())
-    label = (
-        "no correlation"
-        if results["lcc"] is None
-        else f"LCC {results['lcc']:.2f}, MAE {results['mae']:.2f} dB"
-    )
-    picture = scatter({label: np.stack([true.mean(1), predicted.mean(1)])}, manifest.split)
-    storage.put_bytes(storage.join(cfg.output, "scatter.png"), to_png(picture))
-    storage.put_bytes(
-        storage.join(cfg.output, "results.json"), json.dumps(results, indent=1).encode()
-    )
-    correlation = "none" if results["lcc"] is None else f"{results['lcc']:.3f}"
-    line = f"{count} mixtures: LCC {correlation}, MAE {results['mae']:.2f} dB, bias {results['bias']:+.2f} dB"
-    console.print(f"{line}; results: {cfg.output}", markup=False, highlight=False, soft_wrap=True)
+    lcc = "none" if found["lcc"] is None else f"{found['lcc']:.3f}"
+    title = f"LCC {lcc}, MAE {found['mae']:.2f} dB"
+    picture = scatter({title: np.stack([true.mean(1), predicted.mean(1)])}, manifest.split)
+    columns = itertools.product(("true", "predicted"), range(1, true.shape[1] + 1))
+    header = ["id", *(f"{name}_{number}" for name, number in columns)]
+    rows = [(one.id, *one.true, *one.predicted) for one in predictions]
+    files = {"utterances.csv": to_csv(header, rows), "scatter.png": to_png(picture)}
+    console.print(f"{len(predictions)} mixtures: {title}, bias {found['bias']:+.2f} dB")
+    scoring.write_results(console, cfg.output, files, results)
     return results
 
 
-def judge_part(
-    cfg: EvaluateConfig, part: int, count: int, num_parts: int
-) -> Iterator[tuple[int, Verdict]]:
-    """Index and verdict of the mixtures `part`, `part + num_parts`, ... below `count`."""
-    device = torch.device("cuda" if cfg.use_gpu else "cpu")
-    model, dataset = load_export(cfg.model).model.to(device), open_dataset(cfg)
-    with single_threaded(), torch.inference_mode():
-        for index in range(part, count, num_parts):
-            batch = read_full(cfg, dataset, index)
-            assert batch.sources is not None and batch.estimates is not None
-            true = si_snr(batch.estimates.double(), batch.sources.double())[0]
+def predict(cfg: EvaluateConfig, numbers: Sequence[int]) -> Iterator[Prediction]:
+    """True and predicted SI-SNR of the estimates of each mixture."""
+    device = scoring.device_of(cfg)
+    model = load_export(cfg.model).model.to(device)
+    for batch in scoring.read_batches(cfg, numbers):
+        assert batch.sources is not None and batch.estimates is not None
+        true = si_snr(batch.estimates.double(), batch.sources.double())[0]
+        with torch.inference_mode():
             predicted = model(batch.mixture.to(device), batch.estimates.to(device))[0].float().cpu()
-            yield index, Verdict(batch.ids[0], tuple(true.tolist()), tuple(predicted.tolist()))
+        yield Prediction(batch.ids[0], tuple(true.tolist()), tuple(predicted.tolist()))
 
 
 def agreement(true: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
-    """Pearson's correlation (None where one side never varies), mean absolute error and mean error in dB."""
+    """Pearson's correlation, mean absolute error and mean error in dB.
+
+    The correlation is None where one of the two does not vary.
+    """
     varied = len(true) > 1 and true.std() > 0 and predicted.std() > 0
     return {
         "lcc": float(np.corrcoef(true, predicted)[0, 1]) if varied else None,
         "mae": float(np.abs(predicted - true).mean()),
         "bias": float((predicted - true).mean()),
     }
-
-
-def to_csv(verdicts: Sequence[Verdict]) -> str:
-    """One line per mixture, one pair of columns per estimate."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    numbers = range(1, len(verdicts[0].true) + 1)
-    writer.writerow(["id", *(f"true_{i}" for i in numbers), *(f"predicted_{i}" for i in numbers)])
-    for one in verdicts:
-        writer.writerow([one.id, *(f"{value:.4f}" for value in (*one.true, *one.predicted))])
-    return stream.getvalue()

@@ -14,7 +14,7 @@ from sepdist.training.handoff import load_weights, read_export
 
 @dataclass
 class Export:
-    """A model ready for use, and where it comes from."""
+    """A model in eval mode, and its origin."""
 
     model: nn.Module
     sample_rate: int
@@ -23,33 +23,33 @@ class Export:
 
 
 def load_export(url: str) -> Export:
-    """The model that `url` means (see `find_export`), built, loaded and in eval mode.
+    """Build the model that `read_export` finds at `url` and load its weights.
 
-    It gives the speakers alone (see `speakers_of`): of other outputs that it was trained with, nothing is seen.
+    The model returns the speakers alone: outputs that it was trained with for another purpose are
+    removed (see `speakers_of`).
     """
     weights, card, lineage, folder = read_export(url)
     model: nn.Module = config.build(card["model"])
     load_weights(model, weights, source=folder)
     rules = {name: int(card[name]) for name in OUTPUT_RULES if card.get(name)}
     if rules:
-        model.register_forward_hook(
-            lambda module, inputs, estimates_BMT: speakers_of(estimates_BMT, **rules)
-        )
+        model.register_forward_hook(lambda _, __, estimates: speakers_of(estimates, **rules))
     return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
 
 
 def load_separator(url: str) -> Export:
-    """`load_export` of a model that separates; CheckpointError for one that judges estimates."""
+    """`load_export` of a separator; CheckpointError for an SI-SNR estimator."""
     export = load_export(url)
     if getattr(export.model, "estimates_si_snr", False):
         raise CheckpointError(
-            f"{url}: a {type(export.model).__name__} judges estimates and makes none: give a separator"
+            f"{url}: a {type(export.model).__name__} estimates SI-SNR and separates nothing: "
+            "give a separator"
         )
     return export
 
 
-def load_model(url: str) -> nn.Module:
-    """The model of `load_export` alone; its `origin` is the folder that it came from, and that one's lineage."""
+def load_estimator(url: str) -> nn.Module:
+    """The model of `load_export`; its attribute `origin` holds its folder and lineage."""
     export = load_export(url)
     export.model.origin = {"url": export.url} | export.lineage  # type: ignore[assignment]
     return export.model

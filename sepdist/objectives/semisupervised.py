@@ -79,7 +79,7 @@ class SemiSupervised:
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse a judge that is none, whatever the model."""
-        if not getattr(self.judge, "is_judge", False):
+        if not getattr(self.judge, "estimates_si_snr", False):
             what = f"objective.judge is a {type(self.judge).__name__}, which judges no estimates"
             raise ValueError(f"{what}: set objective.judge.url to a run of an SSQP-Net")
 

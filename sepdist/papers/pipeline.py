@@ -43,10 +43,10 @@ from sepdist.config import (
 )
 from sepdist.data.sharding import write_data_set
 from sepdist.data.shards import read_manifest
-from sepdist.inference.estimation import judge
+from sepdist.inference.estimation import evaluate_estimator
 from sepdist.inference.evaluation import evaluate
-from sepdist.inference.labels import label
 from sepdist.inference.recognition import recognise
+from sepdist.inference.switching import measure_switching
 from sepdist.papers.figures import draw
 from sepdist.papers.tables import (
     MARKER,
@@ -267,9 +267,9 @@ RUNNERS: dict[str, Callable[[Any, Console], Any]] = {
     "train": training_run.run,
     "shards": write_data_set,
     "evaluate": evaluate,
-    "judge": judge,
+    "judge": evaluate_estimator,
     "recognise": recognise,
-    "labels": label,
+    "labels": measure_switching,
     "figure": draw,
 }
 

@@ -1,4 +1,4 @@
-"""Judging a judge: correlation and errors against numpy on verdicts known by construction."""
+"""Scores of an SI-SNR estimator: correlation and errors against numpy on known predictions."""
 
 import csv
 import json
@@ -19,8 +19,8 @@ from sepdist.metrics.si_snr import si_snr
 from tests.inference.test_evaluation import RATE, oracle_si_snr, voices
 
 
-class LevelJudge(nn.Module):
-    """Predicts the SI-SNR with an error: 0.5 times the truth (which it knows) plus 1 dB, plus the mixture's level."""
+class Halving(nn.Module):
+    """An estimator that knows the truth and predicts half of it plus 1 dB."""
 
     def __init__(self, truth: dict[float, Tensor]) -> None:
         super().__init__()
@@ -36,18 +36,19 @@ def data(tmp_path: Path) -> tuple[str, dict[float, Tensor], list[list[float]]]:
     records, truth, wanted = [], {}, []
     for number in range(5):
         waves = voices(3000 + number, seed=number, num=4)
-        parts = {"s1": waves[0], "s2": waves[1]}
-        parts |= {"e1": waves[0] + 0.3 * number * waves[2], "e2": 0.5 * waves[1] + 0.1 * waves[3]}
-        parts = {
-            name: np.round(wave * 2**15).astype(np.float32) / 2**15 for name, wave in parts.items()
+        members = {"s1": waves[0], "s2": waves[1]}
+        members |= {"e1": waves[0] + 0.3 * number * waves[2], "e2": 0.5 * waves[1] + 0.1 * waves[3]}
+        members = {
+            name: np.round(wave * 2**15).astype(np.float32) / 2**15
+            for name, wave in members.items()
         }
-        records.append(Mixture(f"m{number}", ("a", "b"), RATE, lambda parts=parts: parts))
-        mixture = parts["s1"] + parts["s2"]
+        records.append(Mixture(f"m{number}", ("a", "b"), RATE, lambda members=members: members))
+        mixture = members["s1"] + members["s2"]
         truth[round(float(torch.from_numpy(mixture)[:50].sum()), 4)] = torch.from_numpy(
-            np.stack([parts["s1"], parts["s2"]])
+            np.stack([members["s1"], members["s2"]])
         )
         pairs = (("e1", "s1"), ("e2", "s2"))
-        wanted.append([min(oracle_si_snr(parts[e], parts[s]), 200) for e, s in pairs])
+        wanted.append([min(oracle_si_snr(members[e], members[s]), 200) for e, s in pairs])
     url = str(tmp_path / "data")
     shards.write_manifest(
         url,
@@ -62,11 +63,11 @@ def data(tmp_path: Path) -> tuple[str, dict[float, Tensor], list[list[float]]]:
 def test_correlation_and_errors_are_those_of_numpy(data, tmp_path: Path, monkeypatch) -> None:
     url, truth, wanted = data
     monkeypatch.setattr(
-        estimation, "load_export", lambda _: Export(LevelJudge(truth), RATE, {"step": 3}, "x")
+        estimation, "load_export", lambda _: Export(Halving(truth), RATE, {"step": 3}, "x")
     )
     output = tmp_path / "out"
     cfg = EvaluateConfig("x", url, str(output), num_workers=0, cache_dir=str(tmp_path / "cache"))
-    results = estimation.judge(cfg, Console(quiet=True))
+    results = estimation.evaluate_estimator(cfg, Console(quiet=True))
     true = np.array(wanted)
     with open(output / "utterances.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -86,7 +87,7 @@ def test_correlation_and_errors_are_those_of_numpy(data, tmp_path: Path, monkeyp
     assert (output / "scatter.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_judge_that_always_says_the_same_has_no_correlation() -> None:
+def test_an_estimator_with_constant_predictions_has_no_correlation() -> None:
     assert estimation.agreement(np.array([1.0, 2.0, 6.0]), np.full(3, 2.0)) == {
         "lcc": None,
         "mae": pytest.approx(5 / 3),
@@ -97,9 +98,9 @@ def test_a_judge_that_always_says_the_same_has_no_correlation() -> None:
 def test_a_data_set_without_estimates_is_refused_with_what_to_do(
     tiny_data, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(estimation, "load_export", lambda _: Export(LevelJudge({}), RATE, {}, "x"))
+    monkeypatch.setattr(estimation, "load_export", lambda _: Export(Halving({}), RATE, {}, "x"))
     cfg = EvaluateConfig("x", tiny_data["dev"], str(tmp_path / "out"), num_workers=0)
     with pytest.raises(
         ConfigError, match=r"has s1, s2, noise, no estimates; write it with corpus=separated"
     ):
-        estimation.judge(cfg, Console(quiet=True))
+        estimation.evaluate_estimator(cfg, Console(quiet=True))

@@ -1,4 +1,4 @@
-"""Scores against oracles computed another way; the whole program on a small data set, in this process and on Ray."""
+"""Scores against independent oracles; the whole program, in this process and on Ray."""
 
 import csv
 import io
@@ -59,7 +59,7 @@ def batch_of(sources: np.ndarray, noise: np.ndarray | None = None) -> Batch:
 
 
 def oracle_si_snr(estimate: np.ndarray, source: np.ndarray) -> float:
-    """From the correlation coefficient: the projection keeps r^2 of the energy and leaves 1 - r^2."""
+    """SI-SNR by the correlation r: the projection keeps r^2 of the energy and leaves 1 - r^2."""
     r = np.corrcoef(estimate.astype(np.float64), source.astype(np.float64))[0, 1]
     return 10 * np.log10(r**2 / (1 - r**2))
 
@@ -152,7 +152,7 @@ def test_a_mixture_too_short_for_the_model_is_named() -> None:
     model = nn.Identity()
     model.min_length = 5000
     with pytest.raises(EvaluationError, match=r"talk-7: 4000 samples.*5000"):
-        scoring.estimate(model, batch_of(voices()), torch.device("cpu"))
+        scoring.separate_batch(model, batch_of(voices()), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mixtures = []
     for number in range(7):
         waves = voices(4000 + 800 * number, seed=number, num=3)
-        parts = {"s1": waves[0], "s2": waves[1], "noise": 0.3 * waves[2]}
+        members = {"s1": waves[0], "s2": waves[1], "noise": 0.3 * waves[2]}
         mixtures.append(
-            Mixture(f"m{number}", (f"a{number}", f"b{number}"), RATE, lambda parts=parts: parts)
+            Mixture(
+                f"m{number}", (f"a{number}", f"b{number}"), RATE, lambda members=members: members
+            )
         )
     url = str(folder / "data")
     names = [shards.shard_name("toy", "test", number) for number in range(2)]
@@ -250,7 +252,7 @@ def test_two_ray_tasks_give_the_rows_of_this_process(work: Path, console: Consol
     assert alone == spread
 
 
-def test_the_first_so_many_and_the_first_so_many_seconds(work: Path, console: Console) -> None:
+def test_the_number_and_the_length_of_mixtures_can_be_limited(work: Path, console: Console) -> None:
     cfg = options(work, "few", num_mixtures=2, max_seconds=0.25, num_listening=0)
     results = evaluation.evaluate(cfg, console)
     assert results["num_utterances"] == 2

@@ -1,4 +1,4 @@
-"""Data sets made of data sets: parts, mixtures alone, and what a separator makes of them."""
+"""Data sets made of data sets: subsets, mixtures alone, and a separator's estimates."""
 
 from pathlib import Path
 

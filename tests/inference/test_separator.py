@@ -1,4 +1,4 @@
-"""Long recordings with toy models whose right answer is known sample by sample."""
+"""Long recordings with toy models whose correct output is known sample by sample."""
 
 import sys
 import tracemalloc
@@ -28,7 +28,7 @@ STEP = 1.0 / 32768  # of 16-bit audio
 
 
 class Halves(nn.Module):
-    """Speaker 1 is the positive half of the wave, speaker 2 the negative: orthogonal, and their sum is the mixture."""
+    """Speaker 1 is the positive half of the wave, speaker 2 the negative; they are orthogonal."""
 
     def __init__(self, levels: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ class Halves(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         self.largest_batch = max(self.largest_batch, mixture_BT.numel())
-        parts = torch.stack([mixture_BT.clamp(min=0), mixture_BT.clamp(max=0)], 1)
-        return parts * torch.tensor(self.levels)[:, None]
+        estimates = torch.stack([mixture_BT.clamp(min=0), mixture_BT.clamp(max=0)], 1)
+        return estimates * torch.tensor(self.levels)[:, None]
 
 
 class Swapping(Halves):
@@ -50,10 +50,10 @@ class Swapping(Halves):
         self.num_swapped = 0
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
-        parts = super().forward(mixture_BT)
-        swap = torch.from_numpy(self.rng.random(len(parts)) < 0.5)
+        estimates = super().forward(mixture_BT)
+        swap = torch.from_numpy(self.rng.random(len(estimates)) < 0.5)
         self.num_swapped += int(swap.sum())
-        return torch.where(swap[:, None, None], parts.flip(1), parts)
+        return torch.where(swap[:, None, None], estimates.flip(1), estimates)
 
 
 class Thirds(nn.Module):
@@ -66,8 +66,10 @@ class Thirds(nn.Module):
     def forward(self, mixture_BT: Tensor) -> Tensor:
         out = []
         for wave in mixture_BT:
-            parts = torch.stack([wave.clamp(min=0.1), wave.clamp(-0.1, 0.1), wave.clamp(max=-0.1)])
-            out.append(parts.roll(self.turn, 0))
+            estimates = torch.stack(
+                [wave.clamp(min=0.1), wave.clamp(-0.1, 0.1), wave.clamp(max=-0.1)]
+            )
+            out.append(estimates.roll(self.turn, 0))
             self.turn += 1
         return torch.stack(out)
 
@@ -84,7 +86,7 @@ class Const(nn.Module):
 
 
 class ByPower(nn.Module):
-    """Divides by the power of what it sees, as a normalisation without an epsilon does."""
+    """Divides by the power of its input, as a normalisation without an epsilon does."""
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         unit = mixture_BT / mixture_BT.norm(dim=1, keepdim=True)
@@ -158,7 +160,7 @@ def test_speakers_keep_their_order_when_the_model_swaps_its_outputs(tmp_path: Pa
     assert 10 < model.num_swapped < 30
     got = outputs(tmp_path / "out")
     expected = np.stack([wave.clip(min=0), wave.clip(max=0)])
-    if got[0].sum() < 0:  # which one is the first is the model's choice in its first window
+    if got[0].sum() < 0:  # the first window decides which speaker is the first
         got = got[::-1]
     np.testing.assert_allclose(got, expected, atol=1.5 * STEP)
 
@@ -169,8 +171,10 @@ def test_three_speakers_keep_their_order_too() -> None:
     expected = model(torch.from_numpy(wave)[None])[0].numpy()
     cut = list(cut_windows([wave], size, overlap))
     model.turn = 0
-    parts = model(torch.from_numpy(np.stack([window for window, _ in cut]))).numpy()
-    stacked = [np.concatenate([p, w[None]])[:, c:] for p, (w, c) in zip(parts, cut, strict=True)]
+    estimates = model(torch.from_numpy(np.stack([window for window, _ in cut]))).numpy()
+    stacked = [
+        np.concatenate([p, w[None]])[:, c:] for p, (w, c) in zip(estimates, cut, strict=True)
+    ]
     joined = np.concatenate(list(overlap_add(stacked, overlap)), axis=1)
     np.testing.assert_allclose(joined[:3], expected, atol=1e-6)
 
@@ -185,7 +189,7 @@ def test_the_level_and_sign_that_training_leaves_open_are_fitted_to_the_mixture(
     np.testing.assert_allclose(outputs(tmp_path / "out").sum(0), wave, atol=2 * STEP)
 
 
-def test_outputs_that_would_clip_are_scaled_by_one_factor_and_it_is_said(tmp_path: Path) -> None:
+def test_outputs_that_would_clip_are_scaled_by_one_factor_with_a_warning(tmp_path: Path) -> None:
     class Overshooting(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([x + 2 * x * x, -2 * x * x], 1)
@@ -302,7 +306,7 @@ def test_a_silent_recording_gives_silent_outputs_and_a_warning(tmp_path: Path) -
     assert got.shape == (2, 9 * RATE) and not got.any()
 
 
-def test_silence_inside_a_recording_is_not_shown_to_the_model(tmp_path: Path) -> None:
+def test_the_model_gets_no_silence_from_inside_a_recording(tmp_path: Path) -> None:
     wave = np.concatenate(
         [np.zeros(5 * RATE), noise(4 * RATE), np.zeros(6 * RATE), noise(RATE)]
     ).astype(np.float32)
@@ -334,7 +338,7 @@ def test_a_recording_that_cannot_be_separated_is_named_and_leaves_nothing_behind
     cases = [
         ("nan.wav", Halves(), r"nan\.wav.*0\.5000 s"),
         ("empty.wav", Halves(), r"empty\.wav is empty"),
-        ("text.wav", Halves(), r"text\.wav is not audio"),
+        ("text.wav", Halves(), r"text\.wav is not readable audio"),
         ("cut.flac", Halves(), r"cut\.flac is (cut short|damaged)"),
         ("good.wav", Const(float("nan")), r"good\.wav.*NaN"),
     ]
@@ -419,4 +423,4 @@ def test_help_says_what_the_program_does_with_examples(
 ) -> None:
     assert run_main(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    assert "python -m sepdist separate --model runs/a" in shown and "--overlap-seconds" in shown
+    assert "sepdist separate --model runs/a" in shown and "--overlap-seconds" in shown

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from sepdist import config
-from sepdist.inference.export import load_model
+from sepdist.inference.export import load_estimator
 from sepdist.models.speech_encoders import SPEECH_LEVEL, log_mel, speech_encoder, upsample
 from sepdist.models.ssqp import SSQPNet, fit_levels
 from sepdist.objectives.quality import Quality
@@ -409,7 +409,7 @@ def test_a_checkpoint_of_a_model_from_a_folder_does_not_need_the_folder(
     writer.save(Snapshot(1, model.state_dict(), OptimizerState({}, {}), {}))
     writer.close()
     (tmp_path / "hub").rename(tmp_path / "gone")
-    found = load_model(str(tmp_path / "run"))
+    found = load_estimator(str(tmp_path / "run"))
     mixture, estimates = speech()
     assert torch.equal(found(mixture, estimates), model(mixture, estimates))
     (card,) = (tmp_path / "run" / "checkpoints").glob("*/model.yaml")

@@ -141,7 +141,7 @@ def judge(tmp_path: Path) -> str:
 def test_evaluation_and_separation_refuse_a_judge_in_one_line(
     judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(CheckpointError, match="SISNREstimator judges estimates"):
+    with pytest.raises(CheckpointError, match="SISNREstimator estimates SI-SNR"):
         evaluation.evaluate(
             EvaluateConfig(judge, "data", str(tmp_path / "out")), Console(quiet=True)
         )
@@ -150,4 +150,4 @@ def test_evaluation_and_separation_refuse_a_judge_in_one_line(
     )
     with pytest.raises(SystemExit):
         separate.main()
-    assert f"error: {judge}: a SISNREstimator judges estimates" in capsys.readouterr().err
+    assert f"error: {judge}: a SISNREstimator estimates SI-SNR" in capsys.readouterr().err

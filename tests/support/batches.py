@@ -34,7 +34,7 @@ class Fixed(nn.Module):
 class Listener(nn.Module):
     """A judge of a few weights, the same from any `url`, with a dropout that must never be active."""
 
-    is_judge = True
+    estimates_si_snr = True
 
     def __init__(self, url: str = "") -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from torch import nn
 
 from sepdist import config
 from sepdist.config import InitConfig
-from sepdist.inference.export import load_export, load_model
+from sepdist.inference.export import load_estimator, load_export
 from sepdist.training.checkpoint import CheckpointError, OptimizerState, Snapshot, load_newest
 from sepdist.training.handoff import inherit, load_weights
 from tests.training.test_checkpoint import NODE, save, snapshot
@@ -23,7 +23,7 @@ def test_a_damaged_export_is_refused_by_name(tmp_path: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
-        load_model(str(tmp_path))
+        load_estimator(str(tmp_path))
 
 
 def test_a_run_dir_is_an_export_of_its_best_checkpoint(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_plain_folder_of_weights_and_yaml_is_an_export_too(tmp_path: Path) -> 
 
 def test_a_folder_that_is_neither_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        load_model(str(tmp_path))
+        load_estimator(str(tmp_path))
 
 
 def test_an_export_cannot_run_code_of_its_choice(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_an_export_cannot_run_code_of_its_choice(tmp_path: Path) -> None:
         json.dumps({"model": {"_target_": "os.system"}, "sample_rate": 8000})
     )
     with pytest.raises(ValueError, match=r"os\.system"):
-        load_model(str(tmp_path))
+        load_estimator(str(tmp_path))
 
 
 def linear(outputs: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Labels of every checkpoint over whole utterances, against checkpoints whose labels are known by construction."""
+"""Permutations of every checkpoint over whole utterances, known by construction."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from rich.console import Console
 from sepdist import config
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.data.dataset import Dataset
-from sepdist.inference import labels
+from sepdist.inference import switching
 from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
 from tests.inference.test_evaluation import MODEL
 
@@ -24,7 +24,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 def make_run(
     run_dir: Path, swapped_at: dict[int, bool], noted: dict[str, int], rates: dict[int, float]
 ) -> torch.nn.Module:
-    """A run with a checkpoint at each step: one model, whose two outputs are exchanged where it says so."""
+    """A run with a checkpoint of one model at each step; `swapped_at` exchanges its two outputs."""
     torch.manual_seed(0)
     model = config.build(MODEL)
     writer = Checkpointer(
@@ -52,7 +52,7 @@ def make_run(
     return model
 
 
-def test_labels_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
+def test_permutations_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
     tiny_data, tmp_path: Path
 ) -> None:
     dataset = Dataset(tiny_data["dev"], num_sources=2)
@@ -62,7 +62,7 @@ def test_labels_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
     steps = {10: False, 20: True, 30: True, 40: False}
     model = make_run(tmp_path / "run", steps, noted, {15: 0.5, 20: 0.7, 30: 0.1})
 
-    expected = {}  # with two speakers the better assignment is that of the greater product of 1 / (1 - r^2)
+    expected = {}  # the better of two permutations has the greater product of r^2 / (1 - r^2)
     for batch in batches:
         with torch.no_grad():
             estimates = model(batch.mixture)[0].numpy()
@@ -78,11 +78,11 @@ def test_labels_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
     cfg = EvaluateConfig(
         str(tmp_path / "run"), tiny_data["dev"], str(tmp_path / "out"), num_workers=0
     )
-    results = labels.label(cfg, Console(quiet=True))
+    results = switching.measure_switching(cfg, Console(quiet=True))
     for step, swapped in steps.items():
         with open(tmp_path / "out" / f"step-{step:09d}.csv", newline="") as file:
             table = {row["id"]: int(row["permutation"]) for row in csv.DictReader(file)}
-        assert table == {id_: label ^ swapped for id_, label in expected.items()}
+        assert table == {id_: rank ^ swapped for id_, rank in expected.items()}
     assert [(row["from"], row["to"], row["rate"]) for row in results["rates"]] == [
         (10, 20, 1),
         (20, 30, 0),
@@ -97,7 +97,7 @@ def test_labels_and_rates_are_those_of_checkpoints_that_exchange_their_outputs(
         np.mean([(expected[id_] ^ swapped) == noted[id_] for id_ in noted])
         for swapped in steps.values()
     ]
-    assert results["agreement"]["equal_labels"] == pytest.approx(np.mean(shares))
+    assert results["agreement"]["equal_permutations"] == pytest.approx(np.mean(shares))
     assert results["agreement"]["mean_difference"] == pytest.approx((0.4 - 0.1) / 2)
     assert json.loads((tmp_path / "out" / "switching.json").read_text()) == results
 
@@ -111,16 +111,19 @@ def test_the_correlation_is_that_of_the_two_rates() -> None:
         {"step": step, "switching/rate": rate}
         for step, rate in zip((10, 30, 60), online, strict=True)
     ]
-    agreement = labels.compare(by_step, metrics, {step: {} for step in by_step})["agreement"]
+    agreement = switching.compare(by_step, metrics, {step: {} for step in by_step})["agreement"]
     x, y = np.array([0.2, 0.4, 0.4]), np.array(online)
     oracle = ((x - x.mean()) * (y - y.mean())).mean() / (x.std() * y.std())
-    assert agreement["correlation"] == pytest.approx(oracle) and agreement["equal_labels"] is None
+    assert (
+        agreement["correlation"] == pytest.approx(oracle)
+        and agreement["equal_permutations"] is None
+    )
 
 
 def test_a_run_with_one_checkpoint_says_how_to_keep_more(tiny_data, tmp_path: Path) -> None:
     make_run(tmp_path / "run", {10: False}, {}, {})
     with pytest.raises(ConfigError, match=r"1 checkpoint.*training\.keep_every"):
-        labels.label(
+        switching.measure_switching(
             EvaluateConfig(str(tmp_path / "run"), tiny_data["dev"], str(tmp_path / "out")),
             Console(quiet=True),
         )

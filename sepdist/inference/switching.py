@@ -1,0 +1,121 @@
+"""Measure label switching: how often the permutations change between a run's checkpoints."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from sepdist import storage
+from sepdist.config import ConfigError, EvaluateConfig
+from sepdist.inference import scoring
+from sepdist.inference.export import load_export
+from sepdist.metrics.permutation import best_permutation, permutation_rank
+from sepdist.metrics.si_snr import pairwise_si_snr
+from sepdist.reporting import read_metrics, to_csv
+from sepdist.training.checkpoint import Committed, find_committed, read_file
+
+Permutations = dict[str, int]  # utterance id -> rank of its best permutation
+
+
+def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
+    """Assign the data set by each checkpoint of the run `cfg.model`.
+
+    Writes a table per checkpoint and switching.json; returns the content of the latter.
+
+    Raises:
+        ConfigError: the run has fewer than two checkpoints, or model and data do not fit.
+    """
+    cfg = scoring.absolute_paths(cfg)
+    committed = find_committed(storage.join(cfg.model, "checkpoints"))
+    by_step = {one.step: one for one in committed}  # the newest, where a step occurs twice
+    checkpoints = [by_step[step] for step in sorted(by_step)]
+    if len(checkpoints) < 2:
+        raise ConfigError(
+            f"{cfg.model} has {len(checkpoints)} checkpoint(s), a switch rate needs two: train with"
+            " training.keep_every and training.checkpoint_every set to the steps of an epoch"
+        )
+    _, numbers = scoring.check_data(cfg, load_export(checkpoints[-1].url))
+    items = [(one.url, number) for one in checkpoints for number in numbers]
+    ranked = scoring.run_on_data_set(assign, cfg, items, console, "switching.json")
+    found = {
+        one.step: dict(itertools.islice(ranked, k * len(numbers), (k + 1) * len(numbers)))
+        for k, one in enumerate(checkpoints)
+    }
+    tables = {
+        f"step-{step:09d}.csv": to_csv(("id", "permutation"), sorted(permutations.items()))
+        for step, permutations in found.items()
+    }
+    in_training = {one.step: permutations_in_training(one) for one in checkpoints}
+    results = {
+        "run": cfg.model,
+        "data": cfg.data,
+        "num_utterances": len(numbers),
+        **compare(found, read_metrics(cfg.model), in_training),
+        "versions": scoring.versions("torch", "numpy"),
+    }
+    rates = ", ".join(f"{100 * row['rate']:.1f}" for row in results["rates"])
+    console.print(f"labels switched, % from checkpoint to checkpoint: {rates}")
+    scoring.write_results(console, cfg.output, tables, results, "switching.json")
+    return results
+
+
+def assign(cfg: EvaluateConfig, items: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """The id and the rank of the best permutation for each (checkpoint, number of a mixture)."""
+    for url, group in itertools.groupby(items, key=lambda item: item[0]):
+        numbers = [number for _, number in group]
+        for batch, estimates_ST in scoring.separate_mixtures(replace(cfg, model=url), numbers):
+            assert batch.sources is not None
+            _, order_BS = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))
+            yield batch.ids[0], int(permutation_rank(order_BS))
+
+
+def permutations_in_training(one: Committed) -> Permutations:
+    """The permutations of the last whole epoch before a checkpoint, as the run saw its crops."""
+    return json.loads(read_file(one, "state.json"))["switches"]["previous"]
+
+
+def compare(
+    by_step: Mapping[int, Permutations],
+    metrics: Sequence[Mapping[str, float]],
+    in_training: Mapping[int, Permutations],
+) -> dict[str, Any]:
+    """Switch rates between consecutive checkpoints, compared with those measured in training.
+
+    A row has the steps `from` and `to`, `rate`, and `online`: the mean of `switching/rate` over the
+    epochs that ended in (from, to], None where there is none. `agreement` has the mean difference
+    and the correlation of the two rates, and the share of utterances with equal permutations.
+    """
+    steps = sorted(by_step)
+    rows = []
+    for before, after in itertools.pairwise(steps):
+        online = [
+            row["switching/rate"]
+            for row in metrics
+            if "switching/rate" in row and before < row["step"] <= after
+        ]
+        rate = 1 - share_equal(by_step[before], by_step[after])
+        mean = float(np.mean(online)) if online else None
+        rows.append({"from": before, "to": after, "rate": rate, "online": mean})
+    pairs = np.array([(row["rate"], row["online"]) for row in rows if row["online"] is not None])
+    same = [
+        share_equal(by_step[step], in_training[step])
+        for step in steps
+        if by_step[step].keys() & in_training[step].keys()
+    ]
+    varied = len(pairs) > 2 and (pairs.std(0) > 0).all()
+    agreement = {
+        "mean_difference": float((pairs[:, 0] - pairs[:, 1]).mean()) if len(pairs) else None,
+        "correlation": float(np.corrcoef(pairs.T)[0, 1]) if varied else None,
+        "equal_permutations": float(np.mean(same)) if same else None,
+    }
+    return {"rates": rows, "agreement": agreement}
+
+
+def share_equal(first: Permutations, second: Permutations) -> float:
+    """The share of the utterances in both that have equal permutations."""
+    both = first.keys() & second.keys()
+    return sum(first[id_] == second[id_] for id_ in both) / len(both)
