@@ -55,4 +55,4 @@ def load_estimator(url: str) -> nn.Module:
     return export.model
 
 
-load_model.path_arguments = ("url",)  # type: ignore[attr-defined]
+load_estimator.path_arguments = ("url",)  # type: ignore[attr-defined]
