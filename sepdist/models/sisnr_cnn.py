@@ -22,7 +22,7 @@ class SISNREstimator(nn.Module):
     `clipped`: ten times a sigmoid, so 0 to 10 dB, as published; else the number itself, at true scale.
     """
 
-    is_judge = True
+    estimates_si_snr = True
     output_parameters: tuple[str, ...] = ("head.2",)
 
     def __init__(self, clipped: bool = True) -> None:

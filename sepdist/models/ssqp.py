@@ -26,7 +26,7 @@ class SSQPNet(nn.Module):
     positions (Whisper) needs the length of the crops that it is trained on here: at others it is far off.
     """
 
-    is_judge = True
+    estimates_si_snr = True
     output_parameters: tuple[str, ...] = ("head",)
 
     def __init__(
