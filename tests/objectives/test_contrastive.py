@@ -209,7 +209,7 @@ def test_what_cannot_work_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match="ContextModel"):
         Contrastive(0).check_model(ConvTasNet(1, 16, compile=False))
     Contrastive(0).check_model(tiny_context())
-    with pytest.raises(ValueError, match="length 7 has room for 1 spans of 7, 2"):
+    with pytest.raises(ValueError, match="length 7 has room for 1 spans of 7, not for 2"):
         Contrastive(0, noise_probability=0.0)(Frames(1, 7), clean(1, 7))
     with pytest.raises(ValueError, match="needs noise"):
         Contrastive(0)(Frames(1, 100), clean(1, 100))
