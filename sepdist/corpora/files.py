@@ -22,9 +22,9 @@ def sample_key(name: str) -> str:
 
 def require_unique(keys: Iterable[str], where: str) -> None:
     """Raise ValueError naming a key that occurs twice."""
-    key, count = Counter(keys).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{where}: two items have the id {key!r}; rename or remove one of them")
+    for key, count in Counter(keys).most_common(1):
+        if count > 1:
+            raise ValueError(f"{where}: two items have the id {key!r}; rename or remove one")
 
 
 def require_files(paths: Iterable[Path], advice: str) -> None:

@@ -33,10 +33,10 @@ class SemiSupervised:
     """(1 - f) L_sup + f L_unsup (eq. 5), f = epoch / `ramp_epochs` (eq. 9) up to `max_weight`.
 
     L_sup is the negative SI-SNR of the best permutation, mean over a step's labelled batches (the
-    main data set); L_unsup is the negative SI-SNR from `estimator(mixture_BT, estimates_BST) -> [B,
-    S]`, mean over the unlabelled ones (`data_set`). The engine averages over all V batches, of
-    which the share p = `labelled_share` is labelled; so labelled losses are multiplied by (1 - f) /
-    p, the others by f / (1 - p). That is eq. 5 exactly if each step has p V labelled batches:
+    main data set). L_unsup is the negative of `estimator(mixture_BT, estimates_BST)`, [B, S] in dB,
+    mean over the unlabelled ones (`data_set`). The engine averages over all V batches, of which the
+    share p = `labelled_share` is labelled, so labelled losses are multiplied by (1 - f) / p and the
+    others by f / (1 - p). That is eq. 5 exactly if each step has p V labelled batches: with
     `data.interleave=even` and a whole p V. An epoch, counted from 0, is `epoch_samples` positions
     of both sets together.
 

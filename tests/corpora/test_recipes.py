@@ -223,5 +223,6 @@ def test_a_key_has_no_dot_and_a_published_name_can_be_recovered() -> None:
     fields = key.split("_")
     fields[1::2] = [field.replace("p", ".", 1) for field in fields[1::2]]
     assert "." not in key and "_".join(fields) == name
+    require_unique([], "here")
     with pytest.raises(ValueError, match="'b'"):
         require_unique(["a", "b", "b"], "here")
