@@ -9,7 +9,10 @@ from sepdist import seeding
 
 def test_the_same_arguments_give_the_same_numbers_in_another_process() -> None:
     here = seeding.rng(3, "crop", 17).integers(0, 2**31, 4).tolist()
-    code = "from sepdist import seeding; print(seeding.rng(3, 'crop', 17).integers(0, 2**31, 4).tolist())"
+    code = (
+        "from sepdist import seeding;"
+        "print(seeding.rng(3, 'crop', 17).integers(0, 2**31, 4).tolist())"
+    )
     there = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout

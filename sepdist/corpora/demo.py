@@ -1,8 +1,9 @@
-"""The demo corpus: two generated voices talking at once over noise, so that the whole system runs without a download.
+"""The demo corpus: two generated voices talking at once over noise; needs no download.
 
-In: nothing but a seed. Out: `Mixture` records whose s1, s2 and noise are spoken by eSpeak NG (the `demo` extra), with
-the levels of LibriMix (Cosentino et al. 2020, section 3.1). Voices, sentences and mixtures of train, dev and test are
-disjoint. A record's audio is a pure function of the arguments: the same bytes in every process and in every order.
+s1, s2 and noise are spoken by eSpeak NG (the extra `demo`) and have LibriMix's levels (Cosentino et
+al. 2020, section 3.1). Voices, sentences and mixtures of train, dev and test are disjoint. A
+record's audio is a pure function of the arguments: the same bytes in every process and in every
+order.
 """
 
 import contextlib
@@ -14,30 +15,28 @@ import signal
 import threading
 from _ctypes import dlclose
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyloudnorm
 import soxr
 
+from sepdist import audio
 from sepdist.config import ConfigError
 from sepdist.corpora.demo_text import sentence
+from sepdist.corpora.recipes import MAX_PEAK, NOISE_LUFS, SPEECH_LUFS
 from sepdist.data.records import Mixture
 from sepdist.seeding import derive, rng
 
-SPLITS = ("train", "dev", "test")
-SPEECH_LUFS = (-33.0, -25.0)
-NOISE_LUFS = (-38.0, -30.0)
-PEAK = 0.9
 SECONDS_PER_CHARACTER = 0.053  # of eSpeak at 175 words per minute, measured; only a first guess
 BABBLE_SECONDS = 12.0
+ESPEAK_RATE = 22050
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One speaker: accent and variant of eSpeak NG, pitch and range 0..99 (50: the variant's own), words per minute."""
+    """A speaker: eSpeak NG's accent and variant, pitch and range 0..99, words per minute."""
 
     sex: str
     accent: str
@@ -52,8 +51,8 @@ class Voice:
         return f"{self.sex}-{self.variant}-{self.accent}-{self.pitch}".lower()
 
 
-# No variant (the shape of the vocal tract) is in two splits. The variants Reed and
-# caleb cannot serve: their breath comes from the C library's rand(), which any thread of the process may advance.
+# No variant (the shape of the vocal tract) is in two splits. Reed and caleb are not used: their
+# breath comes from the C library's rand(), which any thread of the process may advance.
 _BASE_VOICES: dict[str, tuple[Voice, ...]] = {
     "train": (
         Voice("m", "en-us", "m1", 32, 55, 170),
@@ -101,111 +100,88 @@ _BASE_VOICES: dict[str, tuple[Voice, ...]] = {
 
 
 def _with_siblings(voices: tuple[Voice, ...]) -> tuple[Voice, ...]:
-    """The voices, and of each whose variant occurs once two more, of other pitch, accent and rate."""
+    """Add two siblings (other pitch, accent, rate) to each voice whose variant is used once."""
     variants = [voice.variant for voice in voices]
     accents = sorted({voice.accent for voice in voices})
     family = list(voices)
     for voice in voices:
-        if variants.count(voice.variant) == 1:
-            for shift, steps in ((27, 1), (54, 3)):
-                accent = accents[(accents.index(voice.accent) + steps) % len(accents)]
-                pitch = 10 + (voice.pitch - 10 + shift) % 80
-                family.append(
-                    Voice(
-                        voice.sex,
-                        accent,
-                        voice.variant,
-                        pitch,
-                        voice.range,
-                        voice.rate - shift // 4,
-                    )
-                )
+        for shift, steps in ((27, 1), (54, 3)) if variants.count(voice.variant) == 1 else ():
+            accent = accents[(accents.index(voice.accent) + steps) % len(accents)]
+            pitch, rate = 10 + (voice.pitch - 10 + shift) % 80, voice.rate - shift // 4
+            family.append(replace(voice, accent=accent, pitch=pitch, rate=rate))
     return tuple(family)
 
 
-# A network that hears 24 voices learns those 24; it takes more to serve voices it never heard.
+# A network trained on 24 voices learns those 24; more are needed for voices outside of training.
 VOICES = _BASE_VOICES | {"train": _with_siblings(_BASE_VOICES["train"])}
 
 
+@dataclass
 class DemoCorpus:
     """Mixtures of two generated voices and noise, `num_<split>` of them per split.
 
-    Each mixture is as long as the shorter of its two utterances ("min" mode), between `min_seconds` and `max_seconds`.
+    Each mixture is as long as the shorter of its two utterances ("min" mode), between `min_seconds`
+    and `max_seconds`.
 
     Raises:
         ConfigError: eSpeak NG is not installed, or an argument is out of its range.
     """
 
+    num_train: int = 1600
+    num_dev: int = 60
+    num_test: int = 60
+    seed: int = 0
+    sample_rate: int = 8000
+    min_seconds: float = 3.0
+    max_seconds: float = 5.0
     name = "demo"
 
-    def __init__(
-        self,
-        num_train: int = 1600,
-        num_dev: int = 60,
-        num_test: int = 60,
-        seed: int = 0,
-        sample_rate: int = 8000,
-        min_seconds: float = 3.0,
-        max_seconds: float = 5.0,
-    ) -> None:
-        if not 4000 <= sample_rate <= ESPEAK_RATE:
+    def __post_init__(self) -> None:
+        if not 4000 <= self.sample_rate <= ESPEAK_RATE:
             raise ConfigError(
-                f"demo corpus: sample_rate must be 4000 to {ESPEAK_RATE} Hz, it is {sample_rate}"
+                f"demo corpus: sample_rate={self.sample_rate}, must be 4000 to {ESPEAK_RATE} Hz"
             )
-        if not (min_seconds >= 2.0 and min_seconds + 1.0 <= max_seconds <= 60.0):
+        if not (self.min_seconds >= 2.0 and self.min_seconds + 1.0 <= self.max_seconds <= 60.0):
             raise ConfigError(
-                "demo corpus: needs 2 <= min_seconds, min_seconds + 1 <= max_seconds <= 60, "
-                f"has min_seconds={min_seconds}, max_seconds={max_seconds}"
+                "demo corpus: needs 2 <= min_seconds, min_seconds + 1 <= max_seconds <= 60, has "
+                f"min_seconds={self.min_seconds}, max_seconds={self.max_seconds}"
             )
-        self.num_mixtures = {"train": num_train, "dev": num_dev, "test": num_test}
-        for split, count in self.num_mixtures.items():
-            if count < 0:
-                raise ConfigError(f"demo corpus: num_{split} must not be negative, it is {count}")
+        for split in VOICES:
+            if (count := getattr(self, f"num_{split}")) < 0:
+                raise ConfigError(f"demo corpus: num_{split}={count} must not be negative")
         if importlib.util.find_spec("espeakng_loader") is None:
             raise ConfigError(
                 "demo corpus: its voices need eSpeak NG; run: pip install 'sepdist[demo]'"
             )
-        self.seed = seed
-        self.sample_rate = sample_rate
-        self.min_seconds = min_seconds
-        self.max_seconds = max_seconds
 
     def records(self, split: str) -> Iterator[Mixture]:
-        """The mixtures of one split, always the same ones in the same order."""
-        if split not in SPLITS:
-            raise ConfigError(f"demo corpus: no split {split!r}, it has {', '.join(SPLITS)}")
-        voices = VOICES[split]
-        for number in range(self.num_mixtures[split]):
+        """Yield the mixtures of a split, always the same ones in the same order."""
+        if split not in VOICES:
+            raise ConfigError(f"demo corpus: no split {split!r}, it has {', '.join(VOICES)}")
+        voices, seconds = VOICES[split], (self.min_seconds, self.max_seconds)
+        for number in range(getattr(self, f"num_{split}")):
             random = rng(self.seed, "demo mixture", split, number)
             first, second = random.choice(len(voices), size=2, replace=False)
-            spec = MixtureSpec(
-                seed=self.seed,
-                split=split,
-                number=number,
-                voices=(voices[first], voices[second]),
-                texts=(self._text(random, split), self._text(random, split)),
-                sample_rate=self.sample_rate,
-                seconds=(self.min_seconds, self.max_seconds),
-            )
+            pair = (voices[first], voices[second])
+            texts = (draw_text(random, split, seconds), draw_text(random, split, seconds))
+            spec = MixtureSpec(self.seed, split, number, pair, texts, self.sample_rate, seconds)
             yield Mixture(
                 id=f"demo-{split}-{number:06d}",
-                speakers=tuple(voice.name for voice in spec.voices),
+                speakers=tuple(voice.name for voice in pair),
                 sample_rate=self.sample_rate,
                 load=functools.partial(render, spec),
-                texts=spec.texts,
+                texts=texts,
             )
 
-    def _text(self, random: np.random.Generator, split: str) -> str:
-        """Sentences that take about as long as a length drawn between the two bounds."""
-        wanted = random.uniform(self.min_seconds, self.max_seconds) / SECONDS_PER_CHARACTER
-        text = ""
-        while len(text) < 0.75 * wanted:
-            tried = [sentence(random, split) for _ in range(6)]
-            text = min(
-                (f"{text} {more}".strip() for more in tried),
-                key=lambda joined: abs(len(joined) - wanted),
-            )
-        return text
+
+def draw_text(random: np.random.Generator, split: str, seconds: tuple[float, float]) -> str:
+    """Draw sentences that take about as long as a duration drawn between two bounds."""
+    wanted = random.uniform(*seconds) / SECONDS_PER_CHARACTER
+    text = ""
+    while len(text) < 0.75 * wanted:
+        tried = [f"{text} {sentence(random, split)}".strip() for _ in range(6)]
+        text = min(tried, key=lambda joined: abs(len(joined) - wanted))
+    return text
 
 
 @dataclass(frozen=True)
@@ -222,7 +198,7 @@ class MixtureSpec:
 
 
 def render(spec: MixtureSpec) -> dict[str, np.ndarray]:
-    """The s1, s2 and noise of one mixture, float32 [T] each; their sum stays within +-0.9."""
+    """Make the s1, s2 and noise of a mixture, float32 [T] each; their sum stays within +-0.9."""
     spoken = [
         speak_within(text, voice, spec.seconds, spec.sample_rate)
         for text, voice in zip(spec.texts, spec.voices, strict=True)
@@ -230,35 +206,32 @@ def render(spec: MixtureSpec) -> dict[str, np.ndarray]:
     length = min(len(wave) for wave in spoken)
     random = rng(spec.seed, "demo level", spec.split, spec.number)
     noise = make_noise(random, spec, length)
-    parts = {
-        "s1": set_loudness(spoken[0][:length], random.uniform(*SPEECH_LUFS), spec.sample_rate),
-        "s2": set_loudness(spoken[1][:length], random.uniform(*SPEECH_LUFS), spec.sample_rate),
-        "noise": set_loudness(noise, random.uniform(*NOISE_LUFS), spec.sample_rate),
-    }
-    peak = np.abs(np.sum(list(parts.values()), axis=0)).max()
-    gain = PEAK / peak if peak > PEAK else 1.0
-    return {name: (gain * wave).astype(np.float32) for name, wave in parts.items()}
+    waves = {"s1": spoken[0][:length], "s2": spoken[1][:length], "noise": noise}
+    for name, wave in waves.items():
+        lufs = random.uniform(*(NOISE_LUFS if name == "noise" else SPEECH_LUFS))
+        waves[name] = set_loudness(wave.astype(np.float64), lufs, spec.sample_rate)
+    peak = np.abs(np.sum(list(waves.values()), axis=0)).max()
+    gain = MAX_PEAK / peak if peak > MAX_PEAK else 1.0
+    return {name: (gain * wave).astype(np.float32) for name, wave in waves.items()}
 
 
 def set_loudness(wave: np.ndarray, lufs: float, sample_rate: int) -> np.ndarray:
-    """`wave` [T] at `lufs` (ITU-R BS.1770-4), or as loud as a peak of 0.9 allows."""
-    loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(wave.astype(np.float64))
-    levelled = wave * 10 ** ((lufs - loudness) / 20)
+    """Scale a float64 wave [T] to `lufs` (ITU-R BS.1770-4), or to peak 0.9 if it would clip."""
+    levelled = wave * audio.db_to_gain(lufs - audio.loudness(wave, sample_rate))
     peak = np.abs(levelled).max()
-    return levelled * (PEAK / peak) if peak >= 1.0 else levelled
+    return levelled * (MAX_PEAK / peak) if peak >= 1.0 else levelled
 
 
 def make_noise(random: np.random.Generator, spec: MixtureSpec, length: int) -> np.ndarray:
-    """Pink noise; in two of three mixtures with a babble of three to five voices that are not in the mixture."""
+    """Make pink noise, in two of three mixtures with a babble of three to five other voices."""
     noise = pink(random, length)
     noise /= np.sqrt(np.mean(noise**2))
     others = [number for number, voice in enumerate(VOICES[spec.split]) if voice not in spec.voices]
     if random.uniform() < 1 / 3:
         return noise
     babble = np.zeros(length)
-    for number in random.choice(
-        others, size=min(len(others), int(random.integers(3, 6))), replace=False
-    ):
+    count = min(len(others), int(random.integers(3, 6)))
+    for number in random.choice(others, size=count, replace=False):
         voice = babble_voice(spec.seed, spec.split, int(number), spec.sample_rate)
         start = int(random.integers(len(voice)))
         babble += np.take(voice, np.arange(start, start + length), mode="wrap")
@@ -267,7 +240,7 @@ def make_noise(random: np.random.Generator, spec: MixtureSpec, length: int) -> n
 
 
 def pink(random: np.random.Generator, length: int) -> np.ndarray:
-    """Noise [length] whose power falls by 3 dB per octave."""
+    """Draw noise [length] whose power falls by 3 dB per octave."""
     spectrum = np.fft.rfft(random.standard_normal(length))
     spectrum[0] = 0
     return np.fft.irfft(spectrum[1:] / np.sqrt(np.arange(1, len(spectrum))), n=length)
@@ -275,7 +248,7 @@ def pink(random: np.random.Generator, length: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def babble_voice(seed: int, split: str, number: int, sample_rate: int) -> np.ndarray:
-    """About 12 seconds of one voice of the split, level 1.0 RMS, for babble; made once per process."""
+    """Make about 12 seconds of one voice for babble, level 1.0 RMS, once per process."""
     random = rng(seed, "demo babble", split, number)
     text = " ".join(sentence(random, split) for _ in range(5))
     wave = speak(text, VOICES[split][number], VOICES[split][number].rate, sample_rate)
@@ -286,7 +259,7 @@ def babble_voice(seed: int, split: str, number: int, sample_rate: int) -> np.nda
 def speak_within(
     text: str, voice: Voice, seconds: tuple[float, float], sample_rate: int
 ) -> np.ndarray:
-    """The spoken text, float32 [T] with T/sample_rate within `seconds`; the voice hurries or drawls if it must."""
+    """Speak the text, float32 [T], at a rate that makes it last between the two `seconds`."""
     shortest, longest = seconds
     rate = voice.rate
     for _ in range(6):
@@ -301,13 +274,13 @@ def speak_within(
     )
 
 
-# --- eSpeak NG ---------------------------------------------------------------------------------------------------
-ESPEAK_RATE = 22050
-_SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: the callback has run when espeak_Synth returns
+# eSpeak NG's constants: espeak_AUDIO_OUTPUT, espeakCHARS_UTF8 and espeak_PARAMETER.
+_SYNCHRONOUS = 2  # the callback has run when espeak_Synth returns
 _UTF8 = 1
-_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4  # espeak_PARAMETER
+_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 _VOLUME_PERCENT = 50  # at 100 some variants clip inside eSpeak
-# The loader knows a copy by its path, /proc/self/fd/N, so two threads could be given one. eSpeak also sets the locale.
+# The loader knows a library by its path, here /proc/self/fd/N, so two threads could get the same
+# copy. eSpeak also sets the locale.
 _ONE_AT_A_TIME = threading.Lock()
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
@@ -315,7 +288,7 @@ _CALLBACK = ctypes.CFUNCTYPE(
 
 
 def speak(text: str, voice: Voice, rate: int, sample_rate: int) -> np.ndarray:
-    """`text` spoken at `rate` words per minute, float32 [T] at `sample_rate`, without the silence around it."""
+    """Speak a text at `rate` words per minute, float32 [T], without the silence around it."""
     seed = derive(0, "espeak", text, voice.name, rate) % 2**31
     with _ONE_AT_A_TIME:
         spoken = _synthesise(text, voice, rate, seed)
@@ -327,11 +300,11 @@ def speak(text: str, voice: Voice, rate: int, sample_rate: int) -> np.ndarray:
 
 
 def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
-    """int16 little-endian samples at 22,050 Hz.
+    """Return int16 little-endian samples at 22,050 Hz.
 
-    eSpeak keeps its oscillators, filters and random numbers in static variables that no call resets, so what it says
-    depends on what it said before. A copy of the library in an anonymous file is loaded for each call and dropped
-    again: its statics start from zero. That costs about 4 ms.
+    eSpeak keeps oscillators, filters and random numbers in static variables that no call resets, so
+    its output depends on what it said before. Therefore each call loads a fresh copy of the library
+    from an anonymous file, whose statics start from zero; that takes about 4 ms.
     """
     image, data_path = _library()
     descriptor = os.memfd_create("espeak-ng")
@@ -344,52 +317,41 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
     chunks: list[bytes] = []
 
     @_CALLBACK
-    def collect(
-        wave: "ctypes._Pointer[ctypes.c_short]", num_samples: int, events: int | None
-    ) -> int:
+    def collect(wave: Any, num_samples: int, events: int | None) -> int:
         if wave and num_samples > 0:
             chunks.append(ctypes.string_at(wave, 2 * num_samples))
         return 0
 
     try:
         found_rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data_path, 0)
-        assert found_rate == ESPEAK_RATE, f"eSpeak NG says {found_rate} Hz, not {ESPEAK_RATE}"
+        assert found_rate == ESPEAK_RATE, f"eSpeak NG gives {found_rate} Hz, not {ESPEAK_RATE}"
         library.espeak_SetSynthCallback(collect)
-        if library.espeak_SetVoiceByName(f"{voice.accent}+{voice.variant}".encode()) != 0:
-            raise ConfigError(
-                f"eSpeak NG has no voice {voice.accent}+{voice.variant}: install the pinned extra `demo`"
-            )
-        levels = (
-            (_RATE, rate),
-            (_VOLUME, _VOLUME_PERCENT),
-            (_PITCH, voice.pitch),
-            (_RANGE, voice.range),
-        )
-        for parameter, value in levels:
+        name = f"{voice.accent}+{voice.variant}"
+        if library.espeak_SetVoiceByName(name.encode()) != 0:
+            raise ConfigError(f"eSpeak NG has no voice {name}: install the pinned extra `demo`")
+        levels = {_RATE: rate, _VOLUME: _VOLUME_PERCENT, _PITCH: voice.pitch, _RANGE: voice.range}
+        for parameter, value in levels.items():
             status = library.espeak_SetParameter(parameter, value, 0)
             assert status == 0, f"eSpeak NG refused parameter {parameter} = {value}"
         library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         spoken = text.encode() + b"\0"
+        size = ctypes.c_size_t(len(spoken))
         with interrupts_afterwards():
-            status = library.espeak_Synth(
-                spoken, ctypes.c_size_t(len(spoken)), 0, 0, 0, _UTF8, None, None
-            )
+            status = library.espeak_Synth(spoken, size, 0, 0, 0, _UTF8, None, None)
         assert status == 0, f"eSpeak NG ended with status {status} on {text!r}"
         library.espeak_Terminate()
     finally:
         dlclose(library._handle)
     if not any(chunks):
-        raise ValueError(f"eSpeak NG said nothing for {text!r}")
+        raise ValueError(f"eSpeak NG gave no audio for {text!r}")
     return b"".join(chunks)
 
 
 @contextlib.contextmanager
 def interrupts_afterwards() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block: in a function that C calls back, it would be printed and lost."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is None
-    ):
+    """Delay Ctrl-C to the end of the block: in a callback from C it would be printed and lost."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     caught: list[tuple[Any, ...]] = []
@@ -404,9 +366,8 @@ def interrupts_afterwards() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _library() -> tuple[bytes, bytes]:
-    """The bytes of eSpeak NG's shared library, and the folder of its voices."""
+    """Return the bytes of eSpeak NG's shared library, and the path of its voices."""
     import espeakng_loader
 
-    return Path(espeakng_loader.get_library_path()).read_bytes(), str(
-        espeakng_loader.get_data_path()
-    ).encode()
+    library = Path(espeakng_loader.get_library_path()).read_bytes()
+    return library, str(espeakng_loader.get_data_path()).encode()

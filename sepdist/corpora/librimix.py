@@ -1,8 +1,8 @@
-"""LibriMix (Libri1Mix, Libri2Mix, Libri3Mix) -> Mixtures, in three ways, none of which writes audio.
+"""LibriMix (Libri1Mix, Libri2Mix, Libri3Mix) in three ways, none of which writes audio.
 
-In, one of: (a) LibriMix's metadata CSVs with LibriSpeech and WHAM! noise, mixed when a record is loaded, so that no
-generated copy (17 to 470 GB) is needed; (b) the folders that LibriMix's own script generated; (c) `draw`: new mixtures
-by LibriMix's rules from any LibriSpeech-shaped tree and any noise folders. Out: Mixtures with s1.. and "noise".
+From LibriMix's metadata CSVs with LibriSpeech and WHAM! noise, mixed when a record is loaded, so no
+generated copy (17 to 470 GB) is needed. From the folders that LibriMix's own script generated. Or
+by `draw`: new mixtures by LibriMix's rules from any tree like LibriSpeech's and any noise folders.
 
 "Libri1Mix" is mix_single of Libri2Mix: s1 and noise, in min mode as long as the PAIR.
 """
@@ -12,254 +12,206 @@ import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 from sepdist import audio, storage
-from sepdist.audio import AudioError
+from sepdist.corpora.files import load_generated, require_files, require_unique, sample_key
 from sepdist.corpora.librispeech import speaker_of, transcripts, utterance_paths
-from sepdist.corpora.recipes import Mode, Part, Recipe, draw, render, sample_key, unique
+from sepdist.corpora.recipes import Clip, Mode, Recipe, draw, render
 from sepdist.data.records import Mixture
 
-NOISE_SPLITS = {
-    "train": "tr",
-    "dev": "cv",
-    "test": "tt",
-}  # LibriMix's pairing of LibriSpeech with WHAM! splits
+# LibriMix's pairing of LibriSpeech's splits with WHAM!'s, by prefix.
+NOISE_SPLITS = {"train": "tr", "dev": "cv", "test": "tt"}
 
 
 def write_recipes(path: Path, recipes: Sequence[Recipe]) -> None:
-    """LibriMix's metadata CSV, gains to the last bit; a file with other content is an error, never overwritten."""
-    num_sources = len(recipes[0].sources)
-    header = ["mixture_ID"]
-    for number in range(1, num_sources + 1):
-        header += [f"source_{number}_path", f"source_{number}_gain"]
-    has_noise = recipes[0].noise is not None
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header + ["noise_path", "noise_gain"] * has_noise)
+    """Write LibriMix's metadata CSV, gains to the last bit; FileExistsError if another is there."""
+    rows = []
     for recipe in recipes:
-        row = [recipe.id]
-        for part in (*recipe.sources, *([recipe.noise] if recipe.noise is not None else [])):
-            row += [part.path, repr(part.gain)]
-        writer.writerow(row)
+        clips = {f"source_{i}": clip for i, clip in enumerate(recipe.sources, start=1)}
+        if recipe.noise is not None:
+            clips["noise"] = recipe.noise
+        row = {"mixture_ID": recipe.id}
+        for name, clip in clips.items():
+            row |= {f"{name}_path": clip.path, f"{name}_gain": repr(clip.gain)}
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     content = text.getvalue().encode()
-    if path.exists():
-        if path.read_bytes() == content:
-            return
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.put_bytes(str(path), content)
+    elif path.read_bytes() != content:
         raise FileExistsError(
             f"{path} holds other mixtures: remove it, or give another metadata_out or seed"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    storage.put_bytes(str(path), content)
 
 
 def read_recipes(path: Path, num_sources: int) -> list[Recipe]:
-    """The rows of a LibriMix metadata CSV with at least `num_sources` sources each; ValueError names file and line."""
+    """Read a LibriMix metadata CSV; ValueError names the file and line of a fault."""
     if not path.is_file():
-        there = ", ".join(
-            sorted(p.name for p in path.parent.glob("libri*mix_*.csv") if "_info" not in p.name)
+        tables = sorted(
+            p.name for p in path.parent.glob("libri*mix_*.csv") if "_info" not in p.name
         )
         raise ValueError(
-            f"{path}: no such metadata; {path.parent} has {there or 'no libri*mix_*.csv'}"
+            f"{path}: no such metadata; {path.parent} has "
+            f"{', '.join(tables) or 'no libri*mix_*.csv'}"
         )
     recipes = []
     with path.open(newline="", encoding="utf-8") as file:
         for line, row in enumerate(csv.DictReader(file), start=2):
+            names = [f"source_{number}" for number in range(1, num_sources + 1)]
+            names += ["noise"] if row.get("noise_path") else []
             try:
-                sources = tuple(
-                    Part(row[f"source_{number}_path"], float(row[f"source_{number}_gain"]))
-                    for number in range(1, num_sources + 1)
-                )
-                noise = (
-                    Part(row["noise_path"], float(row["noise_gain"]))
-                    if row.get("noise_path")
-                    else None
-                )
-                recipes.append(Recipe(row["mixture_ID"], sources, noise))
+                clips = [Clip(row[f"{name}_path"], float(row[f"{name}_gain"])) for name in names]
+                noise = clips[num_sources] if len(clips) > num_sources else None
+                recipes.append(Recipe(row["mixture_ID"], tuple(clips[:num_sources]), noise))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{path}, line {line}: not a row of libri{num_sources}mix metadata ({error!r}); its columns are "
-                    "mixture_ID, source_<i>_path, source_<i>_gain, noise_path, noise_gain"
+                    f"{path}, line {line}: not a row of libri{num_sources}mix metadata "
+                    f"({error!r}); its columns are mixture_ID, source_<i>_path, source_<i>_gain, "
+                    "noise_path, noise_gain"
                 ) from error
-    unique([recipe.id for recipe in recipes], str(path))
+    require_unique((recipe.id for recipe in recipes), str(path))
     return recipes
 
 
 def speaker_place(speaker: str) -> float:
-    """Where a speaker stands in [0, 1): a hash of the id, the same whoever else is in the corpus."""
+    """Hash a speaker's id to [0, 1), independent of the other speakers of the corpus."""
     return int.from_bytes(hashlib.sha256(speaker.encode()).digest()[:4]) / 2**32
 
 
-def load_generated(paths: tuple[tuple[str, str], ...], sample_rate: int) -> dict[str, np.ndarray]:
-    """The generated parts of one mixture, (member, path) each, float32 [T]; unequal lengths are an AudioError."""
-    parts: dict[str, np.ndarray] = {}
-    for member, path in paths:
-        wave, rate = audio.load_channel(path)
-        audio.require_rate(rate, sample_rate, path, exactly=True)
-        parts[member] = wave
-        if wave.size != parts[paths[0][0]].size:
-            raise AudioError(
-                f"{path}: {wave.size} samples where {paths[0][1]} has {parts[paths[0][0]].size}"
-            )
-    return parts
-
-
+@dataclass(kw_only=True)
 class LibriMix:
-    """One of three: `metadata` (a folder of CSVs), `generated` (the folder that holds wav8k/), or `draw`.
+    """One of `metadata` (a folder of CSVs), `generated` (it holds wav8k/) and `draw`.
 
-    `metadata` and `draw` need `speech_root` (the folder that holds the CSV's paths: LibriSpeech's) and, with `noise`,
-    `noise_root` (wham_noise). A split is that of the CSV, folder or tree: train-clean-100, train-100 or train. `draw`
-    makes `num_mixtures` from `seed`, uses utterances of at least `min_seconds` (LibriMix: 3), noise of `noise_split`
-    (None: the split's own name, else tr, cv, tt for train*, dev*, test*), only the `speakers` whose `speaker_place` is
-    in [from, to), so that two data sets of a split can have disjoint ones, and writes CSVs to `metadata_out` if given.
+    `metadata` and `draw` need `speech_root` (the CSV's paths start there: LibriSpeech's folder)
+    and, with `noise`, `noise_root` (wham_noise). Splits are those of the CSVs, folders or tree:
+    train-clean-100, train-100 or train.
+
+    `draw` makes `num_mixtures` from `seed` with utterances of at least `min_seconds` (LibriMix: 3).
+    Their noise comes from `noise_split` (None: the split's own name, else tr, cv, tt for train*,
+    dev*, test*). Only speakers whose `speaker_place` is in `speakers`, [from, to), are used, so
+    that two data sets of a split can have different ones. CSVs are written to `metadata_out` if
+    given.
     """
 
-    def __init__(
-        self,
-        *,
-        num_speakers: int = 2,
-        sample_rate: int = 8000,
-        mode: Mode = "min",
-        noise: bool = True,
-        speech_root: str | None = None,
-        noise_root: str | None = None,
-        metadata: str | None = None,
-        generated: str | None = None,
-        draw: bool = False,
-        num_mixtures: int = 0,
-        seed: int = 0,
-        noise_split: str | None = None,
-        min_seconds: float = 3.0,
-        speakers: Sequence[float] = (0.0, 1.0),
-        metadata_out: str | None = None,
-    ) -> None:
-        ways = [
-            name
-            for name, given in (("metadata", metadata), ("generated", generated), ("draw", draw))
-            if given
-        ]
+    num_speakers: int = 2
+    sample_rate: int = 8000
+    mode: Mode = "min"
+    noise: bool = True
+    speech_root: str | None = None
+    noise_root: str | None = None
+    metadata: str | None = None
+    generated: str | None = None
+    draw: bool = False
+    num_mixtures: int = 0
+    seed: int = 0
+    noise_split: str | None = None
+    min_seconds: float = 3.0
+    speakers: Sequence[float] = (0.0, 1.0)
+    metadata_out: str | None = None
+
+    def __post_init__(self) -> None:
+        ways = [name for name in ("metadata", "generated", "draw") if getattr(self, name)]
         if len(ways) != 1:
             raise ValueError(
                 f"LibriMix: give exactly one of metadata, generated and draw, not {ways or 'none'}"
             )
-        if mode not in ("min", "max"):
-            raise ValueError(f"LibriMix: mode is min or max, not {mode!r}")
-        if not 1 <= num_speakers <= 3:
-            raise ValueError(f"LibriMix: num_speakers is 1, 2 or 3, not {num_speakers}")
-        if generated is None and (speech_root is None or (noise and noise_root is None)):
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"LibriMix: mode is min or max, not {self.mode!r}")
+        if not 1 <= self.num_speakers <= 3:
+            raise ValueError(f"LibriMix: num_speakers is 1, 2 or 3, not {self.num_speakers}")
+        no_noise = self.noise and self.noise_root is None
+        if not self.generated and (self.speech_root is None or no_noise):
             raise ValueError(
                 f"LibriMix: {ways[0]} needs speech_root, and noise_root unless noise=false"
             )
-        if draw and num_mixtures < 1:
+        if self.draw and self.num_mixtures < 1:
             raise ValueError("LibriMix: draw needs num_mixtures, at least 1")
-        if len(speakers) != 2 or not 0 <= speakers[0] < speakers[1] <= 1:
+        if len(self.speakers) != 2 or not 0 <= self.speakers[0] < self.speakers[1] <= 1:
             raise ValueError(
-                f"LibriMix: speakers is [from, to) with 0 <= from < to <= 1, not {list(speakers)}"
+                "LibriMix: speakers is [from, to) with 0 <= from < to <= 1, not "
+                f"{list(self.speakers)}"
             )
-        self.name = f"libri{num_speakers}mix"
-        self.sample_rate = sample_rate
-        self.num_speakers = num_speakers
-        self.num_mixed = max(2, num_speakers)  # Libri1Mix is made from pairs
-        self.mode: Mode = mode
-        self.noise = noise
-        self.speech_root = Path(speech_root or "").expanduser()
-        self.noise_root = (
-            Path(noise_root).expanduser() if noise and noise_root is not None else None
-        )
-        self.metadata = Path(metadata).expanduser() if metadata else None
-        self.generated = Path(generated).expanduser() if generated else None
-        self.num_mixtures = num_mixtures
-        self.seed = seed
-        self.noise_split = noise_split
-        self.min_seconds = min_seconds
-        self.speakers = tuple(speakers)
-        self.metadata_out = Path(metadata_out).expanduser() if metadata_out else None
+        self.name = f"libri{self.num_speakers}mix"
+        self.speech = Path(self.speech_root or "").expanduser()
+        self.noises = Path(self.noise_root or "").expanduser() if self.noise else None
 
     def records(self, split: str) -> Iterator[Mixture]:
-        """The mixtures of a split, in the order of the metadata or of the draw."""
-        if self.generated is not None:
-            yield from self._generated_records(self.generated, split)
+        """Yield the mixtures of a split in the order of the metadata or of the draw."""
+        if self.generated:
+            yield from self._generated_records(Path(self.generated).expanduser(), split)
             return
         recipes = self.recipes(split)
-        self._require_files(recipes)
-        texts: dict[Path, dict[str, str]] = {}
+        files = [self.speech / clip.path for recipe in recipes for clip in recipe.sources]
+        if self.noises is not None:
+            files += [self.noises / recipe.noise.path for recipe in recipes if recipe.noise]
+        require_files(
+            files,
+            "check speech_root and noise_root; LibriMix's augment_train_noise.py makes the noises "
+            "ending in sp08 and sp12",
+        )
+        texts = cache(transcripts)
         for recipe in recipes:
-            spoken = []
-            for part in recipe.sources[: self.num_speakers]:
-                path = self.speech_root / part.path
-                if path.parent not in texts:
-                    texts[path.parent] = transcripts(path.parent)
-                spoken.append((speaker_of(path), texts[path.parent].get(path.stem, "")))
+            paths = [self.speech / clip.path for clip in recipe.sources[: self.num_speakers]]
             yield Mixture(
                 id=sample_key(recipe.id),
-                speakers=tuple(speaker for speaker, _ in spoken),
+                speakers=tuple(map(speaker_of, paths)),
                 sample_rate=self.sample_rate,
                 load=partial(
                     render,
                     recipe,
-                    str(self.speech_root),
-                    None if self.noise_root is None else str(self.noise_root),
+                    self.speech,
+                    self.noises,
                     self.sample_rate,
                     self.mode,
                     self.num_speakers,
                 ),
-                texts=tuple(text for _, text in spoken),
+                texts=tuple(texts(path.parent).get(path.stem, "") for path in paths),
             )
 
     def recipes(self, split: str) -> list[Recipe]:
-        """The recipes of a split, read from `metadata` or drawn (and then written to `metadata_out` if given)."""
-        file_name = f"libri{self.num_mixed}mix_{split}.csv"
-        if self.metadata is not None:
-            return read_recipes(self.metadata / file_name, self.num_mixed)
+        """Read the recipes of a split from `metadata`, or draw them and fill `metadata_out`."""
+        num_mixed = max(2, self.num_speakers)  # Libri1Mix is made from pairs
+        file_name = f"libri{num_mixed}mix_{split}.csv"
+        if self.metadata:
+            return read_recipes(Path(self.metadata).expanduser() / file_name, num_mixed)
         speakers: dict[str, list[Path]] = defaultdict(list)
-        for path in utterance_paths(self.speech_root, split):
+        for path in utterance_paths(self.speech, split):
             chosen = self.speakers[0] <= speaker_place(speaker_of(path)) < self.speakers[1]
             if chosen and audio.duration_seconds(path) >= self.min_seconds:
                 speakers[speaker_of(path)].append(path)
+        noises: list[Path] = []
+        if self.noises is not None:
+            noises = audio.find_files(self.noises / self._noise_split(self.noises, split))
         recipes = draw(
             speakers,
-            []
-            if self.noise_root is None
-            else audio.find_files(self.noise_root / self._noise_split(split)),
-            self.speech_root,
-            self.noise_root,
+            noises,
+            self.speech,
+            self.noises,
             num_mixtures=self.num_mixtures,
-            num_sources=self.num_mixed,
+            num_sources=num_mixed,
             seed=self.seed,
             split=split,
         )
-        if self.metadata_out is not None:
-            write_recipes(self.metadata_out / file_name, recipes)
+        if self.metadata_out:
+            write_recipes(Path(self.metadata_out).expanduser() / file_name, recipes)
         return recipes
 
-    def _noise_split(self, split: str) -> str:
-        assert self.noise_root is not None
+    def _noise_split(self, root: Path, split: str) -> str:
         if self.noise_split is not None:
             return self.noise_split
-        if (self.noise_root / split).is_dir():
+        if (root / split).is_dir():
             return split
         for prefix, name in NOISE_SPLITS.items():
             if split.startswith(prefix):
                 return name
         raise ValueError(f"LibriMix: no noise split goes with {split!r} by name; give noise_split")
-
-    def _require_files(self, recipes: Sequence[Recipe]) -> None:
-        paths = {self.speech_root / part.path for recipe in recipes for part in recipe.sources}
-        if self.noise_root is not None:
-            paths |= {
-                self.noise_root / recipe.noise.path
-                for recipe in recipes
-                if recipe.noise is not None
-            }
-        missing = sorted(str(path) for path in paths if not path.is_file())
-        if missing:
-            raise AudioError(
-                f"{missing[0]}: no such file ({len(missing)} of {len(paths)} are missing); check speech_root and "
-                "noise_root; LibriMix's augment_train_noise.py makes the noises ending in sp08 and sp12"
-            )
 
     def _generated_records(self, root: Path, split: str) -> Iterator[Mixture]:
         base = root / f"wav{self.sample_rate // 1000}k" / self.mode
@@ -269,40 +221,32 @@ class LibriMix:
         table = next((path for path in tables if path.is_file()), None)
         if table is None:
             raise ValueError(
-                f"none of {', '.join(map(str, tables))}: check the root, sample_rate, mode and split (its generated "
-                "name, such as train-100); where only mix_clean was generated, set noise=false"
+                f"none of {', '.join(map(str, tables))}: check the root, sample_rate, mode and "
+                "split (its generated name, such as train-100); where only mix_clean was "
+                "generated, set noise=false"
             )
-        members = [f"s{number}" for number in range(1, self.num_speakers + 1)] + [
-            "noise"
-        ] * self.noise
-        columns = [f"source_{m[1:]}_path" if m != "noise" else "noise_path" for m in members]
+        numbers = range(1, self.num_speakers + 1)
+        columns = {f"s{number}": f"source_{number}_path" for number in numbers}
+        columns |= {"noise": "noise_path"} if self.noise else {}
         with table.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        unique([row["mixture_ID"] for row in rows], str(table))
+        require_unique((row["mixture_ID"] for row in rows), str(table))
         for row in rows:
-            absent = [column for column in columns if not row.get(column)]
-            if absent:
-                raise ValueError(
-                    f"{table}: mixture {row['mixture_ID']} has no {absent[0]}; is num_speakers right?"
-                )
-            # The table's paths are absolute on the machine that generated it; their last two parts hold anywhere.
-            files = [
-                base.joinpath(split, *PurePosixPath(row[column]).parts[-2:]) for column in columns
-            ]
-            for path in files:
-                if not path.is_file():
-                    raise AudioError(
-                        f"{path}: no such file, but {table} lists it; generate the split again"
+            name = row["mixture_ID"]
+            for column in columns.values():
+                if not row.get(column):
+                    raise ValueError(
+                        f"{table}: mixture {name} has no {column}; is num_speakers right?"
                     )
+            # Absolute paths of the machine that generated them; the last two names hold anywhere.
+            paths = {
+                member: base.joinpath(split, *PurePosixPath(row[column]).parts[-2:])
+                for member, column in columns.items()
+            }
+            require_files(paths.values(), f"{table} lists it; generate the split again")
             yield Mixture(
-                id=sample_key(row["mixture_ID"]),
-                speakers=tuple(
-                    name.split("-")[0] for name in row["mixture_ID"].split("_")[: self.num_speakers]
-                ),
+                id=sample_key(name),
+                speakers=tuple(field.split("-")[0] for field in name.split("_")[: len(numbers)]),
                 sample_rate=self.sample_rate,
-                load=partial(
-                    load_generated,
-                    tuple(zip(members, map(str, files), strict=True)),
-                    self.sample_rate,
-                ),
+                load=partial(load_generated, paths, self.sample_rate),
             )

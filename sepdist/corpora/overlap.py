@@ -1,132 +1,111 @@
-"""LibriCSS-like test mixtures of LibriSpeech: an utterance whole, part of it spoken over -> Mixtures with transcript.
+"""LibriCSS-like test mixtures of LibriSpeech: one utterance, whole, with another talking into it.
 
-In: LibriSpeech, or any tree of its shape with transcripts. Out, for the split OV<percent>: s1, a target utterance, and
-s2, another speaker's, who talks into that share of it: at its beginning with the end of an utterance, or at its end
-with the beginning of one, as an utterance of LibriCSS is cut out of a meeting. Nothing is played back in a room.
-
-Targets, partners, levels and ends do not depend on the percentage, so that conditions differ by the overlap alone.
+In the split OV<percent>, s1 is the target utterance and s2 another speaker's, who talks into that
+share of it: at its start with the end of an utterance, or at its end with the start of one, as in
+an utterance cut from a LibriCSS meeting. There is no room acoustics. Targets, partners, levels and
+ends do not depend on the percentage, so conditions differ by the overlap alone.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from sepdist import audio
-from sepdist.corpora.librispeech import load, speaker_of, transcripts, utterance_paths
+from sepdist.corpora.files import load
+from sepdist.corpora.librispeech import speaker_of, transcripts, utterance_paths
 from sepdist.corpora.recipes import SPEECH_LUFS, guarded_gains
 from sepdist.data.records import Mixture
 from sepdist.seeding import rng
 
 
 def overlapped(
-    target: str,
-    other: str,
-    levels: tuple[float, float],
-    share: float,
-    at_end: bool,
-    sample_rate: int,
+    paths: tuple[str, ...], levels: tuple[float, ...], share: float, at_end: bool, sample_rate: int
 ) -> dict[str, np.ndarray]:
-    """s1 [T], the target, and s2 [T], silent but for round(share * T) samples of `other`; s1 alone where share is 0.
+    """Load the target as s1 [T], and as s2 [T] round(share * T) samples of the other, else silent.
 
-    `levels` in LUFS are of the whole utterances, with LibriMix's guards against clipping (`mixing.guarded_gains`).
+    Without a second path there is no s2. `levels` are those of the whole utterances in LUFS, with
+    LibriMix's guards against clipping (`guarded_gains`).
     """
-    waves = [load(path, sample_rate) for path in ((target, other) if share else (target,))]
-    heard = waves[:1]
-    if share:
-        count = min(round(share * waves[0].size), waves[1].size)
-        around = (waves[0].size - count, 0) if at_end else (0, waves[0].size - count)
-        heard.append(np.pad(waves[1][:count] if at_end else waves[1][-count:], around))
-    gains = guarded_gains(
-        levels[: len(waves)],
-        [
-            audio.loudness(wave, sample_rate, path)
-            for wave, path in zip(waves, (target, other), strict=False)
-        ],
-        [float(np.max(np.abs(wave))) for wave in waves],
-        lambda: heard,
-    )
-    return {
-        f"s{i}": wave * np.float32(gain)
-        for i, (wave, gain) in enumerate(zip(heard, gains, strict=True), start=1)
-    }
+    waves = [load(path, sample_rate) for path in paths]
+    members = waves[:1]
+    for wave in waves[1:]:
+        count = min(round(share * waves[0].size), wave.size)
+        rest = waves[0].size - count
+        piece = wave[:count] if at_end else wave[-count:]
+        members.append(np.pad(piece, (rest, 0) if at_end else (0, rest)))
+    both = zip(waves, paths, strict=True)
+    loudnesses = [audio.loudness(wave, sample_rate, path) for wave, path in both]
+    peaks = [float(np.max(np.abs(wave))) for wave in waves]
+    gains = guarded_gains(levels, loudnesses, peaks, lambda: members)
+    scaled = [wave * np.float32(gain) for wave, gain in zip(members, gains, strict=True)]
+    return {f"s{number}": wave for number, wave in enumerate(scaled, start=1)}
 
 
+@dataclass
 class Overlap:
-    """`num_mixtures` mixtures of the transcribed utterances in `root`/`speech_split`; a split is OV0, OV10, ..., OV100.
+    """`num_mixtures` mixtures of transcribed utterances; splits are OV0, OV10, ..., OV100.
 
-    Each utterance is the target once before any is twice; its partner is drawn by speaker, and long enough.
+    The utterances are those of `root`/`speech_split`. Each is the target once before any is twice;
+    its partner is long enough, of a speaker drawn at random.
     """
 
-    def __init__(
-        self,
-        root: str,
-        speech_split: str = "test",
-        num_mixtures: int = 100,
-        seed: int = 0,
-        sample_rate: int = 8000,
-    ) -> None:
-        self.name = "overlap"
-        self.root = Path(root).expanduser()
-        self.speech_split = speech_split
-        self.num_mixtures = num_mixtures
-        self.seed = seed
-        self.sample_rate = sample_rate
+    root: str
+    speech_split: str = "test"
+    num_mixtures: int = 100
+    seed: int = 0
+    sample_rate: int = 8000
+    name = "overlap"
 
     def records(self, split: str) -> Iterator[Mixture]:
-        """The mixtures of an overlap, always the same ones in the same order."""
+        """Yield the mixtures of an overlap, always the same ones in the same order."""
         found = re.fullmatch(r"OV(\d{1,3})", split)
         if found is None or int(found[1]) > 100:
             raise ValueError(
-                f"corpus overlap: a split is OV0 to OV100, the overlap in percent, not {split!r}"
+                f"corpus overlap: split {split!r} must be OV0 to OV100, the overlap in percent"
             )
         share = int(found[1]) / 100
-        texts: dict[Path, str] = {}
+        root = Path(self.root).expanduser()
+        read, texts = cache(transcripts), dict[Path, str]()
         speakers: dict[str, list[Path]] = defaultdict(list)
-        paths = utterance_paths(self.root, self.speech_split)
-        written = {folder: transcripts(folder) for folder in {path.parent for path in paths}}
-        for path in paths:
-            if text := written[path.parent].get(path.stem):
+        for path in utterance_paths(root, self.speech_split):
+            if text := read(path.parent).get(path.stem):
                 texts[path] = text
                 speakers[speaker_of(path)].append(path)
         if len(speakers) < 2:
             raise ValueError(
-                f"{self.root / self.speech_split}: {len(speakers)} speaker(s) with a transcript (*.trans.txt), "
-                "an overlap needs 2"
+                f"{root / self.speech_split}: {len(speakers)} speaker(s) with a transcript "
+                "(*.trans.txt), an overlap needs 2"
             )
         seconds = {path: audio.duration_seconds(path) for path in texts}
         for number in range(self.num_mixtures):
             turn, place = divmod(number, len(texts))
-            order = rng(self.seed, "overlap targets", self.speech_split, turn).permutation(
-                len(texts)
-            )
-            target = list(texts)[order[place]]
-            generator = rng(self.seed, "overlap mixture", self.speech_split, number)
-            levels = (
-                float(generator.uniform(*SPEECH_LUFS)),
-                float(generator.uniform(*SPEECH_LUFS)),
-            )
-            at_end = bool(generator.integers(2))
+            order = rng(self.seed, "overlap targets", self.speech_split, turn)
+            target = list(texts)[order.permutation(len(texts))[place]]
+            draw = rng(self.seed, "overlap mixture", self.speech_split, number)
+            levels = (float(draw.uniform(*SPEECH_LUFS)), float(draw.uniform(*SPEECH_LUFS)))
+            at_end = bool(draw.integers(2))
             names = [name for name in sorted(speakers) if name != speaker_of(target)]
-            drawn = [speakers[names[i]] for i in generator.permutation(len(names))]
-            others = [theirs[i] for theirs in drawn for i in generator.permutation(len(theirs))]
-            other = next(
-                (path for path in others if seconds[path] >= share * seconds[target]), None
-            )
+            drawn = [speakers[names[i]] for i in draw.permutation(len(names))]
+            others = [theirs[i] for theirs in drawn for i in draw.permutation(len(theirs))]
+            wanted = share * seconds[target]
+            other = next((path for path in others if seconds[path] >= wanted), None)
             if other is None:
                 raise ValueError(
-                    f"{target}: no other speaker has an utterance of {share * seconds[target]:.1f} s, {split} of it"
+                    f"{target}: no other speaker has an utterance of {wanted:.1f} s, {split} of it"
                 )
             both = (target, other) if share else (target,)
+            paths = tuple(map(str, both))
             yield Mixture(
                 id="_".join([f"{number:04d}", *(path.stem for path in both)]),
                 speakers=tuple(speaker_of(path) for path in both),
                 sample_rate=self.sample_rate,
                 load=partial(
-                    overlapped, str(target), str(other), levels, share, at_end, self.sample_rate
+                    overlapped, paths, levels[: len(both)], share, at_end, self.sample_rate
                 ),
                 texts=(texts[target], "")[: len(both)],
             )

@@ -1,4 +1,4 @@
-"""The samples of a finished data set as a corpus, to cut a subset of it into a data set of its own."""
+"""A finished data set as a corpus, to write a subset of it as a data set of its own."""
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
@@ -11,15 +11,18 @@ from sepdist.data.dataset import Dataset
 from sepdist.data.members import split_members
 from sepdist.data.records import Mixture
 from sepdist.data.shards import read_index, read_manifest
-from sepdist.inference.scoring import NO_LIMIT_SECONDS
+
+WHOLE_SECONDS = 1e6  # longer than any sample
 
 
 class Stored:
-    """A corpus whose records are the samples of the finished data set at `data`, in the order of its manifest.
+    """The samples of the finished data set at `data`, in the order of its manifest.
 
-    `split` only names the new data set. `noise=False` leaves the noise out, so that the mixtures are those that
-    training with `data.noise=false` knows. Raises DataError where there is no finished data set, ConfigError where its
-    mixtures are stored alone and noise cannot be left out.
+    `noise=False` leaves the noise out, as training with `data.noise=false` does.
+
+    Raises:
+        DataError: there is no finished data set.
+        ConfigError: the noise cannot be left out, because only mixtures are stored.
     """
 
     def __init__(
@@ -35,21 +38,25 @@ class Stored:
             raise ConfigError(
                 f"corpus.noise=false: {data} has mixtures only, with whatever noise is in them"
             )
-        self.place = (data, noise, cache_dir, cache_gigabytes)
+        self.source = (data, noise, cache_dir, cache_gigabytes)
 
     def records(self, split: str) -> Iterator[Mixture]:
-        """Every sample; its audio and its texts are read when it is loaded and written."""
-        samples = (
-            sample for shard in self.manifest.shards for sample in read_index(self.place[0], shard)
-        )
+        """Yield every sample, its audio and texts to be read later; `split` has no effect."""
+        shards = self.manifest.shards
+        samples = (one for shard in shards for one in read_index(self.source[0], shard))
         for number, sample in enumerate(samples):
-            read, tell = partial(load, *self.place, number), partial(texts, *self.place, number)
-            yield Mixture(sample.key, sample.speakers, self.sample_rate, read, metadata=tell)
+            yield Mixture(
+                id=sample.key,
+                speakers=sample.speakers,
+                sample_rate=self.sample_rate,
+                load=partial(load, self.source, number),
+                metadata=partial(texts, self.source, number),
+            )
 
 
 @lru_cache(maxsize=4)
 def open_data(url: str, noise: bool, cache_dir: str, cache_gigabytes: float) -> Dataset:
-    """The data set with all that its samples have, but without the noise if so asked."""
+    """Open a data set with all its members, the noise only if wanted; once per process."""
     members = read_manifest(url).members
     return Dataset(
         url,
@@ -60,15 +67,11 @@ def open_data(url: str, noise: bool, cache_dir: str, cache_gigabytes: float) -> 
     )
 
 
-def load(
-    url: str, noise: bool, cache_dir: str, cache_gigabytes: float, number: int
-) -> Mapping[str, np.ndarray]:
-    """The parts of sample `number`, whole."""
-    return open_data(url, noise, cache_dir, cache_gigabytes).item(number, NO_LIMIT_SECONDS).members
+def load(source: tuple[Any, ...], number: int) -> Mapping[str, np.ndarray]:
+    """Read the members of a sample, whole."""
+    return open_data(*source).item(number, WHOLE_SECONDS).members
 
 
-def texts(
-    url: str, noise: bool, cache_dir: str, cache_gigabytes: float, number: int, parts: Any
-) -> dict[str, Any]:
-    """What was said in sample `number`."""
-    return {"texts": open_data(url, noise, cache_dir, cache_gigabytes).metadata(number)["texts"]}
+def texts(source: tuple[Any, ...], number: int, members: Any) -> dict[str, Any]:
+    """Read the transcripts of a sample."""
+    return {"texts": open_data(*source).metadata(number)["texts"]}

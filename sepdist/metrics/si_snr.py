@@ -1,7 +1,8 @@
-"""Scale-invariant signal-to-noise ratio: estimates and sources in, decibels out; differentiable, in fp32 or wider.
+"""Scale-invariant signal-to-noise ratio (SI-SNR) in dB, differentiable, in fp32 or wider.
 
-The mean over time is removed first and 1e-8 guards every division and the logarithm, as in the published systems:
-a silent source gives -80 dB and a perfect estimate ends near 80 dB plus the level of its energy, never NaN.
+The mean over time is removed first and 1e-8 guards every division and the logarithm, as in
+published systems: a silent source gives -80 dB and a perfect estimate about 80 dB plus its energy
+in dB, never NaN.
 
 Shapes: B batch, S sources, T samples.
 """
@@ -23,13 +24,8 @@ def si_snr(estimates: Tensor, sources: Tensor, eps: float = 1e-8) -> Tensor:
     return 10 * torch.log10(projection.square().sum(-1) / (error.square().sum(-1) + eps) + eps)
 
 
-def si_snri(estimates: Tensor, sources: Tensor, mixture: Tensor) -> Tensor:
-    """Improvement in dB over the mixture taken as the estimate: [B, S, T], [B, S, T], [B, T] -> [B, S]."""
-    return si_snr(estimates, sources) - si_snr(mixture.unsqueeze(-2), sources)
-
-
 def pairwise_si_snr(estimates_BST: Tensor, sources_BST: Tensor) -> Tensor:
-    """SI-SNR in dB of every estimate against every source: [B, S, S], estimates along axis 1, sources along axis 2."""
+    """SI-SNR [B, S, S] in dB of each estimate (axis 1) against each source (axis 2)."""
     return si_snr(estimates_BST.unsqueeze(2), sources_BST.unsqueeze(1))
 
 

@@ -1,4 +1,4 @@
-"""The contract of a training objective: one call, and nine optional hooks with their defaults."""
+"""The contract between training and an objective: a call, hooks with defaults, and checks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -14,7 +14,11 @@ _T = TypeVar("_T")
 
 
 class Objective(Protocol):
-    """What training minimises; `with_defaults` adds the hooks that an objective does not define."""
+    """What training minimises; `with_defaults` adds the hooks that an objective does not define.
+
+    A class attribute `path_arguments` names constructor arguments that are paths: relative ones are
+    made absolute before workers elsewhere build the objective.
+    """
 
     num_extra_outputs: int  # trailing model outputs that are not speakers (another task's)
     num_loudest: int  # how many of the other outputs are speakers, by energy; 0 = all
@@ -24,7 +28,7 @@ class Objective(Protocol):
     observe: Callable[[Mapping[str, float]], None]  # gets the validation means, equal on all ranks
     state_dict: Callable[[], dict[str, Any]]  # JSON-able state for the checkpoint
     load_state_dict: Callable[[Mapping[str, Any]], None]
-    lineage: Callable[[], dict[str, Any]]  # where parts of the objective come from
+    lineage: Callable[[], dict[str, Any]]  # origins of the trained models inside the objective
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss (0-d) and the metrics of one batch.
@@ -53,3 +57,23 @@ def with_defaults(objective: _T) -> _T:
         if not hasattr(objective, name):
             setattr(objective, name, default)
     return objective
+
+
+def sources_of(batch: Batch) -> Tensor:
+    """Return the sources [B, S, T]; ValueError for a data set that has mixtures only."""
+    if batch.sources is None:
+        raise ValueError("this objective needs sources, but this data set has mixtures only")
+    return batch.sources
+
+
+def check_outputs(estimates: Tensor, targets: Tensor, advice: str) -> None:
+    """Raise ValueError with `advice` unless estimates and targets have the same shape."""
+    if estimates.shape != targets.shape:
+        shapes = f"{tuple(estimates.shape)}, but the targets are {tuple(targets.shape)} [B, S, T]"
+        raise ValueError(f"the model's estimates are {shapes}: {advice}")
+
+
+def check_data_set(batch: Batch, data_sets: tuple[str, ...]) -> None:
+    """Raise ValueError for a batch of a data set that the objective does not train on."""
+    if (name := batch.data_set) not in data_sets:
+        raise ValueError(f"this objective has no use for data set {name!r}, only for {data_sets}")

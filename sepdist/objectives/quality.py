@@ -1,7 +1,7 @@
-"""SI-SNR estimation: a batch with a separator's estimates in, the error of a judge's prediction in dB out.
+"""SI-SNR estimation: predict the SI-SNR of a separator's estimates without their sources.
 
-Paper 2, section 4.1: mean absolute error at true scale. The true SI-SNR is that of each estimate against the source
-whose place it has: estimates come in the order of the sources.
+Paper 2, section 4.1: mean absolute error in dB. Estimates come in the order of the sources, so the
+true SI-SNR is that of estimate i against source i.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from sepdist.data.records import Batch
 from sepdist.metrics.si_snr import si_snr
+from sepdist.objectives.contract import Metrics, sources_of
 
 
 class Quality:
-    """The mean absolute error, over sources and items, of the predicted SI-SNR; `limits` in dB clip what is learned.
+    """Mean absolute error of the predicted SI-SNR over sources and items.
 
-    Metrics per item, means over its sources, in dB and never clipped: `mae`, `bias` (predicted minus true), and
-    `predicted` and `true_si_snr` themselves.
+    `limits` ([low, high] in dB) clip the targets of the loss. Metrics per item, means over sources
+    in dB, never clipped: `mae`, `bias` (predicted minus true), `predicted` and `true_si_snr`.
     """
 
     def __init__(self, limits: Sequence[float] | None = None) -> None:
@@ -25,25 +26,30 @@ class Quality:
         self.limits = limits
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse a model that separates."""
+        """Raise ValueError for a separator."""
         if not getattr(model, "estimates_si_snr", False):
-            what = f"objective quality trains a model that judges estimates, a {type(model).__name__} makes them"
-            raise ValueError(f"{what}: set model=ssqp_wav2vec2, another ssqp_* or sisnr_cnn")
-
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one batch; needs `batch.sources` and `batch.estimates`."""
-        if batch.sources is None or batch.estimates is None:
-            lacking = "sources" if batch.sources is None else "estimates"
             raise ValueError(
-                f"objective quality needs sources and a separator's estimates; this data set has no {lacking}"
+                f"objective quality trains an SI-SNR estimator, but a {type(model).__name__} does "
+                "not estimate SI-SNR: set model=ssqp_wav2vec2, another ssqp_* or sisnr_cnn"
             )
-        true_BS = si_snr(batch.estimates, batch.sources)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Return loss and metrics; needs `batch.sources` and `batch.estimates`."""
+        sources_BST = sources_of(batch)
+        if batch.estimates is None:
+            raise ValueError(
+                "objective quality needs a separator's estimates, but this data set has none: "
+                "write one with corpus=separated"
+            )
+        true_BS = si_snr(batch.estimates, sources_BST)
         predicted_BS = model(batch.mixture, batch.estimates).float()
         if predicted_BS.shape != true_BS.shape:
             raise ValueError(
-                f"the model gives {tuple(predicted_BS.shape)} for {tuple(true_BS.shape)} [B, S] estimates"
+                f"the model predicts {tuple(predicted_BS.shape)} values for "
+                f"{tuple(true_BS.shape)} [B, S] estimates"
             )
         target_BS = true_BS if self.limits is None else true_BS.clamp(*self.limits)
+        loss = (predicted_BS - target_BS).abs().mean()
         error_BS = predicted_BS.detach() - true_BS
         metrics = {
             "mae": error_BS.abs(),
@@ -51,5 +57,4 @@ class Quality:
             "predicted": predicted_BS.detach(),
             "true_si_snr": true_BS,
         }
-        loss = (predicted_BS - target_BS).abs().mean()
         return loss, {name: values.mean(1) for name, values in metrics.items()}

@@ -1,7 +1,7 @@
-"""What the self-supervised objectives draw for one item: a generator of its position in, indices of spans out.
+"""Random spans and noise for the self-supervised objectives, one generator per item.
 
-All of it is made from the raw stream of the bit generator, the only one that NumPy keeps the same for ever, so that a
-run that goes on under another NumPy masks what it would have masked.
+Everything is drawn from the raw bit stream, the only one that NumPy keeps the same in all versions,
+so a resumed run masks what it would have masked under another NumPy too.
 """
 
 import numpy as np
@@ -9,28 +9,32 @@ import torch
 from torch import Tensor
 
 from sepdist.data.records import Batch
+from sepdist.objectives.contract import sources_of
 from sepdist.seeding import rng
 
 
 def generators(batch: Batch, seed: int, purpose: str) -> list[np.random.Generator]:
-    """One generator for each item, which depends on nothing but its position."""
+    """One generator per item, derived from its position alone."""
     return [rng(seed, purpose, position) for position in batch.positions.tolist()]
 
 
 def uniform(generator: np.random.Generator) -> float:
-    """A number in [0, 1)."""
+    """Draw a number in [0, 1)."""
     return (int(generator.bit_generator.random_raw()) >> 11) * 2.0**-53
 
 
 def span_starts(
     generator: np.random.Generator, length: int, span: int, share: float, least: int = 1
 ) -> np.ndarray:
-    """Where round(length * share / span) spans begin, or `least`: int64, different starts, overlap allowed."""
+    """Draw the starts, int64, of round(length * share / span) spans, or `least` if that is more.
+
+    The starts differ; spans may overlap.
+    """
     count = max(least, round(length * share / span))
     room = max(0, length - span + 1)
     if count > room:
         raise ValueError(
-            f"an item of length {length} has room for {room} spans of {span}, {count} are to be masked"
+            f"an item of length {length} has room for {room} spans of {span}, not for {count}"
         )
     starts: dict[int, None] = {}
     while len(starts) < count:
@@ -41,15 +45,16 @@ def span_starts(
 def noisy(
     batch: Batch, draws: list[np.random.Generator], probability: float, gain: float
 ) -> tuple[Tensor, Tensor]:
-    """The input and the clean first source, [B, T] each: with `probability`, `gain` times its noise is in the input."""
-    if batch.sources is None:
-        raise ValueError("this objective needs a clean source; this data set has mixtures only")
-    clean_BT = batch.sources[:, 0]
+    """Return the input and the clean first source, [B, T] each.
+
+    With `probability`, `gain` times the item's noise is added to its input.
+    """
+    clean_BT = sources_of(batch)[:, 0]
     if not probability:
         return clean_BT, clean_BT
     if batch.noise is None:
         raise ValueError(
-            f"noise_probability={probability} needs noise: set data.noise=true, or the probability to 0"
+            f"noise_probability={probability} needs noise: set data.noise=true, or it to 0"
         )
     gains_B = torch.tensor([gain if uniform(draw) < probability else 0.0 for draw in draws])
     return clean_BT + gains_B.to(clean_BT.device)[:, None] * batch.noise, clean_BT

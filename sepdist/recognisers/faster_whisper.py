@@ -1,7 +1,7 @@
-"""A recogniser: Whisper by `faster-whisper` (CTranslate2); a wave in, its text out. Needs the extra `whisper`.
+"""Recogniser: Whisper through `faster-whisper` (CTranslate2). Needs the extra `whisper`.
 
-Beam search at temperature 0 and nothing else, so that a wave always gives the same text: Whisper's usual second tries
-at higher temperatures draw at random.
+One beam search at temperature 0, so a wave always gives the same text: Whisper's usual retries at
+higher temperatures are random.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ RATE = 16000
 
 
 class FasterWhisper:
-    """`folder` is a local folder (model.bin, config.json, tokenizer.json, vocabulary) or a name such as base.en."""
+    """Transcribe with the model in `folder`: a local folder, or a name such as base.en."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class FasterWhisper:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"recogniser.folder={folder}: neither a local folder with a CTranslate2 Whisper model nor one that the "
-                f"hub gives here ({' '.join(str(error).split())[:200]}). Pass a folder that holds model.bin, "
+                f"recogniser.folder={folder}: no CTranslate2 Whisper model here or on the hub "
+                f"({' '.join(str(error).split())[:200]}). Pass a folder that holds model.bin, "
                 "config.json, tokenizer.json and vocabulary.json"
             ) from error
         self.beam_size, self.language = beam_size, language
 
     def __call__(self, wave_T: np.ndarray, sample_rate: int) -> str:
-        """What is said in a wave, with Whisper's capitals and punctuation."""
+        """Return the text, with Whisper's capitals and punctuation."""
         segments, _ = self.model.transcribe(
             audio.resample(wave_T, sample_rate, RATE),
             language=self.language,

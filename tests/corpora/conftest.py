@@ -1,4 +1,4 @@
-"""Tiny trees in the published layouts of LibriSpeech and WHAM! noise, of modulated noise at 16 kHz."""
+"""Tiny trees of modulated noise at 16 kHz in the layouts of LibriSpeech and WHAM! noise."""
 
 from pathlib import Path
 
@@ -42,7 +42,8 @@ def speech_root(tmp_path: Path) -> Path:
             "".join(lines)
         )
     (root / "SPEAKERS.TXT").write_text(
-        ";ID  |SEX| SUBSET           |MINUTES| NAME\n19   | F | train-clean-100  | 25.19 | Kara | Shallenberg\n"
+        ";ID  |SEX| SUBSET           |MINUTES| NAME\n"
+        "19   | F | train-clean-100  | 25.19 | Kara | Shallenberg\n"
         "26   | M | train-clean-100  | 25.08 | Denny Sayers\n"
     )
     return root

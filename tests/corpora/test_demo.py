@@ -1,4 +1,4 @@
-"""The demo corpus: real speech of different voices, LibriMix's levels, disjoint splits, the same bytes everywhere."""
+"""The demo corpus: distinct voices, LibriMix's levels, disjoint splits, reproducible bytes."""
 
 import ctypes
 import hashlib
@@ -91,8 +91,8 @@ def test_a_record_has_the_same_bytes_in_another_process_and_after_other_records(
     after_others = [digest(record) for record in reversed(records)][::-1]
     program = (
         "import sys, pickle, hashlib; record = pickle.loads(bytes.fromhex(sys.stdin.read()));"
-        "parts = record.load().items();"
-        "print(hashlib.sha256(b''.join(n.encode() + x.tobytes() for n, x in parts)).hexdigest())"
+        "members = record.load().items();"
+        "print(hashlib.sha256(b''.join(n.encode() + x.tobytes() for n, x in members)).hexdigest())"
     )
     for number in (0, 3):
         alone = subprocess.run(
@@ -123,27 +123,29 @@ def test_threads_do_not_disturb_each_other() -> None:
     assert together == [digest(record) for record in records]
 
 
-def test_records_are_light_and_say_who_speaks_what(mixtures: list) -> None:
-    for record, parts in mixtures:
+def test_records_are_small_and_name_speakers_and_texts(mixtures: list) -> None:
+    for record, members in mixtures:
         assert len(pickle.dumps(record)) < 2000
         assert len(set(record.speakers)) == 2 and len(record.texts) == 2 and all(record.texts)
-        assert set(parts) == {"s1", "s2", "noise"} and record.sample_rate == RATE
+        assert set(members) == {"s1", "s2", "noise"} and record.sample_rate == RATE
         assert record.speakers[0] in {voice.name for voice in EVERY_VOICE}
         assert "." not in record.id and "/" not in record.id
 
 
-def test_parts_have_one_length_within_the_bounds_and_the_sum_does_not_clip(mixtures: list) -> None:
-    for _, parts in mixtures:
-        assert {x.dtype for x in parts.values()} == {np.dtype(np.float32)}
-        assert len({len(x) for x in parts.values()}) == 1
-        assert 3.0 <= len(parts["s1"]) / RATE <= 5.0
-        assert np.abs(sum(parts.values())).max() <= 0.9 + 1e-6
+def test_members_have_one_length_within_the_bounds_and_the_sum_does_not_clip(
+    mixtures: list,
+) -> None:
+    for _, members in mixtures:
+        assert {x.dtype for x in members.values()} == {np.dtype(np.float32)}
+        assert len({len(x) for x in members.values()}) == 1
+        assert 3.0 <= len(members["s1"]) / RATE <= 5.0
+        assert np.abs(sum(members.values())).max() <= 0.9 + 1e-6
 
 
 def test_levels_are_those_of_librimix(mixtures: list) -> None:
     meter = pyloudnorm.Meter(RATE)
-    for _, parts in mixtures:
-        peak = max(np.abs(x).max() for x in (*parts.values(), sum(parts.values())))
+    for _, members in mixtures:
+        peak = max(np.abs(x).max() for x in (*members.values(), sum(members.values())))
         if peak > 0.89:
             continue  # turned down as a whole
         for name, (lowest, highest) in {
@@ -151,7 +153,7 @@ def test_levels_are_those_of_librimix(mixtures: list) -> None:
             "s2": (-33, -25),
             "noise": (-38, -30),
         }.items():
-            loudness = meter.integrated_loudness(parts[name].astype(np.float64))
+            loudness = meter.integrated_loudness(members[name].astype(np.float64))
             assert lowest - 0.05 <= loudness <= highest + 0.05
 
 

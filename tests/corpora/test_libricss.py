@@ -26,7 +26,7 @@ def meeting_name(percent: int, session: int, silence: str = "0.1_1.0") -> str:
 def write_meeting(
     root: Path, condition: str, name: str, utterances: dict[int, tuple[str, np.ndarray]]
 ) -> None:
-    """A meeting as LibriCSS publishes it: `utterances` by number, the wave on channel 0 and other noise on the rest."""
+    """Write a meeting as LibriCSS publishes it, each wave on channel 0 and noise on the others."""
     lines = []
     for number, (text, wave) in utterances.items():
         others = [signal(100 + channel, wave.size) for channel in range(6)]
@@ -130,15 +130,15 @@ def test_shards_keep_the_transcripts_of_mixtures_without_sources(
     assert (written.num_samples, written.members, written.num_speakers) == (4, ("mix",), 0)
     assert verify(output) == []
     with tarfile.open(next(output.glob("*.tar"))) as tar:
-        facts = [
+        found = [
             json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")
         ]
-    assert {one["id"]: one["texts"] for one in facts} == {
+    assert {one["id"]: one["texts"] for one in found} == {
         record.id: list(record.texts) for record in LibriCss(str(root)).records("OV20")
     }
 
 
-def test_what_is_missing_is_one_error_that_names_it(root: Path) -> None:
+def test_missing_files_and_lines_are_one_error_that_names_them(root: Path) -> None:
     def message(split: str) -> str:
         with pytest.raises(ValueError) as caught:
             list(LibriCss(str(root)).records(split))

@@ -1,4 +1,4 @@
-"""LibriMix from its metadata, from generated folders and by drawing, on tiny trees in the published layouts."""
+"""LibriMix from its metadata, from generated folders and by drawing, on tiny trees."""
 
 import csv
 import hashlib
@@ -22,7 +22,8 @@ HEADER = (
     "mixture_ID,source_1_path,source_1_gain,source_2_path,source_2_gain,noise_path,noise_gain\n"
 )
 ROW = (
-    "19-7-0002_26-7-0000,train-clean-100/19/7/19-7-0002.flac,0.5,train-clean-100/26/7/26-7-0000.flac,0.25,"
+    "19-7-0002_26-7-0000,train-clean-100/19/7/19-7-0002.flac,0.5,"
+    "train-clean-100/26/7/26-7-0000.flac,0.25,"
     "tr/40na010x_1.9857_01xo031a_-1.9857.wav,2.25\n"
 )
 
@@ -65,7 +66,7 @@ def test_a_row_of_the_metadata_is_mixed_as_librimixs_scripts_do(
         and record.sample_rate == 8000
     )
     assert record.texts == ("WORDS OF 19-7-0002", "WORDS OF 26-7-0000")
-    parts = pickle.loads(pickle.dumps(record)).load()
+    loaded = pickle.loads(pickle.dumps(record)).load()
 
     first = read(speech_root / SPLIT / "19" / "7" / "19-7-0002.flac")
     second = read(speech_root / SPLIT / "26" / "7" / "26-7-0000.flac")
@@ -78,7 +79,7 @@ def test_a_row_of_the_metadata_is_mixed_as_librimixs_scripts_do(
     for member, wave, gain in (("s1", first, 0.5), ("s2", second, 0.25), ("noise", noise, 2.25)):
         expected = np.clip(scipy.signal.resample_poly(gain * wave, 8000, 16000), -1, 1)
         expected = np.pad(expected, (0, 9002 - len(expected)))[:length]
-        np.testing.assert_allclose(parts[member], expected, atol=STEP / 2)
+        np.testing.assert_allclose(loaded[member], expected, atol=STEP / 2)
 
 
 def test_libri1mix_is_the_first_source_and_the_noise_at_the_pairs_length(
@@ -113,12 +114,13 @@ def test_a_draw_written_as_csv_reads_back_to_the_same_audio(
             speech_root, noise_root, num_speakers=num_speakers, metadata_out=str(tmp_path / "md")
         ).records(SPLIT)
     )
-    arguments = {
-        "speech_root": str(speech_root),
-        "noise_root": str(noise_root),
-        "metadata": str(tmp_path / "md"),
-    }
-    back = list(LibriMix(num_speakers=num_speakers, **arguments).records(SPLIT))  # type: ignore[arg-type]
+    corpus = LibriMix(
+        num_speakers=num_speakers,
+        speech_root=str(speech_root),
+        noise_root=str(noise_root),
+        metadata=str(tmp_path / "md"),
+    )
+    back = list(corpus.records(SPLIT))
     assert len(drawn) == 6 and same_audio(drawn, back)
     assert all(len(set(record.speakers)) == num_speakers for record in drawn)
     with (tmp_path / "md" / f"libri{max(2, num_speakers)}mix_{SPLIT}.csv").open() as file:
@@ -139,10 +141,10 @@ def test_a_draw_is_the_same_again_and_its_mixtures_never_clip(
         records[:3], list(drawing(speech_root, noise_root, num_mixtures=3, seed=6).records(SPLIT))
     )
     for record in records:
-        parts = record.load()
+        members = record.load()
         assert (
-            np.abs(sum(parts.values())).max() < 0.95
-            and len({wave.size for wave in parts.values()}) == 1
+            np.abs(sum(members.values())).max() < 0.95
+            and len({wave.size for wave in members.values()}) == 1
         )
 
 
@@ -184,7 +186,7 @@ def test_utterances_below_the_least_length_are_not_drawn(
     speech_root: Path, noise_root: Path
 ) -> None:
     records = drawing(speech_root, noise_root, min_seconds=1.1, num_mixtures=4).records(SPLIT)
-    # 26-7-0000 (18,004 samples), 103-7-000{0,1} and 1034-7-0000 last at least 1.1 s (17,600 samples).
+    # 26-7-0000 (18,004 samples), 103-7-000{0,1} and 1034-7-0000 have at least 17,600 samples.
     assert {speaker for record in records for speaker in record.speakers} <= {"26", "103", "1034"}
 
 
@@ -203,7 +205,7 @@ def test_the_noise_split_follows_from_the_speech_split(
 
 
 def generated_tree(root: Path, kind: str) -> dict[str, np.ndarray]:
-    """What LibriMix's script leaves, moved: the paths in its table are those of another machine."""
+    """Write the output of LibriMix's script; the paths in its table are of another machine."""
     base, columns = root / "wav8k" / "min", ["source_1_path", "source_2_path", "noise_path"]
     if kind == "mix_clean":
         columns = columns[:2]
@@ -240,9 +242,9 @@ def test_a_generated_folder_is_read_wherever_it_was_moved(
     corpus = LibriMix(generated=str(tmp_path), num_speakers=num_speakers, noise=noise)
     (record,) = corpus.records("train-100")
     assert record.id == "19-7-0_26-7-0" and record.speakers == ("19", "26")[:num_speakers]
-    parts = pickle.loads(pickle.dumps(record)).load()
-    assert list(parts) == members
-    for member, wave in parts.items():
+    loaded = pickle.loads(pickle.dumps(record)).load()
+    assert list(loaded) == members
+    for member, wave in loaded.items():
         np.testing.assert_allclose(wave, waves[member], atol=STEP)
 
 

@@ -16,8 +16,9 @@ from tests.corpora.conftest import signal, write
 def test_every_utterance_comes_once_in_order_with_speaker_sex_and_text(speech_root: Path) -> None:
     records = list(LibriSpeech(str(speech_root)).records("train-clean-100"))
     assert [record.id for record in records] == [
-        "103-7-0000", "103-7-0001", "1034-7-0000", "19-7-0000", "19-7-0001", "19-7-0002", "26-7-0000",
-    ]  # fmt: skip
+        *("103-7-0000", "103-7-0001", "1034-7-0000", "19-7-0000", "19-7-0001", "19-7-0002"),
+        "26-7-0000",
+    ]
     assert [record.speaker for record in records] == ["103", "103", "1034", "19", "19", "19", "26"]
     assert [record.sex for record in records] == ["", "", "", "F", "F", "F", "M"]
     assert records[4].text == "WORDS OF 19-7-0001"

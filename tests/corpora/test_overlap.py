@@ -1,4 +1,4 @@
-"""LibriCSS-like mixtures of a small LibriSpeech tree: who speaks into whom, how long, where and how loud."""
+"""Overlapped mixtures of a small LibriSpeech tree: pairs of speakers, lengths, places, levels."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ def corpus(root: Path, **changes: object) -> Overlap:
     return Overlap(**({"root": str(root), "speech_split": SPLIT, "num_mixtures": 14} | changes))
 
 
-def scaled_copy(part: np.ndarray, whole: np.ndarray) -> bool:
-    """Whether a part is a piece of the wave times a factor, to the precision of float32."""
-    return abs(np.dot(part, whole) / np.linalg.norm(part) / np.linalg.norm(whole)) > 1 - 1e-6
+def scaled_copy(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether one wave is the other times a factor, to the precision of float32."""
+    return abs(np.dot(first, second) / np.linalg.norm(first) / np.linalg.norm(second)) > 1 - 1e-6
 
 
 @pytest.mark.parametrize("percent", [10, 40])
@@ -34,8 +34,8 @@ def test_another_speaker_talks_into_that_share_of_a_whole_utterance_at_one_of_it
         assert record.speakers == (target.split("-")[0], other.split("-")[0])
         assert record.speakers[0] != record.speakers[1]
         assert record.texts == (f"WORDS OF {target}", "")
-        parts = record.load()
-        s1, s2 = parts["s1"], parts["s2"]
+        members = record.load()
+        s1, s2 = members["s1"], members["s2"]
         assert s1.dtype == s2.dtype == np.float32 and s1.size == s2.size
         assert scaled_copy(s1, originals[target].load())
         count = round(percent / 100 * s1.size)
@@ -56,9 +56,9 @@ def test_both_are_as_loud_as_in_librimix_and_the_sum_peaks_at_0_9_at_most(
 ) -> None:
     meter, levels = pyloudnorm.Meter(8000), []
     for record in corpus(speech_root).records("OV30"):
-        parts = record.load()
-        levels.append(meter.integrated_loudness(parts["s1"]))
-        assert np.abs(parts["s1"] + parts["s2"]).max() < 0.9 + 1e-6
+        members = record.load()
+        levels.append(meter.integrated_loudness(members["s1"]))
+        assert np.abs(members["s1"] + members["s2"]).max() < 0.9 + 1e-6
     assert all(SPEECH_LUFS[0] - 0.1 < level < SPEECH_LUFS[1] + 0.1 for level in levels)
     assert max(levels) - min(levels) > 2
 

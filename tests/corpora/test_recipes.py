@@ -1,4 +1,4 @@
-"""LibriMix's arithmetic and draw, against NumPy, SciPy and pyloudnorm used on their own."""
+"""LibriMix's arithmetic and draw, against plain NumPy, SciPy and pyloudnorm."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,8 @@ import soundfile
 from sepdist import audio
 from sepdist.audio import AudioError
 from sepdist.corpora import recipes
-from sepdist.corpora.recipes import Part, Recipe, choose, draw, extend_noise, render
+from sepdist.corpora.files import require_unique, sample_key
+from sepdist.corpora.recipes import Clip, Recipe, choose, draw, extend_noise, render
 
 STEP = 1 / 32768
 
@@ -31,7 +32,7 @@ def write(path: Path, wave: np.ndarray, rate: int = 16000) -> Path:
 
 @pytest.fixture
 def pool(tmp_path: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Three speakers, one of whom has most of the utterances, and two noises, of levels that need every guard."""
+    """Four speakers, most utterances of one, and two noises, at levels that need every guard."""
     speakers = {
         name: [
             write(
@@ -56,7 +57,8 @@ def drawn(
     tmp_path: Path, pool: tuple[dict[str, list[Path]], list[Path]], **changes: object
 ) -> list[Recipe]:
     arguments = {"num_mixtures": 30, "num_sources": 2, "seed": 3, "split": "train"} | changes
-    return draw(*pool, tmp_path / "speech", tmp_path / "noise", **arguments)  # type: ignore[arg-type]
+    roots = (tmp_path / "speech", tmp_path / "noise")
+    return draw(*pool, *roots, **arguments)  # type: ignore[arg-type]
 
 
 def test_a_constant_noise_stays_constant_through_every_cross_fade() -> None:
@@ -81,7 +83,7 @@ def test_an_extended_noise_repeats_between_fades_of_half_a_hann_window() -> None
 def test_noise_shorter_than_the_fade_is_extended_too(size: int) -> None:
     extended = extend_noise(np.ones(size), 1000, 3000)
     assert extended.size == 3000
-    # Between one and two fades the recipe fades a seam twice, so only there the constant is not kept.
+    # Between one and two fades a seam is faded twice, so only there the constant is not kept.
     assert np.abs(extended - 1).max() < (1e-12 if size <= 501 else 1.0)
 
 
@@ -92,30 +94,30 @@ def test_long_noise_is_cut_and_a_noise_of_nothing_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("mode", "length"), [("min", 5001), ("max", 6500)])
-def test_a_recipe_is_rendered_as_scaled_resampled_and_fitted_parts(
+def test_a_recipe_is_rendered_as_scaled_resampled_and_fitted_members(
     tmp_path: Path, mode: str, length: int
 ) -> None:
     waves = {"a": wave_of(1, 10001, 0.1), "b": wave_of(2, 13000, 0.1), "n": wave_of(3, 20000, 0.1)}
     for name, wave in waves.items():
         write(tmp_path / f"{name}.wav", wave)
-    recipe = Recipe("x", (Part("a.wav", 0.7), Part("b.wav", 1.3)), Part("n.wav", 0.21))
-    parts = render(recipe, str(tmp_path), str(tmp_path), 8000, mode, 2)  # type: ignore[arg-type]
-    assert list(parts) == ["s1", "s2", "noise"]
+    recipe = Recipe("x", (Clip("a.wav", 0.7), Clip("b.wav", 1.3)), Clip("n.wav", 0.21))
+    members = render(recipe, tmp_path, tmp_path, 8000, mode, 2)  # type: ignore[arg-type]
+    assert list(members) == ["s1", "s2", "noise"]
     for member, name, gain in (("s1", "a", 0.7), ("s2", "b", 1.3), ("noise", "n", 0.21)):
         kept = waves[name].astype(np.float64)[:13000]
         expected = scipy.signal.resample_poly(gain * kept, 1, 2)
         expected = np.concatenate([expected, np.zeros(length)])[:length]
-        assert parts[member].dtype == np.float32
-        np.testing.assert_allclose(parts[member], expected, atol=STEP / 2)
+        assert members[member].dtype == np.float32
+        np.testing.assert_allclose(members[member], expected, atol=STEP / 2)
 
 
 def test_a_libri1mix_item_is_the_first_source_at_the_length_of_its_pair(tmp_path: Path) -> None:
     for name, size in (("a", 9000), ("b", 6000), ("n", 9000)):
         write(tmp_path / f"{name}.wav", wave_of(size, size, 0.1), 8000)
-    recipe = Recipe("x", (Part("a.wav", 1.0), Part("b.wav", 1.0)), Part("n.wav", 1.0))
-    parts = render(recipe, str(tmp_path), str(tmp_path), 8000, "min", 1)
-    assert {name: wave.size for name, wave in parts.items()} == {"s1": 6000, "noise": 6000}
-    assert list(render(recipe, str(tmp_path), None, 8000, "max", 2)) == ["s1", "s2"]
+    recipe = Recipe("x", (Clip("a.wav", 1.0), Clip("b.wav", 1.0)), Clip("n.wav", 1.0))
+    members = render(recipe, tmp_path, tmp_path, 8000, "min", 1)
+    assert {name: wave.size for name, wave in members.items()} == {"s1": 6000, "noise": 6000}
+    assert list(render(recipe, tmp_path, None, 8000, "max", 2)) == ["s1", "s2"]
 
 
 def test_files_of_different_rates_in_one_mixture_are_an_error_that_names_one(
@@ -123,16 +125,14 @@ def test_files_of_different_rates_in_one_mixture_are_an_error_that_names_one(
 ) -> None:
     write(tmp_path / "a.wav", wave_of(1, 9000, 0.1), 16000)
     write(tmp_path / "b.wav", wave_of(1, 9000, 0.1), 8000)
-    recipe = Recipe("x", (Part("a.wav", 1.0), Part("b.wav", 1.0)), None)
+    recipe = Recipe("x", (Clip("a.wav", 1.0), Clip("b.wav", 1.0)), None)
     with pytest.raises(AudioError, match=r"b\.wav: its rate is 8000 Hz.*16000"):
-        render(recipe, str(tmp_path), None, 8000, "min", 2)
+        render(recipe, tmp_path, None, 8000, "min", 2)
     with pytest.raises(ValueError, match="no noise"):
-        render(
-            Recipe("x", (Part("a.wav", 1.0),), None), str(tmp_path), str(tmp_path), 8000, "min", 1
-        )
+        render(Recipe("x", (Clip("a.wav", 1.0),), None), tmp_path, tmp_path, 8000, "min", 1)
 
 
-def test_speakers_are_drawn_alike_however_many_utterances_they_have(
+def test_speakers_are_equally_likely_however_many_utterances_they_have(
     pool: tuple[dict[str, list[Path]], list[Path]],
 ) -> None:
     paths = {name: [Path(f"{name}/{i}") for i in range(40)] for name in "wxyz"}
@@ -147,13 +147,12 @@ def test_speakers_are_drawn_alike_however_many_utterances_they_have(
 def test_a_draw_depends_on_seed_and_split_and_a_longer_one_begins_with_a_shorter(
     tmp_path: Path, pool: tuple[dict[str, list[Path]], list[Path]]
 ) -> None:
-    recipes = drawn(tmp_path, pool)
-    assert recipes == drawn(tmp_path, pool)
-    assert recipes[:10] == drawn(tmp_path, pool, num_mixtures=10)
-    assert recipes != drawn(tmp_path, pool, seed=4) and recipes != drawn(
-        tmp_path, pool, split="dev"
-    )
-    assert len({recipe.id for recipe in recipes}) == len(recipes)
+    first = drawn(tmp_path, pool)
+    assert first == drawn(tmp_path, pool)
+    assert first[:10] == drawn(tmp_path, pool, num_mixtures=10)
+    assert first != drawn(tmp_path, pool, seed=4)
+    assert first != drawn(tmp_path, pool, split="dev")
+    assert len({recipe.id for recipe in first}) == len(first)
 
 
 def test_drawn_gains_give_the_drawn_loudness_and_librimixs_two_guards(
@@ -180,7 +179,7 @@ def test_drawn_gains_give_the_drawn_loudness_and_librimixs_two_guards(
         outcomes["source guarded"] += guarded
         outcomes["mixture lowered"] += lowered
         outcomes["as drawn"] += not guarded and not lowered
-        gains = [*(part.gain for part in recipe.sources), recipe.noise.gain]
+        gains = [*(clip.gain for clip in recipe.sources), recipe.noise.gain]
         for gain, wave, raw in zip(gains, scaled, [*waves, noise], strict=True):
             np.testing.assert_allclose(gain * raw, wave * factor, atol=STEP / 4)
         assert (
@@ -202,15 +201,13 @@ def test_a_draw_decodes_each_file_once(
         return original(path, stop)
 
     monkeypatch.setattr(audio, "load_channel", counting)
-    recipes = drawn(tmp_path, pool)
+    first = drawn(tmp_path, pool)
     assert set(decoded.values()) == {1} and len(decoded) == 14
-    monkeypatch.setattr(
-        recipes, "KEPT_BYTES", 50_000
-    )  # too little memory changes the work, not the result
-    assert drawn(tmp_path, pool) == recipes
+    monkeypatch.setattr(recipes, "KEPT_BYTES", 50_000)  # too little memory changes only the work
+    assert drawn(tmp_path, pool) == first
 
 
-def test_a_draw_that_cannot_be_had_is_an_error_with_the_numbers(
+def test_an_impossible_draw_is_an_error_with_the_numbers(
     tmp_path: Path, pool: tuple[dict[str, list[Path]], list[Path]]
 ) -> None:
     with pytest.raises(ValueError, match="'train' has 4 speakers, a mixture needs 5"):
@@ -222,9 +219,10 @@ def test_a_draw_that_cannot_be_had_is_an_error_with_the_numbers(
 
 def test_a_key_has_no_dot_and_a_published_name_can_be_recovered() -> None:
     name = "40na010p_1.9857_01po031a_-1.9857"
-    key = recipes.sample_key(name)
+    key = sample_key(name)
     fields = key.split("_")
     fields[1::2] = [field.replace("p", ".", 1) for field in fields[1::2]]
     assert "." not in key and "_".join(fields) == name
+    require_unique([], "here")
     with pytest.raises(ValueError, match="'b'"):
-        recipes.unique(["a", "b", "b"], "here")
+        require_unique(["a", "b", "b"], "here")

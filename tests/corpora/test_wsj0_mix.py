@@ -1,4 +1,4 @@
-"""WSJ0-2mix from its lists and from the generated tree, against the published recipe written out in NumPy."""
+"""WSJ0-2mix from its lists and from the generated tree, against the published recipe in NumPy."""
 
 import pickle
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_line_of_the_list_is_mixed_to_the_very_16_bit_steps(
 ) -> None:
     (record,) = Wsj0Mix(**arguments, mode=mode).records("tr")  # type: ignore[arg-type]
     assert (record.id, record.speakers, record.sample_rate) == (KEY, ("40n", "01x"), 8000)
-    parts = pickle.loads(pickle.dumps(record)).load()
+    members = pickle.loads(pickle.dumps(record)).load()
     root = Path(arguments["wsj0"]) / "si_tr_s"
     scaled = []
     for path, level, decibels in (
@@ -61,9 +61,9 @@ def test_a_line_of_the_list_is_mixed_to_the_very_16_bit_steps(
     assert gain > 1.2  # the published levels do clip without it
     for member, source in zip(("s1", "s2"), scaled, strict=True):
         steps = np.round(source / gain * 32768)
-        assert parts[member].dtype == np.float32
-        np.testing.assert_allclose(parts[member] * 32768, steps, atol=0.01)
-    np.testing.assert_allclose(parts["s1"] + parts["s2"], mixture / gain, atol=1 / 32768)
+        assert members[member].dtype == np.float32
+        np.testing.assert_allclose(members[member] * 32768, steps, atol=0.01)
+    np.testing.assert_allclose(members["s1"] + members["s2"], mixture / gain, atol=1 / 32768)
 
 
 def test_a_generated_tree_gives_the_same_records(arguments: dict[str, Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""CC: the loss against a brute force in float64, which frames are hidden and compared, and a model that learns it."""
+"""CC: the loss against brute force in float64, hidden and compared frames, a model that learns."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,12 @@ from sepdist.data.records import Batch
 from sepdist.models.context import ContextModel
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.contrastive import Contrastive
+from sepdist.seeding import rng
 from tests.support.batches import batch_of, voices
 
 
 class Frames(nn.Module):
-    """Features and predictions that are its parameters, one frame per 10 samples; keeps what was hidden."""
+    """Outputs its parameters, one frame per 10 samples, and keeps its inputs."""
 
     def __init__(self, num_items: int, num_frames: int) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ def tiny_context(**options: object) -> ContextModel:
 def brute_force(
     features: np.ndarray, predictions: np.ndarray, places: list[int], temperature: float
 ) -> float:
-    """Every target against all others, written as wav2vec 2.0, equation 3."""
+    """Compare every target with all others, after equation 3 of wav2vec 2.0."""
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         return float(a @ b / np.sqrt((a @ a) * (b @ b)))
@@ -93,8 +94,8 @@ def test_the_loss_is_the_cross_entropy_of_every_target_among_its_negatives(
         )
         expected = brute_force(features, predictions, places, 0.1)
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
-        best = [max(places, key=lambda o, p=p: np.dot(features[o], predictions[p]) / np.linalg.norm(features[o]))
-                for p in places]  # fmt: skip
+        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+        best = [max(places, key=lambda other, p=p: unit[other] @ predictions[p]) for p in places]
         assert float(metrics["accuracy"][0]) == pytest.approx(
             np.mean([p == b for p, b in zip(places, best, strict=True)])
         )
@@ -125,8 +126,6 @@ def test_spans_of_seven_frames_are_hidden_and_their_centres_are_the_targets() ->
 def test_negatives_are_different_other_targets_half_of_them_where_they_are_too_few(
     wanted: int, num_targets: int, expected: int
 ) -> None:
-    from sepdist.seeding import rng
-
     rows = Contrastive(0, num_negatives=wanted)._negatives(rng(0, "x"), num_targets)
     assert rows.shape == (num_targets, expected)
     for target, row in enumerate(rows.tolist()):
@@ -171,8 +170,8 @@ def test_loss_and_masks_of_an_item_depend_on_its_position_alone() -> None:
     for item in (2, 0, 1):
         one = batch_of(batch.sources[item : item + 1], batch.noise[item : item + 1])
         one.positions = batch.positions[item : item + 1]
-        part, its_metrics = objective(model, one)
-        alone.append(float(part.detach()))
+        loss_alone, its_metrics = objective(model, one)
+        alone.append(float(loss_alone.detach()))
         assert float(its_metrics["accuracy"][0]) == float(metrics["accuracy"][item])
     assert float(loss.detach()) == pytest.approx(np.mean(alone), rel=1e-5)
 
@@ -192,7 +191,7 @@ def test_the_gradient_reaches_all_of_the_model_but_the_separators_decoder() -> N
     assert without == ["separator.decoder.weight"]
 
 
-def test_some_hundred_steps_on_one_batch_learn_to_tell_hidden_frames_apart() -> None:
+def test_some_hundred_steps_on_one_batch_learn_to_distinguish_hidden_frames() -> None:
     model = tiny_context(dropout=0.0)
     batch = batch_of(voices(2, 1, 2000), 0.01 * torch.randn(2, 2000))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -210,7 +209,7 @@ def test_what_cannot_work_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match="ContextModel"):
         Contrastive(0).check_model(ConvTasNet(1, 16, compile=False))
     Contrastive(0).check_model(tiny_context())
-    with pytest.raises(ValueError, match="length 7 has room for 1 spans of 7, 2"):
+    with pytest.raises(ValueError, match="length 7 has room for 1 spans of 7, not for 2"):
         Contrastive(0, noise_probability=0.0)(Frames(1, 7), clean(1, 7))
     with pytest.raises(ValueError, match="needs noise"):
         Contrastive(0)(Frames(1, 100), clean(1, 100))

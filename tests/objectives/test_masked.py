@@ -1,4 +1,4 @@
-"""MAMA: what the model gets, which samples count, and the loss, read off samples that tell where they are."""
+"""MAMA: input, counted samples and loss, read off samples that encode their index."""
 
 import contextlib
 
@@ -17,7 +17,7 @@ LENGTH, SPAN = 4000, 80
 
 
 class Recorder(nn.Module):
-    """Answers with its parameters and keeps what it was given."""
+    """Outputs its parameters and keeps its input."""
 
     def __init__(self, num_items: int, length: int = LENGTH) -> None:
         super().__init__()
@@ -31,12 +31,12 @@ class Recorder(nn.Module):
 
 
 def ramps(num_items: int, length: int = LENGTH) -> Tensor:
-    """[B, 1, T] in which every sample is another number: 1, 2, ... and in the next item from a million on."""
+    """Sources [B, 1, T] of distinct samples: 1, 2, ..., in the next item from a million on."""
     return (torch.arange(length) + 1.0 + 1e6 * torch.arange(num_items)[:, None])[:, None]
 
 
 def seen(batch: Batch, **options: float) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """The input, which samples count (those whose estimate has a gradient), the loss and the metrics."""
+    """Input, counted samples (whose estimate has a gradient), loss and metrics."""
     model = Recorder(*batch.mixture.shape)
     loss, metrics = Masked(seed=5, **({"noise_probability": 0.0} | options))(model, batch)
     loss.backward()
@@ -48,9 +48,7 @@ def runs(mask: Tensor) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def test_zeroed_spans_are_ten_milliseconds_of_about_a_seventh_of_the_item_and_the_loss_is_their_mean_error() -> (
-    None
-):
+def test_the_loss_is_the_mean_error_on_zeroed_spans_of_ten_milliseconds() -> None:
     batch = batch_of(ramps(3))
     given, counts, loss, metrics = seen(batch, replace=0.0, keep=0.0)
     assert torch.equal(given == 0, counts), "what is zero is what counts"
@@ -119,9 +117,7 @@ def test_noise_is_added_to_some_items_at_half_its_level_and_the_target_stays_cle
     assert torch.allclose(metrics["l1"], expected.detach())
 
 
-def test_a_channel_mask_takes_one_band_of_frequencies_out_of_the_whole_item_and_all_samples_count() -> (
-    None
-):
+def test_a_channel_mask_removes_one_band_from_the_whole_item_and_all_samples_count() -> None:
     torch.manual_seed(0)
     batch = batch_of(torch.randn(40, 1, 400))
     given, counts, _, _ = seen(batch, band_share=0.2, keep=1.0, replace=0.0)
@@ -136,15 +132,15 @@ def test_a_channel_mask_takes_one_band_of_frequencies_out_of_the_whole_item_and_
     assert torch.equal(counts.all(1), widths > 0)
 
 
-def test_what_is_masked_depends_on_the_position_alone() -> None:
+def test_masks_depend_on_the_position_alone() -> None:
     batch = batch_of(ramps(5), torch.randn(5, LENGTH))
     batch.positions = torch.tensor([7, 100, 3, 12, 51])
     objective = Masked(seed=5, noise_probability=0.5)
     together, _, counts = objective.alter(batch)
     for order in ([4, 1, 0, 2, 3], [2], [0, 3]):
-        part = batch_of(batch.sources[order], batch.noise[order])
-        part.positions = batch.positions[order]
-        altered, _, counted = objective.alter(part)
+        some = batch_of(batch.sources[order], batch.noise[order])
+        some.positions = batch.positions[order]
+        altered, _, counted = objective.alter(some)
         assert torch.equal(altered, together[order]) and torch.equal(counted, counts[order])
     assert not torch.equal(Masked(seed=6, noise_probability=0.5).alter(batch)[2], counts), (
         "another seed"
@@ -205,5 +201,5 @@ def test_what_cannot_work_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"replace=0\.7, keep=0\.6"):
         Masked(seed=0, replace=0.7, keep=0.6)
     batch.sources = None
-    with pytest.raises(ValueError, match="clean source"):
+    with pytest.raises(ValueError, match="needs sources"):
         Masked(seed=0)(Recorder(1), batch)

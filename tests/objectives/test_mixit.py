@@ -1,4 +1,4 @@
-"""MixIT: the best division of outputs between two mixtures, by brute force; and a model that learns from it."""
+"""MixIT: the best division of outputs between two mixtures by brute force; a model that learns."""
 
 import dataclasses
 import itertools
@@ -90,7 +90,7 @@ def test_a_labelled_batch_is_scored_by_pit_against_its_sources_and_silence() -> 
                 decibels(waves[item, j] - outputs[item, m], waves[item, j], 30.0)
                 for j, m in enumerate((first, second))
             ]
-            # Silence: 10 log10 (|estimate|^2 + tau |mixture|^2), here relative to the mixture's energy.
+            # Silence: 10 log10 (|estimate|^2 + tau |mixture|^2), relative to the mixture's energy.
             losses += [decibels(outputs[item, m], mixtures[item], 30.0) for m in others]
             totals.append(np.mean(losses))
         expected.append(min(totals))
@@ -98,7 +98,7 @@ def test_a_labelled_batch_is_scored_by_pit_against_its_sources_and_silence() -> 
     assert metrics["mixture_snr"].numel() == 0 and metrics["si_snr"].shape == (2,)
 
 
-def test_the_loudest_outputs_are_scored_and_beside_them_the_best_ones() -> None:
+def test_the_loudest_outputs_are_scored_and_also_the_best_ones() -> None:
     torch.manual_seed(3)
     sources = torch.randn(1, 2, 1000)
     right = (sources + 0.3 * torch.randn_like(sources))[0]
@@ -108,22 +108,22 @@ def test_the_loudest_outputs_are_scored_and_beside_them_the_best_ones() -> None:
     _, metrics = MixIT()(model, batch)
     best = float(si_snr(right, sources[0]).mean())
     louder = right[int(right[1].norm() > right[0].norm())]
-    heard = max(
+    loudest = max(
         float(si_snr(torch.stack(two), sources[0]).mean())
         for two in ((louder, loud), (loud, louder))
     )
     assert float(metrics["oracle_si_snr"]) == pytest.approx(best, abs=1e-4)
-    assert float(metrics["si_snr"]) == pytest.approx(heard, abs=1e-4) and heard < best - 10
+    assert float(metrics["si_snr"]) == pytest.approx(loudest, abs=1e-4) and loudest < best - 10
     before = float(si_snr(batch.mixture, sources[0]).mean())
-    assert float(metrics["si_snri"]) == pytest.approx(heard - before, abs=1e-4)
+    assert float(metrics["si_snri"]) == pytest.approx(loudest - before, abs=1e-4)
 
 
-def test_batches_of_both_kinds_name_the_same_measures_and_the_weight_is_of_the_unlabelled() -> None:
+def test_batches_of_both_kinds_name_the_same_metrics_and_the_weight_is_of_the_unlabelled() -> None:
     torch.manual_seed(0)
     batch, model = batch_of(torch.randn(2, 2, 200)), Fixed(torch.randn(1, 4, 200))
     whole, one = MixIT(data_set="unlabelled")(model, unlabelled(batch))
-    part, other = MixIT(data_set="unlabelled", unlabelled_weight=0.25)(model, unlabelled(batch))
-    assert float(part.detach()) == pytest.approx(0.25 * float(whole.detach()))
+    weighted, other = MixIT(data_set="unlabelled", unlabelled_weight=0.25)(model, unlabelled(batch))
+    assert float(weighted.detach()) == pytest.approx(0.25 * float(whole.detach()))
     _, labelled = MixIT(data_set="unlabelled")(Fixed(torch.randn(2, 4, 200)), batch)
     assert one.keys() == other.keys() == labelled.keys()
     assert {name for name, value in one.items() if value.numel()} == {"mixture_snr"}
@@ -132,15 +132,17 @@ def test_batches_of_both_kinds_name_the_same_measures_and_the_weight_is_of_the_u
 
 def test_what_does_not_fit_is_refused_with_what_to_set() -> None:
     batch = batch_of(torch.randn(3, 2, 100))
-    with pytest.raises(ValueError, match=r"data\.micro_batch=3 even"):
+    with pytest.raises(ValueError, match=r"data\.micro_batch=3 must be even"):
         MixIT()(Fixed(torch.randn(1, 4, 100)), batch)
-    with pytest.raises(ValueError, match=r"no use for 'other', only for \('main', 'more'\)"):
+    with pytest.raises(
+        ValueError, match=r"no use for data set 'other', only for \('main', 'more'\)"
+    ):
         MixIT(data_set="more")(
             Fixed(torch.randn(1, 4, 100)), dataclasses.replace(batch, data_set="other")
         )
     with pytest.raises(ValueError, match=r"2 outputs, the data 3 sources.*num_speakers=2"):
         MixIT()(Fixed(torch.randn(1, 2, 100)).eval(), batch_of(torch.randn(1, 3, 100)))
-    with pytest.raises(ValueError, match="need sources"):
+    with pytest.raises(ValueError, match="needs sources"):
         MixIT()(Fixed(torch.randn(2, 4, 100)).eval(), dataclasses.replace(batch, sources=None))
 
 

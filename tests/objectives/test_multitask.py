@@ -56,7 +56,7 @@ def test_a_batch_of_the_other_set_is_scored_by_the_last_output_against_the_first
     )
 
 
-def test_both_tasks_name_the_same_measures_and_leave_the_other_ones_empty() -> None:
+def test_both_tasks_name_the_same_metrics_and_leave_the_other_ones_empty() -> None:
     batch, model = batch_of(torch.randn(2, 2, 300)), Fixed(torch.randn(2, 3, 300))
     names = {"si_snr": 2, "si_snri": 2, "enhancement_si_snr": 0, "enhancement_si_snri": 0}
     _, metrics = MultiTask()(model, batch)
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused_with_what_to_set() -> None:
     batch = batch_of(torch.randn(1, 2, 100))
     with pytest.raises(ValueError, match=r"2 outputs.*model\.num_speakers=3"):
         MultiTask()(Fixed(torch.randn(1, 2, 100)), batch)
-    with pytest.raises(ValueError, match=r"no task for the data set 'typo'"):
+    with pytest.raises(ValueError, match=r"no use for data set 'typo'"):
         MultiTask()(Fixed(torch.randn(1, 3, 100)), of("typo", batch))
     batch.sources = None
     for data_set in ("main", "enhancement"):

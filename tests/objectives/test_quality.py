@@ -1,4 +1,4 @@
-"""The objective of a judge against numpy, and a judge in the places where separators are used."""
+"""SI-SNR estimation against NumPy, and an SI-SNR estimator where a separator is expected."""
 
 import json
 import sys
@@ -24,8 +24,8 @@ from tests.inference.test_evaluation import oracle_si_snr
 from tests.support.batches import batch_of, voices
 
 
-class Says(nn.Module):
-    """Predicts its parameters, and looks at what it is given."""
+class Constant(nn.Module):
+    """Predicts its parameters, and keeps its inputs."""
 
     def __init__(self, prediction: Tensor) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Says(nn.Module):
         return self.prediction
 
 
-def judged(num_items: int = 3) -> tuple[Batch, np.ndarray]:
+def scored(num_items: int = 3) -> tuple[Batch, np.ndarray]:
     """A batch with estimates in the order of the sources, and their SI-SNR [B, S]."""
     batch = batch_of(voices(num_items, 2, 800))
     noise = torch.randn(num_items, 2, 800, generator=torch.Generator().manual_seed(0))
@@ -48,9 +48,9 @@ def judged(num_items: int = 3) -> tuple[Batch, np.ndarray]:
 
 
 def test_loss_and_metrics_are_the_errors_in_decibels() -> None:
-    batch, true = judged()
+    batch, true = scored()
     predicted = torch.tensor([[3.0, -4.0], [30.0, 10.0], [0.0, 0.0]])
-    model = Says(predicted)
+    model = Constant(predicted)
     loss, metrics = Quality()(model, batch)
     error = predicted.numpy() - true
     assert loss.item() == pytest.approx(np.abs(error).mean(), abs=1e-4)
@@ -65,32 +65,32 @@ def test_loss_and_metrics_are_the_errors_in_decibels() -> None:
 
 
 def test_limits_clip_what_is_learned_and_not_what_is_measured() -> None:
-    batch, true = judged()
+    batch, true = scored()
     assert true.max() > 10 and true.min() < 0
     predicted = torch.full((3, 2), 5.0)
-    loss, metrics = Quality([0, 10])(Says(predicted), batch)
+    loss, metrics = Quality([0, 10])(Constant(predicted), batch)
     assert loss.item() == pytest.approx(np.abs(5 - true.clip(0, 10)).mean(), abs=1e-4)
     np.testing.assert_allclose(metrics["mae"], np.abs(5 - true).mean(1), atol=1e-4)
 
 
 def test_the_score_of_validation_is_minus_the_loss() -> None:
-    batch, _ = judged()
-    _, metrics = Quality()(Says(torch.zeros(3, 2)), batch)
+    batch, _ = scored()
+    _, metrics = Quality()(Constant(torch.zeros(3, 2)), batch)
     assert "si_snr" not in metrics
 
 
 @pytest.mark.parametrize("lacking", ["sources", "estimates"])
 def test_a_data_set_without_sources_or_estimates_is_refused(lacking: str) -> None:
-    batch, _ = judged()
+    batch, _ = scored()
     setattr(batch, lacking, None)
-    with pytest.raises(ValueError, match=f"has no {lacking}"):
-        Quality()(Says(torch.zeros(3, 2)), batch)
+    with pytest.raises(ValueError, match=f"needs .*{lacking}"):
+        Quality()(Constant(torch.zeros(3, 2)), batch)
 
 
-def test_predictions_of_another_shape_and_limits_that_are_none_are_refused() -> None:
-    batch, _ = judged()
-    with pytest.raises(ValueError, match=r"\(3, 1\) for \(3, 2\)"):
-        Quality()(Says(torch.zeros(3, 1)), batch)
+def test_predictions_of_another_shape_and_invalid_limits_are_refused() -> None:
+    batch, _ = scored()
+    with pytest.raises(ValueError, match=r"\(3, 1\) values for \(3, 2\)"):
+        Quality()(Constant(torch.zeros(3, 1)), batch)
     for limits in ([10, 0], [1], [5, 5]):
         with pytest.raises(ValueError, match="low < high"):
             Quality(limits)
@@ -98,12 +98,14 @@ def test_predictions_of_another_shape_and_limits_that_are_none_are_refused() -> 
 
 def test_a_model_that_separates_is_refused_before_training() -> None:
     Quality().check_model(SISNREstimator())
-    with pytest.raises(ValueError, match=r"a Conv1d makes them: set model=ssqp_wav2vec2"):
+    with pytest.raises(
+        ValueError, match="a Conv1d does not estimate SI-SNR: set model=ssqp_wav2vec2"
+    ):
         Quality().check_model(nn.Conv1d(1, 1, 1))
 
 
-def test_what_is_judged_is_what_is_listened_to() -> None:
-    batch, _ = judged(1)
+def test_listening_examples_are_the_estimates_of_the_data_set() -> None:
+    batch, _ = scored(1)
     waves: dict[str, np.ndarray] = {}
 
     class Recorded:
@@ -129,7 +131,7 @@ def test_what_is_judged_is_what_is_listened_to() -> None:
 
 
 @pytest.fixture
-def judge(tmp_path: Path) -> str:
+def estimator(tmp_path: Path) -> str:
     node = {"_target_": "sepdist.models.sisnr_cnn.SISNREstimator"}
     safetensors.torch.save_file(
         config.build(node).state_dict(), str(tmp_path / "model.safetensors")
@@ -138,16 +140,19 @@ def judge(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_evaluation_and_separation_refuse_a_judge_in_one_line(
-    judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_evaluation_and_separation_refuse_an_si_snr_estimator_in_one_line(
+    estimator: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(CheckpointError, match="SISNREstimator estimates SI-SNR"):
         evaluation.evaluate(
-            EvaluateConfig(judge, "data", str(tmp_path / "out")), Console(quiet=True)
+            EvaluateConfig(estimator, "data", str(tmp_path / "out")), Console(quiet=True)
         )
     monkeypatch.setattr(
-        sys, "argv", ["separate", "--model", judge, "--output", str(tmp_path), "a.wav"]
+        sys, "argv", ["separate", "--model", estimator, "--output", str(tmp_path), "a.wav"]
     )
     with pytest.raises(SystemExit):
         separate.main()
-    assert f"error: {judge}: a SISNREstimator estimates SI-SNR" in capsys.readouterr().err
+    assert f"error: {estimator}: a SISNREstimator estimates SI-SNR" in capsys.readouterr().err

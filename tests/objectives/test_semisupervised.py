@@ -1,4 +1,4 @@
-"""SSLM-SS: equation 5 over a whole step, a judge that is not trained, and what happens when it is fooled."""
+"""SSLM-SS: equation 5 over a step, an estimator that is not trained, and the limit on its gap."""
 
 import dataclasses
 import logging
@@ -19,7 +19,7 @@ from tests.support.batches import Fixed, Listener, batch_of, voices
 
 
 class Oracle(nn.Module):
-    """A judge that knows the sources and adds `bias` dB to the truth."""
+    """An SI-SNR estimator that knows the sources and adds `bias` dB to the truth."""
 
     def __init__(self, sources: Tensor, bias: float = 0.0) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class Oracle(nn.Module):
         return best_B[:, None].expand(estimates_BST.shape[:2]) + self.bias
 
 
-def objective(judge: nn.Module | None = None, **options: object) -> SemiSupervised:
+def objective(estimator: nn.Module | None = None, **options: object) -> SemiSupervised:
     arguments = {
         "epoch_samples": 100,
         "labelled_share": 0.5,
-        "judge": Listener() if judge is None else judge,
+        "estimator": Listener() if estimator is None else estimator,
     }
     return SemiSupervised(**(arguments | options))  # type: ignore[arg-type]
 
@@ -64,13 +64,13 @@ def test_the_weight_is_the_epoch_over_three_hundred(epoch: int, expected: float)
 
 @pytest.mark.parametrize(("num_virtual_shards", "share"), [(4, 0.5), (8, 0.25), (10, 0.1)])
 def test_the_mean_over_a_step_is_equation_5(num_virtual_shards: int, share: float) -> None:
-    """By numpy, from the scores of all items of a step whose units an even blend has named."""
+    """In NumPy, from the scores of all items of a step that an even blend has composed."""
     torch.manual_seed(0)
     labelled_units = round(share * 20)
     blend = Blend(0, (labelled_units, 20 - labelled_units), 2, "even")
-    judge, step, f = Listener(), 7, 0.25
+    estimator, step, f = Listener(), 7, 0.25
     first = step * num_virtual_shards * 2
-    trained = objective(judge, labelled_share=share, epoch_samples=first // 3, ramp_epochs=12)
+    trained = objective(estimator, labelled_share=share, epoch_samples=first // 3, ramp_epochs=12)
     losses, true, predicted = [], [], []
     for shard in range(num_virtual_shards):
         position = first + 2 * shard
@@ -85,7 +85,7 @@ def test_the_mean_over_a_step_is_equation_5(num_virtual_shards: int, share: floa
             assert metrics["si_snr"].tolist() == pytest.approx(true[-2:], abs=1e-4)
         else:
             with torch.no_grad():
-                predicted += judge(batch.mixture, estimates).double().mean(1).tolist()
+                predicted += estimator(batch.mixture, estimates).double().mean(1).tolist()
             assert metrics["predicted_si_snr"].tolist() == pytest.approx(predicted[-2:], abs=1e-5)
     assert len(true) == 2 * share * num_virtual_shards
     assert np.mean(losses) == pytest.approx(
@@ -93,18 +93,16 @@ def test_the_mean_over_a_step_is_equation_5(num_virtual_shards: int, share: floa
     )
 
 
-def test_the_judge_is_frozen_silent_about_dropout_and_the_gradient_goes_through_it_to_the_separator() -> (
-    None
-):
+def test_the_estimator_is_frozen_without_dropout_and_passes_the_gradient_to_the_separator() -> None:
     torch.manual_seed(0)
-    judge = Listener().train()
-    trained = objective(judge, epoch_samples=1)
+    estimator = Listener().train()
+    trained = objective(estimator, epoch_samples=1)
     batch, estimates = unlabelled(at(30, batch_of(torch.randn(2, 2, 400)))), torch.randn(2, 2, 400)
     model = Fixed(estimates)
     loss, _ = trained(model, batch)
     loss.backward()
-    assert not judge.training and all(
-        p.grad is None and not p.requires_grad for p in judge.parameters()
+    assert not estimator.training and all(
+        p.grad is None and not p.requires_grad for p in estimator.parameters()
     )
     again, _ = trained(Fixed(estimates), batch)
     assert torch.equal(loss.detach(), again.detach()), "no dropout"
@@ -114,7 +112,7 @@ def test_the_judge_is_frozen_silent_about_dropout_and_the_gradient_goes_through_
 
     def by_hand(shift: float) -> float:
         with torch.no_grad():
-            values = judge.double()(
+            values = estimator.double()(
                 batch.mixture.double(), (estimates + shift * direction).double()
             )
         return -f / 0.5 * float(values.mean())
@@ -123,20 +121,18 @@ def test_the_judge_is_frozen_silent_about_dropout_and_the_gradient_goes_through_
     assert slope == pytest.approx(float(model.estimates.grad.norm()), rel=1e-3)
 
 
-def test_under_autocast_the_judge_stays_in_fp32() -> None:
+def test_under_autocast_the_estimator_stays_in_fp32() -> None:
     batch, estimates = unlabelled(at(50, batch_of(torch.randn(1, 2, 400)))), torch.randn(1, 2, 400)
     seen = []
-    judge = Listener()
-    judge.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    plain, _ = objective(judge)(Fixed(estimates), batch)
+    estimator = Listener()
+    estimator.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    plain, _ = objective(estimator)(Fixed(estimates), batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed, _ = objective(judge)(Fixed(estimates), batch)
+        mixed, _ = objective(estimator)(Fixed(estimates), batch)
     assert seen == [torch.float32] * 2 and torch.equal(plain.detach(), mixed.detach())
 
 
-def test_evaluation_measures_the_true_and_the_predicted_si_snr_of_the_same_estimates_in_one_forward() -> (
-    None
-):
+def test_evaluation_measures_true_and_predicted_si_snr_of_the_same_estimates() -> None:
     torch.manual_seed(0)
     sources = torch.randn(3, 2, 500)
     estimates = (sources + 0.3 * torch.randn_like(sources)).flip(1)
@@ -154,11 +150,11 @@ def test_evaluation_measures_the_true_and_the_predicted_si_snr_of_the_same_estim
         torch.equal(metrics[name], expected[name]) for name in expected
     )
     assert "unsupervised_weight" not in metrics, (
-        "the positions of validation are no positions of training"
+        "positions of validation are not positions of training"
     )
 
 
-def test_batches_of_both_kinds_name_the_same_measures() -> None:
+def test_batches_of_both_kinds_name_the_same_metrics() -> None:
     batch, model = batch_of(torch.randn(2, 2, 200)), Fixed(torch.randn(2, 2, 200))
     found = [objective()(model, one)[1] for one in (batch, unlabelled(batch))]
     floats = [
@@ -191,7 +187,7 @@ def test_a_gap_halves_the_weight_while_it_lasts_and_the_weight_recovers(
     assert resumed.weight(15000) == watched.weight(15000) == 0.25 and resumed.stop_reason is None
     for _ in range(30):
         resumed.observe(means(9.0))
-    assert resumed.factor == 1 / 64, "so that a bad beginning is made good in time"
+    assert resumed.factor == 1 / 64, "so that a bad start can be made good in time"
 
 
 def test_a_gap_only_warns_or_ends_the_run_where_that_is_asked_for(
@@ -201,7 +197,7 @@ def test_a_gap_only_warns_or_ends_the_run_where_that_is_asked_for(
         for watched in (objective(), objective(max_gap_db=3.0)):
             watched.observe(means(3.5))
             assert watched.factor == 1.0 and watched.stop_reason is None
-    assert len(caplog.records) == 1, "without a limit there is nothing to warn of"
+    assert len(caplog.records) == 1, "no limit, no warning"
     watched = objective(max_gap_db=3.0, on_gap="stop")
     watched.observe(means(2.0))
     assert watched.stop_reason is None
@@ -213,7 +209,7 @@ def test_a_gap_only_warns_or_ends_the_run_where_that_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "named"),
     [
         ({"labelled_share": 1.0}, "labelled_share=1.0"),
         ({"epoch_samples": 0}, "epoch_samples=0"),
@@ -221,14 +217,14 @@ def test_a_gap_only_warns_or_ends_the_run_where_that_is_asked_for(
         ({"on_gap": "pray"}, "on_gap='pray'"),
     ],
 )
-def test_values_that_mean_nothing_are_refused(options: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_values_out_of_range_are_refused(options: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         objective(**options)
 
 
-def test_batches_and_judges_that_do_not_fit_are_refused() -> None:
+def test_batches_and_estimators_that_do_not_fit_are_refused() -> None:
     batch, model = batch_of(torch.randn(1, 2, 100)), Fixed(torch.randn(1, 2, 100))
-    with pytest.raises(ValueError, match="no use for 'other'"):
+    with pytest.raises(ValueError, match="no use for data set 'other'"):
         objective()(model, dataclasses.replace(batch, data_set="other"))
     with pytest.raises(ValueError, match="needs sources"):
         objective()(model, dataclasses.replace(batch, sources=None))
@@ -257,3 +253,16 @@ def test_sixty_steps_on_a_batch_of_each_kind_learn_both() -> None:
         optimizer.step()
     assert float(results[0][1]["si_snri"]) > 6
     assert float(results[1][1]["predicted_si_snr"]) > before + 6
+
+
+def test_the_lineage_is_the_origin_of_the_estimator() -> None:
+    assert objective().lineage() == {}
+    estimator = Listener()
+    estimator.origin = {"url": "runs/ssqp", "step": 7}  # type: ignore[assignment]
+    assert objective(estimator).lineage() == {"estimator": {"url": "runs/ssqp", "step": 7}}
+
+
+def test_a_model_that_estimates_no_si_snr_is_refused_as_the_estimator() -> None:
+    objective().check_model(Fixed(torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"objective\.estimator is a Conv1d.*estimator\.url"):
+        objective(nn.Conv1d(1, 1, 1)).check_model(Fixed(torch.zeros(1)))

@@ -1,4 +1,4 @@
-"""uPIT: the loss, its permutation and its gradient on known estimates, and a model that learns from it."""
+"""uPIT: loss, permutation and gradient on known estimates, and a model that learns from it."""
 
 import pytest
 import torch

@@ -62,8 +62,8 @@ def test_each_assignment_has_the_gradient_of_its_probability() -> None:
     scores = pairwise_si_snr(model.estimates, sources)[0]
     losses = [-(scores[0, 0] + scores[1, 1]) / 2, -(scores[0, 1] + scores[1, 0]) / 2]
     shares = torch.softmax(-torch.stack(losses).detach() / 2.0, 0)
-    parts = [torch.autograd.grad(one, model.estimates, retain_graph=True)[0] for one in losses]
-    assert torch.allclose(got, shares[0] * parts[0] + shares[1] * parts[1], atol=1e-6)
+    gradients = [torch.autograd.grad(one, model.estimates, retain_graph=True)[0] for one in losses]
+    assert torch.allclose(got, shares[0] * gradients[0] + shares[1] * gradients[1], atol=1e-6)
 
 
 def test_some_hundred_steps_on_one_batch_learn_it() -> None:

@@ -1,4 +1,4 @@
-"""How faster-whisper is asked: one deterministic beam search, on 16 kHz; its weights are not needed for that."""
+"""Calls to faster-whisper: one deterministic beam search at 16 kHz; needs no weights."""
 
 import sys
 from pathlib import Path
@@ -18,31 +18,31 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
         FasterWhisper("base.en")
 
 
-def test_segments_are_joined_and_nothing_is_drawn_at_random(
+def test_segments_are_joined_and_nothing_is_random(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: dict[str, Any] = {}
+    calls: dict[str, Any] = {}
 
     class Model:
         def __init__(self, folder: str, **options: Any) -> None:
-            asked.update(options, folder=folder)
+            calls.update(options, folder=folder)
 
         def transcribe(self, wave: np.ndarray, **options: Any) -> tuple[Any, None]:
-            asked.update(options, wave=wave)
+            calls.update(options, wave=wave)
             return (SimpleNamespace(text=text) for text in (" One, ", " two.")), None
 
     monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=Model))
     assert FasterWhisper("here", beam_size=3)(np.ones(400, dtype=np.float32), 8000) == "One, two."
-    wave = asked.pop("wave")
+    wave = calls.pop("wave")
     assert wave.dtype == np.float32 and wave.shape == (800,)
-    assert asked == {
+    assert calls == {
         "folder": "here",
         "device": "cpu",
         "compute_type": "int8",
         "cpu_threads": 1,
         "language": "en",
         "beam_size": 3,
-        "temperature": 0.0,  # one, so no second try that draws at random
+        "temperature": 0.0,  # a single one, so there is no random retry
         "condition_on_previous_text": False,
         "without_timestamps": True,
     }

@@ -1,4 +1,4 @@
-"""A tiny wav2vec 2.0 with random weights, saved as users save theirs; greedy decoding against rules applied by hand."""
+"""A tiny random wav2vec 2.0, saved as users save theirs; greedy decoding against CTC's rules."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
 
 
 def save_tiny(folder: Path) -> str:
-    """A random wav2vec 2.0 of one layer with its processor, as save_pretrained writes them; returns the folder."""
+    """Save a random one-layer wav2vec 2.0 with its processor; returns the folder."""
     folder.mkdir()
     torch.manual_seed(0)
     shape = transformers.Wav2Vec2Config(
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def spelled(ids: list[int]) -> str:
-    """CTC's rule: repeats merge, blanks go, bars are spaces."""
+    """Apply CTC's rules: merge repeats, remove blanks, bars are spaces."""
     merged = [TOKENS[token] for token, _ in itertools.groupby(ids)]
     return "".join(token for token in merged if token != "<pad>").replace("|", " ").strip()
 
@@ -98,7 +98,7 @@ def test_a_wave_of_another_rate_is_resampled_to_that_of_the_model(
     np.testing.assert_allclose(seen[0][0, 500:-500].numpy(), expected[500:-500], atol=5e-3)
 
 
-def test_what_cannot_be_loaded_says_which_folder_to_give(
+def test_a_model_that_cannot_be_loaded_is_an_error_that_says_what_to_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     empty = tmp_path / "empty"

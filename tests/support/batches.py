@@ -1,4 +1,4 @@
-"""Batches and models of a few lines for the tests of objectives."""
+"""Small batches and models for the tests of objectives."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from sepdist.data.records import Batch
 
 
 def batch_of(sources: Tensor, noise: Tensor | None = None) -> Batch:
-    """[B, S, T] sources (and [B, T] noise) as the stream would give them."""
+    """Make a batch of sources [B, S, T] (and noise [B, T]) as the stream does."""
     count, _, length = sources.shape
     mixture = sources.sum(1) if noise is None else sources.sum(1) + noise
     return Batch(
@@ -21,7 +21,7 @@ def batch_of(sources: Tensor, noise: Tensor | None = None) -> Batch:
 
 
 class Fixed(nn.Module):
-    """A model that answers with given estimates, which are its parameters."""
+    """A model whose output is its parameters."""
 
     def __init__(self, estimates: Tensor) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Fixed(nn.Module):
 
 
 class Listener(nn.Module):
-    """A judge of a few weights, the same from any `url`, with a dropout that must never be active."""
+    """A small SI-SNR estimator, the same for any `url`, with dropout that must never be active."""
 
     estimates_si_snr = True
 
@@ -52,7 +52,7 @@ class Listener(nn.Module):
 
 
 def voices(num_items: int, num_sources: int, num_samples: int, seed: int = 0) -> Tensor:
-    """[B, S, T] sums of harmonics with slow envelopes, each source in its own range of pitch."""
+    """Sum harmonics with slow envelopes to sources [B, S, T], each in its own range of pitch."""
     generator = torch.Generator().manual_seed(seed)
     t = torch.arange(num_samples) / 8000
     sources = torch.zeros(num_items, num_sources, num_samples)
