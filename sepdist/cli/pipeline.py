@@ -23,9 +23,11 @@ config.register_schemas()
 
 def main() -> None:
     """Compose and run the pipeline; exit with status 1 and one line for an error of the user."""
-    # The options of experiment= depend on the scale, and Hydra wants them before it reads it.
     given = dict(one.split("=", 1) for one in sys.argv[1:] if "=" in one)
-    papers.register(given.get("scale", ""))
+    # Hydra must not see scale=...: it would take it as a choice in configs/scale, a group of
+    # `sepdist train`. Here the scale decides which stages a paper's pipeline has.
+    sys.argv = [one for one in sys.argv if not one.startswith("scale=")]
+    papers.register(given.get("experiment", ""), given.get("scale", ""))
     compose_and_run()
 
 

@@ -7,18 +7,24 @@ from hydra.core.config_store import ConfigStore
 from sepdist.papers import dang2023, huang2021
 from sepdist.papers.schema import PipelineConfig
 
+PIPELINES = {
+    f"{paper.__name__.rpartition('.')[2]}/{pipeline.__name__}": pipeline
+    for paper in (huang2021, dang2023)
+    for pipeline in paper.PIPELINES
+}
 
-def register(scale: str = "") -> None:
-    """Give Hydra the schema of pipelines and, as options of experiment=, the papers' pipelines.
 
-    The options depend on `scale` ("mini" or the papers' own).
+def register(experiment: str = "", scale: str = "") -> None:
+    """Give Hydra the schema of pipelines and, if it is one of the papers', `experiment`.
+
+    Only that one, because Hydra copies all that it was given whenever it composes a stage. `scale`
+    is "mini", or "" for the papers' own.
     """
     store = ConfigStore.instance()
-    store.store("pipeline_schema", PipelineConfig)
-    for paper in (dang2023, huang2021):
-        group = f"experiment/{paper.__name__.rpartition('.')[2]}"
-        for pipeline in paper.PIPELINES:
-            node = dataclasses.asdict(pipeline(scale == "mini"))
-            for key in ("output", "data_root", "seeds"):  # not the paper's to say
-                del node[key]
-            store.store(pipeline.__name__, node, group=group, package="_global_")
+    store.store("pipeline_schema", PipelineConfig(scale=scale))
+    if experiment in PIPELINES:
+        node = dataclasses.asdict(PIPELINES[experiment](scale == "mini"))
+        for key in ("output", "data_root", "seeds", "scale"):  # the user's, not the paper's
+            del node[key]
+        group, _, name = f"experiment/{experiment}".rpartition("/")
+        store.store(name, node, group=group, package="_global_")

@@ -2,10 +2,10 @@
 
     sepdist pipeline experiment=dang2023/table1 data_root=data output=runs/dang2023 scale=mini
 
-Every function returns the stages and the tables of one pipeline. All pipelines share the name
-`dang2023`, so with one output a stage that one of them has finished is not run again by another.
-`mini` is the scale of two CPU cores: fewer SI-SNR estimators, all with the encoder that vars.ssqp
-and vars.pretrained choose.
+Each function listed in PIPELINES returns the stages and tables of one pipeline. They share the name
+`dang2023`, so with one output a stage that one of them has finished is not run again by another. In
+overrides, @stage means the folder of a stage. `mini` is the scale of two CPU cores: fewer SI-SNR
+estimators, all with the encoder that vars.ssqp and vars.pretrained choose.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,222 +17,111 @@ Stages = dict[str, StageConfig]
 Numbers = Sequence[float | None]
 
 SEPARATORS = ("sf", "dr", "ctn")  # SepFormer, DPRNN, Conv-TasNet
-WAV2VEC2 = ["model=ssqp_wav2vec2"]
 ENCODERS = {
-    "wav2vec2": WAV2VEC2,
-    "hubert": [
-        *WAV2VEC2,
-        "model.pretrained=facebook/hubert-base-ls960",
-        "model.encoder.model_type=hubert",
-    ],
-    "wavlm": [
-        *WAV2VEC2,
-        "model.pretrained=microsoft/wavlm-base",
-        "model.encoder.model_type=wavlm",
-    ],
+    "wav2vec2": "facebook/wav2vec2-base",
+    "hubert": "facebook/hubert-base-ls960",
+    "wavlm": "microsoft/wavlm-base",
 }
-CHOSEN_ENCODER = [
-    "model=${vars.ssqp}",
-    "model.pretrained=${vars.pretrained}",
-    "model.num_layers=${vars.num_layers}",
-]
-CHOSEN_MODE = "model.mode=${vars.mode}"
-MINI = {  # settings of the experiments at scale mini
-    "sf": ["training.max_steps=375"],
-    "dr": ["training.max_steps=500"],
-    "ctn": ["training.max_steps=500"],
-    "ctn_subset": ["training.max_steps=500"],
-    "mixit": ["training.max_steps=500"],
-    # 500 steps x 16 / 150: f(t) rises to 0.5 in the end, as in the paper's 150 epochs
-    "sslm": [
-        "objective.epoch_samples=53",
-        "validation.max_seconds=4.0",
-        "training.max_steps=500",
-    ],
-    "ssqp": [
-        "data.micro_batch=2",
-        "validation.max_seconds=4.0",
-        "optim.lr=0.0002",
-        "training.max_steps=375",
-    ],
+SI_SNRI = "metrics_db.si_snri.mean"
+MINI_STEPS = {"sf": 375, "ssqp": 375}  # the others: 500
+MINI = {
+    # 500 steps x 16 / 150: f(t) rises to 0.5 in the end, as in the paper's 150 epochs.
+    "sslm": ["objective.epoch_samples=53", "validation.max_seconds=4.0"],
+    "ssqp": ["data.micro_batch=2", "validation.max_seconds=4.0", "optim.lr=0.0002"],
 }
 
 
 def figure3(mini: bool) -> PipelineConfig:
     """Three separators, their estimates of train-100, dev and test, and the SI-SNR of these."""
     stages = separators(SEPARATORS, mini)
-    stages["figure3"] = StageConfig(
-        "figure",
-        uses=[f"{name}_train" for name in SEPARATORS],
-        title="Training sets",
-        overrides=["kind=histogram"],
-    )
+    training_sets = [f"{name}_train" for name in SEPARATORS]
+    stages["figure3"] = figure("Training sets", training_sets, "histogram")
     return pipeline("figure3", "Figure 3, SI-SNR of the separators' estimates", stages, [], mini)
 
 
-def separators(names: Iterable[str], mini: bool) -> Stages:
-    """Separators, and the data sets with their estimates on which estimators train and are scored."""
-    stages = {name: train(name, mini) for name in names}
-    data = {
-        "train": ["corpus.data=${vars.estimator_data}", "subset=${vars.estimator_subset}"],
-        "dev": ["corpus.data=${vars.dev}"],
-        "test": ["corpus.data=${vars.test}"],
-    }
-    for name in names:
-        model = ["corpus=separated", "corpus.noise=false", f"corpus.model=@{name}"]
-        device = ["corpus.device=${vars.device}", "gpus_per_worker=${vars.gpus}"]
-        for split, source in data.items():
-            stages[f"{name}_{split}"] = StageConfig(
-                "shards", title=name.upper(), overrides=[*model, *source, *device]
-            )
-    return stages
-
-
-TABLE1 = {  # LCC on the estimates of SF, DR and CTN; the baseline is the CNN of [11]
-    "realm_sf": ("baseline, SF, CNN", [0.80, 0.80, 0.81]),
-    "ssqp_sf_wav2vec2": ("SSQP-Net, SF, wav2vec2", [0.87, 0.89, 0.85]),
-    "ssqp_sf_hubert": ("SSQP-Net, SF, hubert", [0.85, 0.86, 0.82]),
-    "ssqp_sf_wavlm": ("SSQP-Net, SF, wavlm", [0.87, 0.90, 0.86]),
-    "ssqp_dr_wav2vec2": ("SSQP-Net, DR, wav2vec2", [0.86, 0.90, 0.87]),
-    "ssqp_dr_hubert": ("SSQP-Net, DR, hubert", [0.84, 0.89, 0.84]),
-    "ssqp_dr_wavlm": ("SSQP-Net, DR, wavlm", [0.86, 0.90, 0.87]),
-    "ssqp_ctn_wav2vec2": ("SSQP-Net, CTN, wav2vec2", [0.85, 0.89, 0.88]),
-    "ssqp_ctn_hubert": ("SSQP-Net, CTN, hubert", [0.84, 0.89, 0.89]),
-    "ssqp_ctn_wavlm": ("SSQP-Net, CTN, wavlm", [0.86, 0.90, 0.89]),
+TABLE1: dict[str, Numbers] = {  # LCC on the estimates of SF, DR and CTN
+    "realm_sf": [0.80, 0.80, 0.81],
+    "ssqp_sf_wav2vec2": [0.87, 0.89, 0.85],
+    "ssqp_sf_hubert": [0.85, 0.86, 0.82],
+    "ssqp_sf_wavlm": [0.87, 0.90, 0.86],
+    "ssqp_dr_wav2vec2": [0.86, 0.90, 0.87],
+    "ssqp_dr_hubert": [0.84, 0.89, 0.84],
+    "ssqp_dr_wavlm": [0.86, 0.90, 0.87],
+    "ssqp_ctn_wav2vec2": [0.85, 0.89, 0.88],
+    "ssqp_ctn_hubert": [0.84, 0.89, 0.89],
+    "ssqp_ctn_wavlm": [0.86, 0.90, 0.89],
 }
-TABLE1_MINI: dict[str, tuple[str, Numbers]] = {
-    "realm_dr": ("CNN [11], DR", ()),
-    "ssqp_dr": ("SSQP-Net, DR", ()),
-    "realm_ctn": ("CNN [11], CTN", ()),
-    "ssqp_ctn": ("SSQP-Net, CTN", ()),
-}
+TABLE1_MINI: dict[str, Numbers] = dict.fromkeys(
+    ("realm_dr", "ssqp_dr", "realm_ctn", "ssqp_ctn"), ()
+)
 
 
 def table1(mini: bool) -> PipelineConfig:
     """Correlation of predicted and true SI-SNR, by encoder and by the separators' estimates."""
-    stages = figure3(mini).stages
-    rows = TABLE1_MINI if mini else TABLE1
+    stages, rows = figure3(mini).stages, TABLE1_MINI if mini else TABLE1
     for name in rows:
         stages |= scored(name, estimator(name, mini))
-    tables = [estimator_table("Table 1, LCC", "lcc", rows)]
+    titles = {}
+    for name in rows:
+        kind, separator, *encoder = name.split("_")
+        titles[name] = ", ".join((ESTIMATORS[kind], separator.upper(), *encoder))
+    tables = [estimator_table("Table 1, LCC", "lcc", rows, titles)]
     if mini:
-        tables.append(estimator_table("The same, MAE in dB", "mae", rows))
+        tables.append(estimator_table("The same, MAE in dB", "mae", rows, titles))
     title = "Table 1, correlation with the true SI-SNR"
     return pipeline("table1", title, stages, tables, mini)
 
 
-TABLE2 = {  # MAE in dB on the estimates of SF, DR and CTN
-    "ssqp_sf_wav2vec2": ("OTFP, SF", [1.39, 2.02, 1.77]),
-    "ssqp_dr_wav2vec2": ("OTFP, DR", [1.28, 1.39, 1.33]),
-    "ssqp_ctn_wav2vec2": ("OTFP, CTN", [1.59, 1.28, 1.20]),
-    "ssqp_sf_wav2vec2_otfs": ("OTFS, SF", [1.30, 2.00, 1.57]),
-    "ssqp_dr_wav2vec2_otfs": ("OTFS, DR", [1.36, 1.31, 1.29]),
-    "ssqp_ctn_wav2vec2_otfs": ("OTFS, CTN", [1.49, 1.62, 1.20]),
+TABLE2: dict[str, Numbers] = {  # MAE in dB on the estimates of SF, DR and CTN
+    "ssqp_sf_wav2vec2": [1.39, 2.02, 1.77],
+    "ssqp_dr_wav2vec2": [1.28, 1.39, 1.33],
+    "ssqp_ctn_wav2vec2": [1.59, 1.28, 1.20],
+    "ssqp_sf_wav2vec2_otfs": [1.30, 2.00, 1.57],
+    "ssqp_dr_wav2vec2_otfs": [1.36, 1.31, 1.29],
+    "ssqp_ctn_wav2vec2_otfs": [1.49, 1.62, 1.20],
 }
-TABLE2_MINI: dict[str, tuple[str, Numbers]] = {
-    "ssqp_dr": ("OTFP, DR", ()),
-    "ssqp_dr_otfs": ("OTFS, DR", ()),
-}
+TABLE2_MINI: dict[str, Numbers] = {"ssqp_dr": (), "ssqp_dr_otfs": ()}
 
 
 def table2(mini: bool) -> PipelineConfig:
     """Error of SSQP-Net, all estimates of a mixture at once (OTFP) or each alone (OTFS)."""
-    stages = figure3(mini).stages
-    rows = TABLE2_MINI if mini else TABLE2
+    stages, rows, titles = figure3(mini).stages, TABLE2_MINI if mini else TABLE2, {}
     for name in rows:
         mode = "otfs" if name.endswith("_otfs") else "otfp"
-        stage = estimator(name.removesuffix("_otfs"), mini)
-        stage.settings = [one for one in stage.settings if one != CHOSEN_MODE]
-        stage.settings.append(f"model.mode={mode}")
-        stages |= scored(name, stage)
-    tables = [estimator_table("Table 2, MAE in dB", "mae", rows)]
+        stages |= scored(name, estimator(name.removesuffix("_otfs"), mini, mode))
+        titles[name] = f"{mode.upper()}, {name.split('_')[1].upper()}"
+    tables = [estimator_table("Table 2, MAE in dB", "mae", rows, titles)]
     return pipeline("table2", "Table 2, error of OTFP and OTFS", stages, tables, mini)
 
 
 def figure4(mini: bool) -> PipelineConfig:
     """Predicted over true SI-SNR of the baseline and of SSQP-Net, on DR's estimates of test."""
     stages = figure3(mini).stages
-    titles = (
-        {"realm_dr": "CNN [11] (DR)", "ssqp_dr": "SSQP-Net (DR)"}
-        if mini
-        else {"realm_sf": "baseline", "ssqp_dr_wav2vec2": "SSQP-Net (DR)"}
-    )
-    stages |= {name: estimator(name, mini) for name in titles}
-    stages |= {f"{name}_on_dr": estimate(name, "dr", titles[name]) for name in titles}
-    stages["figure4"] = StageConfig(
-        "figure", uses=[f"{name}_on_dr" for name in titles], overrides=["kind=scatter"]
-    )
+    names = ("realm_dr", "ssqp_dr") if mini else ("realm_sf", "ssqp_dr_wav2vec2")
+    stages |= {name: estimator(name, mini) for name in names}
+    for name in names:
+        kind, separator, *_ = name.split("_")
+        title = f"{ESTIMATORS[kind]} ({separator.upper()})"
+        stages[f"{name}_on_dr"] = estimate(name, "dr", title)
+    stages["figure4"] = figure("", [f"{name}_on_dr" for name in names], "scatter")
     return pipeline("figure4", "Figure 4, predicted over true SI-SNR", stages, [], mini)
-
-
-def estimator(name: str, mini: bool) -> StageConfig:
-    """Train an SI-SNR estimator: realm_SEPARATOR or ssqp_SEPARATOR[_ENCODER]."""
-    kind, separator, *encoder = name.split("_")
-    overrides = [f"data.train=@{separator}_train", f"data.validation=@{separator}_dev"]
-    if kind == "ssqp":
-        settings = ENCODERS[encoder[0]] if encoder else [*CHOSEN_ENCODER, CHOSEN_MODE]
-        return train("ssqp", mini, settings, overrides=overrides)
-    # The CNN of REAL-M, on SI-SNR clipped to 0 to 10 dB (Subakan et al. 2022): Adam 1e-4, 200
-    # epochs of 13900 / 8 = 1738 steps.
-    full = ["schedule.warmup_steps=0", "schedule.patience=2", "training.max_steps=347600"]
-    own = ["model=sisnr_cnn", "objective.limits=[0.0,10.0]"]
-    stage = train("ssqp", mini, own, overrides=overrides)
-    stage.settings += ["training.max_steps=250"] if mini else full
-    return stage
-
-
-def estimate(name: str, separator: str, title: str = "") -> StageConfig:
-    """Score an estimator on the estimates that a separator made of the test set."""
-    overrides = [f"data=@{separator}_test"]
-    return StageConfig("estimate", uses=[name], title=title, overrides=overrides)
-
-
-def scored(name: str, stage: StageConfig) -> Stages:
-    """An estimator and its scores on the estimates of every separator."""
-    return {name: stage} | {f"{name}_on_{one}": estimate(name, one) for one in SEPARATORS}
-
-
-def estimator_table(
-    title: str, metric: str, rows: Mapping[str, tuple[str, Numbers]]
-) -> TableConfig:
-    """A row for each estimator, a column for each separator."""
-    cells = {name: [f"{name}_on_{one}:{metric}" for one in SEPARATORS] for name in rows}
-    return TableConfig(
-        title,
-        [name.upper() for name in SEPARATORS],
-        [RowConfig(label, cells[name], list(paper)) for name, (label, paper) in rows.items()],
-    )
-
-
-SI_SNRI = "metrics_db.si_snri.mean"
-GAP_TITLE = "Predicted and true SI-SNR"
 
 
 def chain(mini: bool) -> PipelineConfig:
     """The whole chain: DR, its estimates, SSQP-Net, SSLM-SS with 10 % labelled beside CTN."""
-    stages = separators(["dr"], mini)
-    stages["ssqp_dr"] = estimator("ssqp_dr", mini)
+    stages = separators(["dr"], mini) | {"ssqp_dr": estimator("ssqp_dr", mini)}
     stages["ssqp_dr_on_dr"] = estimate("ssqp_dr", "dr")
-    stages |= subset("labelled_10", 0, 10, mini) | subset("unlabelled_90", 10, 100, mini)
-    runs = {name: semisupervised(name, mini) for name in ("ctn_10", "sslm_10")}
-    stages |= runs | {f"{name}_test": StageConfig("evaluate", uses=[name]) for name in runs}
-    stages["gap_10"] = StageConfig(
-        "figure", uses=["sslm_10"], title=GAP_TITLE, overrides=["kind=gap"]
-    )
-    separation = TableConfig(
-        "SI-SNRi in dB, 10 % labelled",
-        ["SI-SNRi"],
-        [
-            RowConfig("CTN", [f"ctn_10_test:{SI_SNRI}"], [8.8]),
-            RowConfig("SSLM-SS", [f"sslm_10_test:{SI_SNRI}"], [11.7]),
-        ],
-    )
-    estimation = TableConfig(
-        "SSQP-Net on DR's estimates of the test set",
-        ["LCC", "MAE in dB"],
-        [RowConfig("SSQP-Net, OTFP", ["ssqp_dr_on_dr:lcc", "ssqp_dr_on_dr:mae"], [0.90, 1.39])],
-    )
-    return pipeline("chain", "From separators to SSLM-SS", stages, [separation, estimation], mini)
+    stages |= {"labelled_10": subset(0, 10, mini), "unlabelled_90": subset(10, 100, mini)}
+    stages |= trained_and_tested(("ctn_10", "sslm_10"), mini)
+    stages["gap_10"] = figure("Predicted and true SI-SNR", ["sslm_10"], "gap")
+    rows = [RowConfig("CTN", [f"ctn_10_test:{SI_SNRI}"], [8.8])]
+    rows += [RowConfig("SSLM-SS", [f"sslm_10_test:{SI_SNRI}"], [11.7])]
+    tables = [TableConfig("SI-SNRi in dB, 10 % labelled", ["SI-SNRi"], rows)]
+    cells = ["ssqp_dr_on_dr:lcc", "ssqp_dr_on_dr:mae"]
+    rows = [RowConfig("SSQP-Net, OTFP", cells, [0.90, 1.39])]
+    title = "SSQP-Net on DR's estimates of the test set"
+    tables += [TableConfig(title, ["LCC", "MAE in dB"], rows)]
+    return pipeline("chain", "From separators to SSLM-SS", stages, tables, mini)
 
 
 TABLE3: dict[str, tuple[str, Numbers]] = {  # SI-SNRi in dB with 10, 50 and 100 % labelled
@@ -245,20 +134,16 @@ TABLE3: dict[str, tuple[str, Numbers]] = {  # SI-SNRi in dB with 10, 50 and 100 
 def table3(mini: bool) -> PipelineConfig:
     """CTN, MixIT and SSLM-SS with 10, 50 and 100 % labelled; begins with the chain."""
     stages = chain(mini).stages
-    stages |= subset("labelled_50", 0, 50, mini) | subset("labelled_100", 0, 100, mini)
-    stages |= subset("unlabelled_50", 50, 100, mini)
-    names = ("ctn_100", "ctn_50", "mixit_50", "mixit_10", "sslm_50")
-    stages |= {name: semisupervised(name, mini) for name in names}
-    stages |= {f"{name}_test": StageConfig("evaluate", uses=[name]) for name in names}
-    order = ["ctn_100", "ctn_50", "ctn_10", "mixit_50", "mixit_10", "sslm_50", "sslm_10"]
-    stages["curves"] = StageConfig("figure", uses=order, title="Table 3")
-    stages["gap"] = StageConfig(
-        "figure", uses=["sslm_50", "sslm_10"], title=GAP_TITLE, overrides=["kind=gap"]
-    )
+    stages |= {"labelled_50": subset(0, 50, mini), "labelled_100": subset(0, 100, mini)}
+    stages |= {"unlabelled_50": subset(50, 100, mini)}
+    stages |= trained_and_tested(("ctn_100", "ctn_50", "mixit_50", "mixit_10", "sslm_50"), mini)
+    runs = ["ctn_100", "ctn_50", "ctn_10", "mixit_50", "mixit_10", "sslm_50", "sslm_10"]
+    stages["curves"] = figure("Table 3", runs)
+    stages["gap"] = figure("Predicted and true SI-SNR", ["sslm_50", "sslm_10"], "gap")
     rows = []
     for method, (title, paper) in TABLE3.items():
-        runs = [f"{method}_{percent}" for percent in (10, 50, 100)]
-        cells = [f"{run}_test:{SI_SNRI}" if run in stages else "-" for run in runs]
+        tests = [f"{method}_{percent}_test" for percent in (10, 50, 100)]
+        cells = [f"{test}:{SI_SNRI}" if test in stages else "-" for test in tests]
         rows.append(RowConfig(title, cells, list(paper)))
     tables = [TableConfig("Table 3, SI-SNRi in dB", ["10 %", "50 %", "100 %"], rows)]
     return pipeline("table3", "Table 3, SI-SNRi with less labelled data", stages, tables, mini)
@@ -276,100 +161,157 @@ TABLE4 = {  # WER in % with 10, 20, 30 and 40 % overlap
 def table4(mini: bool) -> PipelineConfig:
     """Word error rates on LibriCSS of mixtures, CTN and SSLM-SS; begins with table 3.
 
-    At scale mini: Whisper on mixtures of LibriSpeech's shape.
+    At scale mini: Whisper on mixtures of vars.speech, a tree of LibriSpeech's shape.
     """
     stages = table3(mini).stages
-    stages |= {f"{name}_wer": StageConfig("recognise", uses=[name]) for name in TABLE4}
-
-    def cells(name: str, what: str) -> list[str]:
-        return [f"{name}_wer:wer.OV{overlap}.{what}" for overlap in (10, 20, 30, 40)]
-
-    rows = [RowConfig("Mixture", cells("ctn_100", "mixture"), [9.2, 15.3, 24.4, 32.5])]
-    rows += [
-        RowConfig(stages[name].title, cells(name, "separated"), list(paper))
-        for name, paper in TABLE4.items()
-    ]
-    table = TableConfig("Table 4, WER in %", ["10", "20", "30", "40"], rows, digits=1)
-    cfg = pipeline("table4", "Table 4, word error rates on LibriCSS", stages, [table], mini)
+    stages |= {f"{name}_wer": StageConfig("recognise", [name]) for name in TABLE4}
+    mixture, separated = (
+        {
+            name: [f"{name}_wer:wer.OV{share}.{what}" for share in (10, 20, 30, 40)]
+            for name in TABLE4
+        }
+        for what in ("mixture", "separated")
+    )
+    rows = [RowConfig("Mixture", mixture["ctn_100"], [9.2, 15.3, 24.4, 32.5])]
+    rows += [RowConfig(stages[one].title, separated[one], TABLE4[one]) for one in TABLE4]
+    tables = [TableConfig("Table 4, WER in %", ["10", "20", "30", "40"], rows, digits=1)]
+    cfg = pipeline("table4", "Table 4, word error rates on LibriCSS", stages, tables, mini)
     if mini:
-        # vars.speech: a tree of LibriSpeech's shape with the folder test
         cfg.vars |= {"speech": "speech", "recogniser": "whisper-base"}
-        place = ["corpus=overlap", "corpus.root=${vars.speech}", "corpus.num_mixtures=30"]
-        choice = ["num_workers=2", "recogniser=faster_whisper"]
+        corpus = ["corpus=overlap", "corpus.root=${vars.speech}", "corpus.num_mixtures=30"]
+        chosen = [*corpus, "recogniser=faster_whisper"]
     else:
         cfg.vars |= {"libricss": "libricss/for_release"}
         cfg.vars |= {"recogniser": "facebook/wav2vec2-base-960h"}
-        place = ["corpus=libricss", "corpus.root=${vars.libricss}"]
-        choice = ["num_workers=8", "use_gpu=true"]
-    cfg.overrides["recognise"] = [*choice, *place, "recogniser.folder=${vars.recogniser}"]
+        chosen = ["corpus=libricss", "corpus.root=${vars.libricss}"]
+    chosen.append("recogniser.folder=${vars.recogniser}")
+    cfg.overrides["recognise"] = [*cfg.overrides["evaluate"], *chosen]
     return cfg
 
 
-def subset(name: str, first: int, last: int, mini: bool) -> Stages:
-    """A data set of the mixtures between two percentages; unlabelled ones lose their sources.
+def separators(names: Iterable[str], mini: bool) -> Stages:
+    """Separators, and data sets with their estimates of the train, dev and test mixtures."""
+    data = {"train": ["corpus.data=${vars.estimator_data}", "subset=${vars.estimator_subset}"]}
+    data |= {"dev": ["corpus.data=${vars.dev}"], "test": ["corpus.data=${vars.test}"]}
+    device = ["corpus.device=${vars.device}", "gpus_per_worker=${vars.gpus}"]
+    stages = {name: train(name, mini) for name in names}
+    for name in names:
+        chosen = ["corpus=separated", "corpus.noise=false", f"corpus.model=@{name}", *device]
+        for split, source in data.items():
+            overrides = [*chosen, *source]
+            stages[f"{name}_{split}"] = StageConfig("shards", [], overrides, name.upper())
+    return stages
+
+
+ESTIMATORS = {"realm": "CNN [11]", "ssqp": "SSQP-Net"}
+
+
+def estimator(name: str, mini: bool, mode: str = "${vars.mode}") -> StageConfig:
+    """Train an SI-SNR estimator, realm_SEPARATOR or ssqp_SEPARATOR[_ENCODER], on estimates."""
+    kind, separator, *encoder = name.split("_")
+    if kind == "realm":  # of REAL-M (Subakan et al. 2022), on SI-SNR clipped to 0 to 10 dB
+        settings = ["model=sisnr_cnn", "objective.limits=[0.0,10.0]"]
+        settings += [] if mini else ["schedule.warmup_steps=0", "schedule.patience=2"]
+    elif encoder:
+        settings = ["model=ssqp_wav2vec2", f"model.pretrained={ENCODERS[encoder[0]]}"]
+        settings += [f"model.encoder.model_type={encoder[0]}"]
+    else:
+        settings = ["model=${vars.ssqp}", "model.pretrained=${vars.pretrained}"]
+        settings += ["model.num_layers=${vars.num_layers}"]
+    data = [f"data.train=@{separator}_train", f"data.validation=@{separator}_dev"]
+    stage = train("ssqp", mini, settings, data)
+    if kind == "realm":  # 250, or 200 epochs of 13900 / 8 = 1738
+        stage.settings.append(f"training.max_steps={250 if mini else 347600}")
+    else:
+        stage.settings.append(f"model.mode={mode}")
+    return stage
+
+
+def estimate(name: str, separator: str, title: str = "") -> StageConfig:
+    """Score an estimator on a separator's estimates of the test set."""
+    return StageConfig("estimate", [name], [f"data=@{separator}_test"], title)
+
+
+def scored(name: str, stage: StageConfig) -> Stages:
+    """An estimator and its scores on the estimates of every separator."""
+    return {name: stage} | {f"{name}_on_{one}": estimate(name, one) for one in SEPARATORS}
+
+
+def estimator_table(
+    title: str, metric: str, rows: Mapping[str, Numbers], titles: Mapping[str, str]
+) -> TableConfig:
+    """A table with a row for each estimator and a column for each separator."""
+    cells = {name: [f"{name}_on_{one}:{metric}" for one in SEPARATORS] for name in rows}
+    made = [RowConfig(titles[name], cells[name], list(paper)) for name, paper in rows.items()]
+    return TableConfig(title, [name.upper() for name in SEPARATORS], made)
+
+
+def figure(title: str, uses: list[str], kind: str = "figure2") -> StageConfig:
+    """Draw earlier stages."""
+    return StageConfig("figure", uses, [f"kind={kind}"], title)
+
+
+def subset(first: int, last: int, mini: bool) -> StageConfig:
+    """A data set of the mixtures between two percentages; those from 0 up are labelled.
 
     At full scale 100 % are 13900 of the 50800 mixtures of train-360.
     """
     full = {0: 0.0, 10: 0.02736, 50: 0.13681, 100: 0.27362}
-    begin, end = (percent / 100 if mini else full[percent] for percent in (first, last))
+    share = [percent / 100 if mini else full[percent] for percent in (first, last)]
     overrides = ["corpus=stored", "corpus.noise=false", "corpus.data=${vars.mixtures}"]
-    overrides += [f"subset=[{begin},{end}]"]
-    overrides += ["mixtures_only=true"] * name.startswith("unlabelled")
-    return {name: StageConfig("shards", overrides=overrides)}
+    overrides += [f"subset=[{share[0]},{share[1]}]", f"mixtures_only={str(first > 0).lower()}"]
+    return StageConfig("shards", [], overrides)
 
 
-def semisupervised(name: str, mini: bool) -> StageConfig:
-    """Train METHOD_PERCENT: ctn on the labelled mixtures, mixit and sslm on the rest too."""
-    method, percent = name.split("_")
-    overrides = [f"data.train=@labelled_{percent}"]
-    if method != "ctn":
-        unlabelled = f"@unlabelled_{100 - int(percent)}"
-        overrides += [f"data.extra=[{{name: unlabelled, url: {unlabelled}, weight: 1.0}}]"]
-    if method == "sslm":
-        overrides += ["objective.estimator.url=@ssqp_dr"]
-    experiment = "ctn_subset" if method == "ctn" else method
-    title = f"{TABLE3[method][0]} ({percent} %)"
-    return train(experiment, mini, title=title, overrides=overrides)
+def trained_and_tested(runs: Iterable[str], mini: bool) -> Stages:
+    """Runs METHOD_PERCENT and their tests: ctn learns from labelled mixtures, others from all."""
+    stages = {}
+    for run in runs:
+        method, percent = run.split("_")
+        rest = f"@unlabelled_{100 - int(percent)}"
+        overrides = [f"data.train=@labelled_{percent}"]
+        if method != "ctn":
+            overrides += [f"data.extra=[{{name: unlabelled, url: {rest}, weight: 1.0}}]"]
+        if method == "sslm":
+            overrides += ["objective.estimator.url=@ssqp_dr"]
+        stages[run] = train("ctn_subset" if method == "ctn" else method, mini, (), overrides)
+        stages[run].title = f"{TABLE3[method][0]} ({percent} %)"
+    return stages | {f"{run}_test": StageConfig("evaluate", [run]) for run in runs}
 
 
-def train(experiment: str, mini: bool, settings: Sequence[str] = (), **stage: Any) -> StageConfig:
-    """A training stage with the settings of its scale."""
-    small = MINI[experiment] if mini else []
-    return StageConfig(experiment=f"dang2023/{experiment}", settings=[*settings, *small], **stage)
+def train(
+    experiment: str, mini: bool, settings: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> StageConfig:
+    """Train an experiment, at scale mini with fewer steps."""
+    small = [*MINI.get(experiment, ()), f"training.max_steps={MINI_STEPS.get(experiment, 500)}"]
+    settings = [*settings, *(small if mini else ())]
+    return StageConfig("train", [], list(overrides), "", f"dang2023/{experiment}", settings)
 
 
 def pipeline(
     results: str, title: str, stages: Stages, tables: list[TableConfig], mini: bool
 ) -> PipelineConfig:
-    """The pipeline of one table or figure, with the data sets and devices of its scale."""
-    values: dict[str, Any] = {
-        "estimator_data": "${data_root}/libri2mix/train-100",
-        "estimator_subset": [0.0, 1.0],
-        "dev": "${data_root}/libri2mix/dev",
-        "test": "${data_root}/libri2mix/test",
-        "mixtures": "${data_root}/libri2mix/train-360",
-        "device": "cuda",
-        "gpus": 1,
-        "ssqp": "ssqp_wav2vec2",
-        "pretrained": "facebook/wav2vec2-base",
-        "num_layers": "null",  # of the encoder; null: all
-        "mode": "otfp",  # or otfs
-    }
-    workers = ["num_workers=8", "use_gpu=true"]
+    """A pipeline with the data sets, devices and workers of its scale."""
+    values: dict[str, Any] = {"ssqp": "ssqp_wav2vec2", "mode": "otfp", "num_layers": "null"}
     if mini:
-        values |= {"estimator_data": "${data_root}/sep-train", "estimator_subset": [0.0, 0.3]}
-        values |= {"dev": "${data_root}/dev", "test": "${data_root}/test"}
-        values |= {"mixtures": "${data_root}/sep-train", "device": "cpu", "gpus": 0}
-        values["pretrained"] = "null"  # a real encoder: vars.ssqp=ssqp_whisper vars.pretrained=...
-        workers = ["num_workers=2"]
-    shards = ["num_workers=2", "samples_per_shard=50"] if mini else ["num_workers=8"]
+        data, dev, test, mixtures = ("sep-train", "dev", "test", "sep-train")
+        values |= {"pretrained": "null", "estimator_subset": [0.0, 0.3], "device": "cpu", "gpus": 0}
+        workers, shards = ["num_workers=2"], ["num_workers=2", "samples_per_shard=50"]
+    else:
+        data, dev, test, mixtures = (
+            f"libri2mix/{x}" for x in ("train-100", "dev", "test", "train-360")
+        )
+        values |= {"pretrained": ENCODERS["wav2vec2"], "estimator_subset": [0.0, 1.0]}
+        values |= {"device": "cuda", "gpus": 1}
+        workers, shards = ["num_workers=8", "use_gpu=true"], ["num_workers=8"]
+    places = {"estimator_data": data, "dev": dev, "test": test, "mixtures": mixtures}
+    values |= {name: f"${{data_root}}/{place}" for name, place in places.items()}
     return PipelineConfig(
         name="dang2023-mini" if mini else "dang2023",
         title=title,
         test_data="${vars.test}",
         vars=values,
         results=results,
-        scale="mini" if mini else "",
         stages=stages,
         overrides={"shards": shards, "evaluate": workers, "estimate": workers},
         tables=tables,

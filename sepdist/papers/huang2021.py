@@ -1,145 +1,133 @@
 """Tables 1 to 3 and figure 2 of paper 1 (Huang et al. 2021) as pipelines.
 
-    sepdist pipeline experiment=huang2021/table2_libri2mix data_root=data output=runs/table2 scale=mini
+    sepdist pipeline experiment=huang2021/table2_libri2mix data_root=data output=runs/table2
 
-Every function returns the stages and the tables of one pipeline. `mini` is the scale of two CPU
-cores, where one small corpus stands for both Libri2Mix and WSJ0-2mix.
+Each function listed in PIPELINES returns the stages and the table of one pipeline. `mini` is the
+scale of two CPU cores, where one small corpus stands for both Libri2Mix and WSJ0-2mix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from sepdist.papers.schema import PipelineConfig, RowConfig, StageConfig, TableConfig
+from sepdist.papers.schema import (
+    PipelineConfig,
+    RowConfig,
+    StageConfig,
+    TableConfig,
+    key_values,
+)
 
-TEST = {"libri2mix": "${data_root}/libri2mix/test", "wsj0": "${data_root}/wsj0-2mix/tt"}
+Stages = dict[str, StageConfig]
+
 COLUMNS = ["SI-SNRi", "SDRi", "steps", "minutes", "label switches in %"]
+TEST_DATA = {
+    "libri2mix": "${data_root}/libri2mix/test",
+    "wsj0": "${data_root}/wsj0-2mix/tt",
+}
 REINIT = ["init.reinit=[mask_conv]"]  # the only layer that fine-tuning starts afresh
 
 
 def table1(mini: bool) -> PipelineConfig:
     """What to pre-train with: Conv-TasNet on WSJ0-2mix from scratch and from SE, MAMA and CC."""
-    stages = {name: pretraining(name, mini) for name in ("se", "mama", "cc")}
-    stages["wsj0_scratch"] = StageConfig(experiment="huang2021/wsj0_scratch", title="from scratch")
-    for name in ("se", "mama", "cc"):
-        submodule = ["init.submodule=separator"] if name == "cc" else []
-        stages[f"wsj0_{name}"] = StageConfig(
-            experiment="huang2021/wsj0_scratch",
-            settings=[*REINIT, *submodule],
-            uses=[name],
-            title=name.upper(),
-        )
+    tasks = ("se", "mama", "cc")
+    stages = {task: pretrain(task, mini) for task in tasks}
+    stages["wsj0_scratch"] = train("wsj0_scratch", title="from scratch")
+    for task in tasks:
+        settings = [*REINIT, *(["init.submodule=separator"] if task == "cc" else [])]
+        stages[f"wsj0_{task}"] = train("wsj0_scratch", settings, [task], task.upper())
     paper = {"scratch": (15.6, 15.8), "se": (16.3, 16.5), "mama": (16.2, 16.5), "cc": (15.5, 15.8)}
-    runs = [f"wsj0_{name}" for name in paper]
-    stages |= {f"{run}_test": StageConfig("evaluate", uses=[run]) for run in runs}
-    stages["figure"] = StageConfig("figure", uses=runs, title="Pre-training tasks")
-    rows = [row(stages[f"wsj0_{name}"].title, f"wsj0_{name}", paper[name]) for name in paper]
+    runs = [f"wsj0_{start}" for start in paper]
+    stages |= tests(runs)
+    stages["figure"] = StageConfig("figure", runs, title="Pre-training tasks")
+    rows = [row(stages[f"wsj0_{start}"].title, f"wsj0_{start}", paper[start]) for start in paper]
     title = "Table 1, pre-training tasks, WSJ0-2mix"
-    return pipeline("table1", title, TEST["wsj0"], stages, rows, mini)
+    return pipeline("table1", title, TEST_DATA["wsj0"], stages, rows, mini)
+
+
+TABLE2 = {  # title, SI-SNRi and SDRi in dB
+    "libri2mix_scratch": ("from scratch", (13.2, 13.6)),
+    "libri2mix_ptft": ("PT-FT (SE)", (14.1, 14.6)),
+    "libri2mix_multitask": ("multi-task (SE)", (13.7, 14.1)),
+    "wsj0_scratch": ("from scratch", (15.6, 15.8)),
+    "wsj0_ptft": ("PT-FT (SE)", (16.3, 16.5)),
+    "wsj0_multitask": ("multi-task (SE)", (15.7, 16.0)),
+}
+# An epoch of both tasks is (20000 + 50800) / 24 = 2950 steps.
+WSJ0_MULTITASK = key_values("""
+    data.train=${data_root}/wsj0-2mix/tr data.validation=${data_root}/wsj0-2mix/cv
+    validation.every_steps=2950 training.max_steps=295000 training.checkpoint_every=2950
+    training.keep_every=2950
+""")
+# An epoch of both tasks is (2000 + 2000) / 16 = 250 steps, half of them separation.
+MULTITASK_MINI = key_values("""
+    data.extra=[{name:enhancement,url:${data_root}/se-train}] validation.every_steps=250
+    training.max_steps=2000 training.checkpoint_every=250 training.keep_every=250
+""")
 
 
 def table2_libri2mix(mini: bool) -> PipelineConfig:
-    """Table 2, Libri2Mix, and figure 2 (a) and (c): from scratch, PT-FT (SE) and multi-task (SE)."""
-    return table2("libri2mix", mini)
+    """Table 2, Libri2Mix, and figure 2 (a), (c): from scratch, PT-FT (SE), multi-task (SE)."""
+    multitask = train("libri2mix_multitask", MULTITASK_MINI if mini else [])
+    return table2("libri2mix", "Libri2Mix", multitask, mini)
 
 
 def table2_wsj0(mini: bool) -> PipelineConfig:
-    """Table 2, WSJ0-2mix, and figure 2 (b) and (d)."""
-    return table2("wsj0", mini)
+    """Table 2, WSJ0-2mix, and figure 2 (b), (d)."""
+    multitask = train("libri2mix_multitask", MULTITASK_MINI if mini else WSJ0_MULTITASK)
+    return table2("wsj0", "WSJ0-2mix", multitask, mini)
 
 
-TABLE2 = {  # method: title, SI-SNRi and SDRi in dB by corpus
-    "scratch": ("from scratch", {"libri2mix": (13.2, 13.6), "wsj0": (15.6, 15.8)}),
-    "ptft": ("PT-FT (SE)", {"libri2mix": (14.1, 14.6), "wsj0": (16.3, 16.5)}),
-    "multitask": ("multi-task (SE)", {"libri2mix": (13.7, 14.1), "wsj0": (15.7, 16.0)}),
-}
-
-
-def table2(corpus: str, mini: bool) -> PipelineConfig:
-    """One half of table 2: a training, a test and the label switches of each method; a figure."""
-    title = {"libri2mix": "Libri2Mix", "wsj0": "WSJ0-2mix"}[corpus]
-    stages = {"se": pretraining("se", mini)}
-    runs = [f"{corpus}_{method}" for method in TABLE2]
-    for method, run in zip(TABLE2, runs, strict=True):
-        settings = MULTITASK_MINI if mini and method == "multitask" else []
-        experiment = f"huang2021/{run}"
-        if corpus == "wsj0" and method == "ptft":
-            experiment, settings = "huang2021/wsj0_scratch", REINIT
-        elif corpus == "wsj0" and method == "multitask":
-            experiment = "huang2021/libri2mix_multitask"
-            settings = settings if mini else WSJ0_MULTITASK
-        stages[run] = StageConfig(
-            experiment=experiment,
-            settings=settings,
-            uses=["se"] if method == "ptft" else [],
-            title=TABLE2[method][0],
-        )
-    stages |= {f"{run}_test": StageConfig("evaluate", uses=[run]) for run in runs}
-    stages[f"{corpus}_figure"] = StageConfig("figure", uses=runs, title=title)
-    stages |= {f"{run}_labels": StageConfig("labels", uses=[run]) for run in runs}
-    rows = [row(TABLE2[one][0], f"{corpus}_{one}", TABLE2[one][1][corpus]) for one in TABLE2]
-    return pipeline(f"table2-{corpus}", f"Table 2, {title}", TEST[corpus], stages, rows, mini)
-
-
-WSJ0_MULTITASK = [  # an epoch is (20000 + 50800) / 24 = 2950 steps
-    "data.train=${data_root}/wsj0-2mix/tr",
-    "data.validation=${data_root}/wsj0-2mix/cv",
-    "validation.every_steps=2950",
-    "training.max_steps=295000",
-    "training.checkpoint_every=2950",
-    "training.keep_every=2950",
-]
-MULTITASK_MINI = [  # an epoch is (2000 + 2000) / 16 = 250 steps, half of them separation
-    "data.extra=[{name: enhancement, url: ${data_root}/se-train}]",
-    "validation.every_steps=250",
-    "training.max_steps=2000",
-    "training.checkpoint_every=250",
-    "training.keep_every=250",
-]
+def table2(corpus: str, title: str, multitask: StageConfig, mini: bool) -> PipelineConfig:
+    """One half of table 2: a training, a test and the label switches of each row; a figure."""
+    runs = {
+        f"{corpus}_scratch": train(f"{corpus}_scratch"),
+        f"{corpus}_ptft": train(f"{corpus}_scratch", REINIT, ["se"]),
+        f"{corpus}_multitask": multitask,
+    }
+    for run, stage in runs.items():
+        stage.title = TABLE2[run][0]
+    stages = {"se": pretrain("se", mini)} | runs | tests(runs)
+    stages[f"{corpus}_figure"] = StageConfig("figure", list(runs), title=title)
+    stages |= {f"{run}_labels": StageConfig("labels", [run]) for run in runs}
+    rows = [row(TABLE2[run][0], run, TABLE2[run][1]) for run in runs]
+    name, test_data = f"table2-{corpus}", TEST_DATA[corpus]
+    return pipeline(name, f"Table 2, {title}", test_data, stages, rows, mini)
 
 
 def figure2(mini: bool) -> PipelineConfig:
     """Figure 2, and with it the whole of table 2; at scale mini one half, as the corpora are one."""
-    cfg = table2("libri2mix", mini)
-    cfg.name = name_of("figure2", mini)
+    cfg, wsj0 = table2_libri2mix(mini), table2_wsj0(mini)
+    cfg.name = "figure2-mini" if mini else "figure2"
     if mini:
         return cfg
-    other = table2("wsj0", mini)
-    for run in other.tables[0].rows:
-        other.stages[run.cells[0].split(":")[0]].overrides = [f"data={other.test_data}"]
-    for half, title in ((cfg, "Libri2Mix"), (other, "WSJ0-2mix")):
+    for name, stage in wsj0.stages.items():
+        if stage.kind == "evaluate":
+            wsj0.stages[name].overrides = [f"data={wsj0.test_data}"]
+    for half, corpus in ((cfg, "Libri2Mix"), (wsj0, "WSJ0-2mix")):
         for one in half.tables[0].rows:
-            one.title = f"{title}, {one.title}"
-    cfg.title, cfg.stages = "Table 2", cfg.stages | other.stages
-    cfg.tables[0].rows += other.tables[0].rows
+            one.title = f"{corpus}, {one.title}"
+    cfg.title, cfg.stages = "Table 2", cfg.stages | wsj0.stages
+    cfg.tables[0].rows += wsj0.tables[0].rows
     return cfg
 
 
-BATCH_4 = [  # of 4 s; the models' own papers, as table 3 quotes them, leave the batch blank
-    "data.crop_seconds=4.0",
-    "data.num_virtual_shards=4",
-    "data.micro_batch=1",
-    "validation.every_steps=5000",
-    "training.max_steps=500000",
-    "training.checkpoint_every=5000",
-    "training.keep_every=0",
-    "cluster.num_workers=4",
-]
-BATCH_1 = [  # one virtual shard, so one worker
-    "data.num_virtual_shards=1",
-    "validation.every_steps=20000",
-    "training.max_steps=2000000",
-    "cluster.num_workers=1",
-]
-DPRNN = [
-    "data.crop_seconds=2.0",
-    "training.max_steps=166600",
-    "training.keep_every=0",
-]  # 200 epochs
+# The models' own papers, as table 3 quotes them, have crops of 4 s and leave the batch blank.
+BATCH_4 = key_values("""
+    data.crop_seconds=4.0 data.num_virtual_shards=4 data.micro_batch=1 validation.every_steps=5000
+    training.max_steps=500000 training.checkpoint_every=5000 training.keep_every=0
+    cluster.num_workers=4
+""")
+BATCH_1 = key_values("""
+    data.num_virtual_shards=1 validation.every_steps=20000 training.max_steps=2000000
+    cluster.num_workers=1
+""")
+DPRNN = ["data.crop_seconds=2.0", "training.max_steps=166600", "training.keep_every=0"]
 # The authors warm up over 4000 steps and go on at 4e-4, times 0.98 every two epochs; here the rate
 # is halved on a plateau instead.
 DPTNET = ["optim.lr=0.0004", "schedule.warmup_steps=4000"]
+DPTNET_4, DPTNET_1 = [*BATCH_4, *DPTNET], [*BATCH_4, *DPTNET, *BATCH_1]
 
-# Row: title, model, settings at the paper's scale, pre-training, SI-SNRi and SDRi in dB.
-# In row (g) the paper has SI-SNR and SDR, no improvements.
+# Title, model, settings at the paper's scale, pre-training, SI-SNRi and SDRi in dB. In row (g) the
+# paper has SI-SNR and SDR, not their improvements.
 TABLE3: dict[str, tuple[str, str, list[str], str, tuple[float, float]]] = {
     "a": ("Conv-TasNet, 4 s", "conv_tasnet", BATCH_4, "", (15.3, 15.6)),
     "b": ("Conv-TasNet, batch 24, 3 s", "conv_tasnet", [], "", (15.6, 15.8)),
@@ -147,17 +135,11 @@ TABLE3: dict[str, tuple[str, str, list[str], str, tuple[float, float]]] = {
     "d": ("DPRNN, 4 s", "dprnn", [*BATCH_4, "model.num_bottleneck=64"], "", (18.8, 19.0)),
     "e": ("DPRNN, batch 24, 2 s", "dprnn", DPRNN, "", (17.0, 17.3)),
     "f": ("DPRNN, batch 24, 2 s, SE", "dprnn", DPRNN, "se_dprnn", (18.6, 18.9)),
-    "g": ("DPTNet, 4 s", "dptnet", [*BATCH_4, *DPTNET, "model.num_hidden=128"], "", (20.2, 20.6)),
-    "h": ("DPTNet, batch 4, 4 s", "dptnet", [*BATCH_4, *DPTNET], "", (20.4, 20.6)),
-    "i": ("DPTNet, batch 4, 4 s, SE", "dptnet", [*BATCH_4, *DPTNET], "se_dptnet", (20.8, 21.0)),
-    "j": ("DPTNet, batch 1, 4 s", "dptnet", [*BATCH_4, *DPTNET, *BATCH_1], "", (20.7, 20.9)),
-    "k": (
-        "DPTNet, batch 1, 4 s, SE",
-        "dptnet",
-        [*BATCH_4, *DPTNET, *BATCH_1],
-        "se_dptnet",
-        (21.3, 21.5),
-    ),
+    "g": ("DPTNet, 4 s", "dptnet", [*DPTNET_4, "model.num_hidden=128"], "", (20.2, 20.6)),
+    "h": ("DPTNet, batch 4, 4 s", "dptnet", DPTNET_4, "", (20.4, 20.6)),
+    "i": ("DPTNet, batch 4, 4 s, SE", "dptnet", DPTNET_4, "se_dptnet", (20.8, 21.0)),
+    "j": ("DPTNet, batch 1, 4 s", "dptnet", DPTNET_1, "", (20.7, 20.9)),
+    "k": ("DPTNet, batch 1, 4 s, SE", "dptnet", DPTNET_1, "se_dptnet", (21.3, 21.5)),
     "l": ("Sandglasset, 4 s", "sandglasset", BATCH_4, "", (21.0, 21.2)),
 }
 
@@ -165,72 +147,62 @@ TABLE3: dict[str, tuple[str, str, list[str], str, tuple[float, float]]] = {
 def table3(mini: bool) -> PipelineConfig:
     """Separation models on WSJ0-2mix; (a), (d), (g) and (l) as in the models' own papers."""
     stages = {
-        "se": pretraining("se", mini),
-        "se_dprnn": pretraining("se", mini, "dprnn", ["data.crop_seconds=2.0"]),
-        "se_dptnet": pretraining("se", mini, "dptnet", ["data.crop_seconds=4.0", *DPTNET]),
+        "se": pretrain("se", mini),
+        "se_dprnn": pretrain("se", mini, ["data.crop_seconds=2.0"], "dprnn"),
+        "se_dptnet": pretrain("se", mini, ["data.crop_seconds=4.0", *DPTNET], "dptnet"),
     }
     for letter, (_, model, settings, start, _) in TABLE3.items():
         small = ["data.micro_batch=1"] if letter in "jk" else []
         settings = [f"model={model}", *(small if mini else settings), *(REINIT if start else [])]
-        stages[letter] = StageConfig(
-            experiment="huang2021/wsj0_scratch", settings=settings, uses=[start] if start else []
-        )
-    stages |= {f"{letter}_test": StageConfig("evaluate", uses=[letter]) for letter in TABLE3}
-    rows = [row(f"({key}) {one[0]}", key, one[4]) for key, one in TABLE3.items()]
+        stages[letter] = train("wsj0_scratch", settings, [start] if start else [])
+    stages |= tests(TABLE3)
+    rows = [row(f"({letter}) {one[0]}", letter, one[-1]) for letter, one in TABLE3.items()]
     title = "Table 3, separation models, WSJ0-2mix"
-    return pipeline("table3", title, TEST["wsj0"], stages, rows, mini)
+    return pipeline("table3", title, TEST_DATA["wsj0"], stages, rows, mini)
 
 
-def pretraining(
-    task: str, mini: bool, model: str = "", settings: Sequence[str] = ()
+def pretrain(task: str, mini: bool, settings: Sequence[str] = (), model: str = "") -> StageConfig:
+    """Pre-train on Libri1Mix; `settings` are those of the paper's scale."""
+    if mini:  # 500 steps, on other speakers than those of sep-train
+        settings = ["data.train=${data_root}/se-train", "training.max_steps=500"]
+        settings += ["training.keep_every=0"]
+        settings += ["objective.epoch_samples=2000"] if task == "cc" else []
+    return train(task, [*([f"model={model}"] if model else []), *settings])
+
+
+def train(
+    experiment: str, settings: Sequence[str] = (), uses: Sequence[str] = (), title: str = ""
 ) -> StageConfig:
-    """A pre-training on Libri1Mix; at scale mini its speakers are not those of sep-train."""
-    small = [
-        "data.train=${data_root}/se-train",
-        "training.max_steps=500",
-        "training.keep_every=0",
-        *(["objective.epoch_samples=2000"] if task == "cc" else []),
-    ]
-    chosen = [f"model={model}"] if model else []
-    return StageConfig(
-        experiment=f"huang2021/{task}", settings=[*chosen, *(small if mini else settings)]
-    )
+    """Train an experiment of configs/experiment/huang2021."""
+    return StageConfig("train", list(uses), [], title, f"huang2021/{experiment}", list(settings))
+
+
+def tests(runs: Iterable[str]) -> Stages:
+    """Evaluate each run."""
+    return {f"{run}_test": StageConfig("evaluate", [run]) for run in runs}
 
 
 def row(title: str, run: str, paper: tuple[float, float]) -> RowConfig:
-    """A row of `COLUMNS`: the test of a run beside the paper's SI-SNRi and SDRi, and its cost."""
+    """A row of `COLUMNS`: test scores of a run beside the paper's, and the cost of its training."""
     scores = [f"{run}_test:metrics_db.{metric}.mean" for metric in ("si_snri", "sdri")]
     costs = [f"{run}:{name}" for name in ("steps", "minutes", "switch_percent")]
     return RowConfig(title, [*scores, *costs], [*paper, None, None, None])
 
 
 def pipeline(
-    name: str,
-    title: str,
-    test_data: str,
-    stages: dict[str, StageConfig],
-    rows: list[RowConfig],
-    mini: bool,
+    name: str, title: str, test_data: str, stages: Stages, rows: list[RowConfig], mini: bool
 ) -> PipelineConfig:
     """The pipeline of one table."""
     workers = ["num_workers=2"] if mini else ["num_workers=8", "use_gpu=true"]
-    overrides = {"evaluate": workers}
-    if any(stage.kind == "labels" for stage in stages.values()):
-        overrides["labels"] = [*workers, *(["num_mixtures=200"] if mini else [])]
+    labels = [*workers, "num_mixtures=200"] if mini else workers
     return PipelineConfig(
-        name=name_of(name, mini),
+        name=f"{name}-mini" if mini else name,
         title=title,
         test_data="${data_root}/test" if mini else test_data,
-        scale="mini" if mini else "",
         stages=stages,
-        overrides=overrides,
-        tables=[TableConfig(columns=COLUMNS, rows=rows)],
+        overrides={"evaluate": workers, "labels": labels},
+        tables=[TableConfig("", COLUMNS, rows)],
     )
-
-
-def name_of(name: str, mini: bool) -> str:
-    """The name of a pipeline at its scale."""
-    return f"{name}-mini" if mini else name
 
 
 PIPELINES = (table1, table2_libri2mix, table2_wsj0, figure2, table3)

@@ -11,11 +11,16 @@ class StageConfig:
     """One stage of a pipeline; its folder is output/seed-<seed>/<its name>."""
 
     kind: str = "train"  # or shards, evaluate, estimate, recognise, labels, figure
-    experiment: str = ""  # train: a file of configs/experiment
-    settings: list[str] = field(default_factory=list)  # train: key=value that adapt the experiment
-    title: str = ""  # legend in a figure, or title of the figure
     uses: list[str] = field(default_factory=list)  # earlier stages: weights, model or runs to draw
     overrides: list[str] = field(default_factory=list)  # key=value; @stage means a stage's folder
+    title: str = ""  # legend in a figure, or title of the figure
+    experiment: str = ""  # train: a file of configs/experiment
+    settings: list[str] = field(default_factory=list)  # train: key=value that adapt the experiment
+
+
+def key_values(text: str) -> list[str]:
+    """Split settings as a command line has them."""
+    return text.split()
 
 
 @dataclass
