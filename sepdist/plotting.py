@@ -133,7 +133,7 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> "Figure":
     for number, (name, curves) in enumerate(runs.items()):
         if not curves.predicted:
             raise ConfigError(
-                f"{name}: no validation/predicted_si_snr in its log: it is not a semi-supervised run"
+                f"{name}: no validation/predicted_si_snr in its log: not a semi-supervised run"
             )
         colour = COLOURS[number % len(COLOURS)]
         upper.plot(*zip(*curves.si_snr, strict=True), color=colour, label=f"{name}, true")

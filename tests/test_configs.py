@@ -1,4 +1,4 @@
-"""Every YAML under configs/ composes and builds, and the count is asserted, so that no file escapes."""
+"""Every YAML file under configs/ composes and builds; a count shows that none escapes."""
 
 import inspect
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_every_model_builds_a_module(name: str) -> None:
 
 
 def built(node: dict[str, Any]) -> Any:
-    """The model of a node; where its weights are on a model hub, the same network of its config and without values."""
+    """Build a model; one whose weights are on a model hub without them and without values."""
     if not node.get("pretrained"):
         return config.build(node)
     with torch.device("meta"):

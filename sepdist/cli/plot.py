@@ -1,6 +1,6 @@
 """Draw a figure of the papers from runs, data sets or scores.
 
-    sepdist plot figure2.png "from scratch=runs/scratch" "PT-FT (SE)=runs/finetune" --title Libri2Mix
+    sepdist plot figure2.png "from scratch=runs/a" "PT-FT (SE)=runs/b" --title Libri2Mix
     sepdist plot gap.png "SSLM-SS (10%)=runs/sslm" --kind gap
 
 figure2 (paper 1): validation SI-SNR by epoch, and the share of label assignments that switched

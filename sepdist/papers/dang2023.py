@@ -9,7 +9,6 @@ estimators, all with the encoder that vars.ssqp and vars.pretrained choose.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from sepdist.papers.schema import PipelineConfig, RowConfig, StageConfig, TableConfig
 
@@ -28,6 +27,25 @@ MINI = {
     # 500 steps x 16 / 150: f(t) rises to 0.5 in the end, as in the paper's 150 epochs.
     "sslm": ["objective.epoch_samples=53", "validation.max_seconds=4.0"],
     "ssqp": ["data.micro_batch=2", "validation.max_seconds=4.0", "optim.lr=0.0002"],
+}
+
+VARS = {
+    "estimator_data": "${data_root}/libri2mix/train-100",  # on its estimates estimators train
+    "estimator_subset": [0.0, 1.0],  # of it
+    "dev": "${data_root}/libri2mix/dev",
+    "test": "${data_root}/libri2mix/test",
+    "mixtures": "${data_root}/libri2mix/train-360",  # for SSLM-SS
+    "device": "cuda",  # of the separators that write estimates
+    "gpus": 1,
+    "ssqp": "ssqp_wav2vec2",  # encoder: a model, its `pretrained`, layers (null: all), otfp or otfs
+    "pretrained": ENCODERS["wav2vec2"],
+    "num_layers": "null",
+    "mode": "otfp",
+}
+VARS_MINI = VARS | {
+    **{name: "${data_root}/sep-train" for name in ("estimator_data", "mixtures")},
+    **{name: f"${{data_root}}/{name}" for name in ("dev", "test")},
+    **{"estimator_subset": [0.0, 0.3], "device": "cpu", "gpus": 0, "pretrained": "null"},
 }
 
 
@@ -181,8 +199,8 @@ def table4(mini: bool) -> PipelineConfig:
         corpus = ["corpus=overlap", "corpus.root=${vars.speech}", "corpus.num_mixtures=30"]
         chosen = [*corpus, "recogniser=faster_whisper"]
     else:
-        cfg.vars |= {"libricss": "libricss/for_release"}
-        cfg.vars |= {"recogniser": "facebook/wav2vec2-base-960h"}
+        recogniser = "facebook/wav2vec2-base-960h"
+        cfg.vars |= {"libricss": "libricss/for_release", "recogniser": recogniser}
         chosen = ["corpus=libricss", "corpus.root=${vars.libricss}"]
     chosen.append("recogniser.folder=${vars.recogniser}")
     cfg.overrides["recognise"] = [*cfg.overrides["evaluate"], *chosen]
@@ -292,25 +310,13 @@ def pipeline(
     results: str, title: str, stages: Stages, tables: list[TableConfig], mini: bool
 ) -> PipelineConfig:
     """A pipeline with the data sets, devices and workers of its scale."""
-    values: dict[str, Any] = {"ssqp": "ssqp_wav2vec2", "mode": "otfp", "num_layers": "null"}
-    if mini:
-        data, dev, test, mixtures = ("sep-train", "dev", "test", "sep-train")
-        values |= {"pretrained": "null", "estimator_subset": [0.0, 0.3], "device": "cpu", "gpus": 0}
-        workers, shards = ["num_workers=2"], ["num_workers=2", "samples_per_shard=50"]
-    else:
-        data, dev, test, mixtures = (
-            f"libri2mix/{x}" for x in ("train-100", "dev", "test", "train-360")
-        )
-        values |= {"pretrained": ENCODERS["wav2vec2"], "estimator_subset": [0.0, 1.0]}
-        values |= {"device": "cuda", "gpus": 1}
-        workers, shards = ["num_workers=8", "use_gpu=true"], ["num_workers=8"]
-    places = {"estimator_data": data, "dev": dev, "test": test, "mixtures": mixtures}
-    values |= {name: f"${{data_root}}/{place}" for name, place in places.items()}
+    workers = ["num_workers=2"] if mini else ["num_workers=8", "use_gpu=true"]
+    shards = ["num_workers=2", "samples_per_shard=50"] if mini else ["num_workers=8"]
     return PipelineConfig(
         name="dang2023-mini" if mini else "dang2023",
         title=title,
         test_data="${vars.test}",
-        vars=values,
+        vars=dict(VARS_MINI if mini else VARS),
         results=results,
         stages=stages,
         overrides={"shards": shards, "evaluate": workers, "estimate": workers},

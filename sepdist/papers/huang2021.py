@@ -8,21 +8,12 @@ scale of two CPU cores, where one small corpus stands for both Libri2Mix and WSJ
 
 from collections.abc import Iterable, Sequence
 
-from sepdist.papers.schema import (
-    PipelineConfig,
-    RowConfig,
-    StageConfig,
-    TableConfig,
-    key_values,
-)
+from sepdist.papers.schema import PipelineConfig, RowConfig, StageConfig, TableConfig, key_values
 
 Stages = dict[str, StageConfig]
 
 COLUMNS = ["SI-SNRi", "SDRi", "steps", "minutes", "label switches in %"]
-TEST_DATA = {
-    "libri2mix": "${data_root}/libri2mix/test",
-    "wsj0": "${data_root}/wsj0-2mix/tt",
-}
+TEST_DATA = {"libri2mix": "${data_root}/libri2mix/test", "wsj0": "${data_root}/wsj0-2mix/tt"}
 REINIT = ["init.reinit=[mask_conv]"]  # the only layer that fine-tuning starts afresh
 
 
@@ -94,7 +85,7 @@ def table2(corpus: str, title: str, multitask: StageConfig, mini: bool) -> Pipel
 
 
 def figure2(mini: bool) -> PipelineConfig:
-    """Figure 2, and with it the whole of table 2; at scale mini one half, as the corpora are one."""
+    """Figure 2, and with it the whole of table 2; at scale mini one half, of one corpus."""
     cfg, wsj0 = table2_libri2mix(mini), table2_wsj0(mini)
     cfg.name = "figure2-mini" if mini else "figure2"
     if mini:

@@ -45,21 +45,13 @@ _T = TypeVar("_T")
 
 # Differences in these do not change the result of a finished stage.
 FREE_TO_CHANGE = (
-    "cache",
-    "cluster",
-    "corpus.cache",
-    "data.cache",
-    "data.num_threads",
-    "data.prefetch",
-    "data_root",
-    "engine.zero",
-    "gpus_per_worker",
-    "num_workers",
-    "use_gpu",
+    *("cache", "cluster", "corpus.cache", "data.cache", "data.num_threads", "data.prefetch"),
+    *("data_root", "engine.zero", "gpus_per_worker", "num_workers", "use_gpu"),
 )
 # How many earlier stages a kind uses at least and at most (others: exactly one), and their kinds.
 NUM_USED = {"train": (0, 1), "shards": (0, 0), "recognise": (0, 1), "figure": (1, math.inf)}
 KINDS_USED = {"figure": ("train", "shards", "estimate")}  # others: train
+WITH_NUMBERS = ("train", "evaluate", "estimate", "recognise")  # kinds that a table may show
 RUNNERS: dict[str, Callable[[Any, Console], Any]] = {
     "train": training_run.run,
     "shards": write_data_set,
@@ -136,9 +128,11 @@ def check_tables(cfg: PipelineConfig) -> None:
                 raise ConfigError(f"{where} needs {len(table.columns)} cells")
             for cell in row.cells:
                 name, colon, _ = cell.partition(":")
-                if cell != NO_CELL and not (colon and name in cfg.stages):
+                known = colon and name in cfg.stages and cfg.stages[name].kind in WITH_NUMBERS
+                if cell != NO_CELL and not known:
                     raise ConfigError(
-                        f"{where}: {cell!r} is not STAGE:NUMBER of a stage, nor {NO_CELL!r}"
+                        f"{where}: {cell!r} is not STAGE:NUMBER of a stage of kind "
+                        f"{', '.join(WITH_NUMBERS)}, nor {NO_CELL!r}"
                     )
 
 
@@ -153,14 +147,8 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, earlier: dict[str, Stage]
     ]
     resolved: Any
     if stage.kind == "train":
-        fixed = {
-            "name": f"{cfg.name}-{name}-{seed}",
-            "run_dir": folder,
-            "seed": seed,
-            "data_root": cfg.data_root,
-        }
-        if uses:
-            fixed["init.weights"] = uses[0].folder
+        fixed = {"name": f"{cfg.name}-{name}-{seed}", "run_dir": folder, "seed": seed}
+        fixed |= {"data_root": cfg.data_root} | ({"init.weights": uses[0].folder} if uses else {})
         chosen = {"experiment": stage.experiment, "scale": cfg.scale}
         choices = [f"{group}={option}" for group, option in chosen.items() if option]
         resolved = composed("train", [*choices, *overrides], fixed, TrainConfig)
@@ -294,11 +282,6 @@ def is_done(stage: Stage) -> bool:
 def mark_done(stage: Stage, seconds: float) -> None:
     """Write the marker of a stage; it comes after all other files of the stage."""
     values = dataclasses.asdict(stage.config)
-    marker = {
-        "stage": stage.name,
-        "kind": stage.kind,
-        "seed": stage.seed,
-        "seconds": round(seconds, 1),
-    }
-    marker |= {"sha256": digest(values), "config": values}
+    marker = {"stage": stage.name, "kind": stage.kind, "seed": stage.seed}
+    marker |= {"seconds": round(seconds, 1), "sha256": digest(values), "config": values}
     storage.put_bytes(storage.join(stage.folder, MARKER), json.dumps(marker, indent=1).encode())

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sepdist import storage
@@ -20,19 +21,13 @@ def read_marker(stage: Stage) -> dict[str, Any]:
 
 def fill_tables(cfg: PipelineConfig, stages: Sequence[Stage]) -> dict[str, Any]:
     """Return all tables with the numbers of each seed in their cells, and the stages' minutes."""
-    minutes = {
-        f"seed-{stage.seed}/{stage.name}": read_marker(stage)["seconds"] / 60 for stage in stages
-    }
-    return {
-        "name": cfg.name,
-        "title": cfg.title,
-        "tables": [fill(table, stages) for table in cfg.tables],
-        "minutes_of_stages": minutes,
-    }
+    minutes = {f"seed-{one.seed}/{one.name}": read_marker(one)["seconds"] / 60 for one in stages}
+    tables = [asdict(table) | {"rows": fill_rows(table, stages)} for table in cfg.tables]
+    return {"name": cfg.name, "title": cfg.title, "tables": tables, "minutes_of_stages": minutes}
 
 
-def fill(table: TableConfig, stages: Sequence[Stage]) -> dict[str, Any]:
-    """Return a table with the numbers of each seed in its cells."""
+def fill_rows(table: TableConfig, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Return the rows of a table with the paper's number and that of each seed in their cells."""
     rows = []
     for row in table.rows:
         cells = []
@@ -41,12 +36,7 @@ def fill(table: TableConfig, stages: Sequence[Stage]) -> dict[str, Any]:
             seeds = {str(one.seed): number_of(one, path) for one in stages if one.name == name}
             cells.append({"paper": paper, "seeds": seeds})
         rows.append({"title": row.title, "cells": cells})
-    return {
-        "title": table.title,
-        "columns": table.columns,
-        "digits": table.digits,
-        "rows": rows,
-    }
+    return rows
 
 
 def number_of(stage: Stage, path: str) -> float | None:
@@ -95,11 +85,8 @@ def format_cell(cell: dict[str, Any], digits: int) -> str:
     values = [value for value in cell["seeds"].values() if value is not None]
     if all(isinstance(value, int) for value in values):
         digits = 0
-    text = []
-    if values:
-        text.append(f"{sum(values) / len(values):.{digits}f}")
-    if len(values) > 1:
-        text.append(f"({', '.join(f'{value:.{digits}f}' for value in values)})")
-    if cell["paper"] is not None:
-        text.append(f"(paper {cell['paper']})")
-    return " ".join(text)
+    each = [f"{value:.{digits}f}" for value in values]
+    mean = [f"{sum(values) / len(values):.{digits}f}"] if values else []
+    seeds = [f"({', '.join(each)})"] if len(each) > 1 else []
+    paper = [] if cell["paper"] is None else [f"(paper {cell['paper']})"]
+    return " ".join(mean + seeds + paper)

@@ -22,7 +22,7 @@ EPOCH_STEPS = 2.5  # 10 mixtures, 4 a step
 
 
 def log(data: dict[str, str], run_dir: Path, si_snr: list[float], rates: list[float]) -> str:
-    """A run_dir as a run leaves it: a validation every 5 steps, a switch rate at the end of every later epoch."""
+    """Make a run_dir: a validation every 5 steps, a switch rate at the end of every later epoch."""
     frozen(data, run_dir)
     rows = [
         {"step": 5 * i, "seconds": i, "validation/si_snr": value}

@@ -1,4 +1,4 @@
-"""The papers' pipelines in Python have the stages and tables of the YAML files that they replaced."""
+"""The papers' pipelines have the stages and tables of the YAML files that they replaced."""
 
 import dataclasses
 import hashlib

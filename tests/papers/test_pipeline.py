@@ -1,4 +1,4 @@
-"""A pipeline of tiny stages: order, hand-off, what is not run again, what is refused, and the table."""
+"""A pipeline of tiny stages: order, hand-off, restarts, refusals and the table."""
 
 import contextlib
 import csv
@@ -40,7 +40,7 @@ def run_loop(rank: int, config_file: str) -> None:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """The names of the stages that were trained, which happens here in a process of their own without Ray."""
+    """Names of the stages that were trained, here in a process of their own without Ray."""
     names: list[str] = []
 
     def train_here(cfg: config.TrainConfig) -> None:
@@ -313,7 +313,7 @@ def test_a_table_shows_what_its_cells_name_beside_the_paper(
     with pytest.raises(ConfigError, match=r"results have no mae: change the cell scored:mae"):
         pipeline.run(cfg, Console(quiet=True))
     cfg.tables[0].rows[0].cells[0] = "scord:mae"
-    with pytest.raises(ConfigError, match=r"'scord:mae' is not STAGE:NUMBER"):
+    with pytest.raises(ConfigError, match=r"'scord:mae' is not STAGE:NUMBER of a stage"):
         pipeline.run(cfg, Console(quiet=True))
 
 
