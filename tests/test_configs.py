@@ -11,12 +11,11 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 from torch import nn
 
-from sepdist import config, papers
+from sepdist import config
 from sepdist.config import ConfigError
 
 CONFIGS = Path(config.config_dir())
 config.register_schemas()
-papers.register()
 
 
 def composed(name: str, *overrides: str) -> object:

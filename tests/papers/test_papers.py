@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sepdist import config, papers
+from sepdist.cli import pipeline as cli_pipeline
 from sepdist.papers import pipeline
 from sepdist.papers.schema import PipelineConfig, Stage
 
@@ -127,6 +129,24 @@ def test_scale_mini_of_an_experiment_is_what_a_pipeline_trains_unless_a_paper_se
     chosen = ["experiment=huang2021/libri2mix_scratch", "scale=mini"]
     fixed = {"data_root": "/data", "run_dir": stage.config.run_dir, "name": stage.config.name}
     assert pipeline.composed("train", chosen, fixed, config.TrainConfig) == stage.config
+
+
+def test_the_command_line_chooses_a_pipeline_its_scale_and_its_values(monkeypatch) -> None:
+    given: list[PipelineConfig] = []
+    monkeypatch.setattr(pipeline, "run", lambda cfg, console: given.append(cfg))
+    chosen = ["vars.ssqp=ssqp_whisper", "vars.pretrained=/whisper", "seeds=[3,4]"]
+    chosen += ["stages.sf.overrides=['optim.lr=0.5']", "overrides.train=['optim.lr=0.1']"]
+    command = ["sepdist pipeline", "experiment=dang2023/figure4", "output=/out", "scale=mini"]
+    monkeypatch.setattr(sys, "argv", [*command, *chosen])
+    cli_pipeline.main()
+    papers.register()  # other tests have no scale
+    [cfg] = given
+    assert (cfg.name, cfg.scale, cfg.output, cfg.seeds) == ("dang2023-mini", "mini", "/out", [3, 4])
+    stages = {(one.seed, one.name): one.config for one in pipeline.plan(cfg)}
+    assert stages[3, "sf"].optim["lr"] == 0.5 and stages[4, "dr"].optim["lr"] == 0.1
+    assert stages[4, "ssqp_dr"].model["pretrained"] == "/whisper"
+    assert stages[4, "ssqp_dr"].model["encoder"] == {"model_type": "whisper"}
+    assert stages[4, "sf_train"].output == "/out/seed-4/sf_train"
 
 
 def test_a_pipeline_in_other_words_has_another_digest() -> None:
