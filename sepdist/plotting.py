@@ -98,15 +98,6 @@ def to_png(figure: "Figure") -> bytes:
     return stream.getvalue()
 
 
-def to_pixels(figure: "Figure") -> np.ndarray:
-    """Render the figure as uint8 [height, width, 3]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
 @dataclasses.dataclass(frozen=True)
 class Curves:
     """Curves of one run as (epoch, value); SI-SNR in dB, switches in %, weight from 0 to 1."""

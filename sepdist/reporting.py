@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch.utils.tensorboard import SummaryWriter
 
 from sepdist import storage
-from sepdist.plotting import spectrogram_figure, to_pixels
+from sepdist.plotting import spectrogram_figure
 
 LISTENING_PEAK = 0.9
 UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl that nobody asked for: how old a progress bar may be
@@ -100,7 +101,9 @@ class Reporter:
 
     def spectrogram(self, step: int, name: str, waves: Mapping[str, np.ndarray], rate: int) -> None:
         """A picture of `spectrogram_figure`."""
-        picture = to_pixels(spectrogram_figure(waves, rate))
+        canvas = FigureCanvasAgg(spectrogram_figure(waves, rate))
+        canvas.draw()
+        picture = np.asarray(canvas.buffer_rgba())[..., :3]
         self._writer.add_image(f"{name}/spectrogram", picture, step, dataformats="HWC")
 
     def flush(self) -> None:

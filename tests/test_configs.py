@@ -64,7 +64,7 @@ def test_every_model_builds_a_module(name: str) -> None:
 
 
 def built(node: dict[str, Any]) -> Any:
-    """Build a model; one whose weights are on a model hub without them and without values."""
+    """Build a model; without weights, not even random ones, where they are on a model hub."""
     if not node.get("pretrained"):
         return config.build(node)
     with torch.device("meta"):
