@@ -13,7 +13,7 @@ from rich.console import Console
 from sepdist import storage
 from sepdist.config import ConfigError, load_frozen
 from sepdist.data.order import units_per_epoch
-from sepdist.data.shards import all_facts, read_manifest
+from sepdist.data.shards import all_metadata, read_manifest
 from sepdist.plotting import Curves, figure2, gap, histogram, scatter, to_png
 from sepdist.reporting import read_metrics
 
@@ -70,7 +70,7 @@ def read_curves(run_dir: str) -> Curves:
 
 def read_si_snr(data: str) -> np.ndarray:
     """Read the true SI-SNR in dB of every estimate of a data set; ConfigError if it has none."""
-    found = [value for facts in all_facts(data) for value in facts.get("si_snr", ())]
+    found = [value for one in all_metadata(data) for value in one.get("si_snr", ())]
     if not found:
         raise ConfigError(
             f"{data}: has no estimates of known SI-SNR; write it with corpus=separated"

@@ -32,10 +32,10 @@ from sepdist.cluster import connected
 from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig, ShardConfig, TrainConfig
 from sepdist.data.sharding import write_data_set
 from sepdist.data.shards import read_manifest
-from sepdist.inference.estimation import judge
+from sepdist.inference.estimation import evaluate_estimator
 from sepdist.inference.evaluation import evaluate
-from sepdist.inference.labels import label
 from sepdist.inference.recognition import recognise
+from sepdist.inference.switching import measure_switching
 from sepdist.papers.figures import FigureConfig, draw
 from sepdist.papers.schema import PipelineConfig, Stage, StageConfig
 from sepdist.papers.tables import MARKER, NO_CELL, fill_tables, read_marker, to_markdown
@@ -56,9 +56,9 @@ RUNNERS: dict[str, Callable[[Any, Console], Any]] = {
     "train": training_run.run,
     "shards": write_data_set,
     "evaluate": evaluate,
-    "estimate": judge,
+    "estimate": evaluate_estimator,
     "recognise": recognise,
-    "labels": label,
+    "labels": measure_switching,
     "figure": draw,
 }
 
