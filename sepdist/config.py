@@ -151,88 +151,6 @@ class TrainConfig:
 
 
 @dataclass
-class StageConfig:
-    """One stage of a pipeline; its folder is output/seed-<seed>/<its name>."""
-
-    kind: str = "train"  # or shards, evaluate, judge, recognise, labels, figure
-    experiment: str = ""  # train: a file of configs/experiment
-    label: str = ""  # its name in a figure
-    uses: list[str] = field(
-        default_factory=list
-    )  # earlier stages: initial weights, the model to score, what to draw
-    overrides: list[str] = field(
-        default_factory=list
-    )  # key=value of its program; the value @stage is a stage's folder
-
-
-@dataclass
-class RowConfig:
-    """One row of a pipeline's table."""
-
-    label: str = MISSING
-    stage: str = ""  # the evaluation; none where the paper quotes a number and nothing is run
-    paper: list[float] = field(default_factory=list)  # SI-SNRi and SDRi in dB
-
-
-@dataclass
-class GridRowConfig:
-    """One row of a grid: what it measures for each column."""
-
-    label: str = MISSING
-    cells: list[str] = field(
-        default_factory=list
-    )  # stage:a.b is the number a.b in the results.json of that stage; "-"
-    paper: list[Any] = field(
-        default_factory=list
-    )  # the same as the paper has it; null where it has none
-
-
-@dataclass
-class GridConfig:
-    """One more table of a pipeline, of one measure."""
-
-    title: str = MISSING
-    columns: list[str] = field(default_factory=list)
-    rows: list[GridRowConfig] = field(default_factory=list)
-    digits: int = 2
-
-
-@dataclass
-class PipelineConfig:
-    """`configs/pipeline.yaml`: python -m sepdist pipeline."""
-
-    name: str = MISSING
-    title: str = ""
-    output: str = MISSING  # folder or s3:// prefix
-    data_root: str = "data"  # folder or s3:// prefix of the data sets that the experiments name
-    test_data: str = ""  # what evaluations score, where their overrides name nothing else
-    vars: dict[str, Any] = field(
-        default_factory=dict
-    )  # what stages of this experiment name as ${vars.x}
-    results: str = (
-        "table"  # the name of the files with the tables, for experiments that share an output
-    )
-    variant: str = ""  # ends the name of every stage's experiment: _mini
-    seeds: list[int] = field(default_factory=lambda: [0])
-    stages: dict[str, StageConfig] = field(default_factory=dict)  # in the order in which they run
-    overrides: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # by kind, for all its stages, before their own
-    table: list[RowConfig] = field(default_factory=list)
-    grids: list[GridConfig] = field(default_factory=list)
-
-
-@dataclass
-class FigureConfig:
-    """What sepdist/plot.py draws."""
-
-    runs: dict[str, str] = field(default_factory=dict)  # label -> run_dir
-    output: str = MISSING  # the PNG file, local or s3://
-    title: str = ""
-    kind: str = "figure2"  # or gap: predicted beside true SI-SNR of semi-supervised runs
-
-
-@dataclass
 class ShardConfig:
     """`configs/shard.yaml`: sepdist shard and stages of kind `shards`."""
 
@@ -305,7 +223,6 @@ def register_schemas() -> None:
     store.store(name="shard_schema", node=ShardConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="recognise_schema", node=RecogniseConfig)
-    store.store(name="pipeline_schema", node=PipelineConfig)
 
 
 def config_dir() -> str:

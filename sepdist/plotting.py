@@ -1,23 +1,36 @@
-"""Figures by matplotlib's object interface, which works in any thread: numbers in, Figure or PNG out."""
+"""Draw spectrograms and the papers' figures with matplotlib's object interface.
+
+That interface works in any thread. matplotlib and scipy.signal are imported where they are needed,
+because every worker imports this module and few draw.
+"""
 
 import dataclasses
 import io
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.signal
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from sepdist.config import ConfigError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 DYNAMIC_RANGE_DB = 70.0
+COLOURS = (  # the first three as in paper 1
+    *("#3b6fb6", "#e07b28", "#3f9b4b", "#a64d79", "#7a7a7a"),
+    *("#8c6d31", "#2aa7a7", "#c44e52", "#6a51a3", "#1b1b1b"),
+)
 
 
 def decibel_spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Power in dB below the loudest bin, float32 [F, N]; 32-ms Hann windows every 8 ms. Silence is at the floor."""
+    """Power in dB relative to the loudest bin, float32 [F, N]; silence is at the floor.
+
+    Hann windows of 32 ms every 8 ms.
+    """
+    import scipy.signal
+
     size = max(int(0.032 * rate), 16)
     wave = np.pad(np.asarray(wave, dtype=np.float32), (0, max(0, size - len(wave))))
     _, _, spectrum = scipy.signal.stft(wave, rate, nperseg=size, noverlap=size - size // 4)
@@ -29,19 +42,17 @@ def decibel_spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:
     return np.maximum(decibels, -DYNAMIC_RANGE_DB).astype(np.float32)
 
 
-def spectrogram_figure(waves: Mapping[str, np.ndarray], rate: int) -> Figure:
-    """Spectrograms on one dB scale, a column for each first word of the names, so that source 1 is beside estimate 1.
+def spectrogram_figure(waves: Mapping[str, np.ndarray], rate: int) -> "Figure":
+    """Draw spectrograms on one dB scale, a column for each first word of their names.
 
-    Every panel is relative to its own loudest bin, because SI-SNR leaves the level of an estimate open. It draws
-    through matplotlib's object interface and so works in any thread.
+    Names such as "source 1" and "estimate 1" put a source next to its estimate. Every panel is
+    relative to its own loudest bin, because SI-SNR leaves the level of an estimate open.
     """
     columns: dict[str, list[str]] = {}
     for name in waves:
         columns.setdefault(name.split()[0], []).append(name)
     num_rows = max(len(names) for names in columns.values())
-    figure = Figure(
-        figsize=(1.2 + 4.2 * len(columns), 0.8 + 2.4 * num_rows), dpi=80, layout="constrained"
-    )
+    figure = empty_figure((1.2 + 4.2 * len(columns), 0.8 + 2.4 * num_rows), dpi=80)
     axes = figure.subplots(num_rows, len(columns), squeeze=False, sharex=True, sharey=True)
     image = None
     for column, names in enumerate(columns.values()):
@@ -71,20 +82,25 @@ def spectrogram_figure(waves: Mapping[str, np.ndarray], rate: int) -> Figure:
     return figure
 
 
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+def empty_figure(size: tuple[float, float], dpi: int) -> "Figure":
+    """A figure of `size` in inches without axes."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, dpi=dpi, layout="constrained")
+
+
+def to_png(figure: "Figure") -> bytes:
+    """Encode the figure as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()
 
 
-COLOURS: tuple[str, ...] = ("#3b6fb6", "#e07b28", "#3f9b4b", "#a64d79", "#7a7a7a", "#8c6d31")
-COLOURS += ("#2aa7a7", "#c44e52", "#6a51a3", "#1b1b1b")  # the first three as in the paper
-
-
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """What is drawn of one run; (epochs, value) each, the value in dB, per cent or, for the weight, from 0 to 1."""
+    """Curves of one run as (epoch, value); SI-SNR in dB, switches in %, weight from 0 to 1."""
 
     si_snr: list[tuple[float, float]]
     switches: list[tuple[float, float]]
@@ -92,8 +108,8 @@ class Curves:
     weight: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
 
-def figure2(runs: Mapping[str, Curves], title: str = "") -> Figure:
-    """The picture of all runs: lines of SI-SNR above, bars of label switches below, one colour for each run."""
+def figure2(runs: Mapping[str, Curves], title: str = "") -> "Figure":
+    """Draw lines of SI-SNR above bars of label switches, one colour for each run."""
     figure, upper, lower = two_axes()
     width = 0.8 / len(runs)
     for number, (name, curves) in enumerate(runs.items()):
@@ -111,13 +127,13 @@ def figure2(runs: Mapping[str, Curves], title: str = "") -> Figure:
     return figure
 
 
-def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
-    """The picture of all runs: true SI-SNR (line) and predicted (dashed) above, weight below, a colour for each run."""
+def gap(runs: Mapping[str, Curves], title: str = "") -> "Figure":
+    """Draw true (solid) and predicted (dashed) SI-SNR above the weight of the unsupervised loss."""
     figure, upper, lower = two_axes()
     for number, (name, curves) in enumerate(runs.items()):
         if not curves.predicted:
             raise ConfigError(
-                f"{name}: no validation/predicted_si_snr in its log; it is no semi-supervised run"
+                f"{name}: no validation/predicted_si_snr in its log: not a semi-supervised run"
             )
         colour = COLOURS[number % len(COLOURS)]
         upper.plot(*zip(*curves.si_snr, strict=True), color=colour, label=f"{name}, true")
@@ -134,11 +150,12 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
     return figure
 
 
-def two_axes() -> tuple[Figure, Axes, Axes]:
-    """A picture, and its upper and lower axes over epochs."""
-    figure = Figure(figsize=(7.5, 6.5), dpi=120, layout="constrained")
+def two_axes() -> tuple["Figure", "Axes", "Axes"]:
+    """A figure with its upper and lower axes over epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = empty_figure((7.5, 6.5), dpi=120)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    assert isinstance(upper, Axes) and isinstance(lower, Axes)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (upper, lower):
         axes.grid(axis="y", alpha=0.3)
@@ -146,10 +163,10 @@ def two_axes() -> tuple[Figure, Axes, Axes]:
     return figure, upper, lower
 
 
-def histogram(sets: Mapping[str, np.ndarray], title: str = "") -> Figure:
-    """One panel for each data set, all over the same dB."""
-    figure = Figure(figsize=(1 + 3.2 * len(sets), 3.2), dpi=120, layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(sets), sharex=True, sharey=True))
+def histogram(sets: Mapping[str, np.ndarray], title: str = "") -> "Figure":
+    """Draw one panel for each data set, all with the same dB axis."""
+    figure = empty_figure((1 + 3.2 * len(sets), 3.2), dpi=120)
+    panels: Any = np.atleast_1d(figure.subplots(1, len(sets), sharex=True, sharey=True))
     low, high = (np.percentile(np.concatenate(list(sets.values())), share) for share in (0.5, 99.5))
     for axes, colour, (name, values) in zip(panels, COLOURS, sets.items(), strict=False):
         axes.hist(np.clip(values, low, high), bins=np.linspace(low, high, 41), color=colour)
@@ -162,14 +179,13 @@ def histogram(sets: Mapping[str, np.ndarray], title: str = "") -> Figure:
     return figure
 
 
-def scatter(verdicts: Mapping[str, np.ndarray], title: str = "") -> Figure:
-    """One dot for each mixture, a colour for each judge, and the line on which all would lie."""
-    figure = Figure(figsize=(5.5, 5.5), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    assert isinstance(axes, Axes)
-    for colour, (name, pair) in zip(COLOURS, verdicts.items(), strict=False):
+def scatter(predictions: Mapping[str, np.ndarray], title: str = "") -> "Figure":
+    """Draw a dot for each mixture, a colour for each estimator, and the line of perfect ones."""
+    figure = empty_figure((5.5, 5.5), dpi=110)
+    axes: Any = figure.subplots()
+    for colour, (name, pair) in zip(COLOURS, predictions.items(), strict=False):
         axes.scatter(pair[0], pair[1], s=14, alpha=0.6, linewidths=0, color=colour, label=name)
-    every = np.concatenate([pair.ravel() for pair in verdicts.values()])
+    every = np.concatenate([pair.ravel() for pair in predictions.values()])
     axes.plot([every.min(), every.max()], [every.min(), every.max()], color="grey", linestyle=":")
     axes.set(xlabel="SI-SNR in dB", ylabel="predicted SI-SNR in dB", title=title)
     axes.set_aspect("equal")

@@ -1,4 +1,4 @@
-"""Every YAML under configs/ composes and builds, and the count is asserted, so that no file escapes."""
+"""Every YAML file under configs/ composes and builds; a count shows that none escapes."""
 
 import inspect
 from pathlib import Path
@@ -13,7 +13,6 @@ from torch import nn
 
 from sepdist import config
 from sepdist.config import ConfigError
-from sepdist.papers import pipeline
 
 CONFIGS = Path(config.config_dir())
 config.register_schemas()
@@ -53,7 +52,7 @@ def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_comp
     assert len(found) == NUM_CONFIGS
 
 
-NUM_CONFIGS = 139
+NUM_CONFIGS = 65
 
 
 @pytest.mark.parametrize("name", files("model"))
@@ -65,15 +64,15 @@ def test_every_model_builds_a_module(name: str) -> None:
 
 
 def built(node: dict[str, Any]) -> Any:
-    """The model of a node; where its weights are on a model hub, the same network of its config and without values."""
+    """Build a model; without weights, not even random ones, where they are on a model hub."""
     if not node.get("pretrained"):
         return config.build(node)
     with torch.device("meta"):
         return config.build(node | {"pretrained": None})
 
 
-def judge(folder: Path) -> Path:
-    """An export to load as a judge; whether a module is one shows when it is called."""
+def estimator(folder: Path) -> Path:
+    """An export to load as an SI-SNR estimator; whether it is one shows when it is called."""
     node = yaml.safe_load((CONFIGS / "model" / "conv_tasnet_small.yaml").read_text()) | {
         "num_speakers": 1
     }
@@ -85,12 +84,12 @@ def judge(folder: Path) -> Path:
 @pytest.mark.parametrize("name", files("objective"))
 def test_every_objective_builds_a_callable(name: str, tmp_path: Path) -> None:
     given = []
-    if name == "fixed_labels":
-        (tmp_path / "labels.csv").write_text("id,permutation\na,0\n")
-        given.append(f"objective.labels={tmp_path}/labels.csv")
+    if name == "fixed_permutations":
+        (tmp_path / "permutations.csv").write_text("id,permutation\na,0\n")
+        given.append(f"objective.permutations={tmp_path}/permutations.csv")
     if name == "semisupervised":
         given += [
-            f"objective.judge.url={judge(tmp_path)}",
+            f"objective.estimator.url={estimator(tmp_path)}",
             "objective.labelled_share=0.1",
             "objective.epoch_samples=1",
         ]
@@ -98,31 +97,26 @@ def test_every_objective_builds_a_callable(name: str, tmp_path: Path) -> None:
     assert callable(config.build(cfg.objective))
 
 
-@pytest.mark.parametrize("group", ["engine", "optim", "cluster", "scale"])
+@pytest.mark.parametrize("group", ["engine", "optim", "cluster"])
 def test_every_option_of_the_fixed_groups_composes(group: str) -> None:
     for name in files(group):
-        choice = f"{'+' if group == 'scale' else ''}{group}={name}"
-        cfg = config.typed(composed("train", choice, *NEEDED), config.TrainConfig)
+        cfg = config.typed(composed("train", f"{group}={name}", *NEEDED), config.TrainConfig)
         if group in ("engine", "optim"):
             config.resolve(getattr(cfg, group)["_target_"])
 
 
-def is_pipeline(name: str) -> bool:
-    """Whether an experiment is one of several stages; a twin says so in the file that it starts from."""
-    text = (CONFIGS / "experiment" / f"{name.removesuffix('_mini')}.yaml").read_text()
-    return "stages" in yaml.safe_load(text)
+SMALL_MODELS = [name.removeprefix("mini/") for name in files("scale") if name != "mini"]
 
 
-@pytest.mark.parametrize("name", [name for name in files("experiment") if is_pipeline(name)])
-def test_every_pipeline_composes_with_all_its_stages(name: str) -> None:
-    cfg = config.typed(composed("pipeline", f"experiment={name}"), config.PipelineConfig)
-    stages = pipeline.plan(cfg)
-    assert len({stage.folder for stage in stages}) == len(stages) == len(cfg.stages)
-    assert all(stage.config.data for stage in stages if stage.kind == "evaluate")
-    if name.endswith("_mini"):
-        assert all(
-            stage.config.cluster.num_workers == 2 for stage in stages if stage.kind == "train"
-        )
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_scale_mini_takes_the_small_size_of_a_model(name: str) -> None:
+    both = [
+        config.typed(composed("train", f"model={name}", *scale, *NEEDED), config.TrainConfig).model
+        for scale in ([], ["scale=mini"])
+    ]
+    assert both[0].keys() == both[1].keys()
+    large, small = (sum(one.numel() for one in built(node).parameters()) for node in both)
+    assert small < 1e6 < large
 
 
 @pytest.mark.parametrize("name", files("mixing"))
@@ -136,20 +130,23 @@ def test_every_mixing_is_a_node_of_the_data_section_with_known_arguments(name: s
     } <= known.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in files("experiment") if not is_pipeline(name)])
-def test_every_experiment_composes_and_its_parts_build(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale", ["", "mini"])
+@pytest.mark.parametrize("name", files("experiment"))
+def test_every_experiment_composes_at_both_scales_and_its_parts_build(
+    name: str, scale: str, tmp_path: Path
+) -> None:
     given = [] if name.startswith("demo/") else ["data.train=a", "data.validation=b"]
     if name.startswith(("dang2023/sslm", "dang2023/mixit")):
         given.append("data.extra=[{name: unlabelled, url: c, weight: 1.0}]")
     if name.startswith("dang2023/sslm"):
-        given.append(f"objective.judge.url={judge(tmp_path)}")
-    if name == "two_cores/finetune":
-        given.append("init.weights=c")
+        given.append(f"objective.estimator.url={estimator(tmp_path)}")
+    if scale:
+        given.append(f"scale={scale}")
     cfg = config.typed(composed("train", f"experiment={name}", *given), config.TrainConfig)
     assert isinstance(built(cfg.model), nn.Module)
     assert callable(config.build(cfg.objective))
     assert cfg.name != "???" and cfg.training.max_steps > 0
-    assert cfg.cluster.num_workers == 2 or not name.endswith("_mini")
+    assert cfg.cluster.num_workers == 2 or not scale
 
 
 @pytest.mark.parametrize("name", files("corpus"))

@@ -227,11 +227,13 @@ def pipeline_arguments(data: dict[str, str], output: object, folder: Path) -> li
     ]
     scored = ["num_workers=2", f"cache_dir={cache}"]
     train = [*places, *PTFT, "cluster.num_workers=2", "engine.zero_stage=1"]
+    cells = ["ptft_test:metrics_db.si_snri.mean", "ptft:steps"]
+    row = {"title": "PT-FT", "cells": cells, "paper": [14.1, None]}
     experiment = {
         "name": "tiny",
         "stages": STAGES,
         "overrides": {"train": train, "evaluate": scored, "labels": scored},
-        "table": [{"label": "PT-FT", "stage": "ptft_test", "paper": [14.1, 14.6]}],
+        "tables": [{"columns": ["SI-SNRi", "steps"], "rows": [row]}],
     }
     (folder / "experiment").mkdir()
     (folder / "experiment" / "tiny.yaml").write_text(
@@ -247,11 +249,10 @@ def check_pipeline(output: str) -> None:
     assert all(storage.exists(f"{seed}/{name}/stage.json") for name in STAGES)
     assert storage.read_bytes(f"{seed}/figure/figure.png").startswith(b"\x89PNG")
     results = json.loads(storage.read_bytes(f"{seed}/ptft_test/results.json"))
-    [row] = json.loads(storage.read_bytes(f"{output}/table.json"))["rows"]
-    assert (
-        row["seeds"]["0"]["si_snri"] == results["metrics_db"]["si_snri"]["mean"]
-        and row["seeds"]["0"]["steps"] == 60
-    )
+    [table] = json.loads(storage.read_bytes(f"{output}/table.json"))["tables"]
+    [row] = table["rows"]
+    si_snri, steps = (cell["seeds"]["0"] for cell in row["cells"])
+    assert si_snri == results["metrics_db"]["si_snri"]["mean"] and steps == 60
     assert load_export(f"{seed}/ptft").lineage["parent"]["run"] == "tiny-se-0"
     rates = json.loads(storage.read_bytes(f"{seed}/labels/switching.json"))["rates"]
     assert [(one["from"], one["to"]) for one in rates] == [(20, 40), (40, 60)]

@@ -1,23 +1,21 @@
-"""Figures: what several runs, or other stages, left behind in, a PNG out.
+"""Draw a figure of the papers from runs, data sets or scores.
 
-    python -m sepdist plot figure2.png "from scratch=runs/scratch" "PT-FT (SE)=runs/finetune" --title Libri2Mix
-    python -m sepdist plot gap.png "SSLM-SS (10%)=runs/sslm" --kind gap
+    sepdist plot figure2.png "from scratch=runs/a" "PT-FT (SE)=runs/b" --title Libri2Mix
+    sepdist plot gap.png "SSLM-SS (10%)=runs/sslm" --kind gap
 
-figure2, of paper 1: above, the validation SI-SNR by epoch, a line for each run; below, the share of label assignments
-that switched since the epoch before, bars side by side. gap, of semi-supervised runs: above, the SI-SNR that the judge
-predicts on the validation set beside the true one, which part where it is fooled; below, the weight of the unsupervised
-loss. Runs may still be going on.
-
-histogram, of data sets with estimates: how their SI-SNR is distributed (paper 2, figure 3). scatter, of the outputs of
-`sepdist.judge`: predicted over true SI-SNR of mixtures (figure 4). All may be on local disk or s3://.
+figure2 (paper 1): validation SI-SNR by epoch, and the share of label assignments that switched
+since the epoch before. gap: predicted and true validation SI-SNR of semi-supervised runs, and the
+weight of their unsupervised loss. histogram (paper 2, figure 3): SI-SNR of the estimates in data
+sets. scatter (figure 4): predicted over true SI-SNR, from outputs of `sepdist estimate`. Runs may
+still be going on; all folders may be on local disk or s3://.
 """
 
 import argparse
 from collections.abc import Sequence
 
-from sepdist.config import ConfigError, FigureConfig
+from sepdist.config import ConfigError
 from sepdist.console import user_console
-from sepdist.papers.figures import FIGURES, draw
+from sepdist.papers.figures import FIGURES, FigureConfig, draw
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,17 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "runs",
         nargs="+",
-        metavar="LABEL=FOLDER",
-        help="run_dir, data set or output, in their order",
+        metavar="TITLE=FOLDER",
+        help="run_dirs, data sets or outputs, in drawing order",
     )
-    parser.add_argument("--title", default="", help="above the picture")
+    parser.add_argument("--title", default="", help="title of the figure")
     parser.add_argument(
         "--kind", choices=FIGURES, default="figure2", help="which figure (default: %(default)s)"
     )
     given = parser.parse_args(arguments)
     with user_console() as console:
         if wrong := [one for one in given.runs if "=" not in one]:
-            raise ConfigError(f"{wrong[0]}: give LABEL=FOLDER")
+            raise ConfigError(f"{wrong[0]}: give TITLE=FOLDER")
         runs = dict(one.split("=", 1) for one in given.runs)
         draw(FigureConfig(runs, given.output, given.title, given.kind), console)
 

@@ -1,0 +1,30 @@
+"""The experiments of two papers as pipelines of stages, with their tables and figures."""
+
+import dataclasses
+
+from hydra.core.config_store import ConfigStore
+
+from sepdist.papers import dang2023, huang2021
+from sepdist.papers.schema import PipelineConfig
+
+PIPELINES = {
+    f"{paper.__name__.rpartition('.')[2]}/{pipeline.__name__}": pipeline
+    for paper in (huang2021, dang2023)
+    for pipeline in paper.PIPELINES
+}
+
+
+def register(experiment: str = "", scale: str = "") -> None:
+    """Give Hydra the schema of pipelines and, if it is one of the papers', `experiment`.
+
+    Only that one, because Hydra copies all that it was given whenever it composes a stage. `scale`
+    is "mini", or "" for the papers' own.
+    """
+    store = ConfigStore.instance()
+    store.store("pipeline_schema", PipelineConfig(scale=scale))
+    if experiment in PIPELINES:
+        node = dataclasses.asdict(PIPELINES[experiment](scale == "mini"))
+        for key in ("output", "data_root", "seeds", "scale"):  # the user's, not the paper's
+            del node[key]
+        group, _, name = f"experiment/{experiment}".rpartition("/")
+        store.store(name, node, group=group, package="_global_")

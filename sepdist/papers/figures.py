@@ -1,34 +1,48 @@
-"""Figures of the papers: read what runs and stages left behind, draw, store a PNG."""
+"""Figures of the papers: read the logs and results of stages, draw, store a PNG."""
 
 import csv
 import io
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from omegaconf import MISSING
 from rich.console import Console
 
 from sepdist import storage
-from sepdist.config import ConfigError, FigureConfig, load_frozen
+from sepdist.config import ConfigError, load_frozen
 from sepdist.data.order import units_per_epoch
 from sepdist.data.shards import all_metadata, read_manifest
 from sepdist.plotting import Curves, figure2, gap, histogram, scatter, to_png
 from sepdist.reporting import read_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class FigureConfig:
+    """A figure to draw."""
+
+    runs: dict[str, str] = field(default_factory=dict)  # title -> run_dir, data set or output
+    output: str = MISSING  # the PNG file, local or s3://
+    title: str = ""
+    kind: str = "figure2"  # a key of FIGURES
+
 
 def draw(cfg: FigureConfig, console: Console) -> None:
-    """Read the runs and put the picture at `cfg.output`."""
+    """Read the runs and write the figure to `cfg.output`."""
     if cfg.kind not in FIGURES:
         raise ConfigError(f"kind={cfg.kind!r} of a figure: it is one of {', '.join(FIGURES)}")
     read, paint = FIGURES[cfg.kind]
-    figure = paint({name: read(folder) for name, folder in cfg.runs.items()}, cfg.title)
+    figure = paint({title: read(folder) for title, folder in cfg.runs.items()}, cfg.title)
     storage.put_bytes(cfg.output, to_png(figure))
     console.print(f"figure: {cfg.output}", markup=False, highlight=False, soft_wrap=True)
 
 
 def read_curves(run_dir: str) -> Curves:
-    """The curves of a run, over epochs of its main data set; ConfigError where it has no validation yet."""
+    """Read a run's log, over epochs of data.train; ConfigError if it has no validation yet."""
     rows = read_metrics(run_dir)
     data = load_frozen(storage.join(run_dir, "config.yaml")).data
     urls = [data.train, *(one.url for one in data.extra)]
@@ -55,8 +69,8 @@ def read_curves(run_dir: str) -> Curves:
 
 
 def read_si_snr(data: str) -> np.ndarray:
-    """The true SI-SNR in dB of every estimate of a data set; ConfigError where it has none."""
-    found = [value for facts in all_metadata(data) for value in facts.get("si_snr", ())]
+    """Read the true SI-SNR in dB of every estimate of a data set; ConfigError if it has none."""
+    found = [value for one in all_metadata(data) for value in one.get("si_snr", ())]
     if not found:
         raise ConfigError(
             f"{data}: has no estimates of known SI-SNR; write it with corpus=separated"
@@ -64,21 +78,19 @@ def read_si_snr(data: str) -> np.ndarray:
     return np.array(found)
 
 
-def read_verdicts(output: str) -> np.ndarray:
-    """[2, mixtures], true and predicted SI-SNR, of what `sepdist.judge` left in a folder."""
+def read_predictions(output: str) -> np.ndarray:
+    """Read [2, mixtures], true and predicted SI-SNR, from an output of `sepdist estimate`."""
     text = storage.read_bytes(storage.join(output, "utterances.csv")).decode()
     rows = list(csv.DictReader(io.StringIO(text)))
-    sides = [
-        [name for name in rows[0] if name.startswith(side)] for side in ("true_", "predicted_")
-    ]
+    sides = [[name for name in rows[0] if name.startswith(one)] for one in ("true_", "predicted_")]
     return np.array(
         [[np.mean([float(row[name]) for name in names]) for row in rows] for names in sides]
     )
 
 
-FIGURES: dict[str, tuple[Callable[[str], Any], Callable[[Mapping[str, Any], str], Figure]]] = {
+FIGURES: dict[str, tuple[Callable[[str], Any], Callable[[Mapping[str, Any], str], "Figure"]]] = {
     "figure2": (read_curves, figure2),
     "gap": (read_curves, gap),
     "histogram": (read_si_snr, histogram),
-    "scatter": (read_verdicts, scatter),
+    "scatter": (read_predictions, scatter),
 }

@@ -1,154 +1,92 @@
-"""Tables of a pipeline: the paper's numbers beside ours, as JSON and Markdown."""
+"""Tables of a pipeline: results beside the paper's numbers, as JSON and Markdown."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sepdist import storage
-from sepdist.config import (
-    ConfigError,
-    GridConfig,
-    PipelineConfig,
-)
+from sepdist.config import ConfigError
+from sepdist.papers.schema import PipelineConfig, Stage, TableConfig
 from sepdist.reporting import read_metrics
 
 MARKER = "stage.json"
-NO_CELL = "-"  # of a grid
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of one seed, ready to run."""
-
-    seed: int
-    name: str
-    kind: str
-    folder: str
-    uses: tuple[str, ...]  # folders of earlier stages
-    config: Any  # of its program, whole
+NO_CELL = "-"
 
 
 def read_marker(stage: Stage) -> dict[str, Any]:
-    """The marker of a finished stage: its whole config, that config's sha256, and the seconds it took."""
+    """The marker of a finished stage: its whole config, that config's sha256, seconds taken."""
     return json.loads(storage.read_bytes(storage.join(stage.folder, MARKER)))
 
 
-def table(cfg: PipelineConfig, stages: Sequence[Stage]) -> dict[str, Any]:
-    """The rows of the table: the paper's SI-SNRi and SDRi in dB, ours by seed, and what the training took."""
-    rows = []
-    for row in cfg.table:
-        results = {
-            str(stage.seed): measured(stage)
-            for stage in stages
-            if row.stage and stage.name == row.stage
-        }
-        paper = dict(zip(("si_snri", "sdri"), row.paper, strict=False))
-        rows.append({"label": row.label, "paper": paper, "seeds": results})
-    minutes = {
-        f"seed-{stage.seed}/{stage.name}": read_marker(stage)["seconds"] / 60 for stage in stages
-    }
-    grids = [filled(grid, stages) for grid in cfg.grids]
-    return {
-        "name": cfg.name,
-        "title": cfg.title,
-        "rows": rows,
-        "grids": grids,
-        "minutes_of_stages": minutes,
-    }
+def fill_tables(cfg: PipelineConfig, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Return all tables with the numbers of each seed in their cells, and the stages' minutes."""
+    minutes = {f"seed-{one.seed}/{one.name}": read_marker(one)["seconds"] / 60 for one in stages}
+    tables = [asdict(table) | {"rows": fill_rows(table, stages)} for table in cfg.tables]
+    return {"name": cfg.name, "title": cfg.title, "tables": tables, "minutes_of_stages": minutes}
 
 
-def filled(grid: GridConfig, stages: Sequence[Stage]) -> dict[str, Any]:
-    """A grid with the numbers of each seed in its cells."""
+def fill_rows(table: TableConfig, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Return the rows of a table with the paper's number and that of each seed in their cells."""
     rows = []
-    for row in grid.rows:
+    for row in table.rows:
         cells = []
         for cell, paper in zip(row.cells, row.paper or [None] * len(row.cells), strict=True):
             name, _, path = cell.partition(":")
-            seeds = {
-                str(stage.seed): number_of(stage, path) for stage in stages if stage.name == name
-            }
+            seeds = {str(one.seed): number_of(one, path) for one in stages if one.name == name}
             cells.append({"paper": paper, "seeds": seeds})
-        rows.append({"label": row.label, "cells": cells})
-    return {"title": grid.title, "columns": grid.columns, "digits": grid.digits, "rows": rows}
+        rows.append({"title": row.title, "cells": cells})
+    return rows
 
 
 def number_of(stage: Stage, path: str) -> float | None:
-    """The number `path`, as metrics_db.si_snri.mean, in the results of a stage; ConfigError where there is none."""
-    found = json.loads(storage.read_bytes(storage.join(stage.folder, "results.json")))
+    """Look up a number such as metrics_db.si_snri.mean in the results of a stage.
+
+    A training stage has steps, minutes and switch_percent, the mean label-switch rate.
+
+    Raises:
+        ConfigError: the results have no such number.
+    """
+    if stage.kind == "train":
+        rows = read_metrics(stage.folder)
+        rates = [100 * row["switching/rate"] for row in rows if "switching/rate" in row]
+        found: Any = {
+            "steps": rows[-1]["step"],
+            "minutes": rows[-1]["seconds"] / 60,
+            "switch_percent": sum(rates) / len(rates) if rates else None,
+        }
+    else:
+        found = json.loads(storage.read_bytes(storage.join(stage.folder, "results.json")))
     for key in path.split("."):
         if not isinstance(found, dict) or key not in found:
             raise ConfigError(
-                f"{stage.folder}/results.json has no {path}: change the grid's cell {stage.name}:{path}"
+                f"{stage.folder}: its results have no {path}: change the cell {stage.name}:{path}"
             )
         found = found[key]
     return found
 
 
-def measured(stage: Stage) -> dict[str, float | None]:
-    """What one evaluation found, and the length and the mean label-switch rate of the run that it scored."""
-    results = json.loads(storage.read_bytes(storage.join(stage.folder, "results.json")))
-    rows = read_metrics(stage.uses[0])
-    rates = [row["switching/rate"] for row in rows if "switching/rate" in row]
-    return {
-        "si_snri": results["metrics_db"]["si_snri"]["mean"],
-        "sdri": results["metrics_db"]["sdri"]["mean"],
-        "best_step": results["model"]["lineage"]["step"],
-        "steps": rows[-1]["step"],
-        "minutes": rows[-1]["seconds"] / 60,
-        "switch_rate": sum(rates) / len(rates) if rates else None,
-    }
-
-
 def to_markdown(results: dict[str, Any]) -> str:
-    """The table as people read it: the mean over seeds, and each seed in brackets where there are several."""
-    head = (
-        "",
-        "SI-SNRi, paper",
-        "SI-SNRi",
-        "SDRi, paper",
-        "SDRi",
-        "steps",
-        "minutes",
-        "label switches",
-    )
-    lines = [f"# {results['title'] or results['name']}", ""]
-    if results["rows"]:
-        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in results["rows"]:
-        seeds = list(row["seeds"].values())
-
-        def cell(name: str, digits: int = 2, factor: float = 1.0, seeds: list[Any] = seeds) -> str:
-            return mean_and_each(
-                [seed[name] * factor for seed in seeds if seed[name] is not None], digits
-            )
-
-        paper = {name: str(row["paper"].get(name, "")) for name in ("si_snri", "sdri")}
-        cells = [row["label"], paper["si_snri"], cell("si_snri"), paper["sdri"], cell("sdri")]
-        rate = cell("switch_rate", 1, 100)
-        cells += [cell("steps", 0), cell("minutes", 1), f"{rate} %" if rate else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    for grid in results.get("grids", []):
-        lines += [""] * bool(lines[-1]) + [
-            f"## {grid['title']}",
-            "",
-            "| | " + " | ".join(grid["columns"]) + " |",
-        ]
-        lines.append("|---" * (len(grid["columns"]) + 1) + "|")
-        for row in grid["rows"]:
-            cells = [row["label"]]
-            for one in row["cells"]:
-                ours = mean_and_each(
-                    [v for v in one["seeds"].values() if v is not None], grid["digits"]
-                )
-                cells.append(ours + ("" if one["paper"] is None else f" (paper {one['paper']})"))
-            lines.append("| " + " | ".join(cells) + " |")
+    """Format the tables: means over seeds, each seed in brackets where there are several."""
+    lines = [f"# {results['title'] or results['name']}"]
+    for table in results["tables"]:
+        if table["title"]:
+            lines += ["", f"## {table['title']}"]
+        lines += ["", "| | " + " | ".join(table["columns"]) + " |"]
+        lines += ["|---" * (len(table["columns"]) + 1) + "|"]
+        for row in table["rows"]:
+            cells = [format_cell(cell, table["digits"]) for cell in row["cells"]]
+            lines.append("| " + " | ".join([row["title"], *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def mean_and_each(values: Sequence[float], digits: int) -> str:
-    """The mean, and each value in brackets where there are several; nothing for none."""
-    if not values:
-        return ""
-    each = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.{digits}f}{each}"
+def format_cell(cell: dict[str, Any], digits: int) -> str:
+    """Format the mean, each of several seeds and the paper's number; "" where there is none."""
+    values = [value for value in cell["seeds"].values() if value is not None]
+    if all(isinstance(value, int) for value in values):
+        digits = 0
+    each = [f"{value:.{digits}f}" for value in values]
+    mean = [f"{sum(values) / len(values):.{digits}f}"] if values else []
+    seeds = [f"({', '.join(each)})"] if len(each) > 1 else []
+    paper = [] if cell["paper"] is None else [f"(paper {cell['paper']})"]
+    return " ".join(mean + seeds + paper)

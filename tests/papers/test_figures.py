@@ -11,17 +11,18 @@ from rich.console import Console
 
 from sepdist import plotting
 from sepdist.cli import plot
-from sepdist.config import ConfigError, FigureConfig
+from sepdist.config import ConfigError
 from sepdist.data import shards
 from sepdist.data.records import Mixture
 from sepdist.papers import figures
+from sepdist.papers.figures import FigureConfig
 from tests.support.runs import frozen
 
 EPOCH_STEPS = 2.5  # 10 mixtures, 4 a step
 
 
 def log(data: dict[str, str], run_dir: Path, si_snr: list[float], rates: list[float]) -> str:
-    """A run_dir as a run leaves it: a validation every 5 steps, a switch rate at the end of every later epoch."""
+    """Make a run_dir: a validation every 5 steps, a switch rate at the end of every later epoch."""
     frozen(data, run_dir)
     rows = [
         {"step": 5 * i, "seconds": i, "validation/si_snr": value}
@@ -91,7 +92,7 @@ def test_the_program_puts_a_png_and_says_what_it_misses(tiny_data, tmp_path: Pat
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(SystemExit, match="1"):
         plot.main([str(tmp_path / "figure.png"), "just-a-path"])
-    assert "LABEL=FOLDER" in capsys.readouterr().err
+    assert "TITLE=FOLDER" in capsys.readouterr().err
     log(tiny_data, tmp_path / "a", [], [])
     with pytest.raises(ConfigError, match=r"no validation/si_snr"):
         figures.draw(FigureConfig({"a": run_dir}, str(tmp_path / "b.png")), Console())
@@ -133,7 +134,7 @@ def test_the_gap_of_a_run_is_predicted_beside_true_si_snr_and_the_weight_below(
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_a_figure_of_another_kind_or_of_a_run_without_a_judge_is_refused(
+def test_a_figure_of_another_kind_or_of_a_run_without_an_estimator_is_refused(
     tiny_data, tmp_path: Path
 ) -> None:
     run_dir = log(tiny_data, tmp_path / "a", [1.0], [])
@@ -180,7 +181,7 @@ def test_a_data_set_without_estimates_has_no_histogram(tiny_data) -> None:
 def test_the_scatter_has_a_dot_for_the_mean_over_sources_of_each_mixture(tmp_path: Path) -> None:
     text = "id,true_1,true_2,predicted_1,predicted_2\na,1,3,5,6\nb,-2,0,0,1\n"
     (tmp_path / "utterances.csv").write_text(text)
-    pair = figures.read_verdicts(str(tmp_path))
+    pair = figures.read_predictions(str(tmp_path))
     np.testing.assert_allclose(pair, [[2, -1], [5.5, 0.5]])
     [axes] = plotting.scatter({"SSQP-Net": pair}).axes
     np.testing.assert_allclose(axes.collections[0].get_offsets(), [[2, 5.5], [-1, 0.5]])

@@ -1,4 +1,4 @@
-"""A pipeline of tiny stages: order, hand-off, what is not run again, what is refused, and the table."""
+"""A pipeline of tiny stages: order, hand-off, restarts, refusals and the table."""
 
 import contextlib
 import csv
@@ -17,21 +17,17 @@ import torch.multiprocessing as mp
 from rich.console import Console
 
 from sepdist import config, storage
-from sepdist.config import (
-    ConfigError,
-    GridConfig,
-    GridRowConfig,
-    PipelineConfig,
-    RowConfig,
-    StageConfig,
-)
+from sepdist.config import ConfigError
 from sepdist.data.members import DataError
-from sepdist.papers import pipeline
+from sepdist.papers import pipeline, tables
+from sepdist.papers.schema import PipelineConfig, RowConfig, StageConfig, TableConfig
+from sepdist.reporting import read_metrics
 from sepdist.training import launch
 from sepdist.training.handoff import read_export
 from tests.support.runs import TINY, program
 
 multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
+config.register_schemas()
 
 
 def run_loop(rank: int, config_file: str) -> None:
@@ -44,7 +40,7 @@ def run_loop(rank: int, config_file: str) -> None:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """The names of the stages that were trained, which happens here in a process of their own without Ray."""
+    """Names of the stages that were trained, here in a process of their own without Ray."""
     names: list[str] = []
 
     def train_here(cfg: config.TrainConfig) -> None:
@@ -68,12 +64,17 @@ def tiny(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfig:
     steps = ["training.max_steps=6", "validation.every_steps=3", "training.keep_every=3"]
     stages = {
         "se": StageConfig(experiment="demo/pretrain", overrides=["training.max_steps=2"]),
-        "ptft": StageConfig(experiment="demo/finetune", uses=["se"], label="PT-FT"),
+        "ptft": StageConfig(experiment="demo/finetune", uses=["se"], title="PT-FT"),
         "se_test": StageConfig("evaluate", uses=["se"]),
         "ptft_test": StageConfig("evaluate", uses=["ptft"]),
         "figure": StageConfig("figure", uses=["se", "ptft"]),
         "labels": StageConfig("labels", uses=["ptft"]),
     }
+    costs = [f"ptft:{name}" for name in ("steps", "minutes", "switch_percent")]
+    rows = [
+        RowConfig("other work", ["-"] * 4, [1.0, None, None, None]),
+        RowConfig("PT-FT", ["ptft_test:metrics_db.si_snri.mean", *costs], [14.1, None, None, None]),
+    ]
     values = {
         "name": "tiny",
         "output": str(output),
@@ -84,10 +85,7 @@ def tiny(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfig:
             "evaluate": ["num_workers=0", "num_listening=0"],
             "labels": ["num_workers=0"],
         },
-        "table": [
-            RowConfig("other work", paper=[1.0, 2.0]),
-            RowConfig("PT-FT", "ptft_test", [14.1, 14.6]),
-        ],
+        "tables": [TableConfig("", ["SI-SNRi", "steps", "minutes", "label switches in %"], rows)],
     }
     return PipelineConfig(**values | changes)
 
@@ -116,13 +114,16 @@ def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(
 
     with open(seed / "ptft_test" / "utterances.csv", newline="") as file:
         scores = [float(row["si_snri"]) for row in csv.DictReader(file)]
-    other, ours = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert other == {"label": "other work", "paper": {"si_snri": 1.0, "sdri": 2.0}, "seeds": {}}
-    assert (
-        ours["seeds"]["0"]["si_snri"] == pytest.approx(np.mean(scores), abs=1e-4)
-        and len(scores) == 4
-    )
-    assert ours["seeds"]["0"]["steps"] == 6 and ours["seeds"]["0"]["minutes"] > 0
+    [table] = json.loads((tmp_path / "table.json").read_text())["tables"]
+    other, ours = table["rows"]
+    assert other["title"] == "other work"
+    assert other["cells"] == [{"paper": paper, "seeds": {}} for paper in (1.0, None, None, None)]
+    si_snri, steps, minutes, switches = (cell["seeds"]["0"] for cell in ours["cells"])
+    assert si_snri == pytest.approx(np.mean(scores), abs=1e-4) and len(scores) == 4
+    rates = [
+        row["switching/rate"] for row in read_metrics(str(seed / "ptft")) if "switching/rate" in row
+    ]
+    assert steps == 6 and minutes > 0 and switches == pytest.approx(100 * np.mean(rates))
 
     trained.clear()
     before = {
@@ -163,7 +164,7 @@ def test_an_interrupted_pipeline_goes_on_at_its_stage(
 
     monkeypatch.setattr(pipeline, "RUNNERS", dict.fromkeys(pipeline.RUNNERS, run_stage))
     monkeypatch.setattr(pipeline, "connected", lambda *_, **__: contextlib.nullcontext())
-    cfg = tiny(tiny_data, tmp_path, table=[], seeds=[3, 4])
+    cfg = tiny(tiny_data, tmp_path, tables=[], seeds=[3, 4])
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(cfg, Console(quiet=True))
     pipeline.run(cfg, Console(quiet=True))
@@ -223,8 +224,8 @@ def test_a_test_set_that_is_missing_stops_the_pipeline_before_its_first(
     assert trained == [] and not any(tmp_path.iterdir())
 
 
-def judging(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfig:
-    """A tenth of a data set is separated, an estimator trained on it and judged."""
+def estimating(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfig:
+    """Separate a tenth of a data set, train an estimator on it and score the estimator."""
     separated = [
         "corpus=separated",
         "corpus.noise=false",
@@ -244,19 +245,20 @@ def judging(data: dict[str, str], output: Path, **changes: Any) -> PipelineConfi
         "estimator": StageConfig(
             experiment="demo/finetune", overrides=["data.train=@separated", "init.weights=null"]
         ),
-        "judged": StageConfig("judge", uses=["estimator"], overrides=["data=@separated"]),
+        "scored": StageConfig("estimate", uses=["estimator"], overrides=["data=@separated"]),
     }
-    row = GridRowConfig("SSQP", ["judged:lcc", "-"], [0.9, None])
+    row = RowConfig("SSQP", ["scored:lcc", "-"], [0.9, None])
     values = {
-        "grids": [GridConfig("Table 1, LCC", ["DR", "SF"], [row])],
+        "tables": [TableConfig("Table 1, LCC", ["DR", "SF"], [row])],
         "overrides": {"train": places},
     }
-    return PipelineConfig("judging", output=str(output), stages=stages, **values | changes)
+    return PipelineConfig("estimating", output=str(output), stages=stages, **values | changes)
 
 
 def test_at_a_stages_name_stands_its_folder(tiny_data, tmp_path: Path) -> None:
     stages = {
-        stage.name: stage.config for stage in pipeline.plan(judging(tiny_data, tmp_path, seeds=[4]))
+        stage.name: stage.config
+        for stage in pipeline.plan(estimating(tiny_data, tmp_path, seeds=[4]))
     }
     folder = tmp_path / "seed-4"
     assert stages["separator"].data.train == str(folder / "tenth") == stages["tenth"].output
@@ -267,19 +269,19 @@ def test_at_a_stages_name_stands_its_folder(tiny_data, tmp_path: Path) -> None:
     assert stages["separated"].corpus["model"] == str(folder / "separator") and stages[
         "tenth"
     ].subset == [0.0, 0.1]
-    assert stages["judged"].data == str(folder / "separated") and stages["judged"].model == str(
+    assert stages["scored"].data == str(folder / "separated") and stages["scored"].model == str(
         folder / "estimator"
     )
-    later = judging(tiny_data, tmp_path)
-    later.stages["tenth"].overrides[1] = "corpus.data=@judged"
+    later = estimating(tiny_data, tmp_path)
+    later.stages["tenth"].overrides[1] = "corpus.data=@scored"
     with pytest.raises(
         ConfigError,
-        match=r"stage tenth: corpus.data=@judged: @judged is none of the earlier stages",
+        match=r"stage tenth: corpus.data=@scored: @scored is none of the earlier stages",
     ):
         pipeline.plan(later)
 
 
-def test_a_grid_shows_what_its_cells_name_beside_the_paper(
+def test_a_table_shows_what_its_cells_name_beside_the_paper(
     tiny_data, tmp_path: Path, monkeypatch
 ) -> None:
     lcc = {3: 0.8, 4: 0.9}
@@ -293,7 +295,7 @@ def test_a_grid_shows_what_its_cells_name_beside_the_paper(
 
     monkeypatch.setattr(pipeline, "RUNNERS", dict.fromkeys(pipeline.RUNNERS, run_stage))
     monkeypatch.setattr(pipeline, "connected", lambda *_, **__: contextlib.nullcontext())
-    cfg = judging(tiny_data, tmp_path, seeds=[3, 4])
+    cfg = estimating(tiny_data, tmp_path, seeds=[3, 4])
     pipeline.run(
         cfg, Console(quiet=True)
     )  # the data sets that its own stages make are not missed beforehand
@@ -305,43 +307,41 @@ def test_a_grid_shows_what_its_cells_name_beside_the_paper(
         "|---|---|---|",
         "| SSQP | 0.85 (0.80, 0.90) (paper 0.9) |  |",
     ]
-    cell = json.loads((tmp_path / "table.json").read_text())["grids"][0]["rows"][0]["cells"][0]
+    cell = json.loads((tmp_path / "table.json").read_text())["tables"][0]["rows"][0]["cells"][0]
     assert cell == {"paper": 0.9, "seeds": {"3": 0.8, "4": 0.9}}
-    cfg.grids[0].rows[0].cells[0] = "judged:mae"
-    with pytest.raises(ConfigError, match=r"results\.json has no mae"):
+    cfg.tables[0].rows[0].cells[0] = "scored:mae"
+    with pytest.raises(ConfigError, match=r"results have no mae: change the cell scored:mae"):
         pipeline.run(cfg, Console(quiet=True))
-    cfg.grids[0].rows[0].cells[0] = "juged:mae"
-    with pytest.raises(ConfigError, match=r"'juged:mae' is not STAGE:NUMBER"):
+    cfg.tables[0].rows[0].cells[0] = "scord:mae"
+    with pytest.raises(ConfigError, match=r"'scord:mae' is not STAGE:NUMBER of a stage"):
         pipeline.run(cfg, Console(quiet=True))
 
 
 def test_the_table_has_means_over_seeds_and_each_seed() -> None:
-    def seed(si_snri: float, rate: float | None) -> dict[str, float | None]:
-        return {
-            "si_snri": si_snri,
-            "sdri": si_snri + 1,
-            "steps": 10,
-            "minutes": 0.5,
-            "switch_rate": rate,
-        }
+    def cells(*each: tuple[float | None, list[float | None]]) -> list[dict[str, Any]]:
+        return [
+            {"paper": paper, "seeds": {str(i): one for i, one in enumerate(seeds)}}
+            for paper, seeds in each
+        ]
 
     rows = [
-        {
-            "label": "scratch",
-            "paper": {"si_snri": 13.2, "sdri": 13.6},
-            "seeds": {"0": seed(2.0, 0.5), "1": seed(3.0, 0.2)},
-        },
-        {"label": "quoted", "paper": {"si_snri": 15.3, "sdri": 15.6}, "seeds": {}},
-        {"label": "one seed", "paper": {}, "seeds": {"0": seed(-1.25, None)}},
+        {"title": "scratch", "cells": cells((13.2, [2.0, 3.0]), (None, [10, 10]))},
+        {"title": "quoted", "cells": cells((15.3, []), (None, []))},
+        {"title": "one seed", "cells": cells((None, [-1.25]), (None, [None]))},
     ]
-    lines = pipeline.to_markdown({"name": "n", "title": "Table 9", "rows": rows}).splitlines()
-    assert lines[0] == "# Table 9" and len({line.count("|") for line in lines[2:]}) == 1
-    assert lines[4] == (
-        "| scratch | 13.2 | 2.50 (2.00, 3.00) | 13.6 | 3.50 (3.00, 4.00) | 10 (10, 10) | 0.5 (0.5, 0.5) "
-        "| 35.0 (50.0, 20.0) % |"
-    )
-    assert lines[5] == "| quoted | 15.3 |  | 15.6 |  |  |  |  |"
-    assert lines[6] == "| one seed |  | -1.25 |  | -0.25 | 10 | 0.5 |  |"
+    table = {"title": "", "columns": ["SI-SNRi", "steps"], "digits": 2, "rows": rows}
+    results = {"name": "n", "title": "Table 9", "tables": [table, table | {"title": "b"}]}
+    lines = tables.to_markdown(results).splitlines()
+    assert lines[:7] == [
+        "# Table 9",
+        "",
+        "| | SI-SNRi | steps |",
+        "|---|---|---|",
+        "| scratch | 2.50 (2.00, 3.00) (paper 13.2) | 10 (10, 10) |",
+        "| quoted | (paper 15.3) |  |",
+        "| one seed | -1.25 |  |",
+    ]
+    assert lines[7:] == ["", "## b", *lines[1:7]]
 
 
 @pytest.mark.slow
@@ -359,7 +359,8 @@ def test_the_program_runs_a_paper_table_on_ray(tiny_data, tmp_path: Path) -> Non
             "-m",
             "sepdist",
             "pipeline",
-            "experiment=huang2021/table2_libri2mix_mini",
+            "experiment=huang2021/table2_libri2mix",
+            "scale=mini",
             f"output={tmp_path / 'out'}",
         ),
         f"data_root={tmp_path}",
@@ -384,18 +385,25 @@ def test_the_program_runs_the_whole_chain_of_paper_2_on_ray(tiny_data, tmp_path:
     ]
     crops = ["data.crop_seconds=0.5", "data.micro_batch=1", f"data.validation={tiny_data['dev']}"]
     arguments = [
-        *("-m", "sepdist", "pipeline", "experiment=dang2023/chain_mini", f"output={tmp_path}"),
-        *(f"vars.{name}={tiny_data['train']}" for name in ("judged", "mixtures")),
+        *(
+            "-m",
+            "sepdist",
+            "pipeline",
+            "experiment=dang2023/chain",
+            "scale=mini",
+            f"output={tmp_path}",
+        ),
+        *(f"vars.{name}={tiny_data['train']}" for name in ("estimator_data", "mixtures")),
         *(f"vars.{name}={tiny_data['dev']}" for name in ("dev", "test")),
-        *(f"test_data={tiny_data['dev']}", "vars.judged_part=[0.0,1.0]"),
+        *(f"test_data={tiny_data['dev']}", "vars.estimator_subset=[0.0,1.0]"),
         f"overrides.train={given(*steps, *small, *crops)}",
         f"overrides.shards={given('num_workers=2', 'samples_per_shard=3')}",
     ]
-    told = program(*arguments)
-    assert "SSLM-SS" in told and "LCC" in told
+    output = program(*arguments)
+    assert "SSLM-SS" in output and "LCC" in output
     folder = tmp_path / "seed-0"
     _, _, lineage, _ = read_export(str(folder / "sslm_10"))
-    assert lineage["step"] == 2 and lineage["judge"]["run"] == "dang2023-mini-ssqp_dr-0"
+    assert lineage["step"] == 2 and lineage["estimator"]["run"] == "dang2023-mini-ssqp_dr-0"
     assert (folder / "gap_10" / "figure.png").exists()
     assert (tmp_path / "chain.md").read_text().count("(paper ") == 4
     assert "has finished before" in program(*arguments)

@@ -16,7 +16,8 @@ multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 
 ONE_PERSON = ["num_speakers=1", "data.num_sources=1", "data.noise=true", "training.max_steps=2"]
 CONTEXT = [
-    "model=conv_tasnet_context_small",
+    "model=conv_tasnet_context",
+    "scale=mini",
     "objective=contrastive",
     "model.num_hidden=16",
     "model.num_targets=32",
