@@ -143,6 +143,8 @@ def attempt(
         patience=cfg.schedule.patience,
         min_lr=cfg.schedule.min_lr,
         early_stop_patience=cfg.training.early_stop_patience,
+        decay_steps=cfg.schedule.decay_steps,
+        max_steps=cfg.training.max_steps,
     )
     guard = GradientGuard(
         spike_factor=cfg.training.spike_factor, max_skipped=cfg.training.max_skipped

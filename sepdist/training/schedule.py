@@ -19,6 +19,8 @@ class PlateauSchedule:
         patience: int,
         min_lr: float,
         early_stop_patience: int,
+        decay_steps: int = 0,
+        max_steps: int = 0,
     ) -> None:
         self.base_lr = base_lr
         self.warmup_steps = warmup_steps
@@ -26,6 +28,8 @@ class PlateauSchedule:
         self.patience = patience
         self.min_lr = min_lr
         self.early_stop_patience = early_stop_patience
+        self.decay_steps = decay_steps
+        self.max_steps = max_steps
         self.scale = 1.0
         self.best: float | None = None
         self.num_stagnant = 0  # validations since the best
@@ -34,7 +38,9 @@ class PlateauSchedule:
     def lr(self, step: int) -> float:
         """The learning rate of step `step` (the first is 0)."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return max(self.base_lr * self.scale * warmup, min(self.min_lr, self.base_lr))
+        decay = (self.max_steps - step) / self.decay_steps if self.decay_steps else 1.0
+        lr = self.base_lr * self.scale * warmup * min(1.0, decay)
+        return max(lr, min(self.min_lr, self.base_lr))
 
     def observe(self, score: float) -> bool:
         """Take a validation score; whether it is the best so far."""
