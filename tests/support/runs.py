@@ -103,11 +103,12 @@ def loop(path: str) -> None:
     The process is forked from multiprocessing's server, which has torch and DeepSpeed imported
     (see conftest.py), so that it starts at once.
     """
-    mp.start_processes(_train_alone, (path,), start_method="forkserver")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}  # the server has that of its own start
+    mp.start_processes(_train_alone, (path, environment), start_method="forkserver")
 
 
-def _train_alone(rank: int, path: str) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def _train_alone(rank: int, path: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     from sepdist.training.loop import train
     from sepdist.training.world import join_world
 
