@@ -53,7 +53,7 @@ SETTINGS = [
     "cluster.preemption_check_steps=5",
 ]
 # A model without compilation, and a watchdog that does not wait long: most of the time is recovery.
-QUICK_SETTINGS = [*TINY, *SETTINGS, "cluster.hang_seconds=10"]
+QUICK_SETTINGS = [*SETTINGS, *TINY, "cluster.hang_seconds=10"]
 NUM_MIXTURES, NUM_QUICK_MIXTURES = 240, 24
 
 

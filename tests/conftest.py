@@ -31,13 +31,12 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     folder = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
-# Processes that tests start by `forkserver` are forked from one that has done these imports.
-multiprocessing.set_forkserver_preload(["torch", "deepspeed", "sepdist.training.loop"])
-
 settings.register_profile("suite", deadline=None)  # no assertion about time: machines differ
 settings.load_profile("suite")
 
 _NUMBERS = itertools.count()
+# What a process that trains imports, torch._dynamo when it makes its optimizer.
+_TRAINING = ("torch", "torch._dynamo", "deepspeed", "sepdist.training.loop", "pytest", "hydra")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return mark.args[0] if mark else 0.0
 
     items.sort(key=seconds, reverse=True)  # stable: all others stay in their order
+
+
+def pytest_collection_finish() -> None:
+    """Let `forkserver` processes fork from one whose imports are done, and start in no time."""
+    multiprocessing.set_forkserver_preload([*_TRAINING, "tests.support.runs"])
 
 
 @pytest.fixture(scope="session")

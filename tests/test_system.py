@@ -72,7 +72,7 @@ def test_the_whole_road_on_object_storage_ends_with_the_bits_of_one_process_on_d
 
     PIT runs in two Ray workers at ZeRO 1 and is compared with a single process without Ray.
     """
-    steps = ["training.max_steps=3", "validation.every_steps=2"]
+    steps = ["training.max_steps=3", "validation.every_steps=2", "validation.num_listening=1"]
     loop(frozen(tiny_data, tmp_path / "se", *steps, experiment="demo/pretrain"))
     data = {
         split: upload(folder, f"s3://{bucket}/data/{split}") for split, folder in tiny_data.items()
