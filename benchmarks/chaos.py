@@ -46,6 +46,7 @@ SETTINGS = [
     "validation.every_steps=50",
     "validation.num_mixtures=4",
     "validation.num_listening=1",
+    "schedule.decay_steps=0",
     "training.checkpoint_every=10",
     "training.log_every=1",
     "training.early_stop_patience=0",

@@ -35,8 +35,15 @@ settings.register_profile("suite", deadline=None)  # no assertion about time: ma
 settings.load_profile("suite")
 
 _NUMBERS = itertools.count()
-# What a process that trains imports, torch._dynamo when it makes its optimizer.
-_TRAINING = ("torch", "torch._dynamo", "deepspeed", "sepdist.training.loop", "pytest", "hydra")
+# What a process that trains imports. torch's optimizers import _dynamo, DeepSpeed's ZeRO _inductor.
+_TRAINING = (
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "deepspeed",
+    "sepdist.training.loop",
+    "tests.support.runs",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,8 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let `forkserver` processes fork from one whose imports are done, and start in no time."""
-    multiprocessing.set_forkserver_preload([*_TRAINING, "tests.support.runs"])
+    """Let `forkserver` processes fork from one whose imports are done.
+
+    Here, after the test modules are imported, because the first process to start settles it.
+    """
+    multiprocessing.set_forkserver_preload([*_TRAINING, "pytest", "hydra"])
 
 
 @pytest.fixture(scope="session")
