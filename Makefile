@@ -1,4 +1,4 @@
-# Two commands on a machine with Python 3.11 and make:  make demo   make test
+# On a machine with Python 3.11 and make:  make demo   make test
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ RUN := PYTHONPATH=. OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(VENV)/.installed ## make .venv with everything the other targets need
+install: $(VENV)/.installed ## create .venv with everything that the other targets need
 
 $(VENV)/.installed: pyproject.toml
 	@echo "installing into $(VENV) (about 2.5 GB, two minutes)"
@@ -18,10 +18,10 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
-demo: $(VENV)/.installed ## the main job on generated speech: shard, pre-train, fine-tune, evaluate, separate
-	$(RUN) tools/shard_data.py write corpus=demo split=train output=demo/data/train num_workers=2
-	$(RUN) tools/shard_data.py write corpus=demo split=dev output=demo/data/dev
-	$(RUN) tools/shard_data.py write corpus=demo split=test output=demo/data/test
+demo: $(VENV)/.installed ## the whole system on generated speech: shard, pre-train, fine-tune, evaluate, separate
+	$(RUN) -m sepdist shard write corpus=demo split=train output=demo/data/train num_workers=2
+	$(RUN) -m sepdist shard write corpus=demo split=dev output=demo/data/dev
+	$(RUN) -m sepdist shard write corpus=demo split=test output=demo/data/test
 	$(RUN) -m sepdist train experiment=demo/pretrain
 	$(RUN) -m sepdist train experiment=demo/finetune
 	$(RUN) -m sepdist evaluate model=demo/runs/finetune data=demo/data/test output=demo/evaluation num_workers=2
@@ -30,7 +30,7 @@ demo: $(VENV)/.installed ## the main job on generated speech: shard, pre-train, 
 	@echo "separated voices:   demo/separated/mixture_s1.wav demo/separated/mixture_s2.wav"
 	@echo "TensorBoard:        $(BIN)/tensorboard --logdir demo/runs"
 
-test: $(VENV)/.installed ## the test suite, in two processes (about 12 minutes on 2 cores)
+test: $(VENV)/.installed ## the test suite in two processes (at most 10 minutes on 2 cores)
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
 test-slow: $(VENV)/.installed ## the tests marked slow
@@ -41,7 +41,7 @@ lint: $(VENV)/.installed ## ruff, ruff format, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.installed ## let ruff mend what it can
+format: $(VENV)/.installed ## apply the fixes and the formatting of ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -55,5 +55,5 @@ bench: $(VENV)/.installed ## every benchmark, one JSON line each (about 40 minut
 	$(RUN) -m benchmarks.resume
 	$(RUN) -m benchmarks.chaos
 
-clean: ## remove what demo made and the linters' caches (not .venv, not runs)
+clean: ## remove the files of the demo and the caches of linters (not .venv, not runs)
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

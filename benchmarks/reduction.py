@@ -1,10 +1,11 @@
-"""What does the canonical reduction cost over DeepSpeed's own, for two workers?
+"""Measure what the canonical reduction costs over DeepSpeed's own, for two workers.
 
     python -m benchmarks.reduction
 
-Two processes train Conv-TasNet (the small preset on 2 s, and the paper's size on 1 s) with 4 virtual shards, by turns
-with the canonical and the native reduction at ZeRO 0 and 1, over gloo on this machine. One JSON line: medians of the
-step in milliseconds, and the cost of canonical in percent, the median of paired blocks.
+Two processes train Conv-TasNet (the small preset on 2 s, and the paper's size on 1 s) with 4
+virtual shards, alternating between the canonical and the native reduction at ZeRO 0 and 1, over
+gloo on this machine. Prints one JSON line: median milliseconds per step, and the cost of the
+canonical reduction in percent (the median over paired blocks).
 """
 
 import json

@@ -1,14 +1,15 @@
-"""Does it matter where a run goes on, and what do checkpoints and data cost while it trains?
+"""Measure the cost of resuming late in an epoch, and of checkpoints and data while a run trains.
 
     python -m benchmarks.resume
 
-Out: one JSON line.
-1. Seconds from opening a data set to the first batch, at 0 % and at 99 % of an epoch; from disk, and from loopback S3
-   with an empty cache. Medians of 9; the two places take turns.
-2. A run of 300 steps of the small Conv-TasNet with a checkpoint every 100, run_dir and shards on loopback S3 behind a
-   proxy that holds every request for 50 ms: the shares of the training time that checkpoints and waiting for data
-   took, from the run's own account of its time; data is counted over the second epoch and later ones, whose shards
-   are in the cache.
+Prints one JSON line:
+
+1. Seconds from opening a data set to the first batch, at 0 % and at 99 % of an epoch, from disk and
+   from loopback S3 with an empty cache. Medians of 9; the two positions alternate.
+2. The shares of training time that checkpoints and waiting for data took, by the run's own account:
+   300 steps of the small Conv-TasNet with a checkpoint every 100, run_dir and shards on loopback S3
+   behind a proxy that delays every request by 50 ms. Waiting for data counts from the second epoch
+   on, when the shards are in the cache.
 """
 
 import json
@@ -61,7 +62,7 @@ def first_batches(url: str) -> dict[str, float]:
 
 
 def train(endpoint: str, folder: Path) -> dict[str, Any]:
-    """The account of a run behind a slow proxy."""
+    """Shares of time of a run behind a slow proxy."""
     run_dir = "s3://bench/run"
     arguments = [
         *(

@@ -81,6 +81,7 @@ class ScheduleConfig:
     factor: float = 0.5
     patience: int = 5  # validations without improvement before the rate is multiplied by `factor`
     min_lr: float = 1e-6
+    decay_steps: int = 0  # the last steps before max_steps, in which the rate falls linearly to 0
 
 
 @dataclass

@@ -1,11 +1,16 @@
-"""Fixtures of the whole suite: a real S3 server, started by the first test that asks for it.
+"""Fixtures of the whole suite, and the order of its tests.
 
-`bucket` is what most tests want: the name of a fresh bucket, with the environment set as a user sets it.
+`bucket` is what most tests of storage want: the name of a fresh bucket on a real S3 server, with
+the environment set as a user sets it. The server is started by the first test that asks for it.
 """
 
+import getpass
 import itertools
+import multiprocessing
+import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,15 +21,47 @@ from sepdist.config import ShardConfig
 from sepdist.data.sharding import write_data_set
 from tests.support.s3server import ADMIN, S3Server
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # started in the background; some tests send a Ctrl-C
+# In a shell's background job Ctrl-C is ignored; some tests send one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Inductor's cache does not distinguish processors. Kernels compiled for one vector width crash
+# under another, so runs that simulate an older processor need a cache of their own.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    folder = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 settings.register_profile("suite", deadline=None)  # no assertion about time: machines differ
 settings.load_profile("suite")
 
 _NUMBERS = itertools.count()
+# What a process that trains imports. torch's optimizers import _dynamo, DeepSpeed's ZeRO _inductor.
+_TRAINING = (
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "deepspeed",
+    "sepdist.training.loop",
+    "tests.support.runs",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest tests first, so that no process works alone at the end of the suite."""
+
+    def seconds(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("seconds")
+        return mark.args[0] if mark else 0.0
+
+    items.sort(key=seconds, reverse=True)  # stable: all others stay in their order
+
+
+def pytest_collection_finish() -> None:
+    """Let `forkserver` processes fork from one whose imports are done.
+
+    Here, after the test modules are imported, because the first process to start settles it.
+    """
+    multiprocessing.set_forkserver_preload([*_TRAINING, "pytest", "hydra"])
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +80,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, and the environment that boto3, s3fs, pyarrow (so Ray) and TensorBoard read to find it."""
+    """The server, and the environment in which boto3, s3fs, Ray and TensorBoard find it."""
     for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     values = {
@@ -94,7 +131,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """10 mixtures to train on and 4 others, of generated speech."""
+    """Data sets of generated speech: 10 mixtures to train on and 4 others, by split."""
     folder = tmp_path_factory.mktemp("data")
     corpus = {
         "_target_": "sepdist.corpora.demo.DemoCorpus",

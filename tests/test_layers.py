@@ -1,37 +1,45 @@
-"""Imports go down only: programs -> training -> parts -> foundations; heavy packages have one home each."""
+"""Who may import whom, where heavy packages live, and how large files may be.
+
+The layers, from the bottom up: what everything builds on (config, storage, ...); the components of
+a training run (data, models, objectives, ...); training; inference; papers; the programs. A module
+imports from lower layers only.
+"""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "sepdist"
+FOUNDATIONS = (
+    "allocator",
+    "audio",
+    "cluster",
+    "config",
+    "console",
+    "plotting",
+    "reporting",
+    "seeding",
+    "storage",
+)
+COMPONENTS = ("corpora", "data", "metrics", "models", "objectives", "recognisers")
 LAYERS = {
-    **dict.fromkeys(
-        (
-            "config",
-            "storage",
-            "audio",
-            "seeding",
-            "allocator",
-            "reporting",
-            "plotting",
-            "cluster",
-            "console",
-        ),
-        0,
-    ),
-    **dict.fromkeys(("data", "corpora", "models", "objectives", "metrics", "recognisers"), 1),
+    **dict.fromkeys(FOUNDATIONS, 0),
+    **dict.fromkeys(COMPONENTS, 1),
     "training": 2,
     "inference": 3,
     "papers": 4,
     "cli": 5,
     "__main__": 6,
 }
+# Imports between components that are allowed.
 SIDEWAYS = {
     ("objectives", "metrics"),
     ("corpora", "data"),
     ("data", "corpora"),
     ("objectives", "data"),
 }
+# The only files that import a heavy package, by package.
 HOMES = {
     "ray": {"cluster.py", "training/launch.py"},
     "webdataset": {"data/shards.py"},
@@ -41,6 +49,19 @@ HOMES = {
     "faster_whisper": {"recognisers/faster_whisper.py"},
     "jiwer": {"metrics/wer.py"},
 }
+MAX_WIDTH = 100
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+MAX_LOOP_LINES = 150  # for the function that is the training loop
+LOOP = "training/loop.py"
+MAX_PRODUCT_LINES = 15_000
+MAX_YAML_FILES = 139
+
+
+def product_files() -> list[Path]:
+    files = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")])
+    assert len(files) > 30
+    return files
 
 
 def imports(path: Path) -> set[str]:
@@ -53,35 +74,84 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def package_imports() -> Iterator[tuple[Path, str]]:
+    """(file below sepdist/, imported name) of every import in the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name in sorted(imports(path)):
+            yield path.relative_to(PACKAGE), name
+
+
+def may_import(own: str, other: str) -> bool:
+    if own == other or (own, other) in SIDEWAYS:
+        return True
+    return LAYERS[other] < LAYERS[own] or (LAYERS[own] == LAYERS[other] == 0)
+
+
 def test_modules_import_only_from_lower_layers_and_the_named_neighbours() -> None:
     wrong = []
-    files = sorted((ROOT / "sepdist").rglob("*.py"))
-    assert len(files) > 30
-    for path in files:
-        own = path.relative_to(ROOT / "sepdist").with_suffix("").parts[0]
-        if own == "__init__":
+    for path, name in package_imports():
+        own, parts = path.with_suffix("").parts[0], name.split(".")
+        if own == "__init__" or parts[0] != "sepdist" or len(parts) < 2:
             continue
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] != "sepdist" or len(parts) < 2 or parts[1] in (own, "__version__"):
-                continue
-            other = parts[1]
-            fine = (
-                LAYERS[other] < LAYERS[own]
-                or (own, other) in SIDEWAYS
-                or (LAYERS[own] == LAYERS[other] == 0)
-            )
-            if not fine:
-                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+        if parts[1] != "__version__" and not may_import(own, parts[1]):
+            wrong.append(f"{path} imports {name}")
+    assert wrong == []
+
+
+def test_no_program_imports_another() -> None:
+    programs = {path.stem for path in (PACKAGE / "cli").glob("*.py")} - {"__init__"}
+    assert len(programs) >= 10
+    wrong = [
+        f"{path} imports {name}"
+        for path, name in package_imports()
+        if path.parts[0] == "cli" and name.removeprefix("sepdist.cli.").split(".")[0] in programs
+    ]
     assert wrong == []
 
 
 def test_heavy_packages_are_imported_in_their_homes_only() -> None:
-    wrong = []
-    for path in sorted((ROOT / "sepdist").rglob("*.py")):
-        relative = str(path.relative_to(ROOT / "sepdist"))
-        for name in imports(path):
-            package = name.split(".")[0]
-            if package in HOMES and relative not in HOMES[package]:
-                wrong.append(f"{relative} imports {package}")
+    wrong = [
+        f"{path} imports {name}"
+        for path, name in package_imports()
+        if str(path) not in HOMES.get(name.split(".")[0], {str(path)})
+    ]
     assert wrong == []
+
+
+def test_benchmarks_and_tests_share_code_through_tests_support_only() -> None:
+    wrong = []
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for name in imports(path):
+            if name.startswith("tests") and not name.startswith("tests.support"):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def test_no_line_of_code_is_wider_than_the_limit() -> None:
+    wrong = []
+    for path in product_files():
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if len(line) > MAX_WIDTH:
+                wrong.append(f"{path.relative_to(ROOT)}:{number} has {len(line)} columns")
+    assert wrong == []
+
+
+def test_files_and_functions_can_be_read_in_one_sitting() -> None:
+    wrong = []
+    for path in product_files():
+        text, name = path.read_text(), str(path.relative_to(ROOT))
+        if (num_lines := text.count("\n")) > MAX_FILE_LINES:
+            wrong.append(f"{name} has {num_lines} lines")
+        most = MAX_LOOP_LINES if path == PACKAGE / LOOP else MAX_FUNCTION_LINES
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > most:
+                    wrong.append(f"{name}: {node.name} has {length} lines")
+    assert wrong == []
+
+
+def test_the_product_and_its_configs_stay_small() -> None:
+    num_lines = sum(path.read_text().count("\n") for path in product_files())
+    assert num_lines <= MAX_PRODUCT_LINES
+    assert len(list((ROOT / "configs").rglob("*.yaml"))) <= MAX_YAML_FILES

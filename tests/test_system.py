@@ -1,4 +1,4 @@
-"""The whole road as a user walks it: programs in processes of their own, shards and runs in real object storage."""
+"""The whole system as a user runs it: programs, shards and runs in real object storage, Ray."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import pytest
 import soundfile
 import yaml
 
-from sepdist import storage
+from sepdist import cli, storage
 from sepdist.cli.audit import audit
 from sepdist.inference.export import load_export
 from sepdist.reporting import read_metrics
@@ -35,9 +35,7 @@ from tests.support.runs import (
     train_arguments,
 )
 
-pytestmark = pytest.mark.xdist_group(
-    "ray"
-)  # one after the other: they share two cores and take time
+FRESH = ["init.weights=null", "init.reinit=[]"]
 
 
 def upload(folder: str, url: str) -> str:
@@ -50,7 +48,7 @@ def upload(folder: str, url: str) -> str:
 def test_a_run_cut_in_an_epoch_and_started_again_ends_with_the_same_bits(
     tiny_data, tmp_path
 ) -> None:
-    """10 mixtures, 4 a step: epochs end inside steps. The second run stops at 4 of 7 steps and goes on."""
+    """10 mixtures, 4 per step: epochs end inside steps. The second run stops after step 3 of 7."""
     every = ["validation.every_steps=2", "training.checkpoint_every=1"]
     loop(frozen(tiny_data, tmp_path / "whole", "training.max_steps=7", *every))
     loop(frozen(tiny_data, tmp_path / "cut", "training.max_steps=3", *every))
@@ -66,88 +64,99 @@ def test_a_run_cut_in_an_epoch_and_started_again_ends_with_the_same_bits(
     assert state["samples_seen"] == 28 and state["world_size"] == 1
 
 
-def test_the_whole_road_on_object_storage_with_two_workers_at_zero_1(
+@pytest.mark.seconds(90)
+def test_the_whole_road_on_object_storage_ends_with_the_bits_of_one_process_on_disk(
     tiny_data, bucket, tmp_path
 ) -> None:
-    """shards in s3:// -> SE -> hand-off -> PIT -> evaluate -> separate; every run_dir and result in s3:// too."""
+    """Shards in s3:// -> SE -> hand-off -> PIT -> evaluate -> separate, run_dirs in s3:// too.
+
+    PIT runs in two Ray workers at ZeRO 1 and is compared with a single process without Ray.
+    """
+    steps = ["training.max_steps=3", "validation.every_steps=2", "validation.num_listening=1"]
+    once = ["training.max_steps=3", "validation.every_steps=3"]
+    loop(frozen(tiny_data, tmp_path / "se", *once, experiment="demo/pretrain"))
     data = {
         split: upload(folder, f"s3://{bucket}/data/{split}") for split, folder in tiny_data.items()
     }
-    common = [
-        "cluster.num_workers=2",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        "training.max_steps=2",
-    ]
-    pretrained, finetuned = f"s3://{bucket}/runs/pre", f"s3://{bucket}/runs/fine"
-    program(*train_arguments("demo/pretrain", data, pretrained, "engine.zero_stage=1", *common))
-    fine = train_arguments("demo/finetune", data, finetuned, "engine.zero_stage=1", *common)
-    output = program(*fine, f"init.weights={pretrained}")
-    assert "re-initialised: mask_conv.bias, mask_conv.weight" in output.replace("\n", "")
+    pretrained = upload(str(tmp_path / "se"), f"s3://{bucket}/runs/se")
+    finetuned, cache = f"s3://{bucket}/runs/pit", tmp_path / "cache"
+    workers = ["cluster.num_workers=2", "engine.zero_stage=1"]
+    arguments = train_arguments("demo/finetune", data, finetuned, *steps, *workers)
+    arguments += [f"init.weights={pretrained}", f"data.cache_dir={cache}"]
+    output = program(*arguments).replace("\n", "")
+    assert "re-initialised: mask_conv.bias, mask_conv.weight" in output
+    check_run_in_object_storage(finetuned)
 
-    assert storage.exists(f"{finetuned}/config.yaml") and storage.exists(
-        f"{finetuned}/metrics.jsonl"
-    )
-    assert any("tfevents" in name for name in storage.list_names(f"{finetuned}/tensorboard"))
-    lineage = load_export(finetuned).lineage
-    assert lineage["reinitialised"] == ["mask_conv.bias", "mask_conv.weight"]
-    assert lineage["parent"]["run"] == "demo-pretrain" and lineage["parent"]["step"] == 2
-    rows = read_metrics(finetuned)
-    wanted = {
-        "loss/total",
-        "train/si_snri",
-        "optim/lr",
-        "optim/grad_norm",
-        "speed/audio_seconds_per_second",
-    }
-    assert wanted | {"speed/data_wait_share", "speed/checkpoint_share"} <= rows[0].keys()
-    assert "validation/si_snri" in {name for row in rows for name in row}
+    hand_off = [f"init.weights={tmp_path / 'se'}", "init.reinit=[mask_conv]"]
+    loop(frozen(tiny_data, tmp_path / "alone", *steps, *hand_off))
+    assert history(finetuned) == history(tmp_path / "alone")
+    assert final_hash(finetuned) == final_hash(tmp_path / "alone")
 
     place = f"s3://{bucket}/evaluation"
-    arguments = [f"model={finetuned}", f"data={data['dev']}", f"output={place}", "num_workers=2"]
-    program("-m", "sepdist", "evaluate", *arguments, f"cache_dir={tmp_path / 'cache'}")
+    scored = [f"model={finetuned}", f"data={data['dev']}", f"output={place}", "num_workers=2"]
+    program("-m", "sepdist", "evaluate", *scored, f"cache_dir={cache}")
     results = json.loads(storage.read_bytes(f"{place}/results.json"))
     assert "si_snri" in json.dumps(results) and "sdri" in json.dumps(results)
 
-    time_s = np.arange(9001) / 11025
-    recording = tmp_path / "two.wav"
-    soundfile.write(
-        recording,
-        0.3 * np.sin(2 * np.pi * 200 * time_s) + 0.3 * np.sin(2 * np.pi * 330 * time_s),
-        11025,
-    )
-    program(
-        "-m",
-        "sepdist",
-        "separate",
-        "--model",
-        finetuned,
-        "--output",
-        str(tmp_path / "out"),
-        str(recording),
-    )
+    recording, separated = tmp_path / "two.wav", tmp_path / "out"
+    soundfile.write(recording, two_tones(9001, 11025), 11025)
+    separate = ["separate", "--model", finetuned, "--output", str(separated), str(recording)]
+    program("-m", "sepdist", *separate)
     for speaker in ("s1", "s2"):
-        wave, rate = soundfile.read(tmp_path / "out" / f"two_{speaker}.wav")
+        wave, rate = soundfile.read(separated / f"two_{speaker}.wav")
         assert rate == 11025 and len(wave) == 9001 and np.isfinite(wave).all()
 
 
-def test_two_workers_at_zero_1_and_one_process_without_ray_end_with_the_same_bits(
-    tiny_data, tmp_path
-) -> None:
-    more = ["training.max_steps=3", "validation.every_steps=2"]
-    loop(frozen(tiny_data, tmp_path / "alone", *more))
-    arguments = train_arguments(
-        "demo/finetune", tiny_data, tmp_path / "ray", *more, "engine.zero_stage=1"
-    )
-    program(*arguments, "cluster.num_workers=2", "init.weights=null", "init.reinit=[]")
-    assert history(tmp_path / "ray") == history(tmp_path / "alone")
-    assert final_hash(tmp_path / "ray") == final_hash(tmp_path / "alone")
-    found = audit(str(tmp_path / "ray"))
-    assert found.sound and found.positions == 12 and found.world_sizes == {2: 3}
-    # The same run_dir with another model, learning rate or data order is another run, and the old one stays whole.
-    before = final_hash(tmp_path / "ray")
-    refusal = program(*arguments, "init.weights=null", "init.reinit=[]", "optim.lr=0.5", expect=1)
-    assert "optim.lr was 0.002, is 0.5" in refusal.replace("\n", " ") and "Traceback" not in refusal
-    assert final_hash(tmp_path / "ray") == before
+def two_tones(num_samples: int, rate: int) -> np.ndarray:
+    phase = 2 * np.pi * np.arange(num_samples) / rate
+    return 0.3 * np.sin(200 * phase) + 0.3 * np.sin(330 * phase)
+
+
+def check_run_in_object_storage(url: str) -> None:
+    """The files, lineage, metrics and audit of the road's PIT run."""
+    assert storage.exists(f"{url}/config.yaml") and storage.exists(f"{url}/metrics.jsonl")
+    assert any("tfevents" in name for name in storage.list_names(f"{url}/tensorboard"))
+    lineage = load_export(url).lineage
+    assert lineage["reinitialised"] == ["mask_conv.bias", "mask_conv.weight"]
+    assert lineage["parent"]["run"] == "demo-pretrain" and lineage["parent"]["step"] == 3
+    rows = read_metrics(url)
+    names = {"loss/total", "train/si_snri", "optim/lr", "optim/grad_norm"}
+    names |= {f"speed/{name}" for name in ("data_wait_share", "checkpoint_share")}
+    assert names | {"speed/audio_seconds_per_second"} <= rows[0].keys()
+    assert "validation/si_snri" in {name for row in rows for name in row}
+    audited = audit(url)
+    assert audited.sound and audited.positions == 12 and audited.world_sizes == {2: 3}
+
+
+def test_a_run_dir_refuses_another_config_and_stays_whole(tiny_data, tmp_path, sepdist) -> None:
+    loop(frozen(tiny_data, tmp_path / "run", "training.max_steps=1"))
+    before = final_hash(tmp_path / "run")
+    arguments = train_arguments("demo/finetune", tiny_data, tmp_path / "run", *FRESH)
+    refusal = sepdist(*arguments[2:], "training.max_steps=1", "optim.lr=0.5", expect=1)
+    assert "optim.lr was 0.003, is 0.5" in refusal.replace("\n", " ")
+    assert final_hash(tmp_path / "run") == before
+
+
+@pytest.fixture
+def sepdist(monkeypatch, capsys) -> Callable[..., str]:
+    """Run `sepdist arguments...` in this process, check its exit status and return its output."""
+
+    def run(*arguments: str, expect: int) -> str:
+        monkeypatch.setattr("sys.argv", ["sepdist", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == expect, out + err
+        assert "Traceback" not in out + err
+        return out + err
+
+    return run
+
+
+def test_a_program_in_its_own_process_ends_with_status_1_and_one_line(tiny_data, tmp_path) -> None:
+    data = tiny_data | {"train": "/nosuch/folder"}
+    output = program(*train_arguments("demo/finetune", data, tmp_path / "run", *FRESH), expect=1)
+    assert "/nosuch/folder" in output.replace("\n", "") and "Traceback" not in output
 
 
 @pytest.mark.parametrize(
@@ -166,28 +175,26 @@ def test_two_workers_at_zero_1_and_one_process_without_ray_end_with_the_same_bit
     ],
 )
 def test_what_cannot_work_is_refused_before_any_worker_starts(
-    override, named, tiny_data, tmp_path, s3_env
+    override, named, tiny_data, tmp_path, s3_env, sepdist
 ) -> None:
-    arguments = train_arguments(
-        "demo/finetune", tiny_data, tmp_path / "run", "init.weights=null", "init.reinit=[]"
-    )
+    arguments = train_arguments("demo/finetune", tiny_data, tmp_path / "run", *FRESH)[2:]
     if override.startswith("experiment="):
-        arguments[2] = override
-        override = "seed=0"
-    output = program(*arguments, override, expect=1)
+        arguments.remove("experiment=demo/finetune")
+    output = sepdist(*arguments, override, expect=1)
     assert named in output.replace("\n", ""), output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_weights_of_another_model_are_refused_with_the_way_out(tiny_data, tmp_path) -> None:
+def test_weights_of_another_model_are_refused_with_the_way_out(
+    tiny_data, tmp_path, sepdist
+) -> None:
     loop(frozen(tiny_data, tmp_path / "first", "training.max_steps=1"))
-    arguments = train_arguments(
-        "demo/pretrain", tiny_data, tmp_path / "second", f"init.weights={tmp_path / 'first'}"
-    )
-    output = program(*arguments, expect=1).replace("\n", " ")
+    arguments = train_arguments("demo/pretrain", tiny_data, tmp_path / "second")[2:]
+    output = sepdist(*arguments, f"init.weights={tmp_path / 'first'}", expect=1).replace("\n", " ")
     assert "mask_conv.bias" in output and "init.reinit=['mask_conv']" in output
 
 
+@pytest.mark.seconds(40)
 def test_a_damaged_shard_stops_training_by_name(tiny_data, tmp_path) -> None:
     data = {"train": str(tmp_path / "train"), "dev": tiny_data["dev"]}
     shutil.copytree(tiny_data["train"], data["train"])
@@ -195,10 +202,9 @@ def test_a_damaged_shard_stops_training_by_name(tiny_data, tmp_path) -> None:
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 4
     victim.write_bytes(content)
-    arguments = train_arguments(
-        "demo/finetune", data, tmp_path / "run", "init.weights=null", "init.reinit=[]"
-    )
-    output = program(*arguments, "training.max_steps=3", "cluster.max_failures=0", expect=1)
+    arguments = train_arguments("demo/finetune", data, tmp_path / "run", *FRESH)
+    arguments += ["training.max_steps=3", "cluster.max_failures=0", "cluster.num_workers=1"]
+    output = program(*arguments, expect=1)
     assert victim.name in output.replace("\n", "") and ": damaged, " in output.replace("\n", " ")
 
 
@@ -218,7 +224,7 @@ STAGES = {
 
 
 def pipeline_arguments(data: dict[str, str], output: object, folder: Path) -> list[str]:
-    """SE, PIT from it, and what that comes to, with two workers everywhere, as an experiment in `folder`."""
+    """SE, PIT from it and all its results, two workers everywhere, as an experiment in `folder`."""
     cache = folder / "cache"
     places = [
         f"data.train={data['train']}",
@@ -302,7 +308,7 @@ def test_a_pipeline_in_object_storage_is_stopped_goes_on_and_ends_with_the_bits_
         "training.max_steps=60",
     ]
     hand_off.append("engine.zero_stage=1")
-    loop(frozen(tiny_data, tmp_path / "alone", *hand_off, settings=PTFT), timeout=900)
+    loop(frozen(tiny_data, tmp_path / "alone", *hand_off, settings=PTFT))
     assert history(tmp_path / "alone") == losses
     assert final_hash(tmp_path / "alone") == final_hash(f"{output}/seed-0/ptft")
     assert program(*arguments).count("has finished before") == 4  # all but the figure
@@ -316,7 +322,7 @@ def _free_port() -> int:
 
 @pytest.fixture
 def ray_head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray head with a job server and token authentication; its address and the client's environment."""
+    """A Ray head with a job server that asks for a token: its address, the client's environment."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
@@ -345,7 +351,7 @@ def ray_head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         f"--temp-dir={folder}",
         "--object-store-memory=100000000",
     ]
-    # Jobs are taken in at this port, of which a machine has one unless it is chosen.
+    # The agent that accepts jobs has a fixed port unless one is chosen.
     command += [f"--dashboard-agent-listen-port={_free_port()}"]
     with open(tmp_path / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -405,13 +411,12 @@ def submit(ray_head: tuple[str, dict[str, str]], arguments: list[str]) -> None:
     assert "succeeded" in done.stdout
 
 
+@pytest.mark.seconds(45)
 def test_ray_job_submit_trains_on_a_cluster_with_token_authentication(
     ray_head, tiny_data, tmp_path
 ) -> None:
     run_dir = tmp_path / "run"
-    arguments = train_arguments(
-        "demo/finetune", tiny_data, run_dir, "init.weights=null", "init.reinit=[]"
-    )
+    arguments = train_arguments("demo/finetune", tiny_data, run_dir, *FRESH)
     submit(ray_head, [*arguments, "training.max_steps=2", "cluster.num_workers=2"])
     assert sorted(history(run_dir)) == [1, 2]
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["cluster"]["num_workers"] == 2

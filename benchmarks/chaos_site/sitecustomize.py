@@ -1,7 +1,7 @@
-"""On PYTHONPATH of the chaos benchmark's processes only: SIGUSR1 makes the next training step of a worker spin.
+"""Make SIGUSR1 turn a worker's next training step into an endless loop.
 
-A live lock cannot be brought about from outside like a kill or a stop: the process lives and answers, and only the
-thread that trains never comes back.
+On PYTHONPATH of the chaos benchmark's processes only. Unlike a kill or a stop, a livelock cannot be
+caused from outside: the process lives and answers, and only the thread that trains never returns.
 """
 
 import signal

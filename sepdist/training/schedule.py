@@ -27,6 +27,8 @@ class PlateauSchedule:
     patience: int
     min_lr: float
     early_stop_patience: int
+    decay_steps: int = 0  # the rate falls linearly to 0 in the last steps before `max_steps`
+    max_steps: int = 0
     scale: float = 1.0
     best: float | None = None
     num_stagnant: int = 0  # validations since the best
@@ -35,7 +37,9 @@ class PlateauSchedule:
     def lr(self, step: int) -> float:
         """Return the learning rate of step `step` (the first is 0)."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return max(self.base_lr * self.scale * warmup, min(self.min_lr, self.base_lr))
+        decay = (self.max_steps - step) / self.decay_steps if self.decay_steps else 1.0
+        lr = self.base_lr * self.scale * warmup * min(1.0, decay)
+        return max(lr, min(self.min_lr, self.base_lr))
 
     def observe(self, score: float) -> bool:
         """Record a validation score; returns whether it is the best so far."""

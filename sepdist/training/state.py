@@ -69,6 +69,7 @@ class RunState:
         self.schedule = PlateauSchedule(
             cfg.optim["lr"],
             early_stop_patience=training.early_stop_patience,
+            max_steps=training.max_steps,
             **vars(cfg.schedule),
         )
         self.guard = GradientGuard(training.spike_factor, training.max_skipped)

@@ -1,4 +1,4 @@
-"""Runs that are disturbed, and the nodes they run on: what the recovery tests and the chaos benchmark share."""
+"""Runs to disturb, and the nodes they run on, for the tests of recovery and the chaos benchmark."""
 
 import contextlib
 import json
@@ -29,16 +29,14 @@ def left_alone(
     data: dict[str, str], run_dir: Path, steps: int, settings: Sequence[str]
 ) -> tuple[dict[int, float], str]:
     """Losses by step and the hash of the last weights of a run in one process without Ray."""
-    loop(
-        frozen(data, run_dir, f"training.max_steps={steps}", settings=settings), timeout=300 + steps
-    )
+    loop(frozen(data, run_dir, f"training.max_steps={steps}", settings=settings))
     losses = history(run_dir)
     assert list(losses) == list(range(1, steps + 1))
     return losses, final_hash(run_dir)
 
 
 class Run:
-    """A training command in the background, and what can be seen of it from outside."""
+    """A training command in the background, observed from outside."""
 
     def __init__(
         self,
@@ -81,7 +79,7 @@ class Run:
         assert not psutil.wait_procs(workers, timeout=60)[1]
 
     def workers(self) -> list[psutil.Process]:
-        """The training workers below the driver, or else below this process, where the nodes are its own."""
+        """The training workers below the driver, or below this process if it owns the nodes."""
         return train_workers(self.driver) or train_workers(psutil.Process())
 
     def until(self, ready: Callable[[], _T], what: str, seconds: float = 120.0) -> _T:
@@ -104,14 +102,14 @@ class Run:
         self.until(lambda: self.step() >= step, f"at step {step}", seconds)
 
     def attempt(self) -> int:
-        """Which file metrics.jsonl is: each start of the loop begins it anew."""
+        """The inode of metrics.jsonl, which each start of the loop writes anew."""
         try:
             return (self.run_dir / "metrics.jsonl").stat().st_ino
         except FileNotFoundError:
             return 0
 
     def seconds_to_next_step(self, disturb: Callable[[], object], seconds: float = 180.0) -> float:
-        """From the fault to the first step of the workers after it."""
+        """Call `disturb` and return the seconds until the restarted workers make a step."""
         before = self.attempt()
         began = time.monotonic()
         disturb()
@@ -138,7 +136,7 @@ class Run:
         return []
 
     def end(self) -> None:
-        """Whatever happened: nothing of this run stays behind."""
+        """Kill everything that this run started."""
         kill_all([*self.family(), self.driver])
 
 
@@ -160,7 +158,7 @@ def train_workers(ancestor: psutil.Process) -> list[psutil.Process]:
 
 
 class Nodes:
-    """A Ray of two nodes on this machine, with so many logical CPUs each."""
+    """A Ray of two nodes on this machine, with `num_cpus` logical CPUs each."""
 
     def __init__(self, num_cpus: tuple[int, int] = (1, 1)) -> None:
         import ray.util
@@ -168,7 +166,7 @@ class Nodes:
 
         self.num_cpus = num_cpus
         self.cluster = Cluster()
-        # Processes of this Ray must find it beside other ones on the machine: some of Ray's own actors look for it.
+        # Some of Ray's own actors look for a Ray on this machine, and must find this one.
         address = f"{ray.util.get_node_ip_address()}:{free_ports(1)[0]}"
         os.environ["RAY_ADDRESS"] = address
         head = {
@@ -196,7 +194,7 @@ class Nodes:
         return psutil.pid_exists(raylet) and bool(train_workers(psutil.Process(raylet)))
 
     def drain_second(self, seconds: int) -> None:
-        """Tell Ray that the node will be taken away in so many seconds, as a cloud's notice does."""
+        """Announce to Ray that the node will be taken away in `seconds`, as a cloud does."""
         from ray._raylet import GcsClient
         from ray.core.generated import autoscaler_pb2
 

@@ -1,10 +1,16 @@
-"""Runs of the programs on tiny settings, in processes of their own, and what can be read from them afterwards."""
+"""Run the programs on tiny settings in processes of their own, and read what they leave behind.
+
+For tests and benchmarks.
+"""
 
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from sepdist import config, storage
 from sepdist.reporting import read_metrics
@@ -23,13 +29,14 @@ TINY = [
     "data.micro_batch=1",
     "data.num_virtual_shards=4",
     "validation.num_mixtures=3",
-    "validation.num_listening=1",
+    "validation.num_listening=0",  # a spectrogram takes a second
+    "schedule.decay_steps=0",  # so that runs cut short by max_steps have the same rates
     "training.log_every=1",
 ]
 
 
 def program(*arguments: str, expect: int = 0, timeout: float = 300, **environment: str) -> str:
-    """Run `python arguments...` as a user would; its output, and on the way a check of its exit status."""
+    """Run `python arguments...` as a user would, check its exit status and return its output."""
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -62,12 +69,18 @@ def train_arguments(
     return ["-m", "sepdist", "train", f"experiment={experiment}", *places, *settings, *more]
 
 
-def frozen(data: dict[str, str], run_dir: Path, *more: str, settings: Sequence[str] = TINY) -> str:
-    """The path of a frozen config for `sepdist.training.loop`, which needs no Ray."""
+def frozen(
+    data: dict[str, str],
+    run_dir: Path,
+    *more: str,
+    settings: Sequence[str] = TINY,
+    experiment: str = "demo/finetune",
+) -> str:
+    """Write the frozen config of a run without initial weights; returns its path, for `loop`."""
     from hydra import compose, initialize_config_dir
 
     overrides = [
-        "experiment=demo/finetune",
+        f"experiment={experiment}",
         "init.weights=null",
         "init.reinit=[]",
         f"data.train={data['train']}",
@@ -85,8 +98,23 @@ def frozen(data: dict[str, str], run_dir: Path, *more: str, settings: Sequence[s
     return str(path)
 
 
-def loop(path: str, timeout: float = 300) -> str:
-    return program("-m", "sepdist.training.loop", path, timeout=timeout, DS_ACCELERATOR="cpu")
+def loop(path: str) -> None:
+    """Run the training loop on a frozen config, in one process without Ray.
+
+    The process is forked from multiprocessing's server, which has torch and DeepSpeed imported
+    (see conftest.py), so that it starts at once.
+    """
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}  # the server has that of its own start
+    mp.start_processes(_train_alone, (path, environment), start_method="forkserver")
+
+
+def _train_alone(rank: int, path: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    from sepdist.training.loop import train
+    from sepdist.training.world import join_world
+
+    train(config.load_frozen(path), join_world())
+    dist.destroy_process_group()
 
 
 def history(run_dir: object) -> dict[int, float]:

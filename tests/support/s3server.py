@@ -1,7 +1,8 @@
-"""A real S3 object store (SeaweedFS: one `weed server` process) on 127.0.0.1, and a proxy that damages its answers.
+"""A real S3 object store (SeaweedFS) on 127.0.0.1, and a proxy that injects faults.
 
-In: an empty folder. Out: an endpoint that speaks S3 as AWS does, conditional puts, signatures and multipart uploads
-included. Nothing listens beyond the loopback device and nothing outlives the test process.
+For tests and benchmarks. The server is one `weed server` process with its data in a given folder.
+It supports what sepdist needs of AWS's S3: conditional puts, signatures and multipart uploads.
+Nothing listens beyond the loopback device and nothing outlives the process that started it.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ def find_weed() -> str:
 
 
 class S3Server:
-    """The server; `start` and `kill` may alternate, the data and the endpoint stay."""
+    """The server. `start` and `kill` may alternate; the data and the endpoint stay."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -187,12 +188,19 @@ def _identity(name: str, key: tuple[str, str], actions: list[str]) -> dict[str, 
 
 
 class FaultyProxy:
-    """Forwards HTTP requests to a server and spoils the ones that `fault(number, request)` names.
+    """Forwards HTTP requests to a server and injects the faults that `fault(number, line)` chooses.
 
-    `fault` gets the number of the request (0, 1, ...) and its first line, and returns "" (forward), "reset" (close
-    without an answer), "lose" (forward, but never give the answer), "cut" (give half of the answer), "503",
-    "delay:SECONDS" (forward later), "kill:PID" (end that process instead of forwarding), "kill-half:PID" (forward the
-    first half) or "kill-after:PID" (forward, and end the process before it gets the answer).
+    `number` counts requests from 0, `line` is the first line of the request. `fault` returns
+
+        ""               forward the request and return the answer
+        reset            close the connection without an answer
+        lose             forward the request, but never return the answer
+        cut              return half of the answer
+        503              answer "503 Slow Down"
+        delay:SECONDS    forward later
+        kill:PID         kill that process instead of forwarding
+        kill-half:PID    forward the first half of the request, then kill the process
+        kill-after:PID   forward the request, and kill the process before it gets the answer
     """
 
     def __init__(self, server_port: int, fault: Callable[[int, str], str]) -> None:
@@ -224,12 +232,7 @@ class FaultyProxy:
                 fault = self.fault(len(self.requests), first)
                 self.requests.append(f"{first} {fault}".strip())
             if fault == "503":
-                body = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
-                body = b"" if first.startswith("HEAD") else body
-                connection.sendall(
-                    b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Type: application/xml\r\n"
-                    b"Content-Length: %d\r\n\r\n" % len(body) + body
-                )
+                connection.sendall(_slow_down(with_body=not first.startswith("HEAD")))
             elif fault.startswith("kill"):
                 kind, _, pid = fault.partition(":")
                 if kind != "kill":
@@ -258,6 +261,18 @@ class FaultyProxy:
             if half:
                 return b""
             return b"".join(iter(lambda: server.recv(2**16), b""))
+
+
+def _slow_down(with_body: bool) -> bytes:
+    error = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
+    body = error if with_body else b""
+    head = [
+        b"HTTP/1.1 503 Slow Down",
+        b"Connection: close",
+        b"Content-Type: application/xml",
+        b"Content-Length: %d" % len(body),
+    ]
+    return b"\r\n".join([*head, b"", body])
 
 
 def _read_message(connection: socket.socket) -> bytes:

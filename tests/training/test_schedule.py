@@ -40,6 +40,25 @@ def test_the_rate_never_falls_below_the_floor() -> None:
     assert plateau.lr(0) == 1e-5 and not plateau.should_stop
 
 
+def test_the_rate_falls_linearly_over_the_last_steps_and_not_before_them() -> None:
+    decaying = schedule(decay_steps=4, max_steps=10)
+    rates = [decaying.lr(step) for step in range(10)]
+    assert rates == pytest.approx([1e-3] * 7 + [7.5e-4, 5e-4, 2.5e-4], rel=1e-12)
+    assert schedule(decay_steps=200, max_steps=200).lr(199) == 1e-5, "not below the floor"
+
+
+def test_warm_up_and_plateau_still_scale_a_decaying_rate() -> None:
+    decaying = schedule(warmup_steps=2, decay_steps=10, max_steps=10, patience=0)
+    decaying.observe(1.0)
+    decaying.observe(0.0)
+    rates = [decaying.lr(step) for step in (0, 1, 5)]
+    assert rates == pytest.approx([2.5e-4, 4.5e-4, 2.5e-4], rel=1e-12)
+
+
+def test_without_decay_steps_the_number_of_steps_does_not_matter() -> None:
+    assert [schedule(max_steps=3).lr(step) for step in range(5)] == [1e-3] * 5
+
+
 def test_training_stops_early_after_the_given_number_of_stagnant_validations() -> None:
     plateau = schedule()
     stops = []
