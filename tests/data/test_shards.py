@@ -320,7 +320,10 @@ def test_audio_that_cannot_be_stored_is_refused_by_the_name_of_its_record(
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"id": "a.b"}, "record 'a.b': an id is not empty and has no '.', '/' or control character"),
+        (
+            {"id": "a.b"},
+            "record 'a.b': an id is not empty and has no '.', '/' or control character",
+        ),
         ({"id": "a/b"}, "record 'a/b': an id "),
         ({"id": "a\nb"}, r"record 'a\\nb': an id "),
         ({"id": ""}, "record '': "),
