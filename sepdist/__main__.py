@@ -1,4 +1,4 @@
-"""`python -m sepdist VERB ...` is `sepdist VERB ...`."""
+"""Run `sepdist VERB ...` as `python -m sepdist VERB ...`."""
 
 from sepdist.cli import main
 
