@@ -12,8 +12,12 @@ def keep_freed_memory(limit_bytes: int = 512 * MIB) -> None:
     By default glibc returns every freed block above 32 MiB to the system, and each of its pages
     costs a fault when the next block of that size is used: a third of the CPU time of a training
     step of the small DPRNN and Sandglasset (docs/results.md). Here such blocks come from the heap,
-    and what is free at its end beyond the limit goes back. Blocks above the limit, such as the flat
-    gradients of a large model, still go back at once. Gaps between blocks are kept in addition.
+    and what is free at its end beyond the limit goes back. Blocks above the limit still go back at
+    once.
+
+    Gaps between blocks in use are kept in addition. The copies that an optimizer step makes of a
+    large model cause many: training SSQP-Net (94 M parameters) then takes 4.3 GB instead of 3.4 GB
+    and saves 4 % of the CPU time. So this is for inference and for training smaller models.
 
     Does nothing where the C library has no mallopt. Older versions of glibc refuse blocks above
     32 MiB in the heap; then only smaller ones are kept.
