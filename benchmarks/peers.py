@@ -1,7 +1,7 @@
-"""The published implementations that ours are compared with: how to build one of our size, and its weights as ours.
+"""Published implementations to compare our models with, and their weights as ours.
 
-Read by benchmarks/models.py and by the tests, which skip what is not installed. A peer is a module of our contract,
-mixture [B, T] to estimates [B, S, T]; `weights` turns its state_dict into one of our model.
+benchmarks/models.py and tests/models/test_peers.py use this module; the tests skip peers that are
+not installed. A peer follows our models' contract, mixture [B, T] to estimates [B, S, T].
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,11 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """`build` takes our model's arguments by name and raises ImportError where `packages` are missing."""
+    """A published model.
+
+    `build` takes our model's arguments by name and raises ImportError if `packages` are missing;
+    `weights` converts the peer's state_dict to our model's.
+    """
 
     packages: str
     build: Callable[[Mapping[str, Any]], nn.Module]
@@ -24,15 +28,15 @@ class Peer:
 
 
 def _linear(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
-    """A linear layer from a 1x1 convolution or a linear layer, [out, in, ...]."""
+    """Convert a 1x1 convolution or a linear layer, [out, in, ...], to a linear layer."""
     found = {
-        part: state[f"{theirs}.{part}"]
-        for part in ("weight", "bias")
-        if f"{theirs}.{part}" in state
+        kind: state[f"{theirs}.{kind}"]
+        for kind in ("weight", "bias")
+        if f"{theirs}.{kind}" in state
     }
     return {
-        f"{ours}.{part}": tensor.flatten(1) if part == "weight" else tensor
-        for part, tensor in found.items()
+        f"{ours}.{kind}": tensor.flatten(1) if kind == "weight" else tensor
+        for kind, tensor in found.items()
     }
 
 
@@ -50,14 +54,14 @@ def _lstm(state: State, theirs: str, ours: str) -> dict[str, Tensor]:
 
 def _codec(state: State) -> dict[str, Tensor]:
     encoder, decoder = (
-        state[f"{part}.filterbank._filters"][:, 0] for part in ("encoder", "decoder")
+        state[f"{kind}.filterbank._filters"][:, 0] for kind in ("encoder", "decoder")
     )
     return {"encoder.weight": encoder, "decoder.weight": decoder.T}
 
 
 def _gated_head(state: State) -> dict[str, Tensor]:
-    """What DPRNN and DPTNet have behind their blocks."""
-    halves = [_linear(state, f"masker.{part}.0", "gate.linear") for part in ("net_out", "net_gate")]
+    """The layers after the blocks of DPRNN and DPTNet."""
+    halves = [_linear(state, f"masker.{kind}.0", "gate.linear") for kind in ("net_out", "net_gate")]
     return {
         "prelu.weight": state["masker.first_out.0.weight"],
         **_linear(state, "masker.first_out.1", "mask_conv"),
@@ -66,7 +70,7 @@ def _gated_head(state: State) -> dict[str, Tensor]:
 
 
 def _count(state: State, prefix: str) -> int:
-    """How many blocks there are whose names begin with `prefix` and a number."""
+    """The number of blocks whose names begin with `prefix` and a number."""
     return 1 + max(
         int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix)
     )
@@ -107,9 +111,9 @@ def _conv_tasnet_weights(state: State) -> dict[str, Tensor]:
         weights[f"{ours}in_bias"] = state[f"{shared}0.bias"]
         weights[f"{ours}taps"] = state[f"{shared}3.weight"][:, 0].T
         weights[f"{ours}taps_bias"] = state[f"{shared}3.bias"]
-        for part in ("weight", "bias"):
-            both = torch.cat([state[f"{block}{conv}.{part}"] for conv in ("res_conv", "skip_conv")])
-            weights[f"{ours}out_{part}"] = both.flatten(1) if part == "weight" else both
+        for kind in ("weight", "bias"):
+            both = torch.cat([state[f"{block}{conv}.{kind}"] for conv in ("res_conv", "skip_conv")])
+            weights[f"{ours}out_{kind}"] = both.flatten(1) if kind == "weight" else both
     return weights
 
 
@@ -165,8 +169,8 @@ def _dptnet_weights(state: State) -> dict[str, Tensor]:
         for number, path in enumerate(("intra", "inter")):
             theirs, ours = f"masker.layers.{index}.{number}.", f"{path}.{index}."
             weights |= {
-                f"{ours}attention.qkv.{part}": state[f"{theirs}mha.in_proj_{part}"]
-                for part in ("weight", "bias")
+                f"{ours}attention.qkv.{kind}": state[f"{theirs}mha.in_proj_{kind}"]
+                for kind in ("weight", "bias")
             }
             weights |= _linear(state, f"{theirs}mha.out_proj", f"{ours}attention.out")
             weights |= _lstm(state, f"{theirs}recurrent", f"{ours}lstm")
@@ -199,7 +203,7 @@ def _sepformer(sizes: Mapping[str, Any]) -> nn.Module:
             for theirs, ours in both.items()
         },
     )
-    for module in peer.modules():  # as its recipes set them; this constructor cannot
+    for module in peer.modules():  # as in its recipes; the constructor has no argument for it
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(module, nn.MultiheadAttention):
@@ -209,7 +213,7 @@ def _sepformer(sizes: Mapping[str, Any]) -> nn.Module:
 
 def _sepformer_weights(state: State) -> dict[str, Tensor]:
     halves = [
-        _linear(state, f"masknet.{part}.0", "gate.linear") for part in ("output", "output_gate")
+        _linear(state, f"masknet.{kind}.0", "gate.linear") for kind in ("output", "output_gate")
     ]
     weights = {
         "encoder.weight": state["encoder.conv1d.weight"][:, 0],
@@ -238,15 +242,15 @@ def _sepformer_weights(state: State) -> dict[str, Tensor]:
                 )
                 for their_name, our_name in layer_names.items():
                     weights |= _linear(state, their_layer + their_name, our_layer + our_name)
-                for part in ("weight", "bias"):
-                    name = f"{our_layer}attention.qkv.{part}"
-                    weights[name] = state[f"{their_layer}self_att.att.in_proj_{part}"]
+                for kind in ("weight", "bias"):
+                    name = f"{our_layer}attention.qkv.{kind}"
+                    weights[name] = state[f"{their_layer}self_att.att.in_proj_{kind}"]
                 plain_norms[f"{their_layer}norm1.norm"] = f"{our_layer}attention_norm"
                 plain_norms[f"{their_layer}norm2.norm"] = f"{our_layer}norm"
             for their_name, our_name in plain_norms.items():
                 weights |= {
-                    f"{our_name}.{part}": state[f"{their_name}.{part}"]
-                    for part in ("weight", "bias")
+                    f"{our_name}.{kind}": state[f"{their_name}.{kind}"]
+                    for kind in ("weight", "bias")
                 }
     for their_name, our_name in norms.items():
         weights |= {

@@ -1,10 +1,11 @@
-"""What a training step costs over a bare PyTorch loop of the same model, batches and arithmetic.
+"""Measure the overhead of the engine's training step over a bare PyTorch loop.
 
     python -m benchmarks.step_overhead
 
-One Ray Train worker runs, in turn, blocks of steps of a bare loop (forward, backward, clip, Adam) and of the engine at
-ZeRO 0 and 1, canonical and native; a second process runs the bare loop outside Ray. One JSON line: medians in
-milliseconds, and the engines' overhead over the bare loop in the same worker, as the median of paired blocks.
+One Ray Train worker alternates between blocks of steps of a bare loop (forward, backward, clip,
+Adam) and of the engine at ZeRO 0 and 1, canonical and native; the main process runs the bare loop
+outside Ray. Prints one JSON line: medians in milliseconds, and each engine's overhead over the bare
+loop in the same worker, as the median of paired blocks.
 """
 
 import json
@@ -93,7 +94,7 @@ def measure(output: str, with_engines: bool) -> None:
             steps[f"zero{stage}_{reduction}"] = engine_step(stage, reduction)
     given = batches()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for block in range(-1, NUM_BLOCKS):  # the first, which compiles, is not counted
+    for block in range(-1, NUM_BLOCKS):  # the first block compiles and is not counted
         for name, step in steps.items():
             began = time.perf_counter()
             for _ in range(BLOCK_STEPS):

@@ -1,24 +1,24 @@
-"""Checks of sizes and inputs shared by the models."""
+"""Checks of sizes and inputs that the models share."""
 
 from torch import Tensor
 
 
 def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: int = 2) -> None:
-    """Refuse sizes that no mask network can have."""
+    """Raise ValueError for sizes that no mask network can have."""
     if not 1 <= stride <= kernel_size:
         raise ValueError(
             f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size"
         )
     if num_speakers < 1:
-        raise ValueError(f"num_speakers={num_speakers}: at least one")
+        raise ValueError(f"num_speakers={num_speakers}: choose at least one")
     if chunk_size < 2 or chunk_size % 2:
         raise ValueError(
-            f"chunk_size={chunk_size}: chunks overlap by half, choose an even number from 2 up"
+            f"chunk_size={chunk_size}: chunks overlap by half, choose an even number of at least 2"
         )
 
 
 def check_mixture(mixture_BT: Tensor, least: int) -> None:
-    """Refuse what is not a mixture [B, T] of at least so many samples."""
+    """Raise ValueError unless the shape is [B, T] with T >= `least`."""
     if mixture_BT.ndim != 2 or mixture_BT.shape[1] < least:
         raise ValueError(
             f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {least} samples"

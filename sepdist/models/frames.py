@@ -1,4 +1,4 @@
-"""Frames of a waveform and back: the encoder and decoder shared by the mask networks.
+"""Frames of a waveform and back: the encoder and decoder that the mask networks share.
 
 Shapes: B batch, S speakers, T samples, N frames, F features.
 """
@@ -15,19 +15,19 @@ EPS = 1e-8
 
 
 def num_frames(num_samples: int, kernel_size: int, stride: int) -> int:
-    """How many frames cover `num_samples` samples, the last one zero-padded."""
+    """The number of frames that cover `num_samples` samples; the last one may be zero-padded."""
     return 1 + max(0, -(-(num_samples - kernel_size) // stride))
 
 
 def cut_frames(signal_BT: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """Overlapping frames [B, N, kernel_size] of a signal whose tail is zero-padded to whole frames."""
+    """Overlapping frames [B, N, kernel_size]; the tail is zero-padded to a whole frame."""
     num_samples = signal_BT.shape[-1]
     padded = (num_frames(num_samples, kernel_size, stride) - 1) * stride + kernel_size
     return F.pad(signal_BT, (0, padded - num_samples)).unfold(-1, kernel_size, stride)
 
 
 def overlap_add(frames: Tensor, stride: int, num_samples: int) -> Tensor:
-    """The sum of overlapping frames [..., N, kernel_size], cut or zero-padded to [..., num_samples]."""
+    """The sum of overlapping frames [..., N, K], cut or zero-padded to [..., num_samples]."""
     *lead, count, kernel_size = frames.shape
     pieces = -(-kernel_size // stride)
     frames = F.pad(frames, (0, pieces * stride - kernel_size)).unflatten(-1, (pieces, stride))
@@ -40,7 +40,7 @@ def overlap_add(frames: Tensor, stride: int, num_samples: int) -> Tensor:
 
 
 def init_filterbank(encoder: nn.Linear, decoder: nn.Linear) -> None:
-    """Draw the weights of both as Asteroid does: Xavier normal of a convolution's weight [F, 1, K].
+    """Draw the weights of both as Asteroid does: Xavier normal for a convolution's [F, 1, K].
 
     The fans are K and F K, so the standard deviation is sqrt(2 / (K + F K)).
     """
@@ -51,7 +51,7 @@ def init_filterbank(encoder: nn.Linear, decoder: nn.Linear) -> None:
 
 
 def encode(mixture_BT: Tensor, encoder: nn.Linear, stride: int) -> Tensor:
-    """Features [B, N, F] of a mixture's frames; refuses what is not [B, T] of at least one frame."""
+    """Features [B, N, F] of the frames; ValueError unless [B, T] with at least one frame."""
     check_mixture(mixture_BT, encoder.in_features)
     return encoder(cut_frames(mixture_BT, encoder.in_features, stride))
 
@@ -61,9 +61,6 @@ def decode(features_BNSF: Tensor, decoder: nn.Linear, stride: int, num_samples: 
     return overlap_add(widen(decoder(features_BNSF)).transpose(1, 2), stride, num_samples)
 
 
-# The stages of a block. Values are fp32 inside, whatever the type of the tensors in memory.
-
-
 def widen(x: Tensor) -> Tensor:
-    """x itself, or in fp32 where it is narrower."""
+    """x itself, or in fp32 if it is narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""With the weights of a published implementation, our models give its estimates. Skipped where it is not installed."""
+"""With a published implementation's weights our models give its estimates; else skipped."""
 
 import pytest
 import torch
