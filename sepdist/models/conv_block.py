@@ -1,10 +1,11 @@
-"""Layers of the mask networks: frames of samples in, normalised or convolved frames out, as fast as two CPU cores can.
+"""Conv-TasNet's layers with hand-written gradients and compiled element-wise stages.
 
-Everything here is channels-last, [B, N, F], so that a 1x1 convolution is one matrix product and a depth-wise
-convolution is a sum of shifted rows. `ConvBlock` has a hand-written gradient: it keeps two [B, N, H] tensors for the
-backward pass and recomputes what is cheap. Its element-wise stages are plain functions; `torch.compile` fuses each
-into one pass over memory, and one compilation serves all blocks, dilations and lengths. Without a C++ compiler the
-same functions run as they are. No stage sums over frames, so that its bits depend on no number of threads.
+Everything here is channels-last, [B, N, F], so that a 1x1 convolution is one matrix product and a
+depth-wise convolution is a sum of shifted rows. `ConvBlock` has a hand-written gradient: it keeps
+two [B, N, H] tensors for the backward pass and recomputes what is cheap. Its element-wise stages
+are plain functions; `torch.compile` fuses each into one pass over memory, and one compilation
+serves all blocks, dilations and lengths. Without a C++ compiler the same functions run uncompiled.
+No stage sums over frames, so that its bits do not depend on the number of threads.
 
 Shapes: B batch, T samples, N frames, F features, H hidden channels, K taps.
 """
@@ -38,7 +39,7 @@ def _tap(x: Tensor, steps: int) -> Tensor:
 
 
 def _steps(taps: Tensor, dilation: int) -> list[int]:
-    """How far from the centre each tap [K, H] looks."""
+    """The distance of each tap [K, H] from the centre, in frames."""
     num_taps = taps.shape[0]
     return [(k - num_taps // 2) * dilation for k in range(num_taps)]
 
@@ -59,7 +60,7 @@ def _depthwise(
     slope2: Tensor,
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PReLU, normalise, convolve along the frames, PReLU; with the moments of each row of the result."""
+    """PReLU, normalise, convolve along the frames, PReLU; also the moments of each row."""
     normalised = F.prelu(widen(y), slope1) * scale + shift
     z = bias
     for k, steps in enumerate(_steps(taps, dilation)):
@@ -86,8 +87,8 @@ def _depthwise_backward(
 ) -> tuple[Tensor, ...]:
     """From the gradient at the second norm's output to dz at the convolution's output.
 
-    Also dz * PReLU(y) at every tap (their sums over the frames are the gradient of the taps) and, per row, the
-    gradient of the second slope.
+    Also dz * PReLU(y) at every tap (their sums over the frames are the gradient of the taps) and,
+    per row, the gradient of the second slope.
     """
     q = F.prelu(widen(y), slope1)
     normalised = q * scale + shift
@@ -113,7 +114,10 @@ def _expand_backward(
     e2: Tensor,
     dilation: int,
 ) -> tuple[Tensor, Tensor]:
-    """From dz at the convolution's output to dy before the first PReLU; per row, the gradient of the first slope."""
+    """From dz at the convolution's output to dy before the first PReLU.
+
+    Also, per row, the gradient of the first slope.
+    """
     y = widen(y)
     wide = widen(dz)
     q = F.prelu(y, slope1)
@@ -164,7 +168,7 @@ EAGER = Stages()
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether a C++ compiler, which `torch.compile` needs, is on the PATH; says so once where there is none."""
+    """Whether the PATH has a C++ compiler, which `torch.compile` needs; warn once if not."""
     names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
     if any(shutil.which(name) for name in names):
         return True
@@ -176,18 +180,18 @@ def has_compiler() -> bool:
 
 @functools.cache
 def compiled_stages() -> Stages:
-    """The stages under `torch.compile`, shared by all blocks of all models; dynamic: no length recompiles."""
+    """The stages under `torch.compile`, shared by all blocks of all models and lengths."""
     stages = {name: torch.compile(stage, dynamic=True) for name, stage in vars(EAGER).items()}
     return Stages(**stages)
 
 
 def _plain(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tensors without their part in the graph, by which `torch.compile` would tell them apart and recompile."""
+    """Detach the tensors: `torch.compile` compiles again for those that require gradients."""
     return tuple(tensor.detach() for tensor in tensors)
 
 
 def stages_for(compiled: bool) -> Stages:
-    """Compiled stages where they are wanted and a compiler exists, else eager ones."""
+    """The compiled stages if they are wanted and a compiler exists, else the eager ones."""
     return compiled_stages() if compiled and has_compiler() else EAGER
 
 
@@ -220,9 +224,10 @@ def _sums_inside(x: Tensor, all_steps: list[int]) -> Tensor:
     return torch.stack(sums, 1)
 
 
-# A norm folded into the matrix product that follows it: with xhat = (p - mean) rstd, the result
-# (xhat g + s) W^T + b equals rstd p (W g)^T + (W s + b - rstd mean W g). So normalised rows are never written, and
-# every sum over frames that the gradients need comes from the products G^T p of the gradient of W.
+# A norm is folded into the matrix product that follows it: with xhat = (p - mean) rstd, the result
+# (xhat g + s) W^T + b equals rstd p (W g)^T + (W s + b - rstd mean W g). Normalised rows are never
+# written, and the products G^T p of the gradient of W give every sum over frames that the gradients
+# need.
 
 
 def _folded_product(
@@ -252,7 +257,7 @@ def _folded_product_backward(
     weight: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """From the gradient [B, N, F] of the result to the one before the norm, rstd (d - c1 - xhat c2).
+    """From the gradient [B, N, F] of the result to that before the norm, rstd (d - c1 - xhat c2).
 
     Returns d [B, N, H], c1 and c2 [B, 1, 1], and the gradients of gain, shift, weight and bias.
     """
@@ -310,7 +315,7 @@ class _BlockFunction(torch.autograd.Function):
         mean2, rstd2 = _moments(sums, squares, size)
         both, offset = _folded_product(p, mean2, rstd2, gain2, shift2, out_weight, out_bias, dtype)
         ctx.stages, ctx.dilation, ctx.dtype = stages, dilation, dtype
-        # The parameters themselves, not their plain views: ZeRO-3 frees and refills them between the passes.
+        # The parameters, not their detached views: ZeRO-3 frees and refills them meanwhile.
         ctx.save_for_backward(x, y, p, mean1, rstd1, mean2, rstd2, tensors[2], *tensors[4:13])
         return stages.split_outputs(both, rstd2, offset, x, skip)
 
@@ -359,8 +364,9 @@ class _BlockFunction(torch.autograd.Function):
         din_bias = flat.sum(0, dtype=x.dtype)
         through = (flat @ in_weight.to(dtype)).view_as(dx) + dx
         return (
-            None, None, None, through, dskip, din_weight, din_bias, dslope1.sum().view_as(slope1), dgain1, dshift1,
-            dtaps, dbias, dslope2.sum().view_as(slope2), dgain2, dshift2, dout_weight, dout_bias,
+            None, None, None, through, dskip, din_weight, din_bias,
+            dslope1.sum().view_as(slope1), dgain1, dshift1, dtaps, dbias,
+            dslope2.sum().view_as(slope2), dgain2, dshift2, dout_weight, dout_bias,
         )  # fmt: skip
 
 
@@ -395,9 +401,10 @@ class _NormLinearFunction(torch.autograd.Function):
 
 
 class NormLinear(nn.Module):
-    """gLN and a 1x1 convolution: [B, N, F] -> [B, N, out], in fp32 or wider (Conv-TasNet, equation 9).
+    """gLN and a 1x1 convolution, [B, N, F] -> [B, N, out], in fp32 or wider (equation 9).
 
-    gLN is zero mean and unit variance over frames and features of each item, then a gain and a shift per feature.
+    gLN is zero mean and unit variance over frames and features of each item, then a gain and a
+    shift per feature.
     """
 
     def __init__(self, num_features: int, num_outputs: int, compile: bool = True) -> None:
@@ -441,10 +448,11 @@ def _uniform(weights: tuple[Tensor, ...], fan_in: int) -> None:
 
 
 class ConvBlock(nn.Module):
-    """One block of Conv-TasNet (section II-C): 1x1, PReLU, gLN, depth-wise convolution, PReLU, gLN, and 1x1 twice.
+    """1x1, PReLU, gLN, depth-wise convolution, PReLU, gLN, two 1x1 (Conv-TasNet, section II-C).
 
-    (x [B, N, F], skip sum [B, N, skip]) -> (x + residual, skip sum + skip); fp32, or the autocast type inside.
-    The parameters are its own, not a child's, so that ZeRO-3 gathers all of them before the block runs.
+    (x [B, N, F], skip sum [B, N, skip]) -> (x + residual, skip sum + skip); fp32, or the autocast
+    type inside. The parameters are direct members, not those of submodules, so that ZeRO-3 gathers
+    all of them before the block runs.
     """
 
     def __init__(
@@ -459,7 +467,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         if num_taps % 2 == 0:
             raise ValueError(
-                f"num_taps={num_taps}: the depth-wise kernel must be odd to keep the number of frames"
+                f"num_taps={num_taps}: choose an odd number, to keep the number of frames"
             )
         self.dilation = dilation
         self.compiled = compile
@@ -487,6 +495,7 @@ class ConvBlock(nn.Module):
         with torch.autocast(x_BNF.device.type, enabled=False):
             return _BlockFunction.apply(
                 stages_for(self.compiled), self.dilation, dtype, x_BNF, skip_BNF,
-                self.in_weight, self.in_bias, self.prelu1, self.gain1, self.shift1, self.taps, self.taps_bias,
+                self.in_weight, self.in_bias, self.prelu1, self.gain1, self.shift1,
+                self.taps, self.taps_bias,
                 self.prelu2, self.gain2, self.shift2, self.out_weight, self.out_bias,
             )  # fmt: skip

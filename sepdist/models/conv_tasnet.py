@@ -1,8 +1,8 @@
 """Conv-TasNet: mixture [B, T] in, one waveform per speaker [B, S, T] out.
 
-Luo and Mesgarani, "Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech Separation", 2019, with
-gLN, skip connections and ReLU masks. The defaults are the size of paper 1's experiments: 5,050,545 parameters for two
-speakers. Inside, tensors are channels-last [B, N, F] (layers.py).
+Luo and Mesgarani, "Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech
+Separation", 2019, with gLN, skip connections and ReLU masks. The defaults are the size of paper 1's
+experiments: 5,050,545 parameters for two speakers. Inside, tensors are channels-last.
 
 Shapes: B batch, S speakers, T samples, N frames, F encoder filters.
 """
@@ -18,10 +18,11 @@ from sepdist.models.frames import decode, encode, init_filterbank
 class ConvTasNet(nn.Module):
     """Encoder, temporal convolution network that masks the encoded frames, decoder.
 
-    `output_parameters` are the prefixes of the parameters that make particular speakers: the last 1x1 convolution,
-    which a new task starts afresh. `compile=False` runs the same arithmetic without `torch.compile`. With
-    `masking=False` the network's output is decoded itself instead of being multiplied by the encoded frames, which are
-    zero where the input is: so masked input can be filled in (MAMA). The parameters are the same.
+    `output_parameters` are the prefixes of the speaker-specific parameters: the last 1x1
+    convolution, which a new task reinitialises. `compile=False` runs the same arithmetic without
+    `torch.compile`. With `masking=False` the network's output is decoded directly instead of being
+    multiplied by the encoded frames, which are zero where the input is zero; this lets a model fill
+    in masked input (MAMA). The parameters are the same.
     """
 
     output_parameters: tuple[str, ...] = ("mask_conv",)
@@ -72,7 +73,7 @@ class ConvTasNet(nn.Module):
         return decode(made_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
 
     def features(self, mixture_BT: Tensor) -> Tensor:
-        """What the network makes of each frame before masks and decoder, [B, N, num_features]."""
+        """The network's output [B, N, num_features], before it is applied as masks."""
         return F.relu(self._encode(mixture_BT)[1])
 
     def _encode(self, mixture_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Conv-TasNet against a textbook version in torch's convolutions, and what the rest of the system relies on."""
+"""Conv-TasNet against a textbook version in torch's convolutions, and its bits and compilations."""
 
 import hashlib
 import logging
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sepdist.models import conv_block
-from sepdist.models.conv_block import NormLinear
+from sepdist.models.conv_block import ConvBlock, NormLinear
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.models.frames import cut_frames, overlap_add
 from tests.support.model_checks import depend_on_speakers, gradients, moved_differ, relative
@@ -27,7 +27,7 @@ def no_compilations_of_other_tests() -> None:
 
 
 def small(**changes: object) -> ConvTasNet:
-    """A model with every size different, and weights under which every term of the arithmetic counts."""
+    """A model whose sizes all differ, with weights that make every term of the arithmetic count."""
     torch.manual_seed(0)
     sizes = {
         "num_filters": 32,
@@ -154,6 +154,20 @@ def test_global_norm_gives_zero_mean_and_unit_variance_to_each_item() -> None:
     assert (y.var((1, 2), correction=0) - 1).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("dilation", [1, 4, 32])
+def test_the_gradient_of_a_block_is_that_of_finite_differences(dilation: int) -> None:
+    torch.manual_seed(0)
+    block = ConvBlock(3, 5, 2, 3, dilation, compile=False).double()
+    inputs = [torch.randn(2, 6, size, dtype=torch.float64, requires_grad=True) for size in (3, 2)]
+    names = [name for name, _ in block.named_parameters()]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        parameters = dict(zip(names, tensors[2:], strict=True))
+        return torch.func.functional_call(block, parameters, tensors[:2])
+
+    assert torch.autograd.gradcheck(run, [*inputs, *block.parameters()])
+
+
 def test_a_silent_mixture_gives_finite_estimates_and_gradients() -> None:
     model = ConvTasNet(2, 32, 10, 4, 12, 48, 8, num_blocks=2, num_repeats=1, compile=False)
     model(torch.zeros(2, 100)).sum().backward()
@@ -188,8 +202,11 @@ def test_compiled_and_eager_agree() -> None:
     eager, compiled = small(), small(compile=True)
     mixture = torch.randn(2, 2000)
     assert relative(compiled(mixture), eager(mixture)) < 1e-5
-    for got, expected in zip(gradients(compiled, mixture), gradients(eager, mixture), strict=True):
-        assert relative(got, expected) < 1e-5
+    by_eager = gradients(eager, mixture)
+    whole = torch.cat([gradient.flatten() for gradient in by_eager]).norm()
+    for got, expected in zip(gradients(compiled, mixture), by_eager, strict=True):
+        # The gradient of a PReLU is one sum of many terms that almost cancel.
+        assert (got - expected).norm() < 1e-5 * expected.norm() + 1e-6 * whole
 
 
 def test_other_lengths_batches_and_dilations_compile_nothing_new() -> None:
@@ -276,9 +293,9 @@ def test_without_a_compiler_the_model_runs_as_it_is_and_says_so_once(
         estimates = small(compile=True)(mixture)
     conv_block.has_compiler.cache_clear()
     assert torch.equal(estimates, small()(mixture))
+    names = ", ".join(filter(None, (os.environ.get("CXX"), "g++", "clang++")))
     assert [record.message for record in caplog.records if "compiler" in record.message] == [
-        f"no C++ compiler found ({', '.join(filter(None, (os.environ.get('CXX'), 'g++', 'clang++')))}): "
-        "models run uncompiled, about half as fast"
+        f"no C++ compiler found ({names}): models run uncompiled, about half as fast"
     ]
 
 
