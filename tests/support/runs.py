@@ -30,6 +30,7 @@ TINY = [
     "data.num_virtual_shards=4",
     "validation.num_mixtures=3",
     "validation.num_listening=0",  # a spectrogram takes a second
+    "optim.lr=0.002",
     "schedule.decay_steps=0",  # so that runs cut short by max_steps have the same rates
     "training.log_every=1",
 ]
