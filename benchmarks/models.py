@@ -1,16 +1,21 @@
-"""How fast and how large is a training step of each model, beside the published implementation, on this machine?
+"""Measure time and memory of a training step of each model and its published implementation.
 
-    python -m benchmarks.models [--models conv_tasnet dprnn] [--seconds 1] [--batch 2] [--threads 2] [--keep]
+    python -m benchmarks.models [--models conv_tasnet dprnn] [--seconds 1] [--batch 2] [--threads 2]
+    [--keep]
 
-One JSON line per model, a file of configs/model, and a last one with the ratios. The peer (peers.py) runs on the same
-batch with its own weights given to ours; before anything is timed, estimates and the gradient of the encoder, which
-every other gradient shapes, are compared in float64 on a short piece, and ours in fp32 with the same. A step is
-forward and backward. The turns are interleaved, so that other load on the machine falls on both alike; the best and the
-median are given. Memory is the highest resident size of a process that takes two steps, less what it had before them.
-The roofline is the time that the peer's matrix products and convolutions would take at the rate of one large product
-of fp32, measured in the same turns: no step of the same arithmetic in fp32 is faster. With --keep the process keeps
-freed memory, as evaluation does (sepdist/allocator.py), and both sides gain. Where a peer is not installed, the
-line says what to install and has our figures alone.
+Prints one JSON line per model (a file of configs/model) and a last one with the ratios. A step is a
+forward and a backward pass. The peer (peers.py) runs on the same batch and its weights are copied
+to our model. Before anything is timed, the estimates and the gradient of the encoder, which depends
+on every other gradient, are compared in float64 on a short piece, and ours in fp32 with the same.
+
+The turns are interleaved, so that other load on the machine affects both sides equally; the best
+and the median are given. `operations` counts the operations that PyTorch dispatches in one of our
+steps; compiled code counts only its matrix products. Memory is the peak resident size of a process
+that takes two steps, less its size before them. The roofline is the time that the peer's matrix
+products and convolutions would take at the rate of one large fp32 product, measured in the same
+turns: no step of the same arithmetic in fp32 is faster. With --keep the process keeps freed memory,
+as evaluation does (sepdist/allocator.py); both sides gain. If a peer is not installed, the line
+names the packages and has our figures alone.
 """
 
 import argparse
@@ -28,6 +33,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import PEERS
@@ -39,7 +45,7 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "model"
 
 
 def build_pair(preset: str) -> tuple[nn.Module, nn.Module | None, str]:
-    """Ours, the peer whose weights it has where that is installed, and what is missing where it is not."""
+    """Our model, the peer with the same weights or None, and why there is no peer."""
     node = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()) | {"num_speakers": 2}
     torch.manual_seed(0)
     ours = build(node)
@@ -67,7 +73,7 @@ def train_step(model: nn.Module, mixture: Tensor, bf16: bool = False) -> Callabl
 
 
 def estimates_and_gradient(model: nn.Module, mixture: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient is that of the encoder, the first of the parameters, as [filters, kernel]."""
+    """The estimates and the gradient of the encoder, [filters, kernel], in float64."""
     first = next(p for name, p in model.named_parameters() if name.startswith("encoder"))
     estimates = model(mixture)
     (gradient,) = torch.autograd.grad(estimates.square().mean(), [first])
@@ -75,7 +81,7 @@ def estimates_and_gradient(model: nn.Module, mixture: Tensor) -> tuple[Tensor, T
 
 
 def differences(ours: nn.Module, peer: nn.Module, mixture: Tensor) -> tuple[float, float]:
-    """Relative, of estimates and gradients: ours and the peer's in float64, and ours in fp32 from that."""
+    """Relative difference from the peer in float64 of our float64 and of our fp32 results."""
     copies = [copy.deepcopy(model).double() for model in (ours, peer)]
     for module in copies[0].modules():
         if hasattr(module, "compiled"):
@@ -89,13 +95,13 @@ def differences(ours: nn.Module, peer: nn.Module, mixture: Tensor) -> tuple[floa
 
 
 def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (the highest so far) of this process, in MiB."""
+    """VmRSS (now) or VmHWM (the peak so far) of this process, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def memory_of(preset: str, side: str, arguments: argparse.Namespace) -> float | None:
-    """What two steps need, in MiB, measured in a process of its own."""
+    """Memory of two steps in MiB, measured in a process of its own; None if that failed."""
     settings = [f"--{name}={getattr(arguments, name)}" for name in ("seconds", "batch", "threads")]
     settings += ["--keep"] * arguments.keep
     command = [
@@ -114,21 +120,36 @@ def memory_of(preset: str, side: str, arguments: argparse.Namespace) -> float | 
     return float(done.stdout) if done.returncode == 0 else None
 
 
-def operations_of(model: nn.Module, mixture: Tensor) -> int:
-    """Floating-point operations of a step in products and convolutions: forward, and twice that for backward."""
+class OperationCounter(TorchDispatchMode):
+    """Count dispatched operations; inside compiled code, only its calls of PyTorch's kernels."""
+
+    count = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled functions run compiled while the mode is on."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def flop_of(model: nn.Module, mixture: Tensor) -> int:
+    """Floating-point operations of a step in products and convolutions, 3 times the forward's."""
     with FlopCounterMode(display=False) as counter:
         copy.deepcopy(model).to("meta")(mixture.to("meta"))  # computes nothing
     return 3 * counter.get_total_flops()
 
 
 def batch_of(model: nn.Module, arguments: argparse.Namespace) -> Tensor:
-    """Whole frames, so that no version pads anything."""
+    """A batch of whole frames, so that no version pads anything."""
     length = int(arguments.seconds * 8000)
     return 0.1 * torch.randn(arguments.batch, length - (length - model.min_length) % model.stride)
 
 
 def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The line of one model."""
+    """Measure one model: its line of JSON."""
     ours, peer, missing = build_pair(preset)
     mixture = batch_of(ours, arguments)
     report: dict[str, Any] = {
@@ -138,6 +159,9 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     train_step(ours, mixture)()
     report["first_step_seconds"] = round(time.perf_counter() - began, 1)
+    with OperationCounter() as counter:
+        train_step(ours, mixture)()
+    report["operations"] = counter.count
     steps = {"ours": train_step(ours, mixture), "ours_bf16": train_step(ours, mixture, bf16=True)}
     if peer is None:
         report["peer"] = missing
@@ -147,7 +171,8 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         )
         if in_float64 > 1e-9 or in_fp32 > 1e-3:
             sys.exit(
-                f"{preset}: not the same arithmetic: {in_float64:.2g} in float64, {in_fp32:.2g} in fp32"
+                f"{preset}: not the same arithmetic: relative differences of {in_float64:.2g} in "
+                f"float64 and {in_fp32:.2g} in fp32"
             )
         report |= {
             "difference_float64": float(f"{in_float64:.2g}"),
@@ -174,9 +199,9 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         side: memory_of(preset, side, arguments) for side in ("ours", "peer") if side in steps
     }
     if peer is not None:
-        operations, rate = operations_of(peer, mixture), 2 * PRODUCT_SIZE**3 / min(times["product"])
-        report |= {"gflop": round(operations / 1e9, 1), "product_gflops": round(rate / 1e9, 1)}
-        report["roofline_seconds"] = round(operations / rate, 4)
+        flop, rate = flop_of(peer, mixture), 2 * PRODUCT_SIZE**3 / min(times["product"])
+        report |= {"gflop": round(flop / 1e9, 1), "product_gflops": round(rate / 1e9, 1)}
+        report["roofline_seconds"] = round(flop / rate, 4)
         report["speedup_at_roofline"] = round(min(times["peer"]) / report["roofline_seconds"], 2)
         report["speedup"] = round(min(times["peer"]) / min(times["ours"]), 2)
         report["speedup_of_medians"] = round(
@@ -197,7 +222,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--keep", action="store_true", help="freed memory stays in the process")
+    parser.add_argument("--keep", action="store_true", help="keep freed memory in the process")
     parser.add_argument(
         "--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS
     )  # what memory_of runs
@@ -205,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """A line per model, then the summary."""
+    """Print a line per model, then the summary."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     if arguments.keep:

@@ -1,4 +1,4 @@
-"""Conv-TasNet against a textbook version in torch's convolutions, and what the rest of the system relies on."""
+"""Conv-TasNet against a textbook version in torch's convolutions, and its bits and compilations."""
 
 import hashlib
 import logging
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.models import OperationCounter
 from sepdist.models import conv_block
-from sepdist.models.conv_block import NormLinear
-from sepdist.models.conv_tasnet import ConvTasNet
+from sepdist.models.conv_block import ConvBlock
+from sepdist.models.conv_tasnet import ConvTasNet, NormLinear
 from sepdist.models.frames import cut_frames, overlap_add
 from tests.support.model_checks import depend_on_speakers, gradients, moved_differ, relative
 
@@ -23,11 +24,11 @@ from tests.support.model_checks import depend_on_speakers, gradients, moved_diff
 @pytest.fixture(scope="module", autouse=True)
 def no_compilations_of_other_tests() -> None:
     torch._dynamo.reset()
-    conv_block.compiled_stages.cache_clear()
+    conv_block._compile.cache_clear()
 
 
 def small(**changes: object) -> ConvTasNet:
-    """A model with every size different, and weights under which every term of the arithmetic counts."""
+    """A model whose sizes all differ, with weights that make every term of the arithmetic count."""
     torch.manual_seed(0)
     sizes = {
         "num_filters": 32,
@@ -145,13 +146,27 @@ def test_overlap_add_is_the_transpose_of_cutting_frames() -> None:
 
 
 def test_global_norm_gives_zero_mean_and_unit_variance_to_each_item() -> None:
-    layer = NormLinear(6, 6, compile=False)
+    layer = NormLinear(6, 6)
     with torch.no_grad():
         layer.weight.copy_(torch.eye(6))
         layer.bias.zero_()
     y = layer(3 * torch.randn(4, 50, 6) + torch.arange(4.0).view(4, 1, 1))
     assert y.mean((1, 2)).abs().max() < 1e-5
     assert (y.var((1, 2), correction=0) - 1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dilation", [1, 4, 32])
+def test_the_gradient_of_a_block_is_that_of_finite_differences(dilation: int) -> None:
+    torch.manual_seed(0)
+    block = ConvBlock(3, 5, 2, 3, dilation, compile=False).double()
+    inputs = [torch.randn(2, 6, size, dtype=torch.float64, requires_grad=True) for size in (3, 2)]
+    names = [name for name, _ in block.named_parameters()]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        parameters = dict(zip(names, tensors[2:], strict=True))
+        return torch.func.functional_call(block, parameters, tensors[:2])
+
+    assert torch.autograd.gradcheck(run, [*inputs, *block.parameters()])
 
 
 def test_a_silent_mixture_gives_finite_estimates_and_gradients() -> None:
@@ -171,6 +186,10 @@ def test_where_the_parameters_lie_in_memory_changes_no_bit(num_hidden: int) -> N
     assert moved_differ(small(num_hidden=num_hidden), torch.randn(2, 400)) == []
 
 
+def test_where_the_parameters_lie_in_memory_changes_no_bit_of_compiled_code() -> None:
+    assert moved_differ(small(compile=True), torch.randn(2, 400)) == []
+
+
 def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers() -> None:
     names = {
         name
@@ -188,8 +207,11 @@ def test_compiled_and_eager_agree() -> None:
     eager, compiled = small(), small(compile=True)
     mixture = torch.randn(2, 2000)
     assert relative(compiled(mixture), eager(mixture)) < 1e-5
-    for got, expected in zip(gradients(compiled, mixture), gradients(eager, mixture), strict=True):
-        assert relative(got, expected) < 1e-5
+    by_eager = gradients(eager, mixture)
+    whole = torch.cat([gradient.flatten() for gradient in by_eager]).norm()
+    for got, expected in zip(gradients(compiled, mixture), by_eager, strict=True):
+        # The gradient of a PReLU is one sum of many terms that almost cancel.
+        assert (got - expected).norm() < 1e-5 * expected.norm() + 1e-6 * whole
 
 
 def test_other_lengths_batches_and_dilations_compile_nothing_new() -> None:
@@ -202,6 +224,17 @@ def test_other_lengths_batches_and_dilations_compile_nothing_new() -> None:
             model(torch.randn(2, length)).sum().backward()
             with torch.no_grad():
                 model.eval()(torch.randn(1, length))
+
+
+def test_a_compiled_block_dispatches_at_most_20_operations_per_pass() -> None:
+    model = small(compile=True)
+    x, skip = model.bottleneck(torch.randn(2, 90, 32)), torch.zeros(2, 90, 8)
+    model.blocks[0](x, skip)[0].sum().backward(retain_graph=True)
+    with OperationCounter() as forward:
+        outputs = model.blocks[0](x, skip)
+    with OperationCounter() as backward:
+        torch.autograd.grad(outputs, list(model.blocks[0].parameters()), outputs)
+    assert 0 < forward.count <= 20 and 0 < backward.count <= 20
 
 
 def test_grad_and_backward_and_another_thread_give_the_same_bits() -> None:
@@ -276,9 +309,9 @@ def test_without_a_compiler_the_model_runs_as_it_is_and_says_so_once(
         estimates = small(compile=True)(mixture)
     conv_block.has_compiler.cache_clear()
     assert torch.equal(estimates, small()(mixture))
+    names = ", ".join(filter(None, (os.environ.get("CXX"), "g++", "clang++")))
     assert [record.message for record in caplog.records if "compiler" in record.message] == [
-        f"no C++ compiler found ({', '.join(filter(None, (os.environ.get('CXX'), 'g++', 'clang++')))}): "
-        "models run uncompiled, about half as fast"
+        f"no C++ compiler found ({names}): models run uncompiled, about half as fast"
     ]
 
 
