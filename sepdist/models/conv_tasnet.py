@@ -7,12 +7,34 @@ experiments: 5,050,545 parameters for two speakers. Inside, tensors are channels
 Shapes: B batch, S speakers, T samples, N frames, F encoder filters.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.checks import check_sizes
-from sepdist.models.conv_block import ConvBlock, NormLinear, apply_masks
+from sepdist.models.conv_block import ConvBlock, compiled_if, init_uniform
+from sepdist.models.dual_path import GlobalNorm
 from sepdist.models.frames import decode, encode, init_filterbank
+
+
+def apply_masks(masks_BNSF: Tensor, encoded_BNF: Tensor) -> Tensor:
+    """ReLU masks of every speaker times the encoded frames, [B, N, S, F]."""
+    return F.relu(masks_BNSF) * encoded_BNF.unsqueeze(2)
+
+
+class NormLinear(GlobalNorm):
+    """gLN and a 1x1 convolution in fp32 or wider, [B, N, F] -> [B, N, out] (equation 9)."""
+
+    def __init__(self, num_features: int, num_outputs: int) -> None:
+        super().__init__(num_features)
+        self.weight = nn.Parameter(torch.empty(num_outputs, num_features))
+        self.bias = nn.Parameter(torch.empty(num_outputs))
+        init_uniform((self.weight, self.bias), num_features)
+
+    def forward(self, x_BNF: Tensor) -> Tensor:
+        """Normalise each item of the batch, then multiply."""
+        with torch.autocast(x_BNF.device.type, enabled=False):
+            return F.linear(super().forward(x_BNF), self.weight, self.bias)
 
 
 class ConvTasNet(nn.Module):
@@ -50,7 +72,7 @@ class ConvTasNet(nn.Module):
         self.min_length = kernel_size
         self.masking, self.compiled = masking, compile
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
-        self.bottleneck = NormLinear(num_filters, num_bottleneck, compile)
+        self.bottleneck = NormLinear(num_filters, num_bottleneck)
         self.blocks = nn.ModuleList(
             ConvBlock(num_bottleneck, num_hidden, num_skip, num_taps, 2**index, compile)
             for _ in range(num_repeats)
@@ -63,21 +85,21 @@ class ConvTasNet(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        encoded_BNF, logits_BNF = self._encode(mixture_BT)
-        logits_BNSF = logits_BNF.unflatten(-1, (self.num_speakers, self.num_filters))
-        made_BNSF = (
-            apply_masks(logits_BNSF, encoded_BNF, self.compiled)
+        encoded_BNF, output_BNF = self._encode(mixture_BT)
+        masks_BNSF = output_BNF.unflatten(-1, (self.num_speakers, self.num_filters))
+        masked_BNSF = (
+            compiled_if(self.compiled, apply_masks)(masks_BNSF, encoded_BNF)
             if self.masking
-            else F.relu(logits_BNSF)
+            else F.relu(masks_BNSF)
         )
-        return decode(made_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
+        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
 
     def features(self, mixture_BT: Tensor) -> Tensor:
         """The network's output [B, N, num_features], before it is applied as masks."""
         return F.relu(self._encode(mixture_BT)[1])
 
     def _encode(self, mixture_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoded frames [B, N, F] and the network's output [B, N, S * F] before its ReLU."""
+        """The encoded frames [B, N, F] and the network's output [B, N, S * F]."""
         encoded_BNF = encode(mixture_BT, self.encoder, self.stride)
         x = self.bottleneck(encoded_BNF)
         skip = x.new_zeros(*x.shape[:2], self.num_skip)

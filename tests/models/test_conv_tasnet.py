@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.models import OperationCounter
 from sepdist.models import conv_block
-from sepdist.models.conv_block import ConvBlock, NormLinear
-from sepdist.models.conv_tasnet import ConvTasNet
+from sepdist.models.conv_block import ConvBlock
+from sepdist.models.conv_tasnet import ConvTasNet, NormLinear
 from sepdist.models.frames import cut_frames, overlap_add
 from tests.support.model_checks import depend_on_speakers, gradients, moved_differ, relative
 
@@ -23,7 +24,7 @@ from tests.support.model_checks import depend_on_speakers, gradients, moved_diff
 @pytest.fixture(scope="module", autouse=True)
 def no_compilations_of_other_tests() -> None:
     torch._dynamo.reset()
-    conv_block.compiled_stages.cache_clear()
+    conv_block._compile.cache_clear()
 
 
 def small(**changes: object) -> ConvTasNet:
@@ -145,7 +146,7 @@ def test_overlap_add_is_the_transpose_of_cutting_frames() -> None:
 
 
 def test_global_norm_gives_zero_mean_and_unit_variance_to_each_item() -> None:
-    layer = NormLinear(6, 6, compile=False)
+    layer = NormLinear(6, 6)
     with torch.no_grad():
         layer.weight.copy_(torch.eye(6))
         layer.bias.zero_()
@@ -185,6 +186,10 @@ def test_where_the_parameters_lie_in_memory_changes_no_bit(num_hidden: int) -> N
     assert moved_differ(small(num_hidden=num_hidden), torch.randn(2, 400)) == []
 
 
+def test_where_the_parameters_lie_in_memory_changes_no_bit_of_compiled_code() -> None:
+    assert moved_differ(small(compile=True), torch.randn(2, 400)) == []
+
+
 def test_the_output_parameters_are_those_that_depend_on_the_number_of_speakers() -> None:
     names = {
         name
@@ -219,6 +224,17 @@ def test_other_lengths_batches_and_dilations_compile_nothing_new() -> None:
             model(torch.randn(2, length)).sum().backward()
             with torch.no_grad():
                 model.eval()(torch.randn(1, length))
+
+
+def test_a_compiled_block_dispatches_at_most_20_operations_per_pass() -> None:
+    model = small(compile=True)
+    x, skip = model.bottleneck(torch.randn(2, 90, 32)), torch.zeros(2, 90, 8)
+    model.blocks[0](x, skip)[0].sum().backward(retain_graph=True)
+    with OperationCounter() as forward:
+        outputs = model.blocks[0](x, skip)
+    with OperationCounter() as backward:
+        torch.autograd.grad(outputs, list(model.blocks[0].parameters()), outputs)
+    assert 0 < forward.count <= 20 and 0 < backward.count <= 20
 
 
 def test_grad_and_backward_and_another_thread_give_the_same_bits() -> None:
