@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sepdist.models.checks import check_sizes
 from sepdist.models.conv_block import ConvBlock, compiled_if, init_uniform
-from sepdist.models.dual_path import GlobalNorm
+from sepdist.models.dual_path import global_norm
 from sepdist.models.frames import decode, encode, init_filterbank
 
 
@@ -22,11 +22,13 @@ def apply_masks(masks_BNSF: Tensor, encoded_BNF: Tensor) -> Tensor:
     return F.relu(masks_BNSF) * encoded_BNF.unsqueeze(2)
 
 
-class NormLinear(GlobalNorm):
+class NormLinear(nn.Module):
     """gLN and a 1x1 convolution in fp32 or wider, [B, N, F] -> [B, N, out] (equation 9)."""
 
     def __init__(self, num_features: int, num_outputs: int) -> None:
-        super().__init__(num_features)
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(num_features))
+        self.shift = nn.Parameter(torch.zeros(num_features))
         self.weight = nn.Parameter(torch.empty(num_outputs, num_features))
         self.bias = nn.Parameter(torch.empty(num_outputs))
         init_uniform((self.weight, self.bias), num_features)
@@ -34,7 +36,8 @@ class NormLinear(GlobalNorm):
     def forward(self, x_BNF: Tensor) -> Tensor:
         """Normalise each item of the batch, then multiply."""
         with torch.autocast(x_BNF.device.type, enabled=False):
-            return F.linear(super().forward(x_BNF), self.weight, self.bias)
+            normalised_BNF = global_norm(x_BNF, self.gain, self.shift)
+            return F.linear(normalised_BNF, self.weight, self.bias)
 
 
 class ConvTasNet(nn.Module):

@@ -58,8 +58,23 @@ def run_lstm(lstm: nn.LSTM, x_RLF: Tensor) -> Tensor:
         return lstm(widen(x_RLF))[0]
 
 
+def global_norm(x: Tensor, gain_F: Tensor, shift_F: Tensor) -> Tensor:
+    """gLN of [B, ..., F], in fp32 or wider: normalise over all axes but the batch, then scale."""
+    rows_BMF = widen(x).reshape(x.shape[0], -1, x.shape[-1])
+    if torch.is_grad_enabled() and not rows_BMF.requires_grad:
+        # torch's backward kernel writes the gradient of its input even if nobody wants it: without
+        # this, training behind a frozen encoder ends in a segmentation fault.
+        rows_BMF = rows_BMF.detach().requires_grad_()
+    # One group of torch's kernel, which reads [B, F, 1, M] in channels-last memory, our [B, M, F],
+    # without a copy.
+    channels_BF1M = rows_BMF.transpose(1, 2).unsqueeze(2)
+    with torch.autocast(x.device.type, enabled=False):
+        normalised = F.group_norm(channels_BF1M, 1, gain_F, shift_F, EPS)
+    return normalised.squeeze(2).transpose(1, 2).reshape(x.shape)
+
+
 class GlobalNorm(nn.Module):
-    """gLN of [B, ..., F]: normalise over all axes but the batch; gain and shift per feature."""
+    """`global_norm` with its gain and shift per feature."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -68,13 +83,7 @@ class GlobalNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised tensor, in fp32 or wider."""
-        # One group of torch's kernel, which reads [B, F, 1, M] in channels-last memory, our
-        # [B, M, F], without a copy.
-        rows_BMF = widen(x).reshape(x.shape[0], -1, x.shape[-1])
-        channels_BF1M = rows_BMF.transpose(1, 2).unsqueeze(2)
-        with torch.autocast(x.device.type, enabled=False):
-            normalised = F.group_norm(channels_BF1M, 1, self.gain, self.shift, EPS)
-        return normalised.squeeze(2).transpose(1, 2).reshape(x.shape)
+        return global_norm(x, self.gain, self.shift)
 
 
 class Gate(nn.Module):

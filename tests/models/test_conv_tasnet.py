@@ -175,6 +175,14 @@ def test_a_silent_mixture_gives_finite_estimates_and_gradients() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_a_model_with_a_frozen_encoder_trains_the_rest() -> None:
+    model = small()
+    model.encoder.requires_grad_(False)
+    model(torch.randn(2, 100)).square().sum().backward()
+    assert model.encoder.weight.grad is None
+    assert all(torch.isfinite(model.blocks[0].in_weight.grad).all(0))
+
+
 def test_every_parameter_has_a_gradient_of_its_own_shape() -> None:
     model = small()
     model(torch.randn(2, 100)).square().sum().backward()

@@ -97,6 +97,18 @@ def test_a_silent_mixture_gives_finite_estimates_and_gradients(kind: type[nn.Mod
 
 
 @each_model
+def test_a_model_with_a_frozen_encoder_trains_the_rest_as_without(kind: type[nn.Module]) -> None:
+    mixture, whole, frozen = torch.randn(2, 100), small(kind), small(kind)
+    frozen.encoder.requires_grad_(False)
+    for model in (whole, frozen):
+        model(mixture).square().sum().backward()
+    assert frozen.encoder.weight.grad is None
+    others = [name for name, _ in frozen.named_parameters() if name != "encoder.weight"]
+    gradients = [{n: p.grad for n, p in m.named_parameters()} for m in (whole, frozen)]
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in others)
+
+
+@each_model
 def test_where_the_parameters_lie_in_memory_changes_no_bit(kind: type[nn.Module]) -> None:
     assert moved_differ(small(kind), torch.randn(2, 120)) == []
 
