@@ -54,8 +54,8 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_LOOP_LINES = 150  # for the function that is the training loop
 LOOP = "training/loop.py"
-MAX_PRODUCT_LINES = 15_000
-MAX_YAML_FILES = 139
+MAX_PRODUCT_LINES = 14_000
+MAX_YAML_FILES = 65
 
 
 def product_files() -> list[Path]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sepdist import config, seeding
+from sepdist.allocator import keep_freed_memory
 from sepdist.config import TrainConfig
 from sepdist.metrics.switching import SwitchTracker
 from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
@@ -24,6 +25,8 @@ from sepdist.training.schedule import GradientGuard, PlateauSchedule
 from sepdist.training.world import World, gather_objects
 
 logger = logging.getLogger(__name__)
+
+SMALL_MODEL = 16_000_000  # parameters; above, an optimizer step leaves large gaps in kept memory
 
 
 class RunState:
@@ -52,6 +55,9 @@ class RunState:
         }
         torch.manual_seed(seeding.torch_seed(cfg.seed, "weights"))
         model: nn.Module = config.build(cfg.model)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        if world.device.type == "cpu" and num_parameters <= SMALL_MODEL:
+            keep_freed_memory()
         self.objective: Objective = with_defaults(config.build(cfg.objective))
         saved = self._agree_on_newest()
         self._lineage = self._fill(model, saved) | self.objective.lineage()

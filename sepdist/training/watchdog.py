@@ -38,7 +38,7 @@ class Watchdog:
         self.expect_slow()
 
     def beat(self) -> None:
-        """Report progress, and restart the timer (0.1 ms)."""
+        """Report progress, and restart the timer (less than 1 ms)."""
         if self._allowed < self.startup_seconds:
             self._intervals.append(self._clock() - self._last_beat)
         several = len(self._intervals) > 1

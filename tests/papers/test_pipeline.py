@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -26,7 +25,6 @@ from sepdist.training import launch
 from sepdist.training.handoff import read_export
 from tests.support.runs import TINY, program
 
-multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 config.register_schemas()
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -24,10 +23,6 @@ from sepdist.training.world import World
 from tests.support.runs import frozen, program
 
 NUM_SHARDS, MICRO_BATCH, LENGTH = 4, 2, 40
-
-multiprocessing.set_forkserver_preload(
-    ["torch", "deepspeed", __name__]
-)  # the ranks start with their imports done
 
 
 class Toy(nn.Module):

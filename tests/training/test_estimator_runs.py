@@ -1,6 +1,5 @@
 """Whole runs of an SI-SNR estimator on a separator's estimates; its checkpoint stands alone."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,6 @@ from tests.inference.test_evaluation import write_export
 from tests.models.test_ssqp import TINY, stored
 from tests.support.batches import batch_of, voices
 from tests.support.runs import final_hash, frozen
-
-multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 
 
 def run_rank(rank: int, world_size: int, config_file: str, store: str) -> None:

@@ -1,7 +1,6 @@
 """Steps without a usable gradient are skipped at any world size; ledger and log record it."""
 
 import math
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from sepdist.training.ledger import APPLIED, SKIPPED
 from tests.support.runs import final_hash, frozen
 
 GLOBAL_BATCH = 4  # of tests/support/runs.py
-multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 
 
 def spoil(first: int, stop: int, factor: float) -> None:

@@ -1,6 +1,5 @@
 """MAMA and CC runs give a separation run its initial weights, all but those of the last layer."""
 
-import multiprocessing
 from pathlib import Path
 
 import safetensors.torch
@@ -11,8 +10,6 @@ from sepdist import config
 from sepdist.reporting import read_metrics
 from sepdist.training.handoff import find_export
 from tests.support.runs import TINY, frozen
-
-multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
 
 ONE_PERSON = ["num_speakers=1", "data.num_sources=1", "data.noise=true", "training.max_steps=2"]
 CONTEXT = [

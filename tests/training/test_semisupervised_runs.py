@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -27,9 +26,6 @@ from sepdist.training.run import freeze, summarise
 from tests.inference.test_evaluation import write_export
 from tests.support.batches import Listener
 from tests.support.runs import final_hash, frozen
-
-multiprocessing.set_forkserver_preload(["torch", "deepspeed", __name__])
-
 
 # One step after the other by hand.
 
