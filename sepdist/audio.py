@@ -7,10 +7,7 @@ Shapes: T samples, C channels.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import gcd
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -88,12 +85,9 @@ def resample_poly(wave_T: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
     The length is ceil(T * new_rate / rate).
     """
-    if rate == new_rate:
-        return wave_T
     from scipy import signal
 
-    divisor = gcd(rate, new_rate)
-    return signal.resample_poly(wave_T, new_rate // divisor, rate // divisor)
+    return wave_T if rate == new_rate else signal.resample_poly(wave_T, new_rate, rate)
 
 
 def rms(wave_T: np.ndarray) -> float:
@@ -101,22 +95,17 @@ def rms(wave_T: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(wave_T, dtype=np.float64)))) if wave_T.size else 0.0
 
 
-@lru_cache(maxsize=8)
-def _meter(rate: int) -> Any:
-    import pyloudnorm
-
-    return pyloudnorm.Meter(rate)
-
-
 def loudness(wave_T: np.ndarray, rate: int, name: str = "the wave") -> float:
     """Integrated loudness in LUFS (ITU-R BS.1770-4).
 
     AudioError if the wave is shorter than 0.4 s or below the gate throughout.
     """
+    import pyloudnorm
+
     if wave_T.size < MIN_LOUDNESS_SECONDS * rate:
         seconds = f"{wave_T.size / rate:.2f} s, shorter than the {MIN_LOUDNESS_SECONDS} s"
         raise AudioError(f"{name}: lasts {seconds} that loudness needs; leave it out")
-    measured = float(_meter(rate).integrated_loudness(wave_T))
+    measured = float(pyloudnorm.Meter(rate).integrated_loudness(wave_T))
     if not np.isfinite(measured):
         raise AudioError(f"{name}: below the loudness gate of -70 LUFS throughout; leave it out")
     return measured

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import Metrics
-from sepdist.objectives.spans import generators, noisy, span_starts
+from sepdist.objectives.spans import noisy, span_starts
+from sepdist.seeding import rng
 
 
 @dataclass(eq=False)
@@ -54,7 +55,7 @@ class Contrastive:
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; reads the first source and the noise, not the mixture."""
-        draws = generators(batch, self.seed, "contrastive")
+        draws = [rng(self.seed, "contrastive", position) for position in batch.positions.tolist()]
         given_BT, _ = noisy(batch, draws, self.noise_probability, 1.0)
         device = given_BT.device
         hidden_BN = torch.zeros(len(draws), model.num_frames(given_BT.shape[1]), dtype=torch.bool)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import Metrics, check_outputs
-from sepdist.objectives.spans import generators, noisy, span_starts, uniform
+from sepdist.objectives.spans import noisy, span_starts, uniform
+from sepdist.seeding import rng
 
 
 @dataclass(eq=False)
@@ -69,7 +70,7 @@ class Masked:
 
     def alter(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return input and target, float32 [B, T], and which samples count, bool [B, T]."""
-        draws = generators(batch, self.seed, "masked")
+        draws = [rng(self.seed, "masked", position) for position in batch.positions.tolist()]
         given_BT, clean_BT = noisy(batch, draws, self.noise_probability, self.noise_gain)
         size = clean_BT.shape[1]
         lengths = batch.lengths.tolist()

@@ -10,12 +10,6 @@ from torch import Tensor
 
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import sources_of
-from sepdist.seeding import rng
-
-
-def generators(batch: Batch, seed: int, purpose: str) -> list[np.random.Generator]:
-    """One generator per item, derived from its position alone."""
-    return [rng(seed, purpose, position) for position in batch.positions.tolist()]
 
 
 def uniform(generator: np.random.Generator) -> float:
