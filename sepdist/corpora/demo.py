@@ -6,15 +6,14 @@ record's audio is a pure function of the arguments: the same bytes in every proc
 order.
 """
 
-import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
-import signal
 import threading
 from _ctypes import dlclose
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,14 +163,63 @@ class DemoCorpus:
             first, second = random.choice(len(voices), size=2, replace=False)
             pair = (voices[first], voices[second])
             texts = (draw_text(random, split, seconds), draw_text(random, split, seconds))
-            spec = MixtureSpec(self.seed, split, number, pair, texts, self.sample_rate, seconds)
             yield Mixture(
                 id=f"demo-{split}-{number:06d}",
                 speakers=tuple(voice.name for voice in pair),
                 sample_rate=self.sample_rate,
-                load=functools.partial(render, spec),
+                load=functools.partial(self._render, split, number, pair, texts),
                 texts=texts,
             )
+
+    def _render(
+        self, split: str, number: int, voices: tuple[Voice, Voice], texts: tuple[str, str]
+    ) -> dict[str, np.ndarray]:
+        """Make the s1, s2 and noise of a mixture, float32 [T] each; their sum is within +-0.9."""
+        spoken = [self._speak(text, voice) for text, voice in zip(texts, voices, strict=True)]
+        length = min(len(wave) for wave in spoken)
+        random = rng(self.seed, "demo level", split, number)
+        noise = self._noise(random, split, voices, length)
+        waves = {"s1": spoken[0][:length], "s2": spoken[1][:length], "noise": noise}
+        for name, wave in waves.items():
+            lufs = random.uniform(*(NOISE_LUFS if name == "noise" else SPEECH_LUFS))
+            waves[name] = set_loudness(wave.astype(np.float64), lufs, self.sample_rate)
+        peak = np.abs(np.sum(list(waves.values()), axis=0)).max()
+        gain = MAX_PEAK / peak if peak > MAX_PEAK else 1.0
+        return {name: (gain * wave).astype(np.float32) for name, wave in waves.items()}
+
+    def _speak(self, text: str, voice: Voice) -> np.ndarray:
+        """Speak a text, float32 [T], at a rate that keeps it between the bounds in seconds."""
+        rate = voice.rate
+        for _ in range(6):
+            wave = speak(text, voice, rate, self.sample_rate)
+            duration = len(wave) / self.sample_rate
+            if self.min_seconds <= duration <= self.max_seconds:
+                return wave
+            too_long = duration > self.max_seconds
+            wanted = 0.94 * self.max_seconds if too_long else 1.06 * self.min_seconds
+            rate = round(min(max(rate * duration / wanted, 80), 400))
+        raise ValueError(
+            f"voice {voice.name} took {duration:.2f} s, not {self.min_seconds} to "
+            f"{self.max_seconds} s, to say {text!r}"
+        )
+
+    def _noise(
+        self, random: np.random.Generator, split: str, speaking: tuple[Voice, Voice], length: int
+    ) -> np.ndarray:
+        """Make pink noise, in two of three mixtures with a babble of three to five other voices."""
+        noise = pink(random, length)
+        noise /= np.sqrt(np.mean(noise**2))
+        if random.uniform() < 1 / 3:
+            return noise
+        others = [number for number, voice in enumerate(VOICES[split]) if voice not in speaking]
+        count = min(len(others), int(random.integers(3, 6)))
+        babble = np.zeros(length)
+        for number in random.choice(others, size=count, replace=False):
+            voice = babble_voice(self.seed, split, int(number), self.sample_rate)
+            start = int(random.integers(len(voice)))
+            babble += np.take(voice, np.arange(start, start + length), mode="wrap")
+        babble /= np.sqrt(np.mean(babble**2))
+        return babble + random.uniform(0.1, 1.0) * noise
 
 
 def draw_text(random: np.random.Generator, split: str, seconds: tuple[float, float]) -> str:
@@ -184,59 +232,11 @@ def draw_text(random: np.random.Generator, split: str, seconds: tuple[float, flo
     return text
 
 
-@dataclass(frozen=True)
-class MixtureSpec:
-    """Everything that one mixture's audio depends on; a record carries this instead of audio."""
-
-    seed: int
-    split: str
-    number: int
-    voices: tuple[Voice, Voice]
-    texts: tuple[str, str]
-    sample_rate: int
-    seconds: tuple[float, float]
-
-
-def render(spec: MixtureSpec) -> dict[str, np.ndarray]:
-    """Make the s1, s2 and noise of a mixture, float32 [T] each; their sum stays within +-0.9."""
-    spoken = [
-        speak_within(text, voice, spec.seconds, spec.sample_rate)
-        for text, voice in zip(spec.texts, spec.voices, strict=True)
-    ]
-    length = min(len(wave) for wave in spoken)
-    random = rng(spec.seed, "demo level", spec.split, spec.number)
-    noise = make_noise(random, spec, length)
-    waves = {"s1": spoken[0][:length], "s2": spoken[1][:length], "noise": noise}
-    for name, wave in waves.items():
-        lufs = random.uniform(*(NOISE_LUFS if name == "noise" else SPEECH_LUFS))
-        waves[name] = set_loudness(wave.astype(np.float64), lufs, spec.sample_rate)
-    peak = np.abs(np.sum(list(waves.values()), axis=0)).max()
-    gain = MAX_PEAK / peak if peak > MAX_PEAK else 1.0
-    return {name: (gain * wave).astype(np.float32) for name, wave in waves.items()}
-
-
 def set_loudness(wave: np.ndarray, lufs: float, sample_rate: int) -> np.ndarray:
     """Scale a float64 wave [T] to `lufs` (ITU-R BS.1770-4), or to peak 0.9 if it would clip."""
     levelled = wave * audio.db_to_gain(lufs - audio.loudness(wave, sample_rate))
     peak = np.abs(levelled).max()
     return levelled * (MAX_PEAK / peak) if peak >= 1.0 else levelled
-
-
-def make_noise(random: np.random.Generator, spec: MixtureSpec, length: int) -> np.ndarray:
-    """Make pink noise, in two of three mixtures with a babble of three to five other voices."""
-    noise = pink(random, length)
-    noise /= np.sqrt(np.mean(noise**2))
-    others = [number for number, voice in enumerate(VOICES[spec.split]) if voice not in spec.voices]
-    if random.uniform() < 1 / 3:
-        return noise
-    babble = np.zeros(length)
-    count = min(len(others), int(random.integers(3, 6)))
-    for number in random.choice(others, size=count, replace=False):
-        voice = babble_voice(spec.seed, spec.split, int(number), spec.sample_rate)
-        start = int(random.integers(len(voice)))
-        babble += np.take(voice, np.arange(start, start + length), mode="wrap")
-    babble /= np.sqrt(np.mean(babble**2))
-    return babble + random.uniform(0.1, 1.0) * noise
 
 
 def pink(random: np.random.Generator, length: int) -> np.ndarray:
@@ -256,24 +256,6 @@ def babble_voice(seed: int, split: str, number: int, sample_rate: int) -> np.nda
     return wave / np.sqrt(np.mean(wave**2))
 
 
-def speak_within(
-    text: str, voice: Voice, seconds: tuple[float, float], sample_rate: int
-) -> np.ndarray:
-    """Speak the text, float32 [T], at a rate that makes it last between the two `seconds`."""
-    shortest, longest = seconds
-    rate = voice.rate
-    for _ in range(6):
-        wave = speak(text, voice, rate, sample_rate)
-        duration = len(wave) / sample_rate
-        if shortest <= duration <= longest:
-            return wave
-        wanted = 0.94 * longest if duration > longest else 1.06 * shortest
-        rate = round(min(max(rate * duration / wanted, 80), 400))
-    raise ValueError(
-        f"voice {voice.name} took {duration:.2f} s, not {shortest} to {longest} s, to say {text!r}"
-    )
-
-
 # eSpeak NG's constants: espeak_AUDIO_OUTPUT, espeakCHARS_UTF8 and espeak_PARAMETER.
 _SYNCHRONOUS = 2  # the callback has run when espeak_Synth returns
 _UTF8 = 1
@@ -290,8 +272,9 @@ _CALLBACK = ctypes.CFUNCTYPE(
 def speak(text: str, voice: Voice, rate: int, sample_rate: int) -> np.ndarray:
     """Speak a text at `rate` words per minute, float32 [T], without the silence around it."""
     seed = derive(0, "espeak", text, voice.name, rate) % 2**31
-    with _ONE_AT_A_TIME:
-        spoken = _synthesise(text, voice, rate, seed)
+    # In a thread of its own: in a callback from C, Ctrl-C would be printed and lost.
+    with _ONE_AT_A_TIME, ThreadPoolExecutor(max_workers=1) as pool:
+        spoken = pool.submit(_synthesise, text, voice, rate, seed).result()
     samples = np.frombuffer(spoken, dtype="<i2").astype(np.float32) / 32768
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
     margin = ESPEAK_RATE // 50
@@ -306,14 +289,13 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
     its output depends on what it said before. Therefore each call loads a fresh copy of the library
     from an anonymous file, whose statics start from zero; that takes about 4 ms.
     """
-    image, data_path = _library()
-    descriptor = os.memfd_create("espeak-ng")
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(image)
-        library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
+    import espeakng_loader
+
+    data_path = str(espeakng_loader.get_data_path()).encode()
+    with open(os.memfd_create("espeak-ng"), "wb") as copy:
+        copy.write(Path(espeakng_loader.get_library_path()).read_bytes())
+        copy.flush()
+        library = ctypes.CDLL(f"/proc/self/fd/{copy.fileno()}")
     chunks: list[bytes] = []
 
     @_CALLBACK
@@ -336,8 +318,7 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
         library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         spoken = text.encode() + b"\0"
         size = ctypes.c_size_t(len(spoken))
-        with interrupts_afterwards():
-            status = library.espeak_Synth(spoken, size, 0, 0, 0, _UTF8, None, None)
+        status = library.espeak_Synth(spoken, size, 0, 0, 0, _UTF8, None, None)
         assert status == 0, f"eSpeak NG ended with status {status} on {text!r}"
         library.espeak_Terminate()
     finally:
@@ -345,29 +326,3 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
     if not any(chunks):
         raise ValueError(f"eSpeak NG gave no audio for {text!r}")
     return b"".join(chunks)
-
-
-@contextlib.contextmanager
-def interrupts_afterwards() -> Iterator[None]:
-    """Delay Ctrl-C to the end of the block: in a callback from C it would be printed and lost."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    caught: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if caught and callable(handler):
-        handler(*caught[0])
-
-
-@functools.lru_cache(maxsize=1)
-def _library() -> tuple[bytes, bytes]:
-    """Return the bytes of eSpeak NG's shared library, and the path of its voices."""
-    import espeakng_loader
-
-    library = Path(espeakng_loader.get_library_path()).read_bytes()
-    return library, str(espeakng_loader.get_data_path()).encode()
