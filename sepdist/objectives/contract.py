@@ -1,7 +1,7 @@
 """The contract between training and an objective: a call, hooks with defaults, and checks."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -10,7 +10,6 @@ from sepdist.data.records import Batch
 Metrics = dict[str, Tensor]
 # Hooks that an export keeps in its model.yaml, as arguments of `metrics.selection.speakers_of`.
 OUTPUT_RULES = ("num_extra_outputs", "num_loudest")
-_T = TypeVar("_T")
 
 
 class Objective(Protocol):
@@ -42,7 +41,7 @@ class Objective(Protocol):
         ...
 
 
-def with_defaults(objective: _T) -> _T:
+def with_defaults(objective: Any) -> Objective:
     """Set every hook that `objective` does not define to its default; returns `objective`."""
     for name in Objective.__annotations__:
         if not hasattr(objective, name):

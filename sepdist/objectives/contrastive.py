@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import Metrics
-from sepdist.objectives.spans import noisy, span_starts
+from sepdist.objectives.spans import draw_spans, noisy
 from sepdist.seeding import rng
 
 
@@ -61,9 +61,9 @@ class Contrastive:
         hidden_BN = torch.zeros(len(draws), model.num_frames(given_BT.shape[1]), dtype=torch.bool)
         targets, negatives = [], []
         for hidden_N, draw, length in zip(hidden_BN, draws, batch.lengths.tolist(), strict=True):
-            starts = span_starts(draw, model.num_frames(length), self.span, self.share, least=2)
-            hidden_N[starts[:, None] + np.arange(self.span)] = True
-            centres_K = torch.from_numpy(starts + self.span // 2)
+            spans = draw_spans(draw, model.num_frames(length), self.span, self.share, least=2)
+            hidden_N[spans] = True
+            centres_K = torch.from_numpy(spans[:, self.span // 2])
             targets_K = hidden_N.nonzero()[:, 0] if self.all_frames else centres_K
             targets.append(targets_K.to(device))
             negatives.append(self._negatives(draw, len(targets_K)).to(device))

@@ -17,10 +17,10 @@ def uniform(generator: np.random.Generator) -> float:
     return (int(generator.bit_generator.random_raw()) >> 11) * 2.0**-53
 
 
-def span_starts(
+def draw_spans(
     generator: np.random.Generator, length: int, span: int, share: float, least: int = 1
 ) -> np.ndarray:
-    """Draw the starts, int64, of round(length * share / span) spans, or `least` if that is more.
+    """Draw round(length * share / span) spans, at least `least`: their places, int64 [K, span].
 
     The starts differ; spans may overlap.
     """
@@ -33,7 +33,7 @@ def span_starts(
     starts: dict[int, None] = {}
     while len(starts) < count:
         starts.setdefault(int(generator.bit_generator.random_raw()) % room)
-    return np.array(list(starts))
+    return np.array(list(starts))[:, None] + np.arange(span)
 
 
 def noisy(
