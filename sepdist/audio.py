@@ -22,16 +22,15 @@ class AudioError(ValueError):
     """Audio that is missing, undecodable, empty, silent, NaN, too short or at a wrong rate."""
 
 
-def load_channel(path: str | Path, stop: int | None = None) -> tuple[np.ndarray, int]:
+def load_channel(path: str | Path, stop: int = -1) -> tuple[np.ndarray, int]:
     """Load and `check` the first channel of a file, float32 [T]; returns it and its rate in Hz.
 
-    `stop` is the number of samples to read (None: all).
+    `stop` is the number of samples to read (-1: all).
     """
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
-    frames = -1 if stop is None else stop
     try:
-        wave_TC, rate = soundfile.read(str(path), frames, dtype="float32", always_2d=True)
+        wave_TC, rate = soundfile.read(str(path), stop, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: cannot be decoded ({error}); fetch the file again") from error
     return check(np.ascontiguousarray(wave_TC[:, 0]), str(path)), int(rate)

@@ -10,6 +10,7 @@ by `draw`: new mixtures by LibriMix's rules from any tree like LibriSpeech's and
 import csv
 import hashlib
 import io
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def write_recipes(path: Path, recipes: Sequence[Recipe]) -> None:
     writer.writerow(["mixture_ID", *(f"{name}_{x}" for name in names for x in ("path", "gain"))])
     for recipe in recipes:
         clips = [*recipe.sources, recipe.noise] if recipe.noise else recipe.sources
-        writer.writerow([recipe.id, *(x for clip in clips for x in (clip.path, clip.gain))])
+        writer.writerow([recipe.id, *itertools.chain.from_iterable(clips)])
     content = text.getvalue().encode()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

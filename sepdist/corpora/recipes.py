@@ -8,7 +8,6 @@ Shapes: T samples.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
 from threading import Lock
@@ -28,16 +27,14 @@ KEPT_BYTES = 2**30  # decoded audio that a draw keeps in memory
 MAX_ATTEMPTS = 1000  # to find a combination of utterances that was not drawn before
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """One file of a mixture: its path below speech_root or noise_root, and its gain."""
 
     path: str
     gain: float
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """One row of LibriMix's metadata: what is mixed, and how loud."""
 
     id: str
@@ -45,8 +42,7 @@ class Recipe:
     noise: Clip | None
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The draw of one mixture, before any audio is read; levels are targets in LUFS."""
 
     sources: tuple[Path, ...]

@@ -196,7 +196,7 @@ def test_a_draw_decodes_each_file_once(
     decoded: Counter[str] = Counter()
     original = audio.load_channel
 
-    def counting(path: Path, stop: int | None = None) -> tuple[np.ndarray, int]:
+    def counting(path: Path, stop: int = -1) -> tuple[np.ndarray, int]:
         decoded[str(path)] += 1
         return original(path, stop)
 
