@@ -10,7 +10,9 @@ import ctypes
 import functools
 import importlib.util
 import os
+import re
 import threading
+import zlib
 from _ctypes import dlclose
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import soxr
+import yaml
 
 from sepdist import audio
 from sepdist.config import ConfigError
-from sepdist.corpora.demo_text import sentence
 from sepdist.corpora.recipes import MAX_PEAK, NOISE_LUFS, SPEECH_LUFS
 from sepdist.data.records import Mixture
 from sepdist.seeding import derive, rng
@@ -35,7 +37,7 @@ ESPEAK_RATE = 22050
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker: eSpeak NG's accent and variant, pitch and range 0..99, words per minute."""
+    """A speaker: a row of `voices` in demo.yaml."""
 
     sex: str
     accent: str
@@ -50,51 +52,9 @@ class Voice:
         return f"{self.sex}-{self.variant}-{self.accent}-{self.pitch}".lower()
 
 
-# No variant (the shape of the vocal tract) is in two splits. Reed and caleb are not used: their
-# breath comes from the C library's rand(), which any thread of the process may advance.
-_BASE_VOICES: dict[str, tuple[Voice, ...]] = {
-    "train": (
-        Voice("m", "en-us", "m1", 32, 55, 170),
-        Voice("m", "en-gb-x-rp", "m3", 52, 60, 180),
-        Voice("m", "en-us", "m5", 70, 45, 165),
-        Voice("m", "en-gb-x-gbcwmd", "m7", 46, 50, 175),
-        Voice("m", "en-gb-scotland", "m2", 60, 65, 172),
-        Voice("m", "en-us", "klatt4", 40, 50, 168),
-        Voice("m", "en-us-nyc", "adam", 56, 60, 185),
-        Voice("m", "en-029", "Henrique", 50, 55, 175),
-        Voice("m", "en-gb-x-gbclan", "Denis", 46, 45, 178),
-        Voice("m", "en", "michel", 66, 50, 170),
-        Voice("m", "en-us", "Alex", 34, 70, 160),
-        Voice("m", "en-gb-x-rp", "Hugo", 30, 40, 182),
-        Voice("f", "en-us", "f1", 50, 50, 175),
-        Voice("f", "en-gb-x-rp", "f2", 44, 60, 180),
-        Voice("f", "en-gb-scotland", "f3", 56, 55, 172),
-        Voice("f", "en-us", "f5", 40, 45, 178),
-        Voice("f", "en-gb-x-gbclan", "Annie", 50, 50, 170),
-        Voice("f", "en-us-nyc", "Alicia", 32, 60, 185),
-        Voice("f", "en-us", "linda", 42, 50, 175),
-        Voice("f", "en-us", "shelby", 54, 65, 170),
-        Voice("f", "en-029", "aunty", 60, 50, 175),
-        Voice("f", "en-029", "f2", 70, 40, 165),
-        Voice("f", "en-gb-scotland", "f1", 26, 55, 180),
-        Voice("f", "en-us", "Annie", 74, 60, 185),
-    ),
-    "dev": (
-        Voice("m", "en-gb-x-rp", "m4", 58, 55, 180),
-        Voice("m", "en-us", "miguel", 44, 50, 172),
-        Voice("m", "en-us", "klatt", 64, 55, 168),
-        Voice("f", "en-us", "f4", 56, 50, 176),
-        Voice("f", "en-gb-scotland", "belinda", 34, 55, 175),
-        Voice("f", "en-gb-x-gbcwmd", "grandma", 44, 50, 182),
-    ),
-    "test": (
-        Voice("m", "en-us", "m6", 50, 50, 175),
-        Voice("m", "en-gb-x-rp", "pablo", 36, 60, 180),
-        Voice("m", "en-us-nyc", "norbert", 62, 55, 170),
-        Voice("f", "en-us", "Andrea", 30, 55, 165),
-        Voice("f", "en-gb-x-rp", "anika", 24, 50, 160),
-        Voice("f", "en-gb-scotland", "steph", 54, 60, 178),
-    ),
+_DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+_BASE_VOICES = {
+    split: tuple(Voice(*row) for row in rows) for split, rows in _DATA["voices"].items()
 }
 
 
@@ -222,6 +182,21 @@ class DemoCorpus:
         return babble + random.uniform(0.1, 1.0) * noise
 
 
+def sentence(random: np.random.Generator, split: str) -> str:
+    """Draw a sentence of `split`: its checksum decides, one in ten each for dev and test."""
+
+    def choose(slot: re.Match[str]) -> str:
+        words = _DATA["words"][slot[1]]
+        return words[random.integers(len(words))]
+
+    templates = _DATA["templates"]
+    while True:
+        text = re.sub(r"\{(\w+)\}", choose, templates[random.integers(len(templates))])
+        text = text[0].upper() + text[1:]
+        if {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train") == split:
+            return text
+
+
 def draw_text(random: np.random.Generator, split: str, seconds: tuple[float, float]) -> str:
     """Draw sentences that take about as long as a duration drawn between two bounds."""
     wanted = random.uniform(*seconds) / SECONDS_PER_CHARACTER
@@ -264,9 +239,6 @@ _VOLUME_PERCENT = 50  # at 100 some variants clip inside eSpeak
 # The loader knows a library by its path, here /proc/self/fd/N, so two threads could get the same
 # copy. eSpeak also sets the locale.
 _ONE_AT_A_TIME = threading.Lock()
-_CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-)
 
 
 def speak(text: str, voice: Voice, rate: int, sample_rate: int) -> np.ndarray:
@@ -298,7 +270,7 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
         library = ctypes.CDLL(f"/proc/self/fd/{copy.fileno()}")
     chunks: list[bytes] = []
 
-    @_CALLBACK
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
     def collect(wave: Any, num_samples: int, events: int | None) -> int:
         if wave and num_samples > 0:
             chunks.append(ctypes.string_at(wave, 2 * num_samples))

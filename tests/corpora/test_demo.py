@@ -18,8 +18,7 @@ import pytest
 
 from sepdist.config import ConfigError
 from sepdist.corpora import demo
-from sepdist.corpora.demo import VOICES, DemoCorpus, Voice, pink, speak
-from sepdist.corpora.demo_text import sentence
+from sepdist.corpora.demo import VOICES, DemoCorpus, Voice, pink, sentence, speak
 from sepdist.data.records import Mixture
 from sepdist.seeding import rng
 
