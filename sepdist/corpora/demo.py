@@ -53,9 +53,6 @@ class Voice:
 
 
 _DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
-_BASE_VOICES = {
-    split: tuple(Voice(*row) for row in rows) for split, rows in _DATA["voices"].items()
-}
 
 
 def _with_siblings(voices: tuple[Voice, ...]) -> tuple[Voice, ...]:
@@ -72,7 +69,8 @@ def _with_siblings(voices: tuple[Voice, ...]) -> tuple[Voice, ...]:
 
 
 # A network trained on 24 voices learns those 24; more are needed for voices outside of training.
-VOICES = _BASE_VOICES | {"train": _with_siblings(_BASE_VOICES["train"])}
+VOICES = {split: tuple(Voice(*row) for row in rows) for split, rows in _DATA["voices"].items()}
+VOICES["train"] = _with_siblings(VOICES["train"])
 
 
 @dataclass

@@ -232,8 +232,8 @@ def _gains(waves: _Waves, measures: Mapping[Path, _Measures], choice: Choice) ->
     """
     found = [measures[path] for path in choice.sources]
     rate = found[0].rate
-    for path, one in zip(choice.sources, found, strict=True):
-        _require_equal_rates(path, one.rate, rate)
+    for path in choice.sources:
+        _require_equal_rates(path, measures[path].rate, rate)
     targets, noises = list(choice.levels), []
     if choice.noise is not None:
         whole, own = waves[choice.noise]
