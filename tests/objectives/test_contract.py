@@ -1,4 +1,4 @@
-"""The objective's contract: default hooks where an objective defines none, its own where it does."""
+"""The contract of objectives: default hooks where an objective has none, else its own."""
 
 import pytest
 import torch
