@@ -7,10 +7,7 @@ Shapes: T samples, C channels.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import gcd
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -25,16 +22,15 @@ class AudioError(ValueError):
     """Audio that is missing, undecodable, empty, silent, NaN, too short or at a wrong rate."""
 
 
-def load_channel(path: str | Path, stop: int | None = None) -> tuple[np.ndarray, int]:
+def load_channel(path: str | Path, stop: int = -1) -> tuple[np.ndarray, int]:
     """Load and `check` the first channel of a file, float32 [T]; returns it and its rate in Hz.
 
-    `stop` is the number of samples to read (None: all).
+    `stop` is the number of samples to read (-1: all).
     """
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
-    frames = -1 if stop is None else stop
     try:
-        wave_TC, rate = soundfile.read(str(path), frames, dtype="float32", always_2d=True)
+        wave_TC, rate = soundfile.read(str(path), stop, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: cannot be decoded ({error}); fetch the file again") from error
     return check(np.ascontiguousarray(wave_TC[:, 0]), str(path)), int(rate)
@@ -88,12 +84,9 @@ def resample_poly(wave_T: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
     The length is ceil(T * new_rate / rate).
     """
-    if rate == new_rate:
-        return wave_T
     from scipy import signal
 
-    divisor = gcd(rate, new_rate)
-    return signal.resample_poly(wave_T, new_rate // divisor, rate // divisor)
+    return wave_T if rate == new_rate else signal.resample_poly(wave_T, new_rate, rate)
 
 
 def rms(wave_T: np.ndarray) -> float:
@@ -101,22 +94,17 @@ def rms(wave_T: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(wave_T, dtype=np.float64)))) if wave_T.size else 0.0
 
 
-@lru_cache(maxsize=8)
-def _meter(rate: int) -> Any:
-    import pyloudnorm
-
-    return pyloudnorm.Meter(rate)
-
-
 def loudness(wave_T: np.ndarray, rate: int, name: str = "the wave") -> float:
     """Integrated loudness in LUFS (ITU-R BS.1770-4).
 
     AudioError if the wave is shorter than 0.4 s or below the gate throughout.
     """
+    import pyloudnorm
+
     if wave_T.size < MIN_LOUDNESS_SECONDS * rate:
         seconds = f"{wave_T.size / rate:.2f} s, shorter than the {MIN_LOUDNESS_SECONDS} s"
         raise AudioError(f"{name}: lasts {seconds} that loudness needs; leave it out")
-    measured = float(_meter(rate).integrated_loudness(wave_T))
+    measured = float(pyloudnorm.Meter(rate).integrated_loudness(wave_T))
     if not np.isfinite(measured):
         raise AudioError(f"{name}: below the loudness gate of -70 LUFS throughout; leave it out")
     return measured

@@ -6,25 +6,26 @@ record's audio is a pure function of the arguments: the same bytes in every proc
 order.
 """
 
-import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
-import signal
+import re
 import threading
+import zlib
 from _ctypes import dlclose
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soxr
+import yaml
 
 from sepdist import audio
 from sepdist.config import ConfigError
-from sepdist.corpora.demo_text import sentence
 from sepdist.corpora.recipes import MAX_PEAK, NOISE_LUFS, SPEECH_LUFS
 from sepdist.data.records import Mixture
 from sepdist.seeding import derive, rng
@@ -36,7 +37,7 @@ ESPEAK_RATE = 22050
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker: eSpeak NG's accent and variant, pitch and range 0..99, words per minute."""
+    """A speaker: a row of `voices` in demo.yaml."""
 
     sex: str
     accent: str
@@ -51,52 +52,7 @@ class Voice:
         return f"{self.sex}-{self.variant}-{self.accent}-{self.pitch}".lower()
 
 
-# No variant (the shape of the vocal tract) is in two splits. Reed and caleb are not used: their
-# breath comes from the C library's rand(), which any thread of the process may advance.
-_BASE_VOICES: dict[str, tuple[Voice, ...]] = {
-    "train": (
-        Voice("m", "en-us", "m1", 32, 55, 170),
-        Voice("m", "en-gb-x-rp", "m3", 52, 60, 180),
-        Voice("m", "en-us", "m5", 70, 45, 165),
-        Voice("m", "en-gb-x-gbcwmd", "m7", 46, 50, 175),
-        Voice("m", "en-gb-scotland", "m2", 60, 65, 172),
-        Voice("m", "en-us", "klatt4", 40, 50, 168),
-        Voice("m", "en-us-nyc", "adam", 56, 60, 185),
-        Voice("m", "en-029", "Henrique", 50, 55, 175),
-        Voice("m", "en-gb-x-gbclan", "Denis", 46, 45, 178),
-        Voice("m", "en", "michel", 66, 50, 170),
-        Voice("m", "en-us", "Alex", 34, 70, 160),
-        Voice("m", "en-gb-x-rp", "Hugo", 30, 40, 182),
-        Voice("f", "en-us", "f1", 50, 50, 175),
-        Voice("f", "en-gb-x-rp", "f2", 44, 60, 180),
-        Voice("f", "en-gb-scotland", "f3", 56, 55, 172),
-        Voice("f", "en-us", "f5", 40, 45, 178),
-        Voice("f", "en-gb-x-gbclan", "Annie", 50, 50, 170),
-        Voice("f", "en-us-nyc", "Alicia", 32, 60, 185),
-        Voice("f", "en-us", "linda", 42, 50, 175),
-        Voice("f", "en-us", "shelby", 54, 65, 170),
-        Voice("f", "en-029", "aunty", 60, 50, 175),
-        Voice("f", "en-029", "f2", 70, 40, 165),
-        Voice("f", "en-gb-scotland", "f1", 26, 55, 180),
-        Voice("f", "en-us", "Annie", 74, 60, 185),
-    ),
-    "dev": (
-        Voice("m", "en-gb-x-rp", "m4", 58, 55, 180),
-        Voice("m", "en-us", "miguel", 44, 50, 172),
-        Voice("m", "en-us", "klatt", 64, 55, 168),
-        Voice("f", "en-us", "f4", 56, 50, 176),
-        Voice("f", "en-gb-scotland", "belinda", 34, 55, 175),
-        Voice("f", "en-gb-x-gbcwmd", "grandma", 44, 50, 182),
-    ),
-    "test": (
-        Voice("m", "en-us", "m6", 50, 50, 175),
-        Voice("m", "en-gb-x-rp", "pablo", 36, 60, 180),
-        Voice("m", "en-us-nyc", "norbert", 62, 55, 170),
-        Voice("f", "en-us", "Andrea", 30, 55, 165),
-        Voice("f", "en-gb-x-rp", "anika", 24, 50, 160),
-        Voice("f", "en-gb-scotland", "steph", 54, 60, 178),
-    ),
-}
+_DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 
 def _with_siblings(voices: tuple[Voice, ...]) -> tuple[Voice, ...]:
@@ -113,7 +69,8 @@ def _with_siblings(voices: tuple[Voice, ...]) -> tuple[Voice, ...]:
 
 
 # A network trained on 24 voices learns those 24; more are needed for voices outside of training.
-VOICES = _BASE_VOICES | {"train": _with_siblings(_BASE_VOICES["train"])}
+VOICES = {split: tuple(Voice(*row) for row in rows) for split, rows in _DATA["voices"].items()}
+VOICES["train"] = _with_siblings(VOICES["train"])
 
 
 @dataclass
@@ -164,14 +121,78 @@ class DemoCorpus:
             first, second = random.choice(len(voices), size=2, replace=False)
             pair = (voices[first], voices[second])
             texts = (draw_text(random, split, seconds), draw_text(random, split, seconds))
-            spec = MixtureSpec(self.seed, split, number, pair, texts, self.sample_rate, seconds)
             yield Mixture(
                 id=f"demo-{split}-{number:06d}",
                 speakers=tuple(voice.name for voice in pair),
                 sample_rate=self.sample_rate,
-                load=functools.partial(render, spec),
+                load=functools.partial(self._render, split, number, pair, texts),
                 texts=texts,
             )
+
+    def _render(
+        self, split: str, number: int, voices: tuple[Voice, Voice], texts: tuple[str, str]
+    ) -> dict[str, np.ndarray]:
+        """Make the s1, s2 and noise of a mixture, float32 [T] each; their sum is within +-0.9."""
+        spoken = [self._speak(text, voice) for text, voice in zip(texts, voices, strict=True)]
+        length = min(len(wave) for wave in spoken)
+        random = rng(self.seed, "demo level", split, number)
+        noise = self._noise(random, split, voices, length)
+        waves = {"s1": spoken[0][:length], "s2": spoken[1][:length], "noise": noise}
+        for name, wave in waves.items():
+            lufs = random.uniform(*(NOISE_LUFS if name == "noise" else SPEECH_LUFS))
+            waves[name] = set_loudness(wave.astype(np.float64), lufs, self.sample_rate)
+        peak = np.abs(np.sum(list(waves.values()), axis=0)).max()
+        gain = MAX_PEAK / peak if peak > MAX_PEAK else 1.0
+        return {name: (gain * wave).astype(np.float32) for name, wave in waves.items()}
+
+    def _speak(self, text: str, voice: Voice) -> np.ndarray:
+        """Speak a text, float32 [T], at a rate that keeps it between the bounds in seconds."""
+        rate = voice.rate
+        for _ in range(6):
+            wave = speak(text, voice, rate, self.sample_rate)
+            duration = len(wave) / self.sample_rate
+            if self.min_seconds <= duration <= self.max_seconds:
+                return wave
+            too_long = duration > self.max_seconds
+            wanted = 0.94 * self.max_seconds if too_long else 1.06 * self.min_seconds
+            rate = round(min(max(rate * duration / wanted, 80), 400))
+        raise ValueError(
+            f"voice {voice.name} took {duration:.2f} s, not {self.min_seconds} to "
+            f"{self.max_seconds} s, to say {text!r}"
+        )
+
+    def _noise(
+        self, random: np.random.Generator, split: str, speaking: tuple[Voice, Voice], length: int
+    ) -> np.ndarray:
+        """Make pink noise, in two of three mixtures with a babble of three to five other voices."""
+        noise = pink(random, length)
+        noise /= np.sqrt(np.mean(noise**2))
+        if random.uniform() < 1 / 3:
+            return noise
+        others = [number for number, voice in enumerate(VOICES[split]) if voice not in speaking]
+        count = min(len(others), int(random.integers(3, 6)))
+        babble = np.zeros(length)
+        for number in random.choice(others, size=count, replace=False):
+            voice = babble_voice(self.seed, split, int(number), self.sample_rate)
+            start = int(random.integers(len(voice)))
+            babble += np.take(voice, np.arange(start, start + length), mode="wrap")
+        babble /= np.sqrt(np.mean(babble**2))
+        return babble + random.uniform(0.1, 1.0) * noise
+
+
+def sentence(random: np.random.Generator, split: str) -> str:
+    """Draw a sentence of `split`: its checksum decides, one in ten each for dev and test."""
+
+    def choose(slot: re.Match[str]) -> str:
+        words = _DATA["words"][slot[1]]
+        return words[random.integers(len(words))]
+
+    templates = _DATA["templates"]
+    while True:
+        text = re.sub(r"\{(\w+)\}", choose, templates[random.integers(len(templates))])
+        text = text[0].upper() + text[1:]
+        if {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train") == split:
+            return text
 
 
 def draw_text(random: np.random.Generator, split: str, seconds: tuple[float, float]) -> str:
@@ -184,59 +205,11 @@ def draw_text(random: np.random.Generator, split: str, seconds: tuple[float, flo
     return text
 
 
-@dataclass(frozen=True)
-class MixtureSpec:
-    """Everything that one mixture's audio depends on; a record carries this instead of audio."""
-
-    seed: int
-    split: str
-    number: int
-    voices: tuple[Voice, Voice]
-    texts: tuple[str, str]
-    sample_rate: int
-    seconds: tuple[float, float]
-
-
-def render(spec: MixtureSpec) -> dict[str, np.ndarray]:
-    """Make the s1, s2 and noise of a mixture, float32 [T] each; their sum stays within +-0.9."""
-    spoken = [
-        speak_within(text, voice, spec.seconds, spec.sample_rate)
-        for text, voice in zip(spec.texts, spec.voices, strict=True)
-    ]
-    length = min(len(wave) for wave in spoken)
-    random = rng(spec.seed, "demo level", spec.split, spec.number)
-    noise = make_noise(random, spec, length)
-    waves = {"s1": spoken[0][:length], "s2": spoken[1][:length], "noise": noise}
-    for name, wave in waves.items():
-        lufs = random.uniform(*(NOISE_LUFS if name == "noise" else SPEECH_LUFS))
-        waves[name] = set_loudness(wave.astype(np.float64), lufs, spec.sample_rate)
-    peak = np.abs(np.sum(list(waves.values()), axis=0)).max()
-    gain = MAX_PEAK / peak if peak > MAX_PEAK else 1.0
-    return {name: (gain * wave).astype(np.float32) for name, wave in waves.items()}
-
-
 def set_loudness(wave: np.ndarray, lufs: float, sample_rate: int) -> np.ndarray:
     """Scale a float64 wave [T] to `lufs` (ITU-R BS.1770-4), or to peak 0.9 if it would clip."""
     levelled = wave * audio.db_to_gain(lufs - audio.loudness(wave, sample_rate))
     peak = np.abs(levelled).max()
     return levelled * (MAX_PEAK / peak) if peak >= 1.0 else levelled
-
-
-def make_noise(random: np.random.Generator, spec: MixtureSpec, length: int) -> np.ndarray:
-    """Make pink noise, in two of three mixtures with a babble of three to five other voices."""
-    noise = pink(random, length)
-    noise /= np.sqrt(np.mean(noise**2))
-    others = [number for number, voice in enumerate(VOICES[spec.split]) if voice not in spec.voices]
-    if random.uniform() < 1 / 3:
-        return noise
-    babble = np.zeros(length)
-    count = min(len(others), int(random.integers(3, 6)))
-    for number in random.choice(others, size=count, replace=False):
-        voice = babble_voice(spec.seed, spec.split, int(number), spec.sample_rate)
-        start = int(random.integers(len(voice)))
-        babble += np.take(voice, np.arange(start, start + length), mode="wrap")
-    babble /= np.sqrt(np.mean(babble**2))
-    return babble + random.uniform(0.1, 1.0) * noise
 
 
 def pink(random: np.random.Generator, length: int) -> np.ndarray:
@@ -256,24 +229,6 @@ def babble_voice(seed: int, split: str, number: int, sample_rate: int) -> np.nda
     return wave / np.sqrt(np.mean(wave**2))
 
 
-def speak_within(
-    text: str, voice: Voice, seconds: tuple[float, float], sample_rate: int
-) -> np.ndarray:
-    """Speak the text, float32 [T], at a rate that makes it last between the two `seconds`."""
-    shortest, longest = seconds
-    rate = voice.rate
-    for _ in range(6):
-        wave = speak(text, voice, rate, sample_rate)
-        duration = len(wave) / sample_rate
-        if shortest <= duration <= longest:
-            return wave
-        wanted = 0.94 * longest if duration > longest else 1.06 * shortest
-        rate = round(min(max(rate * duration / wanted, 80), 400))
-    raise ValueError(
-        f"voice {voice.name} took {duration:.2f} s, not {shortest} to {longest} s, to say {text!r}"
-    )
-
-
 # eSpeak NG's constants: espeak_AUDIO_OUTPUT, espeakCHARS_UTF8 and espeak_PARAMETER.
 _SYNCHRONOUS = 2  # the callback has run when espeak_Synth returns
 _UTF8 = 1
@@ -282,16 +237,14 @@ _VOLUME_PERCENT = 50  # at 100 some variants clip inside eSpeak
 # The loader knows a library by its path, here /proc/self/fd/N, so two threads could get the same
 # copy. eSpeak also sets the locale.
 _ONE_AT_A_TIME = threading.Lock()
-_CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-)
 
 
 def speak(text: str, voice: Voice, rate: int, sample_rate: int) -> np.ndarray:
     """Speak a text at `rate` words per minute, float32 [T], without the silence around it."""
     seed = derive(0, "espeak", text, voice.name, rate) % 2**31
-    with _ONE_AT_A_TIME:
-        spoken = _synthesise(text, voice, rate, seed)
+    # In a thread of its own: in a callback from C, Ctrl-C would be printed and lost.
+    with _ONE_AT_A_TIME, ThreadPoolExecutor(max_workers=1) as pool:
+        spoken = pool.submit(_synthesise, text, voice, rate, seed).result()
     samples = np.frombuffer(spoken, dtype="<i2").astype(np.float32) / 32768
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
     margin = ESPEAK_RATE // 50
@@ -306,17 +259,16 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
     its output depends on what it said before. Therefore each call loads a fresh copy of the library
     from an anonymous file, whose statics start from zero; that takes about 4 ms.
     """
-    image, data_path = _library()
-    descriptor = os.memfd_create("espeak-ng")
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(image)
-        library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
+    import espeakng_loader
+
+    data_path = str(espeakng_loader.get_data_path()).encode()
+    with open(os.memfd_create("espeak-ng"), "wb") as copy:
+        copy.write(Path(espeakng_loader.get_library_path()).read_bytes())
+        copy.flush()
+        library = ctypes.CDLL(f"/proc/self/fd/{copy.fileno()}")
     chunks: list[bytes] = []
 
-    @_CALLBACK
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
     def collect(wave: Any, num_samples: int, events: int | None) -> int:
         if wave and num_samples > 0:
             chunks.append(ctypes.string_at(wave, 2 * num_samples))
@@ -336,8 +288,7 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
         library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         spoken = text.encode() + b"\0"
         size = ctypes.c_size_t(len(spoken))
-        with interrupts_afterwards():
-            status = library.espeak_Synth(spoken, size, 0, 0, 0, _UTF8, None, None)
+        status = library.espeak_Synth(spoken, size, 0, 0, 0, _UTF8, None, None)
         assert status == 0, f"eSpeak NG ended with status {status} on {text!r}"
         library.espeak_Terminate()
     finally:
@@ -345,29 +296,3 @@ def _synthesise(text: str, voice: Voice, rate: int, seed: int) -> bytes:
     if not any(chunks):
         raise ValueError(f"eSpeak NG gave no audio for {text!r}")
     return b"".join(chunks)
-
-
-@contextlib.contextmanager
-def interrupts_afterwards() -> Iterator[None]:
-    """Delay Ctrl-C to the end of the block: in a callback from C it would be printed and lost."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    caught: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if caught and callable(handler):
-        handler(*caught[0])
-
-
-@functools.lru_cache(maxsize=1)
-def _library() -> tuple[bytes, bytes]:
-    """Return the bytes of eSpeak NG's shared library, and the path of its voices."""
-    import espeakng_loader
-
-    library = Path(espeakng_loader.get_library_path()).read_bytes()
-    return library, str(espeakng_loader.get_data_path()).encode()

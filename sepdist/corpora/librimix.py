@@ -10,6 +10,7 @@ by `draw`: new mixtures by LibriMix's rules from any tree like LibriSpeech's and
 import csv
 import hashlib
 import io
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from sepdist import audio, storage
 from sepdist.corpora.files import load_generated, require_files, require_unique, sample_key
 from sepdist.corpora.librispeech import speaker_of, transcripts, utterance_paths
-from sepdist.corpora.recipes import Clip, Mode, Recipe, draw, render
+from sepdist.corpora.recipes import Clip, Mode, Recipe, choose, level, render
 from sepdist.data.records import Mixture
 
 # LibriMix's pairing of LibriSpeech's splits with WHAM!'s, by prefix.
@@ -28,19 +29,14 @@ NOISE_SPLITS = {"train": "tr", "dev": "cv", "test": "tt"}
 
 def write_recipes(path: Path, recipes: Sequence[Recipe]) -> None:
     """Write LibriMix's metadata CSV, gains to the last bit; FileExistsError if another is there."""
-    rows = []
-    for recipe in recipes:
-        clips = {f"source_{i}": clip for i, clip in enumerate(recipe.sources, start=1)}
-        if recipe.noise is not None:
-            clips["noise"] = recipe.noise
-        row = {"mixture_ID": recipe.id}
-        for name, clip in clips.items():
-            row |= {f"{name}_path": clip.path, f"{name}_gain": repr(clip.gain)}
-        rows.append(row)
+    names = [f"source_{number}" for number in range(1, len(recipes[0].sources) + 1)]
+    names += ["noise"] if recipes[0].noise else []
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["mixture_ID", *(f"{name}_{x}" for name in names for x in ("path", "gain"))])
+    for recipe in recipes:
+        clips = [*recipe.sources, recipe.noise] if recipe.noise else recipe.sources
+        writer.writerow([recipe.id, *itertools.chain.from_iterable(clips)])
     content = text.getvalue().encode()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,21 +153,14 @@ class LibriMix:
             "ending in sp08 and sp12",
         )
         texts = cache(transcripts)
+        options = (self.speech, self.noises, self.sample_rate, self.mode, self.num_speakers)
         for recipe in recipes:
             paths = [self.speech / clip.path for clip in recipe.sources[: self.num_speakers]]
             yield Mixture(
                 id=sample_key(recipe.id),
                 speakers=tuple(map(speaker_of, paths)),
                 sample_rate=self.sample_rate,
-                load=partial(
-                    render,
-                    recipe,
-                    self.speech,
-                    self.noises,
-                    self.sample_rate,
-                    self.mode,
-                    self.num_speakers,
-                ),
+                load=partial(render, recipe, *options),
                 texts=tuple(texts(path.parent).get(path.stem, "") for path in paths),
             )
 
@@ -189,16 +178,8 @@ class LibriMix:
         noises: list[Path] = []
         if self.noises is not None:
             noises = audio.find_files(self.noises / self._noise_split(self.noises, split))
-        recipes = draw(
-            speakers,
-            noises,
-            self.speech,
-            self.noises,
-            num_mixtures=self.num_mixtures,
-            num_sources=num_mixed,
-            seed=self.seed,
-            split=split,
-        )
+        choices = choose(speakers, noises, self.num_mixtures, num_mixed, self.seed, split)
+        recipes = level(choices, self.speech, self.noises)
         if self.metadata_out:
             write_recipes(Path(self.metadata_out).expanduser() / file_name, recipes)
         return recipes

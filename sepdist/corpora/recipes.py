@@ -8,8 +8,6 @@ Shapes: T samples.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from os import cpu_count
 from pathlib import Path
 from threading import Lock
@@ -29,16 +27,14 @@ KEPT_BYTES = 2**30  # decoded audio that a draw keeps in memory
 MAX_ATTEMPTS = 1000  # to find a combination of utterances that was not drawn before
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """One file of a mixture: its path below speech_root or noise_root, and its gain."""
 
     path: str
     gain: float
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """One row of LibriMix's metadata: what is mixed, and how loud."""
 
     id: str
@@ -46,8 +42,7 @@ class Recipe:
     noise: Clip | None
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The draw of one mixture, before any audio is read; levels are targets in LUFS."""
 
     sources: tuple[Path, ...]
@@ -135,7 +130,6 @@ def render(
 def choose(
     speakers: Mapping[str, Sequence[Path]],
     noises: Sequence[Path],
-    *,
     num_mixtures: int,
     num_sources: int,
     seed: int,
@@ -143,8 +137,9 @@ def choose(
 ) -> list[Choice]:
     """Draw the files and levels of each mixture: speakers uniformly, then one utterance of each.
 
-    The speakers of a mixture differ, and no combination of utterances is drawn twice. Without
-    `noises` no mixture has noise.
+    The speakers of a mixture differ, and no combination of utterances is drawn twice. Loudness is
+    U(-33, -25) LUFS for each source and U(-38, -30) LUFS for the noise, at the files' own rate.
+    Without `noises` no mixture has noise.
     """
     names = sorted(speakers)
     if len(names) < num_sources:
@@ -188,26 +183,21 @@ def _measure(wave_T: np.ndarray, rate: int, path: Path) -> _Measures:
     return _Measures(lufs, float(np.max(np.abs(wave_T))), wave_T.size, rate)
 
 
-class _Waves:
+class _Waves(dict[Path, tuple[np.ndarray, int]]):
     """Decoded files, kept in memory up to `KEPT_BYTES`; others are decoded again when needed."""
 
     def __init__(self) -> None:
-        self._kept: dict[Path, tuple[np.ndarray, int]] = {}
+        super().__init__()
         self._num_bytes = 0
         self._lock = Lock()
 
-    def load(self, path: Path) -> tuple[np.ndarray, int]:
-        if path in self._kept:
-            return self._kept[path]
+    def __missing__(self, path: Path) -> tuple[np.ndarray, int]:
         loaded = audio.load_channel(path)
         with self._lock:
             if self._num_bytes + loaded[0].nbytes <= KEPT_BYTES:
                 self._num_bytes += loaded[0].nbytes
-                self._kept[path] = loaded
+                self[path] = loaded
         return loaded
-
-    def measure(self, path: Path) -> _Measures:
-        return _measure(*self.load(path), path)
 
 
 def guarded_gains(
@@ -242,11 +232,11 @@ def _gains(waves: _Waves, measures: Mapping[Path, _Measures], choice: Choice) ->
     """
     found = [measures[path] for path in choice.sources]
     rate = found[0].rate
-    for path, one in zip(choice.sources, found, strict=True):
-        _require_equal_rates(path, one.rate, rate)
+    for path in choice.sources:
+        _require_equal_rates(path, measures[path].rate, rate)
     targets, noises = list(choice.levels), []
     if choice.noise is not None:
-        whole, own = waves.load(choice.noise)
+        whole, own = waves[choice.noise]
         _require_equal_rates(choice.noise, own, rate)
         noises.append(extend_noise(whole, rate, max(one.size for one in found)))
         found.append(_measure(noises[0], rate, choice.noise))
@@ -255,45 +245,29 @@ def _gains(waves: _Waves, measures: Mapping[Path, _Measures], choice: Choice) ->
         targets,
         [one.lufs for one in found],
         [one.peak for one in found],
-        lambda: [*(waves.load(path)[0] for path in choice.sources), *noises],
+        lambda: [*(waves[path][0] for path in choice.sources), *noises],
     )
 
 
-def draw(
-    speakers: Mapping[str, Sequence[Path]],
-    noises: Sequence[Path],
-    speech_root: Path,
-    noise_root: Path | None,
-    *,
-    num_mixtures: int,
-    num_sources: int,
-    seed: int,
-    split: str,
-) -> list[Recipe]:
-    """Draw new recipes by LibriMix's rules from speaker -> utterances and noises below two roots.
+def level(choices: Sequence[Choice], speech_root: Path, noise_root: Path | None) -> list[Recipe]:
+    """Turn drawn mixtures into recipes: measure the files, below the roots, and give them gains.
 
-    Loudness is U(-33, -25) LUFS for each source and U(-38, -30) LUFS for the noise, at the files'
-    own rate. Equal arguments and files give equal recipes, whatever the number of threads.
+    Equal choices and files give equal recipes, whatever the number of threads.
     """
-    choices = choose(
-        speakers, noises, num_mixtures=num_mixtures, num_sources=num_sources, seed=seed, split=split
-    )
     waves = _Waves()
-    with ThreadPoolExecutor(max_workers=cpu_count() or 1) as pool:
+    used = list(dict.fromkeys(path for choice in choices for path in choice.sources))
+
+    def recipe(choice: Choice) -> Recipe:
+        gains, noise = _gains(waves, measures, choice), None
+        if choice.noise and noise_root:
+            noise = Clip(choice.noise.relative_to(noise_root).as_posix(), gains.pop())
+        paths = [path.relative_to(speech_root).as_posix() for path in choice.sources]
+        sources = tuple(map(Clip, paths, gains))
+        return Recipe("_".join(path.stem for path in choice.sources), sources, noise)
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
         # Load each file once, before mixtures that share it are computed in parallel.
-        used = list(dict.fromkeys(path for choice in choices for path in choice.sources))
-        measures = dict(zip(used, pool.map(waves.measure, used), strict=True))
-        list(pool.map(waves.load, {choice.noise for choice in choices if choice.noise}))
-        all_gains = list(pool.map(partial(_gains, waves, measures), choices))
-    recipes = []
-    for choice, gains in zip(choices, all_gains, strict=True):
-        sources = [
-            Clip(path.relative_to(speech_root).as_posix(), gain)
-            for path, gain in zip(choice.sources, gains[:num_sources], strict=True)
-        ]
-        noise = None
-        if choice.noise is not None and noise_root is not None:
-            noise = Clip(choice.noise.relative_to(noise_root).as_posix(), gains[-1])
-        name = "_".join(path.stem for path in choice.sources)
-        recipes.append(Recipe(name, tuple(sources), noise))
-    return recipes
+        measured = pool.map(lambda path: _measure(*waves[path], path), used)
+        measures = dict(zip(used, measured, strict=True))
+        list(pool.map(waves.__getitem__, {choice.noise for choice in choices if choice.noise}))
+        return list(pool.map(recipe, choices))

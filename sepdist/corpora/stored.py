@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sepdist.data.records import Mixture
 from sepdist.data.shards import read_index, read_manifest
 
 WHOLE_SECONDS = 1e6  # longer than any sample
+open_data = lru_cache(maxsize=4)(Dataset)  # records of a data set share one
 
 
 class Stored:
@@ -32,46 +34,39 @@ class Stored:
         cache_dir: str = "~/.cache/sepdist",
         cache_gigabytes: float = 50.0,
     ) -> None:
-        self.manifest = read_manifest(data)
+        self.url, self.manifest = data, read_manifest(data)
         self.name, self.sample_rate = self.manifest.corpus, self.manifest.sample_rate
         if not noise and "mix" in self.manifest.members:
             raise ConfigError(
                 f"corpus.noise=false: {data} has mixtures only, with whatever noise is in them"
             )
-        self.source = (data, noise, cache_dir, cache_gigabytes)
+        sources, _, others = split_members(self.manifest.members)
+        self.options = {
+            "url": data,
+            "num_sources": len(sources) or 1,
+            "noise": noise and "noise" in others,
+            "cache_dir": cache_dir,
+            "cache_gigabytes": cache_gigabytes,
+        }
 
     def records(self, split: str) -> Iterator[Mixture]:
         """Yield every sample, its audio and texts to be read later; `split` has no effect."""
-        shards = self.manifest.shards
-        samples = (one for shard in shards for one in read_index(self.source[0], shard))
-        for number, sample in enumerate(samples):
+        indexes = (read_index(self.url, shard) for shard in self.manifest.shards)
+        for number, sample in enumerate(chain.from_iterable(indexes)):
             yield Mixture(
                 id=sample.key,
                 speakers=sample.speakers,
                 sample_rate=self.sample_rate,
-                load=partial(load, self.source, number),
-                metadata=partial(texts, self.source, number),
+                load=partial(load, self.options, number),
+                metadata=partial(texts, self.options, number),
             )
 
 
-@lru_cache(maxsize=4)
-def open_data(url: str, noise: bool, cache_dir: str, cache_gigabytes: float) -> Dataset:
-    """Open a data set with all its members, the noise only if wanted; once per process."""
-    members = read_manifest(url).members
-    return Dataset(
-        url,
-        num_sources=len(split_members(members)[0]) or 1,
-        noise=noise and "noise" in members,
-        cache_dir=cache_dir,
-        cache_gigabytes=cache_gigabytes,
-    )
-
-
-def load(source: tuple[Any, ...], number: int) -> Mapping[str, np.ndarray]:
+def load(options: Mapping[str, Any], number: int) -> Mapping[str, np.ndarray]:
     """Read the members of a sample, whole."""
-    return open_data(*source).item(number, WHOLE_SECONDS).members
+    return open_data(**options).item(number, WHOLE_SECONDS).members
 
 
-def texts(source: tuple[Any, ...], number: int, members: Any) -> dict[str, Any]:
+def texts(options: Mapping[str, Any], number: int, members: Any) -> dict[str, Any]:
     """Read the transcripts of a sample."""
-    return {"texts": open_data(*source).metadata(number)["texts"]}
+    return {"texts": open_data(**options).metadata(number)["texts"]}

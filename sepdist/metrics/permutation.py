@@ -24,8 +24,11 @@ def best_permutation(scores_BSS: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"scores have shape {tuple(scores_BSS.shape)}, not [B, S, S]: one estimate per source"
         )
-    search = _exhaustive if scores_BSS.shape[1] <= MAX_EXHAUSTIVE else _hungarian
-    order_BS = search(scores_BSS.detach())
+    num_sources, known_BSS = scores_BSS.shape[1], scores_BSS.detach()
+    if num_sources <= MAX_EXHAUSTIVE:
+        order_BS = all_orders(num_sources).to(known_BSS.device)[total_scores(known_BSS).argmax(1)]
+    else:
+        order_BS = _hungarian(known_BSS)
     return scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1).mean(-1), order_BS
 
 
@@ -55,10 +58,6 @@ def total_scores(scores_BSS: Tensor) -> Tensor:
     num_sources = scores_BSS.shape[1]
     orders_PS = all_orders(num_sources).to(scores_BSS.device)
     return scores_BSS[:, orders_PS, torch.arange(num_sources, device=scores_BSS.device)].sum(-1)
-
-
-def _exhaustive(scores_BSS: Tensor) -> Tensor:
-    return all_orders(scores_BSS.shape[1]).to(scores_BSS.device)[total_scores(scores_BSS).argmax(1)]
 
 
 def _hungarian(scores_BSS: Tensor) -> Tensor:

@@ -23,3 +23,13 @@ def check_mixture(mixture_BT: Tensor, least: int) -> None:
         raise ValueError(
             f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {least} samples"
         )
+
+
+def check_estimates(mixture_BT: Tensor, estimates_BST: Tensor, min_length: int) -> None:
+    """Raise ValueError unless the shapes are [B, T] and [B, S, T] with T >= `min_length`."""
+    check_mixture(mixture_BT, min_length)
+    if estimates_BST.ndim != 3 or estimates_BST[:, 0].shape != mixture_BT.shape:
+        raise ValueError(
+            f"estimates of shape {tuple(estimates_BST.shape)} for a mixture of shape"
+            f" {tuple(mixture_BT.shape)}: expected [B, S, T] for [B, T]"
+        )

@@ -64,3 +64,9 @@ def decode(features_BNSF: Tensor, decoder: nn.Linear, stride: int, num_samples: 
 def widen(x: Tensor) -> Tensor:
     """x itself, or in fp32 if it is narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def standardise(x: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the last axis; silence stays silence."""
+    x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-10)

@@ -81,18 +81,13 @@ def speech_encoder(
     return built, {name: value for name, value in config.to_dict().items() if name not in LEFT_OUT}
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError("speech encoders need transformers: pip install sepdist[ssl]") from error
-    return transformers
-
-
 def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int | None) -> Any:
     """The config object for `speech_encoder`'s arguments, with everything in OFF off."""
-    auto = _transformers().AutoConfig
-    stored = _read(pretrained, auto.from_pretrained).to_dict() if pretrained else {}
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ValueError("speech encoders need transformers: pip install sepdist[ssl]") from error
+    stored = _read(pretrained, AutoConfig.from_pretrained).to_dict() if pretrained else {}
     family = encoder.get("model_type", stored.get("model_type"))
     if family not in FAMILIES or stored.get("model_type", family) != family:
         reason = "give model.pretrained, or this one of"
@@ -101,7 +96,7 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
         raise ValueError(
             f"model.encoder.model_type={family}: {reason}; the encoders are {', '.join(FAMILIES)}"
         )
-    default = auto.for_model(family)
+    default = AutoConfig.for_model(family)
     unknown = sorted(name for name in encoder if not hasattr(default, name))
     if unknown:
         raise ValueError(f"model.encoder: a {family} has no {', '.join(unknown)}")
@@ -109,8 +104,8 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
         if encoder.get(name, value) != value:
             raise ValueError(f"model.encoder.{name}={encoder[name]}: must stay {value} here")
     values = stored | dict(encoder) | OFF
-    known = {name for name in values if hasattr(default, name)} - LEFT_OUT - {"model_type"}
-    config = auto.for_model(family, **{name: values[name] for name in values if name in known})
+    known = {k: v for k, v in values.items() if hasattr(default, k) and k not in LEFT_OUT}
+    config = AutoConfig.for_model(**known)
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(
@@ -135,7 +130,8 @@ def _load_weights(source: str, kind: Any, config: Any) -> nn.Module:
 
 def _read(pretrained: str, load: Callable[[str], Any]) -> Any:
     """`load(pretrained)` without progress bars and reports; every failure is one ValueError."""
-    logs = _transformers().utils.logging
+    from transformers.utils import logging as logs
+
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()

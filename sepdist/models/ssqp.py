@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.estimators import check_estimates, standardise
+from sepdist.models.checks import check_estimates
+from sepdist.models.frames import standardise
 from sepdist.models.speech_encoders import SAMPLE_RATE, speech_encoder, upsample
 
 

@@ -1,7 +1,7 @@
 """The contract between training and an objective: a call, hooks with defaults, and checks."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -10,7 +10,6 @@ from sepdist.data.records import Batch
 Metrics = dict[str, Tensor]
 # Hooks that an export keeps in its model.yaml, as arguments of `metrics.selection.speakers_of`.
 OUTPUT_RULES = ("num_extra_outputs", "num_loudest")
-_T = TypeVar("_T")
 
 
 class Objective(Protocol):
@@ -20,15 +19,19 @@ class Objective(Protocol):
     made absolute before workers elsewhere build the objective.
     """
 
-    num_extra_outputs: int  # trailing model outputs that are not speakers (another task's)
-    num_loudest: int  # how many of the other outputs are speakers, by energy; 0 = all
-    data_sets: tuple[str, ...]  # names that `data.extra` must provide ("main" is `data.train`)
-    stop_reason: str | None  # once set, training ends as after an early stop
-    check_model: Callable[[nn.Module], None]  # raises ValueError for a model it cannot train
-    observe: Callable[[Mapping[str, float]], None]  # gets the validation means, equal on all ranks
-    state_dict: Callable[[], dict[str, Any]]  # JSON-able state for the checkpoint
-    load_state_dict: Callable[[Mapping[str, Any]], None]
-    lineage: Callable[[], dict[str, Any]]  # origins of the trained models inside the objective
+    num_extra_outputs: int = 0  # trailing model outputs that are not speakers (another task's)
+    num_loudest: int = 0  # how many of the other outputs are speakers, by energy; 0 = all
+    data_sets: tuple[str, ...] = ()  # that `data.extra` must provide ("main" is `data.train`)
+    stop_reason: str | None = None  # once set, training ends as after an early stop
+    # Raises ValueError for a model it cannot train.
+    check_model: Callable[[nn.Module], None] = lambda model: None
+    # Gets the validation means, equal on all ranks.
+    observe: Callable[[Mapping[str, float]], None] = lambda means: None
+    state_dict: Callable[[], dict[str, Any]] = dict  # JSON-able state for the checkpoint
+    load_state_dict: Callable[[Mapping[str, Any]], None] = lambda state: None
+    lineage: Callable[[], dict[str, Any]] = (
+        dict  # origins of the trained models inside the objective
+    )
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss (0-d) and the metrics of one batch.
@@ -38,24 +41,11 @@ class Objective(Protocol):
         ...
 
 
-DEFAULTS: dict[str, Any] = {
-    "num_extra_outputs": 0,
-    "num_loudest": 0,
-    "data_sets": (),
-    "stop_reason": None,
-    "check_model": lambda model: None,
-    "observe": lambda validation_means: None,
-    "state_dict": dict,
-    "load_state_dict": lambda state: None,
-    "lineage": dict,
-}
-
-
-def with_defaults(objective: _T) -> _T:
+def with_defaults(objective: Any) -> Objective:
     """Set every hook that `objective` does not define to its default; returns `objective`."""
-    for name, default in DEFAULTS.items():
+    for name in Objective.__annotations__:
         if not hasattr(objective, name):
-            setattr(objective, name, default)
+            setattr(objective, name, getattr(Objective, name))
     return objective
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import Metrics
-from sepdist.objectives.spans import generators, noisy, span_starts
+from sepdist.objectives.spans import draw_spans, noisy
+from sepdist.seeding import rng
 
 
 @dataclass(eq=False)
@@ -54,15 +55,15 @@ class Contrastive:
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; reads the first source and the noise, not the mixture."""
-        draws = generators(batch, self.seed, "contrastive")
+        draws = [rng(self.seed, "contrastive", position) for position in batch.positions.tolist()]
         given_BT, _ = noisy(batch, draws, self.noise_probability, 1.0)
         device = given_BT.device
         hidden_BN = torch.zeros(len(draws), model.num_frames(given_BT.shape[1]), dtype=torch.bool)
         targets, negatives = [], []
         for hidden_N, draw, length in zip(hidden_BN, draws, batch.lengths.tolist(), strict=True):
-            starts = span_starts(draw, model.num_frames(length), self.span, self.share, least=2)
-            hidden_N[starts[:, None] + np.arange(self.span)] = True
-            centres_K = torch.from_numpy(starts + self.span // 2)
+            spans = draw_spans(draw, model.num_frames(length), self.span, self.share, least=2)
+            hidden_N[spans] = True
+            centres_K = torch.from_numpy(spans[:, self.span // 2])
             targets_K = hidden_N.nonzero()[:, 0] if self.all_frames else centres_K
             targets.append(targets_K.to(device))
             negatives.append(self._negatives(draw, len(targets_K)).to(device))

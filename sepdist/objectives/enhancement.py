@@ -4,8 +4,10 @@ The model has one output, and the target is the first source: whatever else is i
 usually noise, is to be removed.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sepdist.data.records import Batch
 from sepdist.metrics.si_snr import si_snr
@@ -22,7 +24,7 @@ class Enhancement:
     def __init__(self, threshold: float | None = None) -> None:
         self.threshold = threshold
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+    def __call__(self, model: Callable[[Tensor], Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; reads the first of `batch.sources`."""
         clean_BST = sources_of(batch)[:, :1]
         estimates_BST = model(batch.mixture)

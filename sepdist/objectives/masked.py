@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import Metrics, check_outputs
-from sepdist.objectives.spans import generators, noisy, span_starts, uniform
+from sepdist.objectives.spans import draw_spans, noisy, uniform
+from sepdist.seeding import rng
 
 
 @dataclass(eq=False)
@@ -69,7 +70,7 @@ class Masked:
 
     def alter(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return input and target, float32 [B, T], and which samples count, bool [B, T]."""
-        draws = generators(batch, self.seed, "masked")
+        draws = [rng(self.seed, "masked", position) for position in batch.positions.tolist()]
         given_BT, clean_BT = noisy(batch, draws, self.noise_probability, self.noise_gain)
         size = clean_BT.shape[1]
         lengths = batch.lengths.tolist()
@@ -88,10 +89,10 @@ class Masked:
         from_T, shown_T = np.arange(size), np.ones(size, np.float32)
         counts_T, passed_K = np.zeros(size, bool), np.ones(size // 2 + 1, np.float32)
         action = uniform(draw)
-        inside = self._spans(draw, length)
+        inside = draw_spans(draw, length, self.span, self.share)
         counts_T[inside] = True
         if action < self.replace:
-            from_T[inside] = self._spans(draw, length)
+            from_T[inside] = draw_spans(draw, length, self.span, self.share)
         elif action < 1 - self.keep:
             shown_T[inside] = 0.0
         if self.band_share:
@@ -100,7 +101,3 @@ class Masked:
             passed_K[first : first + width] = 0.0
             counts_T[:length] |= width > 0
         return from_T, shown_T, counts_T, passed_K
-
-    def _spans(self, draw: np.random.Generator, length: int) -> np.ndarray:
-        starts = span_starts(draw, length, self.span, self.share)
-        return starts[:, None] + np.arange(self.span)

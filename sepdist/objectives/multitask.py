@@ -31,29 +31,17 @@ class MultiTask:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics of the task of `batch.data_set`; needs `batch.sources`."""
         check_data_set(batch, self.data_sets)
+        num_outputs = sources_of(batch).shape[1] + 1
+        estimates_BST = model(batch.mixture)
         nothing = batch.mixture.new_zeros(0)
         if batch.data_set == self.data_set:
-            loss, found = self.enhancement(_Outputs(model, slice(-1, None)), batch)
+            loss, found = self.enhancement(lambda mixture_BT: estimates_BST[:, -1:], batch)
             metrics = {f"enhancement_{name}": values for name, values in found.items()}
             return loss, {"si_snr": nothing, "si_snri": nothing} | metrics
-        num_sources = sources_of(batch).shape[1]
-        loss, found = self.separation(_Outputs(model, slice(num_sources), num_sources + 1), batch)
-        return loss, found | {"enhancement_si_snr": nothing, "enhancement_si_snri": nothing}
-
-
-class _Outputs(nn.Module):
-    """Some of a model's outputs; ValueError unless it has `num_outputs` (0: any number)."""
-
-    def __init__(self, model: nn.Module, which: slice, num_outputs: int = 0) -> None:
-        super().__init__()
-        self.model, self.which, self.num_outputs = model, which, num_outputs
-
-    def forward(self, mixture_BT: Tensor) -> Tensor:
-        estimates_BST = self.model(mixture_BT)
-        if self.num_outputs not in (0, estimates_BST.shape[1]):
+        if estimates_BST.shape[1] != num_outputs:
             raise ValueError(
-                f"the model has {estimates_BST.shape[1]} outputs, separation of "
-                f"{self.num_outputs - 1} speakers and enhancement need {self.num_outputs}: "
-                f"set model.num_speakers={self.num_outputs}"
+                f"the model has {estimates_BST.shape[1]} outputs, separation of {num_outputs - 1} "
+                f"speakers and enhancement need {num_outputs}: set model.num_speakers={num_outputs}"
             )
-        return estimates_BST[:, self.which]
+        loss, found = self.separation(lambda mixture_BT: estimates_BST[:, :-1], batch)
+        return loss, found | {"enhancement_si_snr": nothing, "enhancement_si_snri": nothing}

@@ -4,8 +4,10 @@ Kolbaek et al., "Multitalker Speech Separation with Utterance-level Permutation 
 2017; paper 1, section 2. Items of a batch have equal lengths; a padded tail counts as silence.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sepdist.data.records import Batch
 from sepdist.metrics.permutation import best_permutation, permutation_rank
@@ -24,13 +26,13 @@ class Separation:
     def __init__(self, threshold: float | None = None) -> None:
         self.threshold = threshold
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+    def __call__(self, model: Callable[[Tensor], Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; `batch.sources` must be as many as the model's outputs."""
         best_B, order_BS = best_permutation(pair_scores(model, batch))
         return mean_above(-best_B, self.threshold), report(best_B, order_BS, batch)
 
 
-def pair_scores(model: nn.Module, batch: Batch) -> Tensor:
+def pair_scores(model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
     """Run the model and return `score_pairs`; a batch without sources never reaches the model."""
     sources_of(batch)
     return score_pairs(model(batch.mixture), batch)

@@ -10,12 +10,6 @@ from torch import Tensor
 
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import sources_of
-from sepdist.seeding import rng
-
-
-def generators(batch: Batch, seed: int, purpose: str) -> list[np.random.Generator]:
-    """One generator per item, derived from its position alone."""
-    return [rng(seed, purpose, position) for position in batch.positions.tolist()]
 
 
 def uniform(generator: np.random.Generator) -> float:
@@ -23,10 +17,10 @@ def uniform(generator: np.random.Generator) -> float:
     return (int(generator.bit_generator.random_raw()) >> 11) * 2.0**-53
 
 
-def span_starts(
+def draw_spans(
     generator: np.random.Generator, length: int, span: int, share: float, least: int = 1
 ) -> np.ndarray:
-    """Draw the starts, int64, of round(length * share / span) spans, or `least` if that is more.
+    """Draw round(length * share / span) spans, at least `least`: their places, int64 [K, span].
 
     The starts differ; spans may overlap.
     """
@@ -39,7 +33,7 @@ def span_starts(
     starts: dict[int, None] = {}
     while len(starts) < count:
         starts.setdefault(int(generator.bit_generator.random_raw()) % room)
-    return np.array(list(starts))
+    return np.array(list(starts))[:, None] + np.arange(span)
 
 
 def noisy(

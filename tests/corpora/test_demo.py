@@ -10,14 +10,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyloudnorm
 import pytest
 
 from sepdist.config import ConfigError
-from sepdist.corpora.demo import VOICES, DemoCorpus, Voice, interrupts_afterwards, pink, speak
-from sepdist.corpora.demo_text import sentence
+from sepdist.corpora import demo
+from sepdist.corpora.demo import VOICES, DemoCorpus, Voice, pink, sentence, speak
 from sepdist.data.records import Mixture
 from sepdist.seeding import rng
 
@@ -226,9 +227,20 @@ def test_an_unknown_split_is_an_error_that_lists_the_splits() -> None:
         next(DemoCorpus().records("valid"))
 
 
-def test_ctrl_c_inside_a_function_that_c_calls_back_is_not_lost() -> None:
-    before = signal.getsignal(signal.SIGINT)
+def test_ctrl_c_inside_a_function_that_c_calls_back_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    synthesise, finished = demo._synthesise, []
     called_back = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: os.kill(os.getpid(), signal.SIGINT) or 7)
-    with pytest.raises(KeyboardInterrupt), interrupts_afterwards():
-        assert called_back() == 7
-    assert signal.getsignal(signal.SIGINT) is before
+
+    def interrupted(*arguments: Any) -> bytes:
+        finished.append(called_back())
+        return synthesise(*arguments)
+
+    expected = speak(LINE, EVERY_VOICE[0], 170, RATE)
+    monkeypatch.setattr(demo, "_synthesise", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        speak(LINE, EVERY_VOICE[0], 170, RATE)
+    assert finished == [7]
+    monkeypatch.undo()
+    assert np.array_equal(speak(LINE, EVERY_VOICE[0], 170, RATE), expected)

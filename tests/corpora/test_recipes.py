@@ -13,7 +13,7 @@ from sepdist import audio
 from sepdist.audio import AudioError
 from sepdist.corpora import recipes
 from sepdist.corpora.files import require_unique, sample_key
-from sepdist.corpora.recipes import Clip, Recipe, choose, draw, extend_noise, render
+from sepdist.corpora.recipes import Clip, Recipe, choose, extend_noise, level, render
 
 STEP = 1 / 32768
 
@@ -57,8 +57,8 @@ def drawn(
     tmp_path: Path, pool: tuple[dict[str, list[Path]], list[Path]], **changes: object
 ) -> list[Recipe]:
     arguments = {"num_mixtures": 30, "num_sources": 2, "seed": 3, "split": "train"} | changes
-    roots = (tmp_path / "speech", tmp_path / "noise")
-    return draw(*pool, *roots, **arguments)  # type: ignore[arg-type]
+    choices = choose(*pool, **arguments)  # type: ignore[arg-type]
+    return level(choices, tmp_path / "speech", tmp_path / "noise")
 
 
 def test_a_constant_noise_stays_constant_through_every_cross_fade() -> None:
@@ -196,7 +196,7 @@ def test_a_draw_decodes_each_file_once(
     decoded: Counter[str] = Counter()
     original = audio.load_channel
 
-    def counting(path: Path, stop: int | None = None) -> tuple[np.ndarray, int]:
+    def counting(path: Path, stop: int = -1) -> tuple[np.ndarray, int]:
         decoded[str(path)] += 1
         return original(path, stop)
 
