@@ -9,7 +9,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -36,13 +35,6 @@ _Result = TypeVar("_Result")
 
 class EvaluationError(ValueError):
     """An utterance has no score; the message names it and says why."""
-
-
-def absolute_paths(cfg: _Cfg) -> _Cfg:
-    """The config with absolute paths, because Ray tasks run in another working directory."""
-    urls = {name: getattr(cfg, name, None) for name in ("model", "data", "output", "cache_dir")}
-    paths: dict[str, Any] = {key: storage.absolute(url) for key, url in urls.items() if url}
-    return replace(cfg, **paths)
 
 
 def check_workers(cfg: EvaluateConfig | RecogniseConfig) -> None:

@@ -79,7 +79,7 @@ def separate_file(
             peaks = _write_raw(scratch, resampled(fit, model_rate, rate), num_samples)
         gains, warnings = fit.gains(), []
         loudest = float(np.max(np.abs(gains) * peaks))
-        scale = min(1.0, PEAK_LIMIT / loudest) if loudest > 0 else 1.0
+        scale = PEAK_LIMIT / max(loudest, PEAK_LIMIT)
         if fit.silent:
             warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
         if scale < 1:
@@ -166,20 +166,16 @@ def run_windows(
     The context is cut off. The model does not get windows of digital silence, since it may divide
     by their power: their estimates are silence.
     """
-    num_speakers = 0  # not known yet
     windows = iter(windows)
     while batch := list(itertools.islice(windows, batch_size)):
         mixtures_BT = np.stack([wave for wave, _ in batch])
         audible_B = mixtures_BT.any(axis=1)
-        if not audible_B.any() and not num_speakers:  # how many outputs has the model?
-            noise = np.random.default_rng(0).standard_normal(mixtures_BT[:1].shape)
-            num_speakers = _forward(model, noise.astype(np.float32), name, device).shape[1]
-        if audible_B.any():
-            separated = _forward(model, mixtures_BT[audible_B], name, device)
-            num_speakers = separated.shape[1]
-        estimates_BST = np.zeros((len(batch), num_speakers, mixtures_BT.shape[1]), np.float32)
-        if audible_B.any():
-            estimates_BST[audible_B] = separated
+        inputs_BT = mixtures_BT[audible_B]
+        if not len(inputs_BT):  # noise, to learn how many outputs the model has
+            inputs_BT = np.random.default_rng(0).standard_normal(mixtures_BT[:1].shape, np.float32)
+        separated = _forward(model, inputs_BT, name, device)
+        estimates_BST = np.zeros((len(batch), *separated.shape[1:]), np.float32)
+        estimates_BST[audible_B] = separated[: audible_B.sum()]
         for estimates_ST, (wave_T, context) in zip(estimates_BST, batch, strict=True):
             yield np.concatenate([estimates_ST, wave_T[None]])[:, context:]
 
