@@ -99,8 +99,7 @@ class Reporter:
     def flush(self) -> None:
         """Put all rows and events on disk, or on their way to s3://, for which `close` waits.
 
-        Raises:
-            OSError: an upload before this one failed.
+        OSError if an upload before this one failed.
         """
         self._writer.flush()
         if self._pool and self._upload_all() > EVENT_FILE_BYTES:
@@ -153,10 +152,7 @@ def _put_all(contents: Mapping[str, bytes]) -> None:
 def read_metrics(run_dir: str) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl, in the order they were written; [] where there is none.
 
-    A last line that was cut short by a kill is left out.
-
-    Raises:
-        ReportingError: another line is damaged.
+    A last line that was cut short by a kill is left out; ReportingError if another is damaged.
     """
     url = storage.join(run_dir, "metrics.jsonl")
     if not storage.exists(url):
@@ -176,11 +172,7 @@ def read_metrics(run_dir: str) -> list[dict[str, float]]:
 
 
 def for_listening(wave_T: np.ndarray, name: str = "wave") -> np.ndarray:
-    """float32 [T] with its peak at 0.9; silence stays silence.
-
-    Raises:
-        ReportingError: the wave holds NaN or infinity.
-    """
+    """float32 [T] with its peak at 0.9, or silence; ReportingError for NaN or infinity."""
     wave_T = np.asarray(wave_T, dtype=np.float32)
     assert wave_T.ndim == 1, f"{name}: a wave is [T], not {wave_T.shape}"
     if num_wrong := np.count_nonzero(~np.isfinite(wave_T)):

@@ -89,8 +89,7 @@ def check_fit(cfg: RecogniseConfig, corpus: Any, export: Export | None) -> None:
 def plan(cfg: RecogniseConfig, corpus: Any) -> list[tuple[str, Mixture]]:
     """Every utterance to recognise, with its condition.
 
-    Raises:
-        ConfigError: an utterance has no transcript, or a condition no utterances.
+    ConfigError if an utterance has no transcript, or a condition no utterances.
     """
     found: list[tuple[str, Mixture]] = []
     for condition in cfg.conditions:

@@ -59,11 +59,7 @@ def open_dataset(cfg: EvaluateConfig) -> Dataset:
 
 
 def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range]:
-    """The manifest of the data set, and the numbers of the mixtures to score.
-
-    Raises:
-        ConfigError: model and data cannot be scored together.
-    """
+    """The manifest and the numbers of the mixtures to score; ConfigError if the model misfits."""
     check_workers(cfg)
     manifest = open_dataset(cfg).manifest
     if export.sample_rate != manifest.sample_rate:
@@ -91,11 +87,7 @@ def device_of(cfg: EvaluateConfig | RecogniseConfig) -> torch.device:
 
 
 def separate_batch(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Separate a batch of one mixture: float32 [S, T] on the CPU.
-
-    Raises:
-        EvaluationError: the mixture is shorter than the model's `min_length`.
-    """
+    """Separate a batch of one mixture, float32 [S, T]; EvaluationError if it is too short."""
     num_samples, least = batch.mixture.shape[1], int(getattr(model, "min_length", 1))
     if num_samples < least:
         raise EvaluationError(

@@ -71,6 +71,8 @@ def separate_file(
             storage.fetch_file(recording, path)
         with _open(path, recording) as sound:
             num_samples, rate = sound.frames, sound.samplerate
+            if num_samples == 0:
+                raise SeparationError(f"{recording} is empty: it has no samples")
             size, overlap = _sizes(model, model_rate, windows)
             mono = resampled(_mono_blocks(sound, recording, progress), rate, model_rate)
             cut = cut_windows((block[0] for block in mono), size, overlap)
@@ -80,7 +82,7 @@ def separate_file(
         gains, warnings = fit.gains(), []
         loudest = float(np.max(np.abs(gains) * peaks))
         scale = PEAK_LIMIT / max(loudest, PEAK_LIMIT)
-        if fit.silent:
+        if fit.products[-1, -1] == 0:  # the energy of the mixture
             warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
         if scale < 1:
             why = "because one would have clipped"
@@ -111,13 +113,9 @@ def _open(path: Path, name: str) -> soundfile.SoundFile:
     if not path.exists():
         raise FileNotFoundError(f"{name} does not exist")
     try:
-        sound = soundfile.SoundFile(str(path))
+        return soundfile.SoundFile(str(path))
     except soundfile.LibsndfileError as error:
         raise SeparationError(f"{name} is not readable audio ({error.error_string})") from error
-    if sound.frames == 0:
-        sound.close()
-        raise SeparationError(f"{name} is empty: it has no samples")
-    return sound
 
 
 def _sizes(model: nn.Module, rate: int, windows: Windows) -> tuple[int, int]:
@@ -220,11 +218,6 @@ class LevelFit:
             wide = block.astype(np.float64)
             self.products = self.products + wide @ wide.T
             yield block[:-1]
-
-    @property
-    def silent(self) -> bool:
-        """Whether the mixture is digital silence."""
-        return bool(self.products[-1, -1] == 0)
 
     def gains(self) -> np.ndarray:
         """[S]; a silent estimate gets 0, and equal estimates share the mixture (least norm)."""
