@@ -97,10 +97,9 @@ def figure2(runs: Mapping[str, Curves], title: str = "") -> Figure:
     width = 0.8 / len(runs)
     for number, (name, curves) in enumerate(runs.items()):
         colour = COLOURS[number % len(COLOURS)]
-        marker = "o" if len(curves.si_snr) <= 30 else ""
-        upper.plot(
-            *zip(*curves.si_snr, strict=True), color=colour, marker=marker, markersize=4, label=name
-        )
+        style = "-o" if len(curves.si_snr) <= 30 else "-"
+        points = zip(*curves.si_snr, strict=True)
+        upper.plot(*points, style, color=colour, markersize=4, label=name)
         shift = (number - (len(runs) - 1) / 2) * width
         places = [epoch + shift for epoch, _ in curves.switches]
         lower.bar(places, [rate for _, rate in curves.switches], width, color=colour, label=name)
@@ -119,13 +118,9 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
                 f"{name}: no validation/predicted_si_snr in its log: not a semi-supervised run"
             )
         colour = COLOURS[number % len(COLOURS)]
-        upper.plot(*zip(*curves.si_snr, strict=True), color=colour, label=f"{name}, true")
-        upper.plot(
-            *zip(*curves.predicted, strict=True),
-            color=colour,
-            linestyle="--",
-            label=f"{name}, predicted",
-        )
+        true, predicted = (zip(*curve, strict=True) for curve in (curves.si_snr, curves.predicted))
+        upper.plot(*true, "-", color=colour, label=f"{name}, true")
+        upper.plot(*predicted, "--", color=colour, label=f"{name}, predicted")
         lower.plot(*zip(*curves.weight, strict=True), color=colour)
     upper.set(ylabel="validation SI-SNR in dB", title=title)
     lower.set(xlabel="epoch", ylabel="weight of the unsupervised loss", ylim=(0, None))

@@ -3,7 +3,7 @@
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,15 +64,18 @@ def separate_file(
     windows = windows or Windows()
     if file_format not in FORMATS:
         raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
-    with _work_folder(output_folder) as work:
+    local = None if storage.is_remote(output_folder) else Path(output_folder)
+    if local:
+        local.mkdir(parents=True, exist_ok=True)
+    # Unfinished files lie in the output folder, where finishing one is a rename.
+    with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
+        work = Path(folder)
         path, scratch = Path(recording), work / "estimates.f32"
         if storage.is_remote(recording):
             path = work / "recording"
             storage.fetch_file(recording, path)
         with _open(path, recording) as sound:
             num_samples, rate = sound.frames, sound.samplerate
-            if num_samples == 0:
-                raise SeparationError(f"{recording} is empty: it has no samples")
             size, overlap = _sizes(model, model_rate, windows)
             mono = resampled(_mono_blocks(sound, recording, progress), rate, model_rate)
             cut = cut_windows((block[0] for block in mono), size, overlap)
@@ -91,22 +94,11 @@ def separate_file(
         outputs = [storage.join(output_folder, name) for name in names]
         _write_audio([work / name for name in names], scratch, gains * scale, rate)
         for name, output in zip(names, outputs, strict=True):
-            if storage.is_remote(output):
-                storage.put_file(work / name, output)
-            else:
+            if local:
                 (work / name).replace(output)
+            else:
+                storage.put_file(work / name, output)
     return Separation(outputs, num_samples, rate, gains.tolist(), scale, warnings)
-
-
-@contextmanager
-def _work_folder(output_folder: str) -> Iterator[Path]:
-    """A folder for unfinished files, inside a local output folder: finishing one is a rename."""
-    parent = None
-    if not storage.is_remote(output_folder):
-        parent = Path(output_folder)
-        parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".separating-", dir=parent) as folder:
-        yield Path(folder)
 
 
 def _open(path: Path, name: str) -> soundfile.SoundFile:
@@ -133,6 +125,8 @@ def _mono_blocks(
     sound: soundfile.SoundFile, name: str, progress: Callable[[float, float], None]
 ) -> Iterator[np.ndarray]:
     """The mean of the channels in float32 blocks [1, n], as many samples as the header promises."""
+    if sound.frames == 0:
+        raise SeparationError(f"{name} is empty: it has no samples")
     rate, done = sound.samplerate, 0
     while done < sound.frames:
         try:

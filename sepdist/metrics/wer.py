@@ -32,11 +32,6 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     return counted.substitutions + counted.deletions + counted.insertions, len(expected)
 
 
-def fewest(errors: Sequence[int]) -> int:
-    """Index of the output with the fewest errors, the first of equals (LibriCSS's choice)."""
-    return min(range(len(errors)), key=errors.__getitem__)
-
-
 def error_rate(errors: Sequence[int], num_words: Sequence[int]) -> float:
     """Word error rate in percent over several utterances: sum of errors over sum of words."""
     return 100 * sum(errors) / sum(num_words)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepdist.metrics.wer import error_rate, fewest, word_errors, words
+from sepdist.metrics.wer import error_rate, word_errors, words
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,6 @@ def test_words_are_lower_case_without_punctuation_and_keep_apostrophes_inside() 
         "x",
         "3rd",
     ]
-
-
-def test_of_the_outputs_the_one_with_fewest_errors_counts_and_the_first_of_equals() -> None:
-    assert fewest([3, 1, 2]) == 1 and fewest([2, 1, 1]) == 1 and fewest([0]) == 0
 
 
 def test_the_rate_of_a_condition_is_of_its_sums_and_not_the_mean_of_the_rates() -> None:
