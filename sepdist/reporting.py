@@ -55,9 +55,10 @@ class Reporter:
         text = "".join(json.dumps(row) + "\n" for row in self.kept)
         if rows != self.kept or not self._scratch:
             storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text.encode())
+        self._metrics = self._folder / "metrics.jsonl"
         if self._scratch:
-            (self._folder / "metrics.jsonl").write_text(text)
-        self._file = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics.write_text(text)
+        self._file = self._metrics.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=resume_step + 1)
         self._uploaded: dict[Path, tuple[int, int]] = {}  # path -> time of change, size
         self._pending: Future[None] | None = None
@@ -129,7 +130,8 @@ class Reporter:
         assert self._pool is not None
         self._wait()
         contents = {}
-        for path in (*filter(Path.is_file, self._folder.iterdir()), *events):
+        notes = [one for one in self._folder.iterdir() if one.is_file() and one != self._metrics]
+        for path in (self._metrics, *events, *notes):
             state = (path.stat().st_mtime_ns, path.stat().st_size)
             if self._uploaded.get(path) != state:
                 self._uploaded[path] = state
