@@ -1,21 +1,21 @@
-"""Draw spectrograms and the papers' figures with matplotlib's object interface.
+"""Draw spectrograms, the scores of a separator and the papers' figures.
 
-That interface works in any thread. matplotlib and scipy.signal are imported where they are needed,
-because every worker imports this module and few draw.
+Only matplotlib's object interface is used, which works in any thread. Import this module where
+something is drawn, because matplotlib takes most of a second.
 """
 
 import dataclasses
 import io
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sepdist.config import ConfigError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 DYNAMIC_RANGE_DB = 70.0
 COLOURS = (  # the first three as in paper 1
@@ -29,20 +29,18 @@ def decibel_spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:
 
     Hann windows of 32 ms every 8 ms.
     """
-    import scipy.signal
+    import scipy.signal  # late, because few figures are spectrograms
 
     size = max(int(0.032 * rate), 16)
     wave = np.pad(np.asarray(wave, dtype=np.float32), (0, max(0, size - len(wave))))
     _, _, spectrum = scipy.signal.stft(wave, rate, nperseg=size, noverlap=size - size // 4)
     power = np.abs(spectrum) ** 2
-    loudest = power.max()
-    if loudest == 0:
-        return np.full(power.shape, -DYNAMIC_RANGE_DB, dtype=np.float32)
-    decibels = 10 * np.log10(np.maximum(power / loudest, np.finfo(np.float32).tiny))
+    tiny = np.finfo(np.float32).tiny
+    decibels = 10 * np.log10(np.maximum(power / max(power.max(), tiny), tiny))
     return np.maximum(decibels, -DYNAMIC_RANGE_DB).astype(np.float32)
 
 
-def spectrogram_figure(waves: Mapping[str, np.ndarray], rate: int) -> "Figure":
+def spectrogram_figure(waves: Mapping[str, np.ndarray], rate: int) -> Figure:
     """Draw spectrograms on one dB scale, a column for each first word of their names.
 
     Names such as "source 1" and "estimate 1" put a source next to its estimate. Every panel is
@@ -51,50 +49,35 @@ def spectrogram_figure(waves: Mapping[str, np.ndarray], rate: int) -> "Figure":
     columns: dict[str, list[str]] = {}
     for name in waves:
         columns.setdefault(name.split()[0], []).append(name)
-    num_rows = max(len(names) for names in columns.values())
-    figure = empty_figure((1.2 + 4.2 * len(columns), 0.8 + 2.4 * num_rows), dpi=80)
-    axes = figure.subplots(num_rows, len(columns), squeeze=False, sharex=True, sharey=True)
-    image = None
-    for column, names in enumerate(columns.values()):
-        for row in range(num_rows):
-            axis: Axes = axes[row, column]
-            if row >= len(names):
-                axis.set_visible(False)
-                continue
-            wave = np.asarray(waves[names[row]])
-            image = axis.imshow(
-                decibel_spectrogram(wave, rate),
-                origin="lower",
-                aspect="auto",
-                extent=(0.0, len(wave) / rate, 0.0, rate / 2000),
-                vmin=-DYNAMIC_RANGE_DB,
-                vmax=0.0,
-                cmap="magma",
-            )
-            axis.set_title(names[row])
-            if row == len(names) - 1:
-                axis.set_xlabel("time in seconds")
-                axis.tick_params(labelbottom=True)
-            if column == 0:
-                axis.set_ylabel("frequency in kHz")
-    assert image is not None, "a picture needs at least one wave"
-    figure.colorbar(image, ax=axes, label="dB below the loudest of the panel", fraction=0.04)
+    rows: Any = [list(row) for row in itertools.zip_longest(*columns.values(), fillvalue=".")]
+    size = (1.2 + 4.2 * len(columns), 0.8 + 2.4 * len(rows))
+    figure = Figure(size, dpi=80, layout="constrained")
+    panels = figure.subplot_mosaic(rows, sharex=True, sharey=True)
+    for name, axes in panels.items():
+        wave = np.asarray(waves[name])
+        image = axes.imshow(
+            decibel_spectrogram(wave, rate),
+            origin="lower",
+            aspect="auto",
+            extent=(0.0, len(wave) / rate, 0.0, rate / 2000),
+            vmin=-DYNAMIC_RANGE_DB,
+            vmax=0.0,
+            cmap="magma",
+        )
+        axes.set_title(name)
+    for names in columns.values():
+        panels[names[-1]].tick_params(labelbottom=True)
+    figure.supxlabel("time in seconds")
+    figure.supylabel("frequency in kHz")
+    label = "dB below the loudest of the panel"
+    figure.colorbar(image, ax=list(panels.values()), label=label, fraction=0.04)
     return figure
 
 
-def empty_figure(size: tuple[float, float], dpi: int) -> "Figure":
-    """A figure of `size` in inches without axes."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, dpi=dpi, layout="constrained")
-
-
-def to_png(figure: "Figure") -> bytes:
+def to_png(figure: Figure) -> bytes:
     """Encode the figure as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
+    figure.savefig(stream, format="png")
     return stream.getvalue()
 
 
@@ -108,16 +91,15 @@ class Curves:
     weight: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
 
-def figure2(runs: Mapping[str, Curves], title: str = "") -> "Figure":
+def figure2(runs: Mapping[str, Curves], title: str = "") -> Figure:
     """Draw lines of SI-SNR above bars of label switches, one colour for each run."""
     figure, upper, lower = two_axes()
     width = 0.8 / len(runs)
     for number, (name, curves) in enumerate(runs.items()):
         colour = COLOURS[number % len(COLOURS)]
-        marker = "o" if len(curves.si_snr) <= 30 else ""
-        upper.plot(
-            *zip(*curves.si_snr, strict=True), color=colour, marker=marker, markersize=4, label=name
-        )
+        style = "-o" if len(curves.si_snr) <= 30 else "-"
+        points = zip(*curves.si_snr, strict=True)
+        upper.plot(*points, style, color=colour, markersize=4, label=name)
         shift = (number - (len(runs) - 1) / 2) * width
         places = [epoch + shift for epoch, _ in curves.switches]
         lower.bar(places, [rate for _, rate in curves.switches], width, color=colour, label=name)
@@ -127,7 +109,7 @@ def figure2(runs: Mapping[str, Curves], title: str = "") -> "Figure":
     return figure
 
 
-def gap(runs: Mapping[str, Curves], title: str = "") -> "Figure":
+def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
     """Draw true (solid) and predicted (dashed) SI-SNR above the weight of the unsupervised loss."""
     figure, upper, lower = two_axes()
     for number, (name, curves) in enumerate(runs.items()):
@@ -136,13 +118,9 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> "Figure":
                 f"{name}: no validation/predicted_si_snr in its log: not a semi-supervised run"
             )
         colour = COLOURS[number % len(COLOURS)]
-        upper.plot(*zip(*curves.si_snr, strict=True), color=colour, label=f"{name}, true")
-        upper.plot(
-            *zip(*curves.predicted, strict=True),
-            color=colour,
-            linestyle="--",
-            label=f"{name}, predicted",
-        )
+        true, predicted = (zip(*curve, strict=True) for curve in (curves.si_snr, curves.predicted))
+        upper.plot(*true, "-", color=colour, label=f"{name}, true")
+        upper.plot(*predicted, "--", color=colour, label=f"{name}, predicted")
         lower.plot(*zip(*curves.weight, strict=True), color=colour)
     upper.set(ylabel="validation SI-SNR in dB", title=title)
     lower.set(xlabel="epoch", ylabel="weight of the unsupervised loss", ylim=(0, None))
@@ -150,11 +128,9 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> "Figure":
     return figure
 
 
-def two_axes() -> tuple["Figure", "Axes", "Axes"]:
+def two_axes() -> tuple[Figure, Axes, Axes]:
     """A figure with its upper and lower axes over epochs."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure = empty_figure((7.5, 6.5), dpi=120)
+    figure = Figure((7.5, 6.5), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (upper, lower):
@@ -163,9 +139,9 @@ def two_axes() -> tuple["Figure", "Axes", "Axes"]:
     return figure, upper, lower
 
 
-def histogram(sets: Mapping[str, np.ndarray], title: str = "") -> "Figure":
+def histogram(sets: Mapping[str, np.ndarray], title: str = "") -> Figure:
     """Draw one panel for each data set, all with the same dB axis."""
-    figure = empty_figure((1 + 3.2 * len(sets), 3.2), dpi=120)
+    figure = Figure((1 + 3.2 * len(sets), 3.2), dpi=120, layout="constrained")
     panels: Any = np.atleast_1d(figure.subplots(1, len(sets), sharex=True, sharey=True))
     low, high = (np.percentile(np.concatenate(list(sets.values())), share) for share in (0.5, 99.5))
     for axes, colour, (name, values) in zip(panels, COLOURS, sets.items(), strict=False):
@@ -179,9 +155,9 @@ def histogram(sets: Mapping[str, np.ndarray], title: str = "") -> "Figure":
     return figure
 
 
-def scatter(predictions: Mapping[str, np.ndarray], title: str = "") -> "Figure":
+def scatter(predictions: Mapping[str, np.ndarray], title: str = "") -> Figure:
     """Draw a dot for each mixture, a colour for each estimator, and the line of perfect ones."""
-    figure = empty_figure((5.5, 5.5), dpi=110)
+    figure = Figure((5.5, 5.5), dpi=110, layout="constrained")
     axes: Any = figure.subplots()
     for colour, (name, pair) in zip(COLOURS, predictions.items(), strict=False):
         axes.scatter(pair[0], pair[1], s=14, alpha=0.6, linewidths=0, color=colour, label=name)
@@ -191,4 +167,26 @@ def scatter(predictions: Mapping[str, np.ndarray], title: str = "") -> "Figure":
     axes.set_aspect("equal")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
+    return figure
+
+
+def improvements(gains: np.ndarray, before: Sequence[float], after: Sequence[float]) -> Figure:
+    """Draw the distribution of SI-SNRi, and output over input SI-SNR by source; all in dB."""
+    figure = Figure((10, 4), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    num_bins = min(50, max(5, len(gains) // 8))
+    left.hist(gains, bins=num_bins, color="tab:blue", edgecolor="white", linewidth=0.5)
+    for name, value, style in (("mean", np.mean(gains), "-"), ("median", np.median(gains), "--")):
+        left.axvline(value, color="tab:red", linestyle=style, label=f"{name} {value:.2f} dB")
+    left.set(xlabel="SI-SNRi in dB", ylabel="utterances", title=f"{len(gains)} utterances")
+    left.legend()
+    right.scatter(before, after, s=12, alpha=0.6, linewidths=0)
+    ends = [min(*before, *after), max(*before, *after)]
+    right.plot(ends, ends, color="grey", linestyle=":", label="no improvement")
+    right.set(
+        xlabel="SI-SNR of the mixture in dB",
+        ylabel="SI-SNR of the estimate in dB",
+        title="output over input, by source",
+    )
+    right.legend()
     return figure

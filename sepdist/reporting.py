@@ -55,12 +55,12 @@ class Reporter:
         text = "".join(json.dumps(row) + "\n" for row in self.kept)
         if rows != self.kept or not self._scratch:
             storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text.encode())
+        self._metrics = self._folder / "metrics.jsonl"
         if self._scratch:
-            (self._folder / "metrics.jsonl").write_text(text)
-        self._file = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics.write_text(text)
+        self._file = self._metrics.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=resume_step + 1)
-        self._notes: dict[str, bytes] = {}  # small files for the next upload
-        self._uploaded: dict[str, int] = {}  # name below run_dir -> bytes there
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # path -> time of change, size
         self._pending: Future[None] | None = None
         self._began = self._last_upload = time.monotonic()
 
@@ -80,14 +80,11 @@ class Reporter:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         if self._pool and time.monotonic() - self._last_upload > UPLOAD_SECONDS:
-            self._upload(["metrics.jsonl"])
+            self._upload()
 
     def note(self, name: str, text: str) -> None:
         """Replace the small file `name` in run_dir as a whole; on s3:// with the next upload."""
-        if self._pool:
-            self._notes[name] = text.encode()
-        else:
-            storage.put_bytes(storage.join(self._run_dir, name), text.encode())
+        storage.put_bytes(self._folder / name, text.encode())
 
     def audio(self, step: int, name: str, wave_T: np.ndarray, rate: int) -> None:
         """Write a wave at peak 0.9, because SI-SNR leaves the level of an estimate open."""
@@ -95,20 +92,15 @@ class Reporter:
 
     def spectrogram(self, step: int, name: str, waves: Mapping[str, np.ndarray], rate: int) -> None:
         """Write the picture of `spectrogram_figure`."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
         from sepdist.plotting import spectrogram_figure
 
-        canvas = FigureCanvasAgg(spectrogram_figure(waves, rate))
-        canvas.draw()
-        picture = np.asarray(canvas.buffer_rgba())[..., :3]
-        self._writer.add_image(f"{name}/spectrogram", picture, step, dataformats="HWC")
+        figure = spectrogram_figure(waves, rate)
+        self._writer.add_figure(f"{name}/spectrogram", figure, step, close=False)
 
     def flush(self) -> None:
         """Put all rows and events on disk, or on their way to s3://, for which `close` waits.
 
-        Raises:
-            OSError: an upload before this one failed.
+        OSError if an upload before this one failed.
         """
         self._writer.flush()
         if self._pool and self._upload_all() > EVENT_FILE_BYTES:
@@ -127,24 +119,26 @@ class Reporter:
                 self._scratch.cleanup()
 
     def _upload_all(self) -> int:
-        """Upload the metrics and every event file that grew; returns the size of the newest."""
+        """Upload the event files too; returns the size of the newest."""
         events = (self._folder / "tensorboard").iterdir()
-        files = sorted((path.stat().st_mtime_ns, path) for path in events)
-        self._upload(["metrics.jsonl"] + [f"tensorboard/{path.name}" for _, path in files])
-        return files[-1][1].stat().st_size
+        files = sorted(events, key=lambda path: path.stat().st_mtime_ns)
+        self._upload(files)
+        return files[-1].stat().st_size
 
-    def _upload(self, names: list[str]) -> None:
-        """Put whole files in the background, as they are now, because they go on growing."""
+    def _upload(self, events: Sequence[Path] = ()) -> None:
+        """Put changed files in the background, whole and as they are now: they go on growing."""
         assert self._pool is not None
         self._wait()
-        sizes = {name: (self._folder / name).stat().st_size for name in names}
-        changed = [name for name in names if self._uploaded.get(name) != sizes[name]]
-        contents = {name: (self._folder / name).read_bytes() for name in changed}
-        self._uploaded |= {name: len(data) for name, data in contents.items()}
-        contents |= self._notes
-        self._notes = {}
+        contents = {}
+        notes = [one for one in self._folder.iterdir() if one.is_file() and one != self._metrics]
+        for path in (self._metrics, *events, *notes):
+            state = (path.stat().st_mtime_ns, path.stat().st_size)
+            if self._uploaded.get(path) != state:
+                self._uploaded[path] = state
+                url = storage.join(self._run_dir, *path.relative_to(self._folder).parts)
+                contents[url] = path.read_bytes()
         self._last_upload = time.monotonic()
-        self._pending = self._pool.submit(_put_all, self._run_dir, contents)
+        self._pending = self._pool.submit(_put_all, contents)
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
@@ -152,18 +146,15 @@ class Reporter:
             pending.result()
 
 
-def _put_all(run_dir: str, contents: Mapping[str, bytes]) -> None:
-    for name, data in contents.items():
-        storage.put_bytes(storage.join(run_dir, *name.split("/")), data)
+def _put_all(contents: Mapping[str, bytes]) -> None:
+    for url, data in contents.items():
+        storage.put_bytes(url, data)
 
 
 def read_metrics(run_dir: str) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl, in the order they were written; [] where there is none.
 
-    A last line that was cut short by a kill is left out.
-
-    Raises:
-        ReportingError: another line is damaged.
+    A last line that was cut short by a kill is left out; ReportingError if another is damaged.
     """
     url = storage.join(run_dir, "metrics.jsonl")
     if not storage.exists(url):
@@ -183,11 +174,7 @@ def read_metrics(run_dir: str) -> list[dict[str, float]]:
 
 
 def for_listening(wave_T: np.ndarray, name: str = "wave") -> np.ndarray:
-    """float32 [T] with its peak at 0.9; silence stays silence.
-
-    Raises:
-        ReportingError: the wave holds NaN or infinity.
-    """
+    """float32 [T] with its peak at 0.9, or silence; ReportingError for NaN or infinity."""
     wave_T = np.asarray(wave_T, dtype=np.float32)
     assert wave_T.ndim == 1, f"{name}: a wave is [T], not {wave_T.shape}"
     if num_wrong := np.count_nonzero(~np.isfinite(wave_T)):

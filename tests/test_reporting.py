@@ -21,9 +21,8 @@ def tone(hertz: float, seconds: float = 1.0) -> np.ndarray:
 
 
 def board(folder: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(
-        str(folder), size_guidance={"scalars": 0, "images": 0, "audio": 0}
-    )
+    everything = {"scalars": 0, "images": 0, "audio": 0}
+    accumulator = EventAccumulator(str(folder), size_guidance=everything)
     accumulator.Reload()
     return accumulator
 
@@ -116,11 +115,9 @@ def test_sound_is_brought_to_a_listening_level_without_clipping(tmp_path: Path) 
 def test_a_spectrogram_shows_a_tone_at_its_frequency_and_silence_at_the_floor() -> None:
     decibels = decibel_spectrogram(tone(1000), RATE)
     assert decibels.max() == 0
-    bins = decibels.shape[0]
     middle = decibels[:, decibels.shape[1] // 2]
-    assert np.argmax(middle) * (RATE / 2) / (bins - 1) == pytest.approx(
-        1000, abs=RATE / 2 / (bins - 1)
-    )
+    bin_hertz = RATE / 2 / (len(middle) - 1)
+    assert np.argmax(middle) * bin_hertz == pytest.approx(1000, abs=bin_hertz)
     assert (decibel_spectrogram(np.zeros(RATE), RATE) == -70).all()
     assert (decibel_spectrogram(tone(100, 0.001), RATE) >= -70).all()
 
@@ -144,10 +141,9 @@ def test_panels_stand_in_columns_by_kind_on_one_colour_scale() -> None:
     shown = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
     assert list(sorted(shown)) == sorted(names)
     assert {axis.images[0].get_clim() for axis in shown.values()} == {(-70.0, 0.0)}
-    assert shown["source 2"].get_position().y0 == pytest.approx(
-        shown["estimate 2"].get_position().y0
-    )
-    assert shown["source 1"].get_position().x0 == pytest.approx(shown["source 2"].get_position().x0)
+    place = {name: axis.get_position() for name, axis in shown.items()}
+    assert place["source 2"].y0 == pytest.approx(place["estimate 2"].y0)
+    assert place["source 1"].x0 == pytest.approx(place["source 2"].x0)
     assert shown["mixture"].get_xlim() == (0.0, 1.0) and shown["mixture"].get_ylim() == (0.0, 4.0)
 
 
@@ -184,11 +180,13 @@ def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(
     scratch = Path(reporter._folder)
     for step in range(1, 7):
         reporter.log(step, {"loss/total": 100.0 + step})
+        reporter.note("note.json", f"after {step}")
         if step == 4:
             reporter.flush()
     reporter.close()
     assert not scratch.exists()
-    assert storage.list_names(run_dir) == ["metrics.jsonl", "tensorboard"]
+    assert storage.list_names(run_dir) == ["metrics.jsonl", "note.json", "tensorboard"]
+    assert storage.read_bytes(f"{run_dir}/note.json") == b"after 6"
     next_second()
     again = Reporter(run_dir, resume_step=4)
     assert len(storage.read_bytes(f"{run_dir}/metrics.jsonl").splitlines()) == 4

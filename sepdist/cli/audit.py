@@ -9,24 +9,19 @@ there is nothing to check.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from sepdist import storage
+from sepdist.training import ledger
 from sepdist.training.checkpoint import find_committed, read_file
-from sepdist.training.ledger import (
-    APPLIED,
-    SKIPPED,
-    LedgerError,
-    SegmentRef,
-    as_ranges,
-    read_history,
-)
+from sepdist.training.ledger import LedgerError, SegmentRef
 
 
 @dataclass
@@ -36,12 +31,12 @@ class Audit:
     checkpoint: str
     steps: int
     positions: int  # that the steps should have consumed
-    num_lost: int = 0
-    num_repeated: int = 0
-    lost: list[list[int]] = field(default_factory=list)
-    repeated: list[list[int]] = field(default_factory=list)
-    outcomes: dict[str, int] = field(default_factory=dict)  # steps applied and skipped
-    world_sizes: dict[int, int] = field(default_factory=dict)  # steps by number of workers
+    num_lost: int
+    num_repeated: int
+    lost: list[list[int]]
+    repeated: list[list[int]]
+    outcomes: dict[str, int]  # steps applied and skipped
+    world_sizes: dict[int, int]  # steps by number of workers
 
     @property
     def sound(self) -> bool:
@@ -63,28 +58,28 @@ def audit(run_dir: str) -> Audit:
     state = json.loads(read_file(newest, "state.json"))
     if "ledger" not in state:
         raise LedgerError(f"{newest.url}: names no ledger")
-    global_batch = state["num_virtual_shards"] * state["micro_batch"]
-    fetched = np.zeros(newest.step * global_batch, dtype=np.int32)  # how often, by position
+    num_positions = newest.step * state["num_virtual_shards"] * state["micro_batch"]
+    fetched = np.zeros(num_positions, dtype=np.int32)  # how often, by position
     outside: list[int] = []
     outcomes: Counter[str] = Counter()
     world_sizes: Counter[int] = Counter()
-    for _, outcome, ranks in read_history(run_dir, SegmentRef(**state["ledger"])):
+    for _, outcome, ranks in ledger.read_history(run_dir, SegmentRef(**state["ledger"])):
         outcomes[outcome] += 1
         world_sizes[len(ranks)] += 1
-        for start, stop in (span for spans in ranks for span in spans):
-            fetched[start : min(stop, len(fetched))] += 1
-            outside.extend(range(max(start, len(fetched)), stop))
+        for start, stop in itertools.chain.from_iterable(ranks):
+            fetched[start:stop] += 1
+            outside.extend(range(max(start, num_positions), stop))
     lost = np.flatnonzero(fetched == 0).tolist()
     repeated = [*np.flatnonzero(fetched > 1).tolist(), *sorted(outside)]
     return Audit(
         checkpoint=newest.url,
         steps=newest.step,
-        positions=len(fetched),
+        positions=num_positions,
         num_lost=len(lost),
         num_repeated=len(repeated),
-        lost=as_ranges(lost),
-        repeated=as_ranges(repeated),
-        outcomes={name: outcomes[name] for name in (APPLIED, SKIPPED)},
+        lost=ledger.as_ranges(lost),
+        repeated=ledger.as_ranges(repeated),
+        outcomes={name: outcomes[name] for name in (ledger.APPLIED, ledger.SKIPPED)},
         world_sizes=dict(sorted(world_sizes.items())),
     )
 
@@ -92,9 +87,7 @@ def audit(run_dir: str) -> Audit:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the result; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="sepdist audit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dir", help="a folder or s3://bucket/prefix")
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")

@@ -65,9 +65,7 @@ def help_text(schema: type[Any], groups: dict[str, str | None], doc: str | None)
     for field in dataclasses.fields(schema):
         found = re.search(rf"^    {field.name}:.*?(?=^    \w+:|\Z)", source, re.M | re.S)
         comment = " ".join(re.findall(r"# (.*)", found[0])) if found else ""
-        default = groups.get(field.name) or field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+        default = groups.get(field.name) or getattr(schema(), field.name)
         shown = default if isinstance(default, str) else json.dumps(default)
         if field.name in groups and not comment:
             files = Path(config.config_dir(), field.name).glob("*.yaml")

@@ -24,23 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output", help="the PNG file, a path or s3://")
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="TITLE=FOLDER",
-        help="run_dirs, data sets or outputs, in drawing order",
-    )
+    folders = "run_dirs, data sets or outputs, in drawing order"
+    parser.add_argument("runs", nargs="+", metavar="TITLE=FOLDER", help=folders)
     parser.add_argument("--title", default="", help="title of the figure")
-    parser.add_argument(
-        "--kind", choices=FIGURES, default="figure2", help="which figure (default: %(default)s)"
-    )
+    kind = "which figure (default: %(default)s)"
+    parser.add_argument("--kind", choices=FIGURES, default="figure2", help=kind)
     given = parser.parse_args(arguments)
     with user_console() as console:
         if wrong := [one for one in given.runs if "=" not in one]:
             raise ConfigError(f"{wrong[0]}: give TITLE=FOLDER")
         runs = dict(one.split("=", 1) for one in given.runs)
         draw(FigureConfig(runs, given.output, given.title, given.kind), console)
-
-
-if __name__ == "__main__":
-    main()

@@ -62,9 +62,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sepdist separate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recordings", nargs="+", help="audio file (wav, flac, ogg, ...) or s3://")
     model = "run_dir (its best checkpoint is taken) or export; path or s3://"

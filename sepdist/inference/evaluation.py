@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sepdist import storage
+from sepdist import config, storage
 from sepdist.config import EvaluateConfig
 from sepdist.data.records import Batch
 from sepdist.data.shards import Manifest, read_manifest
 from sepdist.inference import scoring
 from sepdist.inference.export import Export, load_separator
+from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
 from sepdist.reporting import to_csv
@@ -71,9 +72,9 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         ConfigError: model and data do not fit each other.
         EvaluationError: an utterance has no finite score.
     """
-    from sepdist.plotting import to_png  # late: Ray tasks draw nothing
+    from sepdist.plotting import improvements, to_png  # late: Ray tasks draw nothing
 
-    cfg = scoring.absolute_paths(cfg)
+    config.make_paths_absolute(cfg)
     began = time.monotonic()
     export = load_separator(cfg.model)
     manifest, numbers = scoring.check_data(cfg, export)
@@ -86,9 +87,12 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     results = summarise(cfg, export, manifest, scores)
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
     header = [field.name for field in dataclasses.fields(Score)]
+    gains = np.array([score.si_snri for score in scores])
+    before = [value for score in scores for value in score.si_snr_mixture_by_source]
+    after = [value for score in scores for value in score.si_snr_by_source]
     files = {
         "utterances.csv": to_csv(header, map(dataclasses.astuple, scores)),
-        "histogram.png": to_png(histogram(scores)),
+        "histogram.png": to_png(improvements(gains, before, after)),
     }
     print_table(console, results, scores)
     scoring.write_results(console, cfg.output, files, results)
@@ -128,7 +132,7 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     )
     for metric, value in values.items():
         if not np.isfinite(value):
-            raise scoring.EvaluationError(f"{name}: its {metric} is {value}")
+            raise EvaluationError(f"{name}: its {metric} is {value}")
     return Score(
         id=name,
         length_seconds=mixture_T.numel() / rate,
@@ -143,20 +147,17 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
 def check_audible(name: str, estimates_ST: Tensor, sources_ST: Tensor) -> None:
     """EvaluationError unless both have one shape, and no wave is silent or not finite."""
     if estimates_ST.shape != sources_ST.shape:
-        raise scoring.EvaluationError(
+        raise EvaluationError(
             f"{name}: the model gives estimates of shape {list(estimates_ST.shape)}, the sources "
             f"are of shape {list(sources_ST.shape)}; num_sources must be the number of its outputs"
         )
     for kind, waves in (("source", sources_ST), ("estimate", estimates_ST)):
         for number, wave in enumerate(waves, start=1):
+            place = f"{name}: {kind} {number}"
             if not torch.isfinite(wave).all():
-                raise scoring.EvaluationError(
-                    f"{name}: {kind} {number} holds NaN or infinity; no score"
-                )
+                raise EvaluationError(f"{place} holds NaN or infinity; no score")
             if wave.std() == 0:
-                raise scoring.EvaluationError(
-                    f"{name}: {kind} {number} is silent; SI-SNR and SDR are undefined"
-                )
+                raise EvaluationError(f"{place} is silent; SI-SNR and SDR are undefined")
 
 
 def _sdr(estimates_ST: Tensor, sources_ST: Tensor) -> float:
@@ -216,30 +217,6 @@ def summarise(
         },
         "versions": scoring.versions("torch", "numpy", "fast-bss-eval"),
     }
-
-
-def histogram(scores: Sequence[Score]) -> Any:
-    """Figure of the distribution of SI-SNRi, and of output over input SI-SNR by source."""
-    from matplotlib.figure import Figure
-
-    gains = np.array([score.si_snri for score in scores])
-    figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    num_bins = min(50, max(5, len(gains) // 8))
-    left.hist(gains, bins=num_bins, color="tab:blue", edgecolor="white", linewidth=0.5)
-    for name, value, style in (("mean", np.mean(gains), "-"), ("median", np.median(gains), "--")):
-        left.axvline(value, color="tab:red", linestyle=style, label=f"{name} {value:.2f} dB")
-    left.set(xlabel="SI-SNRi in dB", ylabel="utterances", title=f"{len(gains)} utterances")
-    left.legend()
-    before = [value for score in scores for value in score.si_snr_mixture_by_source]
-    after = [value for score in scores for value in score.si_snr_by_source]
-    right.scatter(before, after, s=12, alpha=0.6, linewidths=0)
-    ends = [min(before + after), max(before + after)]
-    right.plot(ends, ends, color="grey", linestyle=":", label="no improvement")
-    right.set(xlabel="SI-SNR of the mixture in dB", ylabel="SI-SNR of the estimate in dB")
-    right.set_title("output over input, by source")
-    right.legend()
-    return figure
 
 
 def print_table(console: Console, results: Mapping[str, Any], scores: Sequence[Score]) -> None:

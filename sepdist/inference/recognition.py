@@ -21,6 +21,7 @@ from sepdist.data.dataset import Item, collate
 from sepdist.data.records import Mixture
 from sepdist.inference import scoring
 from sepdist.inference.export import Export, load_export, load_separator
+from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.wer import error_rate, word_errors
 from sepdist.reporting import to_csv
 
@@ -50,7 +51,7 @@ def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
         ValueError: an utterance has no transcript, or cannot be separated.
     """
     began = time.monotonic()
-    cfg = scoring.absolute_paths(cfg)
+    config.make_paths_absolute(cfg)
     corpus = config.build(cfg.corpus)
     export = load_separator(cfg.model) if cfg.model else None
     check_fit(cfg, corpus, export)
@@ -88,8 +89,7 @@ def check_fit(cfg: RecogniseConfig, corpus: Any, export: Export | None) -> None:
 def plan(cfg: RecogniseConfig, corpus: Any) -> list[tuple[str, Mixture]]:
     """Every utterance to recognise, with its condition.
 
-    Raises:
-        ConfigError: an utterance has no transcript, or a condition no utterances.
+    ConfigError if an utterance has no transcript, or a condition no utterances.
     """
     found: list[tuple[str, Mixture]] = []
     for condition in cfg.conditions:
@@ -129,9 +129,7 @@ def recognise_one(
     if model is not None:
         estimates_ST = scoring.separate_batch(model, batch, device).numpy()
         if not np.isfinite(estimates_ST).all():
-            raise scoring.EvaluationError(
-                f"{record.id}: the model's estimates hold NaN or infinity"
-            )
+            raise EvaluationError(f"{record.id}: the model's estimates hold NaN or infinity")
         estimates = [audio.at_level_of(mixture_T, wave_T) for wave_T in estimates_ST]
     texts = tuple(recogniser(wave_T, record.sample_rate) for wave_T in (mixture_T, *estimates))
     errors, num_words = zip(*(word_errors(reference, text) for text in texts), strict=True)

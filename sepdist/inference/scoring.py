@@ -9,7 +9,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -38,13 +37,6 @@ class EvaluationError(ValueError):
     """An utterance has no score; the message names it and says why."""
 
 
-def absolute_paths(cfg: _Cfg) -> _Cfg:
-    """The config with absolute paths, because Ray tasks run in another working directory."""
-    urls = {name: getattr(cfg, name, None) for name in ("model", "data", "output", "cache_dir")}
-    paths: dict[str, Any] = {key: storage.absolute(url) for key, url in urls.items() if url}
-    return replace(cfg, **paths)
-
-
 def check_workers(cfg: EvaluateConfig | RecogniseConfig) -> None:
     """Refuse a negative number of workers, or a GPU where there is none."""
     if cfg.num_workers < 0:
@@ -67,11 +59,7 @@ def open_dataset(cfg: EvaluateConfig) -> Dataset:
 
 
 def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range]:
-    """The manifest of the data set, and the numbers of the mixtures to score.
-
-    Raises:
-        ConfigError: model and data cannot be scored together.
-    """
+    """The manifest and the numbers of the mixtures to score; ConfigError if the model misfits."""
     check_workers(cfg)
     manifest = open_dataset(cfg).manifest
     if export.sample_rate != manifest.sample_rate:
@@ -99,11 +87,7 @@ def device_of(cfg: EvaluateConfig | RecogniseConfig) -> torch.device:
 
 
 def separate_batch(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Separate a batch of one mixture: float32 [S, T] on the CPU.
-
-    Raises:
-        EvaluationError: the mixture is shorter than the model's `min_length`.
-    """
+    """Separate a batch of one mixture, float32 [S, T]; EvaluationError if it is too short."""
     num_samples, least = batch.mixture.shape[1], int(getattr(model, "min_length", 1))
     if num_samples < least:
         raise EvaluationError(

@@ -3,7 +3,7 @@
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,12 @@ def separate_file(
     windows = windows or Windows()
     if file_format not in FORMATS:
         raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
-    with _work_folder(output_folder) as work:
+    local = None if storage.is_remote(output_folder) else Path(output_folder)
+    if local:
+        local.mkdir(parents=True, exist_ok=True)
+    # Unfinished files lie in the output folder, where finishing one is a rename.
+    with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
+        work = Path(folder)
         path, scratch = Path(recording), work / "estimates.f32"
         if storage.is_remote(recording):
             path = work / "recording"
@@ -79,8 +84,8 @@ def separate_file(
             peaks = _write_raw(scratch, resampled(fit, model_rate, rate), num_samples)
         gains, warnings = fit.gains(), []
         loudest = float(np.max(np.abs(gains) * peaks))
-        scale = min(1.0, PEAK_LIMIT / loudest) if loudest > 0 else 1.0
-        if fit.silent:
+        scale = PEAK_LIMIT / max(loudest, PEAK_LIMIT)
+        if fit.products[-1, -1] == 0:  # the energy of the mixture
             warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
         if scale < 1:
             why = "because one would have clipped"
@@ -89,35 +94,20 @@ def separate_file(
         outputs = [storage.join(output_folder, name) for name in names]
         _write_audio([work / name for name in names], scratch, gains * scale, rate)
         for name, output in zip(names, outputs, strict=True):
-            if storage.is_remote(output):
-                storage.put_file(work / name, output)
-            else:
+            if local:
                 (work / name).replace(output)
+            else:
+                storage.put_file(work / name, output)
     return Separation(outputs, num_samples, rate, gains.tolist(), scale, warnings)
-
-
-@contextmanager
-def _work_folder(output_folder: str) -> Iterator[Path]:
-    """A folder for unfinished files, inside a local output folder: finishing one is a rename."""
-    parent = None
-    if not storage.is_remote(output_folder):
-        parent = Path(output_folder)
-        parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".separating-", dir=parent) as folder:
-        yield Path(folder)
 
 
 def _open(path: Path, name: str) -> soundfile.SoundFile:
     if not path.exists():
         raise FileNotFoundError(f"{name} does not exist")
     try:
-        sound = soundfile.SoundFile(str(path))
+        return soundfile.SoundFile(str(path))
     except soundfile.LibsndfileError as error:
         raise SeparationError(f"{name} is not readable audio ({error.error_string})") from error
-    if sound.frames == 0:
-        sound.close()
-        raise SeparationError(f"{name} is empty: it has no samples")
-    return sound
 
 
 def _sizes(model: nn.Module, rate: int, windows: Windows) -> tuple[int, int]:
@@ -135,6 +125,8 @@ def _mono_blocks(
     sound: soundfile.SoundFile, name: str, progress: Callable[[float, float], None]
 ) -> Iterator[np.ndarray]:
     """The mean of the channels in float32 blocks [1, n], as many samples as the header promises."""
+    if sound.frames == 0:
+        raise SeparationError(f"{name} is empty: it has no samples")
     rate, done = sound.samplerate, 0
     while done < sound.frames:
         try:
@@ -166,20 +158,16 @@ def run_windows(
     The context is cut off. The model does not get windows of digital silence, since it may divide
     by their power: their estimates are silence.
     """
-    num_speakers = 0  # not known yet
     windows = iter(windows)
     while batch := list(itertools.islice(windows, batch_size)):
         mixtures_BT = np.stack([wave for wave, _ in batch])
         audible_B = mixtures_BT.any(axis=1)
-        if not audible_B.any() and not num_speakers:  # how many outputs has the model?
-            noise = np.random.default_rng(0).standard_normal(mixtures_BT[:1].shape)
-            num_speakers = _forward(model, noise.astype(np.float32), name, device).shape[1]
-        if audible_B.any():
-            separated = _forward(model, mixtures_BT[audible_B], name, device)
-            num_speakers = separated.shape[1]
-        estimates_BST = np.zeros((len(batch), num_speakers, mixtures_BT.shape[1]), np.float32)
-        if audible_B.any():
-            estimates_BST[audible_B] = separated
+        inputs_BT = mixtures_BT[audible_B]
+        if not len(inputs_BT):  # noise, to learn how many outputs the model has
+            inputs_BT = np.random.default_rng(0).standard_normal(mixtures_BT[:1].shape, np.float32)
+        separated = _forward(model, inputs_BT, name, device)
+        estimates_BST = np.zeros((len(batch), *separated.shape[1:]), np.float32)
+        estimates_BST[audible_B] = separated[: audible_B.sum()]
         for estimates_ST, (wave_T, context) in zip(estimates_BST, batch, strict=True):
             yield np.concatenate([estimates_ST, wave_T[None]])[:, context:]
 
@@ -224,11 +212,6 @@ class LevelFit:
             wide = block.astype(np.float64)
             self.products = self.products + wide @ wide.T
             yield block[:-1]
-
-    @property
-    def silent(self) -> bool:
-        """Whether the mixture is digital silence."""
-        return bool(self.products[-1, -1] == 0)
 
     def gains(self) -> np.ndarray:
         """[S]; a silent estimate gets 0, and equal estimates share the mixture (least norm)."""

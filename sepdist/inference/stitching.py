@@ -114,9 +114,6 @@ def _continued_order(tail: np.ndarray, head: np.ndarray, previous: list[int]) ->
     score = tail @ head.T
     if np.abs(score).max() <= 1e-6 * np.linalg.norm(tail) * np.linalg.norm(head):
         return previous
-    import torch  # late, so that the command line of `sepdist separate` is read without it
+    from scipy.optimize import linear_sum_assignment  # late: SciPy takes a second to import
 
-    from sepdist.metrics.permutation import best_permutation
-
-    _, order = best_permutation(torch.from_numpy(score.T.copy())[None])
-    return order[0].tolist()
+    return linear_sum_assignment(score, maximize=True)[1].tolist()

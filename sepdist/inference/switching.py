@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from sepdist import storage
+from sepdist import config, storage
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.inference import scoring
 from sepdist.inference.export import load_export
 from sepdist.metrics.permutation import best_permutation, permutation_rank
 from sepdist.metrics.si_snr import pairwise_si_snr
 from sepdist.reporting import read_metrics, to_csv
-from sepdist.training.checkpoint import Committed, find_committed, read_file
+from sepdist.training.checkpoint import find_committed, read_file
 
 Permutations = dict[str, int]  # utterance id -> rank of its best permutation
 
@@ -29,7 +29,7 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     Raises:
         ConfigError: the run has fewer than two checkpoints, or model and data do not fit.
     """
-    cfg = scoring.absolute_paths(cfg)
+    config.make_paths_absolute(cfg)
     committed = find_committed(storage.join(cfg.model, "checkpoints"))
     by_step = {one.step: one for one in committed}  # the newest, where a step occurs twice
     checkpoints = [by_step[step] for step in sorted(by_step)]
@@ -49,7 +49,11 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         f"step-{step:09d}.csv": to_csv(("id", "permutation"), sorted(permutations.items()))
         for step, permutations in found.items()
     }
-    in_training = {one.step: permutations_in_training(one) for one in checkpoints}
+    # The permutations of the last whole epoch before a checkpoint, as the run saw its crops.
+    in_training = {
+        one.step: json.loads(read_file(one, "state.json"))["switches"]["previous"]
+        for one in checkpoints
+    }
     results = {
         "run": cfg.model,
         "data": cfg.data,
@@ -73,11 +77,6 @@ def assign(cfg: EvaluateConfig, items: Sequence[tuple[str, int]]) -> Iterator[tu
             yield batch.ids[0], int(permutation_rank(order_BS))
 
 
-def permutations_in_training(one: Committed) -> Permutations:
-    """The permutations of the last whole epoch before a checkpoint, as the run saw its crops."""
-    return json.loads(read_file(one, "state.json"))["switches"]["previous"]
-
-
 def compare(
     by_step: Mapping[int, Permutations],
     metrics: Sequence[Mapping[str, float]],
@@ -90,13 +89,10 @@ def compare(
     and the correlation of the two rates, and the share of utterances with equal permutations.
     """
     steps = sorted(by_step)
+    measured = [row for row in metrics if "switching/rate" in row]
     rows = []
     for before, after in itertools.pairwise(steps):
-        online = [
-            row["switching/rate"]
-            for row in metrics
-            if "switching/rate" in row and before < row["step"] <= after
-        ]
+        online = [row["switching/rate"] for row in measured if before < row["step"] <= after]
         rate = 1 - share_equal(by_step[before], by_step[after])
         mean = float(np.mean(online)) if online else None
         rows.append({"from": before, "to": after, "rate": rate, "online": mean})

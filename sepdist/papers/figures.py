@@ -4,9 +4,10 @@ import csv
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from omegaconf import MISSING
 from rich.console import Console
 
@@ -16,9 +17,6 @@ from sepdist.data.order import units_per_epoch
 from sepdist.data.shards import all_metadata, read_manifest
 from sepdist.plotting import Curves, figure2, gap, histogram, scatter, to_png
 from sepdist.reporting import read_metrics
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -88,7 +86,7 @@ def read_predictions(output: str) -> np.ndarray:
     )
 
 
-FIGURES: dict[str, tuple[Callable[[str], Any], Callable[[Mapping[str, Any], str], "Figure"]]] = {
+FIGURES: dict[str, tuple[Callable[[str], Any], Callable[[Mapping[str, Any], str], Figure]]] = {
     "figure2": (read_curves, figure2),
     "gap": (read_curves, gap),
     "histogram": (read_si_snr, histogram),

@@ -36,27 +36,17 @@ def data(tmp_path: Path) -> tuple[str, dict[float, Tensor], list[list[float]]]:
     records, truth, wanted = [], {}, []
     for number in range(5):
         waves = voices(3000 + number, seed=number, num=4)
-        members = {"s1": waves[0], "s2": waves[1]}
-        members |= {"e1": waves[0] + 0.3 * number * waves[2], "e2": 0.5 * waves[1] + 0.1 * waves[3]}
-        members = {
-            name: np.round(wave * 2**15).astype(np.float32) / 2**15
-            for name, wave in members.items()
-        }
+        noisy = (waves[0] + 0.3 * number * waves[2], 0.5 * waves[1] + 0.1 * waves[3])
+        stored = np.round(np.stack([*waves[:2], *noisy]) * 2**15).astype(np.float32) / 2**15
+        members = dict(zip(("s1", "s2", "e1", "e2"), stored, strict=True))
         records.append(Mixture(f"m{number}", ("a", "b"), RATE, lambda members=members: members))
-        mixture = members["s1"] + members["s2"]
-        truth[round(float(torch.from_numpy(mixture)[:50].sum()), 4)] = torch.from_numpy(
-            np.stack([members["s1"], members["s2"]])
-        )
+        sources_ST = torch.from_numpy(stored[:2])
+        truth[round(float(sources_ST.sum(0)[:50].sum()), 4)] = sources_ST
         pairs = (("e1", "s1"), ("e2", "s2"))
         wanted.append([min(oracle_si_snr(members[e], members[s]), 200) for e, s in pairs])
     url = str(tmp_path / "data")
-    shards.write_manifest(
-        url,
-        "toy",
-        "test",
-        RATE,
-        [shards.write_shard(records, url, shards.shard_name("toy", "test", 0))],
-    )
+    info = shards.write_shard(records, url, shards.shard_name("toy", "test", 0))
+    shards.write_manifest(url, "toy", "test", RATE, [info])
     return url, truth, wanted
 
 
@@ -72,17 +62,15 @@ def test_correlation_and_errors_are_those_of_numpy(data, tmp_path: Path, monkeyp
     with open(output / "utterances.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     found = np.array([[float(row["true_1"]), float(row["true_2"])] for row in rows])
-    np.testing.assert_allclose(
-        found[1:], true[1:], atol=2e-3
-    )  # in the first, e1 is s1 itself: as good as eps allows
+    # In the first, e1 is s1 itself: as good as eps allows.
+    np.testing.assert_allclose(found[1:], true[1:], atol=2e-3)
     predicted = 0.5 * found + 1.0
     mean_true, mean_predicted = found.mean(1), predicted.mean(1)
     assert results["lcc"] == pytest.approx(np.corrcoef(mean_true, mean_predicted)[0, 1], abs=1e-4)
     assert results["mae"] == pytest.approx(np.abs(mean_predicted - mean_true).mean(), abs=1e-3)
     assert results["bias"] == pytest.approx((mean_predicted - mean_true).mean(), abs=1e-3)
-    assert results["by_estimate"]["mae"] == pytest.approx(
-        np.abs(predicted - found).mean(), abs=1e-3
-    )
+    by_estimate = np.abs(predicted - found).mean()
+    assert results["by_estimate"]["mae"] == pytest.approx(by_estimate, abs=1e-3)
     assert json.loads((output / "results.json").read_text()) == results
     assert (output / "scatter.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -100,7 +88,6 @@ def test_a_data_set_without_estimates_is_refused_with_what_to_do(
 ) -> None:
     monkeypatch.setattr(estimation, "load_export", lambda _: Export(Halving({}), RATE, {}, "x"))
     cfg = EvaluateConfig("x", tiny_data["dev"], str(tmp_path / "out"), num_workers=0)
-    with pytest.raises(
-        ConfigError, match=r"has s1, s2, noise, no estimates; write it with corpus=separated"
-    ):
+    message = "has s1, s2, noise, no estimates; write it with corpus=separated"
+    with pytest.raises(ConfigError, match=message):
         estimation.evaluate_estimator(cfg, Console(quiet=True))

@@ -1,9 +1,7 @@
 """Scores against independent oracles; the whole program, in this process and on Ray."""
 
 import csv
-import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,9 +38,8 @@ MODEL = {
 
 
 def voices(num_samples: int = 4000, seed: int = 0, num: int = 2) -> np.ndarray:
-    return (0.1 * np.random.default_rng(seed).standard_normal((num, num_samples))).astype(
-        np.float32
-    )
+    waves = 0.1 * np.random.default_rng(seed).standard_normal((num, num_samples))
+    return waves.astype(np.float32)
 
 
 def batch_of(sources: np.ndarray, noise: np.ndarray | None = None) -> Batch:
@@ -112,9 +109,7 @@ def test_the_level_of_an_estimate_does_not_count() -> None:
     estimates = torch.from_numpy(sources + 0.01 * voices(seed=1))
     loud = score_utterance(estimates, batch_of(sources), RATE)
     quiet = score_utterance(estimates * torch.tensor([[1e-6], [300.0]]), batch_of(sources), RATE)
-    assert quiet.si_snr == pytest.approx(loud.si_snr, abs=1e-3) and quiet.sdr == pytest.approx(
-        loud.sdr, abs=1e-3
-    )
+    assert (quiet.si_snr, quiet.sdr) == pytest.approx((loud.si_snr, loud.sdr), abs=1e-3)
 
 
 def test_the_mixture_itself_gains_nothing() -> None:
@@ -165,16 +160,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(7):
         waves = voices(4000 + 800 * number, seed=number, num=3)
         members = {"s1": waves[0], "s2": waves[1], "noise": 0.3 * waves[2]}
-        mixtures.append(
-            Mixture(
-                f"m{number}", (f"a{number}", f"b{number}"), RATE, lambda members=members: members
-            )
-        )
+        speakers = (f"a{number}", f"b{number}")
+        mixtures.append(Mixture(f"m{number}", speakers, RATE, lambda members=members: members))
     url = str(folder / "data")
     names = [shards.shard_name("toy", "test", number) for number in range(2)]
-    infos = [
-        shards.write_shard(mixtures[4 * i : 4 * i + 4], url, name) for i, name in enumerate(names)
-    ]
+    halves = (mixtures[:4], mixtures[4:])
+    infos = [shards.write_shard(*one) for one in zip(halves, [url, url], names, strict=True)]
     shards.write_manifest(url, "toy", "test", RATE, infos)
     write_export(folder / "model", RATE)
     return folder
@@ -191,19 +182,9 @@ def write_export(folder: Path, rate: int = RATE) -> nn.Module:
 
 
 def options(work: Path, output: str, **changes: object) -> EvaluateConfig:
-    values = {
-        "model": str(work / "model"),
-        "data": str(work / "data"),
-        "output": str(work / output),
-    }
-    return EvaluateConfig(
-        **(values | {"cache_dir": str(work / "cache"), "num_workers": 0} | changes)
-    )
-
-
-@pytest.fixture
-def console() -> Console:
-    return Console(file=io.StringIO(), width=140)
+    places = {"model": "model", "data": "data", "output": output, "cache_dir": "cache"}
+    values = {key: str(work / name) for key, name in places.items()} | {"num_workers": 0}
+    return EvaluateConfig(**(values | changes))
 
 
 def test_the_output_folder_holds_results_rows_pictures_and_sound(
@@ -228,15 +209,10 @@ def test_the_output_folder_holds_results_rows_pictures_and_sound(
     assert sorted(path.name for path in (output / "listening").iterdir()) == ["0", "1"]
     wave, rate = soundfile.read(str(output / "listening" / "1" / "mixture.wav"))
     assert rate == RATE and len(wave) == 4800
-    names = {
-        "mixture.wav",
-        "source_1.wav",
-        "source_2.wav",
-        "estimate_1.wav",
-        "estimate_2.wav",
-        "spectrogram.png",
-    }
-    assert {path.name for path in (output / "listening" / "1").iterdir()} == names
+    assert sorted(path.name for path in (output / "listening" / "1").iterdir()) == [
+        *("estimate_1.wav", "estimate_2.wav", "mixture.wav"),
+        *("source_1.wav", "source_2.wav", "spectrogram.png"),
+    ]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "SI-SNRi" in shown and "toy test: 7 utterances" in shown
 
@@ -245,9 +221,8 @@ def test_the_output_folder_holds_results_rows_pictures_and_sound(
 def test_two_ray_tasks_give_the_rows_of_this_process(work: Path, console: Console) -> None:
     alone = evaluation.evaluate(options(work, "alone", num_listening=0), console)
     spread = evaluation.evaluate(options(work, "spread", num_listening=0, num_workers=2), console)
-    assert (work / "alone" / "utterances.csv").read_bytes() == (
-        work / "spread" / "utterances.csv"
-    ).read_bytes()
+    first, second = (work / name / "utterances.csv" for name in ("alone", "spread"))
+    assert first.read_bytes() == second.read_bytes()
     assert alone.pop("run") != spread.pop("run")
     assert alone == spread
 
@@ -271,27 +246,13 @@ def test_model_and_data_that_do_not_fit_are_refused_before_scoring(
 
 
 def test_the_program_composes_runs_and_names_what_is_missing(
-    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Path, run_verb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*overrides: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluate", *overrides])
-        try:
-            program.main()
-        except SystemExit as exit_:
-            return int(exit_.code or 0)
-        return 0
-
-    fixed = [
-        f"model={work / 'model'}",
-        f"output={work / 'program'}",
-        "num_workers=0",
-        "num_listening=0",
-    ]
-    assert (
-        run(*fixed, f"data={work / 'data'}", f"cache_dir={work / 'cache'}", "num_mixtures=1") == 0
-    )
+    fixed = ["num_workers=0", "num_listening=0", "num_mixtures=1", f"cache_dir={work / 'cache'}"]
+    fixed += [f"model={work / 'model'}", f"output={work / 'program'}"]
+    assert run_verb(program, *fixed, f"data={work / 'data'}") == 0
     assert (work / "program" / "results.json").exists()
-    assert run(*fixed) == 1
+    assert run_verb(program, *fixed) == 1
     assert "data" in capsys.readouterr().err
-    assert run(*fixed, f"data={work / 'nowhere'}") == 1
+    assert run_verb(program, *fixed, f"data={work / 'nowhere'}") == 1
     assert str(work / "nowhere") in capsys.readouterr().err.replace("\n", "")

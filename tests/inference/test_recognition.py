@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from tests.inference.test_evaluation import write_export
 LOW = {"ONE": 500, "TWO": 700, "THREE": 900, "FOUR": 1100}
 HIGH = {"RED": 2200, "BLUE": 2600}
 WORD_SECONDS = 0.1
+BAND_SPLIT = {"_target_": "tests.inference.test_recognition.BandSplit"}
 
 
 def speak(text: str, level: float = 0.2) -> np.ndarray:
@@ -78,24 +78,17 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         0: ("ONE TWO THREE FOUR ONE TWO THREE FOUR ONE TWO", loud),  # the last word is talked over
         1: ("FOUR FOUR THREE THREE TWO", quiet),  # too quiet to do harm
     }
-    write_meeting(
-        root,
-        "OV10",
-        meeting_name(10, 0),
-        {n: (text, speak(text) + wave) for n, (text, wave) in ten.items()},
-    )
-    over = speak("- - - BLUE RED", 0.6)
     forty = {
-        0: ("ONE TWO THREE FOUR ONE", over),
-        3: ("ONE RED TWO", 0 * speak("- - -")),
-    }  # RED: in the wrong band
-    write_meeting(
-        root,
-        "OV40",
-        meeting_name(40, 1),
-        {n: (t, speak(t) + wave) for n, (t, wave) in forty.items()},
-    )
-    export(tmp_path / "split", {"_target_": "tests.inference.test_recognition.BandSplit"})
+        0: ("ONE TWO THREE FOUR ONE", speak("- - - BLUE RED", 0.6)),
+        3: ("ONE RED TWO", speak("- - -")),  # RED: in the wrong band
+    }
+    for condition, meeting, spoken in (
+        ("OV10", meeting_name(10, 0), ten),
+        ("OV40", meeting_name(40, 1), forty),
+    ):
+        texts = {number: (text, speak(text) + other) for number, (text, other) in spoken.items()}
+        write_meeting(root, condition, meeting, texts)
+    export(tmp_path / "split", BAND_SPLIT)
     return tmp_path
 
 
@@ -118,11 +111,6 @@ def options(work: Path, **changes: object) -> RecogniseConfig:
     return RecogniseConfig(**(values | changes))
 
 
-@pytest.fixture
-def console() -> Console:
-    return Console(file=io.StringIO(), width=140)
-
-
 def test_rates_are_those_counted_by_hand(work: Path, console: Console) -> None:
     results = recognition.recognise(options(work), console)
     # OV10: one error in 10 words, none in 5; separated, none. OV40: two in 5, none in 3; separated,
@@ -131,12 +119,8 @@ def test_rates_are_those_counted_by_hand(work: Path, console: Console) -> None:
         "OV10": {"mixture": pytest.approx(100 / 15), "separated": 0.0},
         "OV40": {"mixture": pytest.approx(25.0), "separated": pytest.approx(12.5)},
     }
-    assert results["counts"]["OV40"] == {
-        "utterances": 2,
-        "words": 8,
-        "mixture_errors": 2,
-        "separated_errors": 1,
-    }
+    counts = {"utterances": 2, "words": 8, "mixture_errors": 2, "separated_errors": 1}
+    assert results["counts"]["OV40"] == counts
     assert json.loads((work / "out" / "results.json").read_text()) == results
     assert results["model"]["lineage"] == {"run": "split", "step": 3}
     assert results["recogniser"]["folder"] == "none" and results["versions"]["jiwer"]
@@ -144,11 +128,8 @@ def test_rates_are_those_counted_by_hand(work: Path, console: Console) -> None:
     assert [row["condition"] for row in rows] == ["OV10", "OV10", "OV40", "OV40"]
     assert rows[2]["mixture"] == "one two three blue red" and rows[2]["output_2"] == "blue red"
     last = rows[3]
-    assert (last["reference"], last["output_1"], last["output_2"]) == (
-        "ONE RED TWO",
-        "one two",
-        "red",
-    )
+    texts = [last[name] for name in ("reference", "output_1", "output_2")]
+    assert texts == ["ONE RED TWO", "one two", "red"]
     assert [last[f"output_{i}_errors"] for i in (1, 2)] == ["1", "2"]
     assert last["id"] == "overlap_ratio_40p0_sil0p1_1p0_session1_actual40p1_utterance_3"
     assert float(last["length_seconds"]) == pytest.approx(0.3)
@@ -170,15 +151,12 @@ def test_without_a_model_the_mixtures_alone_are_recognised_up_to_a_limit(
 
 def test_an_estimate_gets_the_level_of_the_mixture_unless_it_would_clip() -> None:
     mixture = np.array([0.1, -0.1, 0.1, -0.1], dtype=np.float32)
-    np.testing.assert_allclose(
-        audio.at_level_of(mixture, np.float32([3, 3, -3, -3])), [0.1, 0.1, -0.1, -0.1]
-    )
+    levelled = audio.at_level_of(mixture, np.float32([3, 3, -3, -3]))
+    np.testing.assert_allclose(levelled, [0.1, 0.1, -0.1, -0.1])
     loud = np.full(100, 0.5, dtype=np.float32)
     spike = np.zeros(100, dtype=np.float32)
-    spike[7] = -2.0
-    np.testing.assert_allclose(
-        audio.at_level_of(loud, spike), spike / 2
-    )  # RMS 0.5 would need a peak of 5
+    spike[7] = -2.0  # RMS 0.5 would need a peak of 5
+    np.testing.assert_allclose(audio.at_level_of(loud, spike), spike / 2)
     np.testing.assert_array_equal(audio.at_level_of(loud, 0 * spike), 0 * spike)
 
 
@@ -192,17 +170,15 @@ def test_two_ray_tasks_recognise_what_this_process_recognises(
     write_export(work / "ctn", 8000)
     monkeypatch.setenv("PYTHONPATH", str(Path(sepdist.__file__).parent.parent))
     monkeypatch.chdir(work)  # relative paths, as people write them
+    ctc = "sepdist.recognisers.transformers_ctc.TransformersCtc"
     settings = {
         "model": "ctn",
         "corpus": {"_target_": "sepdist.corpora.libricss.LibriCss", "root": "libricss"},
-        "recogniser": {
-            "_target_": "sepdist.recognisers.transformers_ctc.TransformersCtc",
-            "folder": "ctc",
-        },
+        "recogniser": {"_target_": ctc, "folder": "ctc"},
     }
-    alone = recognition.recognise(options(work, output="alone", **settings), console)
-    spread = recognition.recognise(
-        options(work, output="spread", num_workers=2, **settings), console
+    alone, spread = (
+        recognition.recognise(options(work, output=name, num_workers=num, **settings), console)
+        for name, num in (("alone", 0), ("spread", 2))
     )
     assert Path("alone/utterances.csv").read_bytes() == Path("spread/utterances.csv").read_bytes()
     assert alone.pop("run") != spread.pop("run")
@@ -223,17 +199,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_recognised(
     corpus = options(work).corpus
     assert "corpus.sample_rate=8000" in message(corpus=corpus | {"sample_rate": 16000})
     assert "OV20" in message(ValueError, conditions=["OV20"])
-    assert "each once" in message(conditions=["OV10", "OV10"]) and "at least one" in message(
-        conditions=[]
-    )
+    assert "each once" in message(conditions=["OV10", "OV10"])
+    assert "at least one" in message(conditions=[])
     assert "limit=-1" in message(limit=-1)
-    export(
-        work / "long",
-        {"_target_": "tests.inference.test_recognition.BandSplit", "min_length": 9000},
-    )
-    assert "8000 samples are fewer than the 9000" in message(
-        EvaluationError, model=str(work / "long")
-    )
+    export(work / "long", BAND_SPLIT | {"min_length": 9000})
+    too_short = message(EvaluationError, model=str(work / "long"))
+    assert "8000 samples are fewer than the 9000" in too_short
     speech = {"_target_": "sepdist.corpora.librispeech.LibriSpeech", "root": str(work / "libricss")}
     assert "no such folder" in message(ValueError, corpus=speech, conditions=["test"])
 
@@ -241,17 +212,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_recognised(
 def test_a_mixture_is_the_sum_of_its_members_and_estimates_with_nan_are_refused(
     work: Path,
 ) -> None:
-    waves = {
-        name: speak("ONE TWO")[::2] * gain
-        for name, gain in (("s1", 0.5), ("s2", 0.3), ("noise", 0.1))
-    }
+    wave, cpu = speak("ONE TWO")[::2], torch.device("cpu")
+    waves = {"s1": 0.5 * wave, "s2": 0.3 * wave, "noise": 0.1 * wave}
     record = recognition.Mixture("m7", ("a", "b"), 8000, lambda: waves, ("ONE", ""))
     found: list[np.ndarray] = []
-    cpu = torch.device("cpu")
-    recognition.recognise_one(
-        "test", record, lambda wave_T, rate: found.append(wave_T) or "one", None, cpu
-    )
-    np.testing.assert_allclose(found[0], 0.9 * speak("ONE TWO")[::2], atol=1e-7)
+
+    def recogniser(wave_T: np.ndarray, rate: int) -> str:
+        found.append(wave_T)
+        return "one"
+
+    recognition.recognise_one("test", record, recogniser, None, cpu)
+    np.testing.assert_allclose(found[0], 0.9 * wave, atol=1e-7)
 
     class Broken(nn.Module):
         def forward(self, mixture_BT: Tensor) -> Tensor:
@@ -277,36 +248,19 @@ def test_mixtures_without_a_transcript_are_refused_by_name() -> None:
 
 
 def test_the_program_runs_and_names_what_is_missing(
-    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Path, run_verb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*overrides: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["recognise", *overrides])
-        try:
-            program.main()
-        except SystemExit as exit_:
-            return int(exit_.code or 0)
-        return 0
-
-    fixed = [
-        f"model={work / 'split'}",
-        "corpus=libricss",
-        f"output={work / 'program'}",
-        "num_workers=0",
-    ]
-    fixed += [
-        "recogniser._target_=tests.inference.test_recognition.ToneReader",
-        "conditions=[OV40]",
-    ]
-    assert run(*fixed, f"corpus.root={work / 'libricss'}") == 0
-    assert (
-        json.loads((work / "program" / "results.json").read_text())["wer"]["OV40"]["separated"]
-        == 12.5
-    )
-    assert run("--help") == 0
+    fixed = [f"model={work / 'split'}", f"output={work / 'program'}", "num_workers=0"]
+    fixed += ["corpus=libricss", "conditions=[OV40]"]
+    fixed += ["recogniser._target_=tests.inference.test_recognition.ToneReader"]
+    assert run_verb(program, *fixed, f"corpus.root={work / 'libricss'}") == 0
+    results = json.loads((work / "program" / "results.json").read_text())
+    assert results["wer"]["OV40"]["separated"] == 12.5
+    assert run_verb(program, "--help") == 0
     assert "recogniser=transformers_ctc" in capsys.readouterr().out
-    assert run(*fixed, "limits=3") == 1
+    assert run_verb(program, *fixed, "limits=3") == 1
     assert "limits" in capsys.readouterr().err
-    assert run(*fixed) == 1
+    assert run_verb(program, *fixed) == 1
     assert "corpus.root" in capsys.readouterr().err
-    assert run(*fixed, f"corpus.root={work / 'nowhere'}") == 1
+    assert run_verb(program, *fixed, f"corpus.root={work / 'nowhere'}") == 1
     assert str(work / "nowhere") in capsys.readouterr().err.replace("\n", "")

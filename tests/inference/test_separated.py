@@ -23,6 +23,15 @@ def write(output: Path, corpus: dict[str, object], **changes: object) -> shards.
     return write_data_set(cfg, Console(quiet=True)).manifest
 
 
+def stored(data: str, **changes: object) -> dict[str, object]:
+    return {"_target_": "sepdist.corpora.stored.Stored", "data": data} | changes
+
+
+def separated(data: str, model: str | Path, **changes: object) -> dict[str, object]:
+    target = "sepdist.inference.separated.Separated"
+    return {"_target_": target, "data": data, "model": str(model)} | changes
+
+
 def test_parts_are_disjoint_and_together_everything_in_its_order() -> None:
     numbers = list(range(1000))
     tenth, rest = subset_of(numbers, 0.0, 0.1), subset_of(numbers, 0.1, 1.0)
@@ -35,9 +44,8 @@ def test_parts_are_disjoint_and_together_everything_in_its_order() -> None:
 def test_a_subset_of_a_stored_data_set_has_its_samples_to_the_bit_and_their_texts(
     tiny_data, tmp_path: Path
 ) -> None:
-    stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["train"]}
-    first = write(tmp_path / "a", stored, subset=[0.0, 0.25])
-    rest = write(tmp_path / "b", stored, subset=[0.25, 1.0])
+    first = write(tmp_path / "a", stored(tiny_data["train"]), subset=[0.0, 0.25])
+    rest = write(tmp_path / "b", stored(tiny_data["train"]), subset=[0.25, 1.0])
     whole = Dataset(tiny_data["train"], noise=True)
     assert first.num_samples + rest.num_samples == whole.manifest.num_samples
     originals = {
@@ -49,17 +57,15 @@ def test_a_subset_of_a_stored_data_set_has_its_samples_to_the_bit_and_their_text
         for i in range(part.manifest.num_samples):
             batch = part.full(i, 99.0)
             original, facts = originals[batch.ids[0]]
-            assert torch.equal(batch.mixture, original.mixture) and torch.equal(
-                batch.sources, original.sources
-            )
+            assert torch.equal(batch.mixture, original.mixture)
+            assert torch.equal(batch.sources, original.sources)
             assert part.metadata(i) == facts and facts["texts"]
             found[batch.ids[0]] = place
     assert len(found) == whole.manifest.num_samples
 
 
 def test_mixtures_alone_say_nothing_of_who_speaks(tiny_data, tmp_path: Path) -> None:
-    stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["dev"]}
-    manifest = write(tmp_path, stored, mixtures_only=True)
+    manifest = write(tmp_path, stored(tiny_data["dev"]), mixtures_only=True)
     assert manifest.members == ("mix",) and manifest.speakers == ()
     whole, alone = Dataset(tiny_data["dev"], noise=True), Dataset(str(tmp_path))
     for i in range(manifest.num_samples):
@@ -73,35 +79,24 @@ def test_mixtures_alone_say_nothing_of_who_speaks(tiny_data, tmp_path: Path) -> 
 def test_separated_data_has_the_models_estimates_in_the_order_of_the_sources(
     tiny_data, tmp_path: Path, num_workers: int
 ) -> None:
-    model = write_export(tmp_path / "model")
-    corpus = {
-        "_target_": "sepdist.inference.separated.Separated",
-        "data": tiny_data["dev"],
-        "model": str(tmp_path / "model"),
-    }
+    model, data = write_export(tmp_path / "model"), str(tmp_path / "data")
+    corpus = separated(tiny_data["dev"], tmp_path / "model")
     manifest = write(tmp_path / "data", corpus, num_workers=num_workers)
-    assert (
-        manifest.members == ("s1", "s2", "noise", "e1", "e2")
-        and shards.verify(str(tmp_path / "data")) == []
-    )
-    before, after = (
-        Dataset(tiny_data["dev"], noise=True),
-        Dataset(str(tmp_path / "data"), noise=True),
-    )
+    assert manifest.members == ("s1", "s2", "noise", "e1", "e2") and shards.verify(data) == []
+    before, after = (Dataset(url, noise=True) for url in (tiny_data["dev"], data))
     for i in range(manifest.num_samples):
-        batch = after.full(i, 99.0)
-        assert torch.equal(batch.mixture, before.full(i, 99.0).mixture)
+        batch, mixture = after.full(i, 99.0), before.full(i, 99.0).mixture
+        assert torch.equal(batch.mixture, mixture)
         with torch.no_grad():
-            raw = model(Dataset(tiny_data["dev"], noise=True).full(i, 99.0).mixture)[0].numpy()
+            raw = model(mixture)[0].numpy()
         sources, estimates = batch.sources[0].numpy(), batch.estimates[0].numpy()
         straight = sum(oracle_si_snr(raw[j], sources[j]) for j in (0, 1))
         crossed = sum(oracle_si_snr(raw[1 - j], sources[j]) for j in (0, 1))
         order = (0, 1) if straight >= crossed else (1, 0)
         for j in (0, 1):
             assert abs(np.corrcoef(estimates[j], raw[order[j]])[0, 1]) > 0.9999
-            assert after.metadata(i)["si_snr"][j] == pytest.approx(
-                oracle_si_snr(estimates[j], sources[j]), abs=2e-3
-            )
+            expected = oracle_si_snr(estimates[j], sources[j])
+            assert after.metadata(i)["si_snr"][j] == pytest.approx(expected, abs=2e-3)
         assert np.abs(estimates).max() <= 0.9901
 
 
@@ -109,56 +104,32 @@ def test_without_noise_the_mixture_that_is_stored_or_separated_is_the_sum_of_its
     tiny_data, tmp_path: Path
 ) -> None:
     model, clean = write_export(tmp_path / "model"), Dataset(tiny_data["dev"])
-    stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["dev"], "noise": False}
-    corpus = {
-        "_target_": "sepdist.inference.separated.Separated",
-        "data": tiny_data["dev"],
-        "model": str(tmp_path / "model"),
-    }
-    assert write(tmp_path / "alone", stored, mixtures_only=True).members == ("mix",)
-    assert write(tmp_path / "separated", corpus | {"noise": False}).members == (
-        "s1",
-        "s2",
-        "e1",
-        "e2",
-    )
-    alone, separated = Dataset(str(tmp_path / "alone")), Dataset(str(tmp_path / "separated"))
+    corpus = separated(tiny_data["dev"], tmp_path / "model")
+    mixtures = stored(tiny_data["dev"], noise=False)
+    assert write(tmp_path / "alone", mixtures, mixtures_only=True).members == ("mix",)
+    written = write(tmp_path / "separated", corpus | {"noise": False})
+    assert written.members == ("s1", "s2", "e1", "e2")
+    alone, after = Dataset(str(tmp_path / "alone")), Dataset(str(tmp_path / "separated"))
     for i in range(clean.manifest.num_samples):
         mixture = clean.full(i, 99.0).mixture
         torch.testing.assert_close(alone.full(i, 99.0).mixture, mixture, atol=1e-7, rtol=0)
-        assert torch.equal(separated.full(i, 99.0).mixture, mixture)
+        assert torch.equal(after.full(i, 99.0).mixture, mixture)
         with torch.no_grad():
             raw = model(mixture)[0].numpy()
-        likeness = np.abs(np.corrcoef(raw, separated.full(i, 99.0).estimates[0].numpy())[:2, 2:])
+        likeness = np.abs(np.corrcoef(raw, after.full(i, 99.0).estimates[0].numpy())[:2, 2:])
         assert (likeness.max(0) > 0.9999).all()
     write(tmp_path / "noisy", corpus)
-    with pytest.raises(
-        DataError,
-        match=r"noisy: its estimates were made of mixtures with noise.*corpus\.noise=false",
-    ):
+    message = r"noisy: its estimates were made of mixtures with noise.*corpus\.noise=false"
+    with pytest.raises(DataError, match=message):
         Dataset(str(tmp_path / "noisy"))
     with pytest.raises(ConfigError, match=r"corpus\.noise=false: .*alone has mixtures only"):
-        config.build(
-            {
-                "_target_": "sepdist.corpora.stored.Stored",
-                "data": str(tmp_path / "alone"),
-                "noise": False,
-            }
-        )
+        config.build(stored(str(tmp_path / "alone"), noise=False))
 
 
 def test_what_cannot_be_separated_is_refused_by_name(tiny_data, tmp_path: Path) -> None:
-    stored = {"_target_": "sepdist.corpora.stored.Stored", "data": tiny_data["dev"]}
-    write(tmp_path / "mixtures", stored, mixtures_only=True)
-    with pytest.raises(
-        ConfigError, match=r"mixtures has mixtures only; without sources no SI-SNR is known"
-    ):
-        config.build(
-            {
-                "_target_": "sepdist.inference.separated.Separated",
-                "data": str(tmp_path / "mixtures"),
-                "model": "runs/none",
-            }
-        )
+    write(tmp_path / "mixtures", stored(tiny_data["dev"]), mixtures_only=True)
+    message = "mixtures has mixtures only; without sources no SI-SNR is known"
+    with pytest.raises(ConfigError, match=message):
+        config.build(separated(str(tmp_path / "mixtures"), "runs/none"))
     with pytest.raises(ConfigError, match=r"subset=\[0\.5, 0\.5\]"):
-        write(tmp_path / "x", stored, subset=[0.5, 0.5])
+        write(tmp_path / "x", stored(tiny_data["dev"]), subset=[0.5, 0.5])

@@ -1,6 +1,5 @@
 """Long recordings with toy models whose correct output is known sample by sample."""
 
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from sepdist import storage
 from sepdist.cli import separate
-from sepdist.inference.separator import separate_file
+from sepdist.inference.separator import Separation, separate_file
 from sepdist.inference.stitching import (
     SeparationError,
     Windows,
@@ -66,10 +65,8 @@ class Thirds(nn.Module):
     def forward(self, mixture_BT: Tensor) -> Tensor:
         out = []
         for wave in mixture_BT:
-            estimates = torch.stack(
-                [wave.clamp(min=0.1), wave.clamp(-0.1, 0.1), wave.clamp(max=-0.1)]
-            )
-            out.append(estimates.roll(self.turn, 0))
+            bands = [wave.clamp(min=0.1), wave.clamp(-0.1, 0.1), wave.clamp(max=-0.1)]
+            out.append(torch.stack(bands).roll(self.turn, 0))
             self.turn += 1
         return torch.stack(out)
 
@@ -90,17 +87,14 @@ class ByPower(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         unit = mixture_BT / mixture_BT.norm(dim=1, keepdim=True)
-        return (
-            torch.stack([unit.clamp(min=0), unit.clamp(max=0)], 1)
-            * mixture_BT.norm(dim=1)[:, None, None]
-        )
+        estimates = torch.stack([unit.clamp(min=0), unit.clamp(max=0)], 1)
+        return estimates * mixture_BT.norm(dim=1)[:, None, None]
 
 
 def noise(num_samples: int, seed: int = 0, peak: float = 0.8) -> np.ndarray:
     """Low-passed noise, on the 16-bit grid."""
-    wave = np.convolve(
-        np.random.default_rng(seed).standard_normal(num_samples + 8), np.ones(8), "valid"
-    )[:num_samples]
+    white = np.random.default_rng(seed).standard_normal(num_samples + 8)
+    wave = np.convolve(white, np.ones(8), "valid")[:num_samples]
     return (np.round(wave / np.abs(wave).max() * peak / STEP) * STEP).astype(np.float32)
 
 
@@ -109,10 +103,27 @@ def put(path: Path, wave: np.ndarray, rate: int = RATE, subtype: str = "PCM_16")
     return path
 
 
-def outputs(folder: Path, stem: str = "in") -> np.ndarray:
-    return np.stack(
-        [soundfile.read(str(folder / f"{stem}_s{n}.wav"), dtype="float32")[0] for n in (1, 2)]
-    )
+def outputs(folder: Path) -> np.ndarray:
+    names = ("in_s1.wav", "in_s2.wav")
+    return np.stack([soundfile.read(str(folder / name), dtype="float32")[0] for name in names])
+
+
+def separated(
+    folder: Path,
+    model: nn.Module,
+    wave: np.ndarray,
+    rate: int = RATE,
+    windows: Windows | None = None,
+) -> tuple[Separation, np.ndarray]:
+    """Separate a wave by way of files; returns the result and the outputs [2, T]."""
+    put(folder / "in.wav", wave, rate)
+    result = separate_file(model, RATE, folder / "in.wav", folder / "out", windows=windows)
+    return result, outputs(folder / "out")
+
+
+def halves(wave: np.ndarray) -> np.ndarray:
+    """The outputs of `Halves`, worked out by NumPy."""
+    return np.stack([wave.clip(min=0), wave.clip(max=0)])
 
 
 @settings(max_examples=150)
@@ -130,11 +141,9 @@ def test_windows_joined_again_are_the_signal_for_any_sizes(
     blocks = [wave[i : i + block] for i in range(0, num_samples, block)]
     windows = list(cut_windows(blocks, size, overlap))
     assert {len(window) for window, _ in windows} == {min(size, num_samples)}
-    stacked = (np.stack([w.clip(min=0), w.clip(max=0), w])[:, context:] for w, context in windows)
+    stacked = (np.vstack([halves(w), w])[:, context:] for w, context in windows)
     joined = np.concatenate(list(overlap_add(stacked, overlap)), axis=1)
-    np.testing.assert_allclose(
-        joined, np.stack([wave.clip(min=0), wave.clip(max=0), wave]), atol=1e-6
-    )
+    np.testing.assert_allclose(joined, np.vstack([halves(wave), wave]), atol=1e-6)
 
 
 @pytest.mark.parametrize("num_samples", [3 * RATE, 10 * RATE, 10 * RATE + 1, 79_999])
@@ -142,27 +151,20 @@ def test_windows_and_whole_file_agree_for_a_model_that_does_not_look_around(
     tmp_path: Path, num_samples: int
 ) -> None:
     wave = noise(num_samples)
-    put(tmp_path / "in.wav", wave)
     windows = Windows(window_seconds=1.7, overlap_seconds=0.4, batch_size=3)
-    result = separate_file(Halves(), RATE, tmp_path / "in.wav", tmp_path / "out", windows=windows)
+    result, got = separated(tmp_path, Halves(), wave, windows=windows)
     assert result.outputs == [str(tmp_path / "out" / f"in_s{n}.wav") for n in (1, 2)]
     assert result.num_samples == num_samples and result.warnings == []
-    np.testing.assert_allclose(
-        outputs(tmp_path / "out"), [wave.clip(min=0), wave.clip(max=0)], atol=1.5 * STEP
-    )
+    np.testing.assert_allclose(got, halves(wave), atol=1.5 * STEP)
 
 
 def test_speakers_keep_their_order_when_the_model_swaps_its_outputs(tmp_path: Path) -> None:
-    wave = noise(30 * RATE)
-    put(tmp_path / "in.wav", wave)
-    model = Swapping()
-    separate_file(model, RATE, tmp_path / "in.wav", tmp_path / "out", windows=Windows(1.0, 0.25))
+    wave, model = noise(30 * RATE), Swapping()
+    _, got = separated(tmp_path, model, wave, windows=Windows(1.0, 0.25))
     assert 10 < model.num_swapped < 30
-    got = outputs(tmp_path / "out")
-    expected = np.stack([wave.clip(min=0), wave.clip(max=0)])
     if got[0].sum() < 0:  # the first window decides which speaker is the first
         got = got[::-1]
-    np.testing.assert_allclose(got, expected, atol=1.5 * STEP)
+    np.testing.assert_allclose(got, halves(wave), atol=1.5 * STEP)
 
 
 def test_three_speakers_keep_their_order_too() -> None:
@@ -183,10 +185,9 @@ def test_the_level_and_sign_that_training_leaves_open_are_fitted_to_the_mixture(
     tmp_path: Path,
 ) -> None:
     wave = noise(5 * RATE)
-    put(tmp_path / "in.wav", wave)
-    result = separate_file(Halves((-0.02, 30.0)), RATE, tmp_path / "in.wav", tmp_path / "out")
+    result, got = separated(tmp_path, Halves((-0.02, 30.0)), wave)
     np.testing.assert_allclose(result.gains, [-50.0, 1 / 30], rtol=1e-5)
-    np.testing.assert_allclose(outputs(tmp_path / "out").sum(0), wave, atol=2 * STEP)
+    np.testing.assert_allclose(got.sum(0), wave, atol=2 * STEP)
 
 
 def test_outputs_that_would_clip_are_scaled_by_one_factor_with_a_warning(tmp_path: Path) -> None:
@@ -195,12 +196,10 @@ def test_outputs_that_would_clip_are_scaled_by_one_factor_with_a_warning(tmp_pat
             return torch.stack([x + 2 * x * x, -2 * x * x], 1)
 
     wave = noise(2 * RATE, peak=0.9)
-    put(tmp_path / "in.wav", wave)
-    result = separate_file(Overshooting(), RATE, tmp_path / "in.wav", tmp_path / "out")
+    result, got = separated(tmp_path, Overshooting(), wave)
     peak = np.max(np.abs([wave + 2 * wave**2, 2 * wave**2]))
     assert result.scale == pytest.approx(0.99 / peak, rel=1e-4)
     assert "clipped" in result.warnings[0]
-    got = outputs(tmp_path / "out")
     assert np.abs(got).max() == pytest.approx(0.99, abs=1e-3)
     np.testing.assert_allclose(got.sum(0), wave * result.scale, atol=2 * STEP)
 
@@ -220,16 +219,11 @@ def test_outputs_have_the_rate_and_length_of_the_input_and_no_delay(
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([x, torch.zeros_like(x)], 1)
 
-    put(tmp_path / "in.wav", wave, rate)
-    result = separate_file(
-        Scaled(), 8000, tmp_path / "in.wav", tmp_path / "out", windows=Windows(2.0, 0.5)
-    )
+    result, got = separated(tmp_path, Scaled(), wave, rate, Windows(2.0, 0.5))
     assert result.sample_rate == rate
-    got = outputs(tmp_path / "out")
     assert got.shape == (2, num_samples)
-    middle = slice(
-        rate // 10, -rate // 10
-    )  # a filter rings at the ends of a tone that starts at once
+    # A filter rings at the ends of a tone that starts at once.
+    middle = slice(rate // 10, -rate // 10)
     np.testing.assert_allclose(got[0][middle], wave[middle], atol=2e-3)
     assert not got[1].any()
 
@@ -248,35 +242,25 @@ def test_streamed_resampling_is_that_of_the_whole_signal() -> None:
 
 def test_a_stereo_recording_is_the_mean_of_its_channels(tmp_path: Path) -> None:
     left, right = noise(RATE, 1), noise(RATE, 2)
-    put(tmp_path / "in.wav", np.stack([left, right], 1))
-    separate_file(Halves(), RATE, tmp_path / "in.wav", tmp_path / "out")
-    mean = (left + right) / 2
-    np.testing.assert_allclose(
-        outputs(tmp_path / "out"), [mean.clip(min=0), mean.clip(max=0)], atol=1.5 * STEP
-    )
+    _, got = separated(tmp_path, Halves(), np.stack([left, right], 1))
+    np.testing.assert_allclose(got, halves((left + right) / 2), atol=1.5 * STEP)
 
 
 def test_a_recording_shorter_than_the_model_takes_is_padded_and_cut_again(tmp_path: Path) -> None:
     model = Halves()
     model.min_length = 16
     wave = np.array([0.5, -0.25, 0.25], dtype=np.float32)
-    put(tmp_path / "in.wav", wave)
-    separate_file(model, RATE, tmp_path / "in.wav", tmp_path / "out")
-    np.testing.assert_allclose(
-        outputs(tmp_path / "out"), [wave.clip(min=0), wave.clip(max=0)], atol=STEP
-    )
+    _, got = separated(tmp_path, model, wave)
+    np.testing.assert_allclose(got, halves(wave), atol=STEP)
 
 
 def test_flac_in_and_out(tmp_path: Path) -> None:
     wave = noise(RATE)
-    put(tmp_path / "in.flac", wave)
-    result = separate_file(
-        Halves(), RATE, tmp_path / "in.flac", tmp_path / "out", file_format="flac"
-    )
+    recording = put(tmp_path / "in.flac", wave)
+    result = separate_file(Halves(), RATE, recording, tmp_path / "out", file_format="flac")
     assert [soundfile.info(name).format for name in result.outputs] == ["FLAC", "FLAC"]
-    np.testing.assert_allclose(
-        soundfile.read(result.outputs[0])[0], wave.clip(min=0), atol=1.5 * STEP
-    )
+    first, _ = soundfile.read(result.outputs[0])
+    np.testing.assert_allclose(first, wave.clip(min=0), atol=1.5 * STEP)
 
 
 def test_memory_does_not_grow_with_a_twenty_minute_recording(tmp_path: Path) -> None:
@@ -284,11 +268,9 @@ def test_memory_does_not_grow_with_a_twenty_minute_recording(tmp_path: Path) -> 
     with soundfile.SoundFile(str(tmp_path / "in.wav"), "w", RATE, 1, "PCM_16") as sound:
         for _ in range(20):
             sound.write(block)
-    model = Halves()
+    model, windows = Halves(), Windows(4.0, 1.0, batch_size=2)
     tracemalloc.start()
-    separate_file(
-        model, RATE, tmp_path / "in.wav", tmp_path / "out", windows=Windows(4.0, 1.0, batch_size=2)
-    )
+    separate_file(model, RATE, tmp_path / "in.wav", tmp_path / "out", windows=windows)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert model.largest_batch == 2 * 4 * RATE
@@ -297,30 +279,17 @@ def test_memory_does_not_grow_with_a_twenty_minute_recording(tmp_path: Path) -> 
 
 
 def test_a_silent_recording_gives_silent_outputs_and_a_warning(tmp_path: Path) -> None:
-    put(tmp_path / "in.wav", np.zeros(9 * RATE, dtype=np.float32))
-    result = separate_file(
-        ByPower(), RATE, tmp_path / "in.wav", tmp_path / "out", windows=Windows(2.0, 0.5)
-    )
+    silence = np.zeros(9 * RATE, dtype=np.float32)
+    result, got = separated(tmp_path, ByPower(), silence, windows=Windows(2.0, 0.5))
     assert "silent" in result.warnings[0] and "in.wav" in result.warnings[0]
-    got = outputs(tmp_path / "out")
     assert got.shape == (2, 9 * RATE) and not got.any()
 
 
 def test_the_model_gets_no_silence_from_inside_a_recording(tmp_path: Path) -> None:
-    wave = np.concatenate(
-        [np.zeros(5 * RATE), noise(4 * RATE), np.zeros(6 * RATE), noise(RATE)]
-    ).astype(np.float32)
-    put(tmp_path / "in.wav", wave)
-    separate_file(
-        ByPower(),
-        RATE,
-        tmp_path / "in.wav",
-        tmp_path / "out",
-        windows=Windows(1.0, 0.5, batch_size=2),
-    )
-    np.testing.assert_allclose(
-        outputs(tmp_path / "out"), [wave.clip(min=0), wave.clip(max=0)], atol=2 * STEP
-    )
+    speech = [np.zeros(5 * RATE), noise(4 * RATE), np.zeros(6 * RATE), noise(RATE)]
+    wave = np.concatenate(speech).astype(np.float32)
+    _, got = separated(tmp_path, ByPower(), wave, windows=Windows(1.0, 0.5, batch_size=2))
+    np.testing.assert_allclose(got, halves(wave), atol=2 * STEP)
 
 
 def test_a_recording_that_cannot_be_separated_is_named_and_leaves_nothing_behind(
@@ -351,9 +320,7 @@ def test_a_recording_that_cannot_be_separated_is_named_and_leaves_nothing_behind
 
 
 def test_an_earlier_output_survives_a_later_failure(tmp_path: Path) -> None:
-    put(tmp_path / "in.wav", noise(RATE))
-    separate_file(Halves(), RATE, tmp_path / "in.wav", tmp_path / "out")
-    before = outputs(tmp_path / "out")
+    _, before = separated(tmp_path, Halves(), noise(RATE))
     with pytest.raises(SeparationError):
         separate_file(Const(float("inf")), RATE, tmp_path / "in.wav", tmp_path / "out")
     np.testing.assert_array_equal(outputs(tmp_path / "out"), before)
@@ -375,9 +342,7 @@ def test_estimates_that_are_equal_share_the_mixture(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([x, x], 1)
 
-    wave = noise(RATE)
-    put(tmp_path / "in.wav", wave)
-    result = separate_file(Twins(), RATE, tmp_path / "in.wav", tmp_path / "out")
+    result, _ = separated(tmp_path, Twins(), noise(RATE))
     assert result.gains == pytest.approx([0.5, 0.5])
 
 
@@ -388,39 +353,25 @@ def test_recordings_and_outputs_on_object_storage(tmp_path: Path, bucket: str) -
     assert result.outputs == [f"s3://{bucket}/out/in_s{number}.wav" for number in (1, 2)]
     for output in result.outputs:
         storage.fetch_file(output, tmp_path / "out" / output.rsplit("/", 1)[1])
-    np.testing.assert_allclose(
-        outputs(tmp_path / "out"), [wave.clip(min=0), wave.clip(max=0)], atol=1.5 * STEP
-    )
+    np.testing.assert_allclose(outputs(tmp_path / "out"), halves(wave), atol=1.5 * STEP)
     with pytest.raises(FileNotFoundError, match=r"a/absent\.wav"):
         separate_file(Halves(), RATE, f"s3://{bucket}/a/absent.wav", f"s3://{bucket}/out")
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["separate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        separate.main()
-    return int(exit_.value.code or 0)
-
-
-def test_the_program_refuses_recordings_whose_outputs_would_collide(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main(monkeypatch, "--model", "m", "--output", tmp_path, "x/a.wav", "y/a.flac") == 1
+def test_the_program_refuses_recordings_whose_outputs_would_collide(run_verb, capsys) -> None:
+    assert run_verb(separate, "--model=m", "--output=out", "x/a.wav", "y/a.flac") == 1
     assert "x/a.wav and y/a.flac" in capsys.readouterr().err
-    assert run_main(monkeypatch, "--model", "m", "--output", "x", "x/a.wav", "x/a_s1.wav") == 1
+    assert run_verb(separate, "--model=m", "--output=x", "x/a.wav", "x/a_s1.wav") == 1
     assert "replace the recording" in capsys.readouterr().err
 
 
-def test_the_program_names_a_model_that_is_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main(monkeypatch, "--model", tmp_path / "none", "--output", tmp_path, "a.wav") == 1
-    assert str(tmp_path / "none") in capsys.readouterr().err
+def test_the_program_names_a_model_that_is_not_there(tmp_path: Path, run_verb, capsys) -> None:
+    model = str(tmp_path / "none")
+    assert run_verb(separate, "--model", model, "--output", str(tmp_path), "a.wav") == 1
+    assert model in capsys.readouterr().err
 
 
-def test_help_says_what_the_program_does_with_examples(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main(monkeypatch, "--help") == 0
+def test_help_says_what_the_program_does_with_examples(run_verb, capsys) -> None:
+    assert run_verb(separate, "--help") == 0
     shown = capsys.readouterr().out
     assert "sepdist separate --model runs/a" in shown and "--overlap-seconds" in shown
