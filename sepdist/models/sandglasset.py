@@ -11,8 +11,8 @@ disagree with each other; the choices here, and the reasons:
 - In the attention, x = norm(x) + positions, then norm(x + dropout(attention(x))): dropout of the
   attention's output, not of its weights, so that the fused kernel can be used.
 - The output of block b is added to that of block N - 1 - b, which has the same granularity. Adding
-  it to that block's *input* would mix it with a coarser one, and would double the input of the block
-  after the middle.
+  it to that block's *input* would mix it with a coarser one and double the input of the block after
+  the middle.
 - Padding is a whole chunk on either side, as in every dual-path model here but SepFormer.
 
 Tensors inside are channels-last. Shapes: B batch, S speakers, T samples, N frames, E encoder

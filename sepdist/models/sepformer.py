@@ -98,7 +98,7 @@ class SepFormer(nn.Module):
         self.gate = Gate(num_filters)
         self.mask_out = nn.Linear(num_filters, num_filters, bias=False)
         self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
-        # As nn.ConvTranspose1d starts, whose fan-in is the kernel; nn.Linear starts at num_filters**-0.5.
+        # As nn.ConvTranspose1d starts, whose fan-in is the kernel; nn.Linear starts smaller.
         nn.init.uniform_(self.decoder.weight, -(kernel_size**-0.5), kernel_size**-0.5)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
