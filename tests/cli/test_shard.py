@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -20,6 +21,16 @@ from tools import shard_data
 ROOT = Path(__file__).parents[2]
 SMALL = ["corpus=demo", "split=dev", "corpus.num_dev=5", "samples_per_shard=2"]
 LONGER = ["corpus=demo", "split=train", "corpus.num_train=60", "samples_per_shard=3"]
+
+
+def shard(arguments: list[str]) -> int:
+    """Run the program in this process; returns its exit status."""
+    with patch.object(sys, "argv", ["shard_data.py", *arguments]):
+        try:
+            shard_data.main()
+        except SystemExit as exit_:
+            return int(exit_.code or 0)
+        return 0
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -63,14 +74,14 @@ def stop_after_the_first_shard(
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("small") / "dev"
-    assert shard_data.main(["write", *SMALL, f"output={output}"]) == 0
+    assert shard(["write", *SMALL, f"output={output}"]) == 0
     return output
 
 
 @pytest.fixture(scope="module")
 def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("longer") / "train"
-    assert shard_data.main(["write", *LONGER, f"output={output}"]) == 0
+    assert shard(["write", *LONGER, f"output={output}"]) == 0
     return output
 
 
@@ -95,9 +106,9 @@ def test_every_record_is_in_the_shards_in_the_order_of_the_corpus(small: Path) -
 def test_info_and_verify_describe_a_sound_data_set(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert shard_data.main(["verify", f"output={small}"]) == 0
+    assert shard(["verify", f"output={small}"]) == 0
     assert "intact: 3 shards, 5 samples" in capsys.readouterr().out
-    assert shard_data.main(["info", f"output={small}"]) == 0
+    assert shard(["info", f"output={small}"]) == 0
     shown = capsys.readouterr().out
     assert (
         "demo, dev" in shown
@@ -118,7 +129,7 @@ def test_verify_fails_and_names_the_shard_when_a_byte_is_wrong(
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
-    assert shard_data.main(["verify", f"output={tmp_path}"]) == 1
+    assert shard(["verify", f"output={tmp_path}"]) == 1
     assert "demo-dev-000001" in capsys.readouterr().out
 
 
@@ -126,7 +137,7 @@ def test_writing_a_finished_data_set_again_changes_nothing(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(small)
-    assert shard_data.main(["write", *SMALL, f"output={small}"]) == 0
+    assert shard(["write", *SMALL, f"output={small}"]) == 0
     assert contents(small) == before
 
 
@@ -137,7 +148,7 @@ def test_shards_of_other_settings_are_not_mixed_in(
     small: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
     before = contents(small)
-    assert shard_data.main(["write", *SMALL, change, f"output={small}"]) == 1
+    assert shard(["write", *SMALL, change, f"output={small}"]) == 1
     assert f"{change.split('=')[0]} was" in capsys.readouterr().err
     assert contents(small) == before
 
@@ -146,12 +157,12 @@ def test_a_source_yaml_with_the_old_key_part_is_read_as_subset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["write", *SMALL, f"output={tmp_path}"]
-    assert shard_data.main([*command, "subset=[0.0,0.5]"]) == 0
+    assert shard([*command, "subset=[0.0,0.5]"]) == 0
     source = tmp_path / "source.yaml"
     text = source.read_text()
     source.write_text(text.replace("subset:", "part:"))
-    assert "subset:" in text and shard_data.main([*command, "subset=[0.0,0.5]"]) == 0
-    assert shard_data.main([*command, "subset=[0.5,1.0]"]) == 1
+    assert "subset:" in text and shard([*command, "subset=[0.0,0.5]"]) == 0
+    assert shard([*command, "subset=[0.5,1.0]"]) == 1
     assert "subset was [0.0, 0.5], is [0.5, 1.0]" in capsys.readouterr().err
 
 
@@ -160,7 +171,7 @@ def test_killed_and_started_again_it_makes_the_same_bytes(longer: Path, tmp_path
     command = ["write", *LONGER, f"output={output}"]
     stop_after_the_first_shard(start(command), output, signal.SIGKILL)
     assert not (output / "manifest.json").exists()
-    assert shard_data.main(command) == 0
+    assert shard(command) == 0
     assert contents(output) == contents(longer)
 
 
@@ -205,8 +216,8 @@ def test_a_data_set_in_object_storage_has_the_bytes_of_one_on_disk(
     small: Path, bucket: str
 ) -> None:
     url = f"s3://{bucket}/sets/dev"
-    assert shard_data.main(["write", *SMALL, f"output={url}"]) == 0
-    assert shard_data.main(["verify", f"output={url}"]) == 0
+    assert shard(["write", *SMALL, f"output={url}"]) == 0
+    assert shard(["verify", f"output={url}"]) == 0
     for name in contents(small):
         assert (
             storage.read_bytes(storage.join(url, *Path(name).parts)) == (small / name).read_bytes()
@@ -223,6 +234,7 @@ def test_source_yaml_says_what_made_the_shards(small: Path) -> None:
     ("arguments", "expected"),
     [
         (["shred"], "no verb 'shred'"),
+        ([], "no verb '': give write, verify, info"),
         (["write", "corpus=demo", "split=dev"], "output"),
         (["write", "corpus=demo", "output=OUT"], "no value given for split"),
         (["write", "split=dev", "output=OUT"], "no value given for corpus"),
@@ -244,7 +256,7 @@ def test_an_error_is_one_line_that_names_the_thing_at_fault(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     output = tmp_path / "out"
-    assert shard_data.main([word.replace("OUT", str(output)) for word in arguments]) == 1
+    assert shard([word.replace("OUT", str(output)) for word in arguments]) == 1
     shown = capsys.readouterr()
     assert (
         expected in shown.err
@@ -255,7 +267,8 @@ def test_an_error_is_one_line_that_names_the_thing_at_fault(
 
 
 def test_help_lists_the_verbs_the_keys_and_the_corpora(capsys: pytest.CaptureFixture[str]) -> None:
-    assert shard_data.main(["--help"]) == 0
+    assert shard(["--help"]) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith("usage: sepdist shard write|verify|info KEY=VALUE ...\n")
     for word in ("write", "verify", "info", "samples_per_shard", "num_workers", "demo"):
         assert word in shown
