@@ -129,7 +129,7 @@ def read_bytes(url: str | Path, start: int = 0, end: int | None = None) -> bytes
     limits = {"start": start, "end": end} if start or end else {}
     try:
         return _retry(url, "read", lambda: _filesystem().cat_file(_object_path(url), **limits))
-    except _BeyondEndError:
+    except EOFError:
         return b""
 
 
@@ -300,10 +300,6 @@ def _publish(temp: Path, target: Path, create_only: bool) -> None:
 
 
 # Object storage.
-
-
-class _BeyondEndError(Exception):
-    """A range starts behind the end of the object (HTTP 416)."""
 
 
 def _timeout_seconds() -> float:
@@ -489,7 +485,7 @@ def _explain(url: str | Path, action: str, error: BaseException, attempt: int) -
     elif status == 412:
         return FileExistsError(f"{url}: exists already")
     elif status == 416:
-        return _BeyondEndError()
+        return EOFError(f"{url}: ends before the first byte asked for")
     elif status in (301, 307) or code in _ELSEWHERE:
         what = f"says that the bucket is in another region ({code}); set AWS_REGION to it"
     elif status in (401, 403):

@@ -224,7 +224,7 @@ def test_the_index_points_at_the_members_as_tarfile_sees_them(tmp_path: Path) ->
     with tarfile.open(tmp_path / manifest.shards[0].name) as tar:
         expected = {entry.name: (entry.offset_data, entry.size) for entry in tar}
     ours = {
-        f"{sample.key}.{name}{'' if name == 'json' else '.flac'}": place
+        f"{sample.key}.{name}{'' if name == 'json' else '.flac'}": tuple(place)
         for sample in samples
         for name, place in sample.members.items()
     }
