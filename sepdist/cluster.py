@@ -1,10 +1,10 @@
 """Connect to Ray, this job's cluster or a small one on this machine, and run tasks in it."""
 
 import contextlib
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, cast
 
 from sepdist.config import ConfigError
@@ -53,35 +53,38 @@ def connected(
 def run_tasks(
     work: Callable[..., Iterator[Any]],
     calls: Sequence[tuple[Any, ...]],
-    *,
+    num_workers: int,
     num_gpus: float = 0.0,
-    at_once: int | None = None,
 ) -> Iterator[Any]:
     """Run the generator `work` on each of `calls`, one Ray task per call; yield items as they come.
 
-    At most `at_once` tasks run at a time: None is all of them, -1 one per CPU of the cluster. A
-    task whose worker dies is run again, up to three times.
+    At most `num_workers` tasks run at a time: 0 is none, all runs in this process, and -1 is one
+    per CPU of the cluster. A task whose worker dies is run again, up to three times.
 
     Raises:
         ConfigError: `num_gpus` per task are asked for and no node has a GPU.
         ValueError, OSError: as `work` raised them; OSError too if a worker died every time.
     """
+    if num_workers == 0:
+        for call in calls:
+            yield from work(*call)
+        return
     import ray
     from ray.exceptions import RayTaskError, WorkerCrashedError
 
     waiting = iter(calls)
-    with connected(len(calls) if at_once is None else max(at_once, 1)):
+    with connected(num_workers):
         if num_gpus and not ray.cluster_resources().get("GPU"):  # the tasks would wait forever
             raise ConfigError("use_gpu=true, but no node of this Ray cluster has a GPU")
-        if at_once == -1:
-            at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(work)
+        if num_workers == -1:
+            num_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(_run_in)
+        task = task.options(name=work.__name__, num_returns="streaming")
 
-        def start(count: int | None) -> list[Any]:
-            started = itertools.islice(waiting, count)
-            return [task.options(num_returns="streaming").remote(*call) for call in started]
+        def start(count: int) -> list[Any]:
+            return [task.remote(os.getcwd(), work, *call) for call in islice(waiting, count)]
 
-        streams = start(at_once)
+        streams = start(num_workers)
         try:
             while streams:
                 [stream], _ = ray.wait(streams, num_returns=1)
@@ -99,3 +102,10 @@ def run_tasks(
         finally:
             for stream in streams:
                 ray.cancel(stream)
+
+
+def _run_in(folder: str, work: Callable[..., Iterator[Any]], *call: Any) -> Iterator[Any]:
+    """Run `work` in the driver's folder, the base of relative paths; Ray chooses another one."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    yield from work(*call)

@@ -155,14 +155,13 @@ class TrainConfig:
 class ShardConfig:
     """`configs/shard.yaml`: sepdist shard and stages of kind `shards`."""
 
-    corpus: Any = MISSING
-    split: str = MISSING
+    corpus: Any = None
+    split: str = ""
     output: str = MISSING  # folder or s3:// prefix of the data set to write, verify or describe
     samples_per_shard: int = 200
     num_workers: int = 0  # Ray tasks; 0 = in this process, -1 = one per CPU of the cluster
     limit: int = 0  # use only the first records; 0 = all
-    # Fractions [first, last) of the records in a fixed shuffled order.
-    subset: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    subset: list[float] = field(default_factory=lambda: [0.0, 1.0])  # fractions of a fixed shuffle
     mixtures_only: bool = False  # store mixtures without their sources, as unlabelled data
     gpus_per_worker: float = 0.0  # for corpus=separated with corpus.device=cuda
 

@@ -40,9 +40,7 @@ REMOVAL_TRIES = 10  # of a folder that other processes change meanwhile
 TEMP_SUFFIX = ".sepdist-tmp"  # of unfinished files, which are never listed
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _HINTS = {
-    **dict.fromkeys(
-        DISK_FULL, "; free some space or choose another folder; old content is unchanged"
-    ),
+    **dict.fromkeys(DISK_FULL, "; free some space or choose another folder; old content is kept"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "; check the permissions of it and its folder"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "; one of its folders is a file"),
     errno.EROFS: "; choose a folder that can be written",
@@ -81,18 +79,15 @@ def absolute(url: str | Path) -> str:
 
 def exists(url: str | Path) -> bool:
     """Whether `url` is a file or a folder; in object storage a folder has something in it."""
-    if not is_remote(url):
-        with _local(url, "look at"):
-            return _path(url).exists()
     try:
         size(url)
         return True
     except FileNotFoundError:
-        return bool(_list_page(url, MaxKeys=1)[0])
+        return is_remote(url) and bool(_list_page(url, MaxKeys=1)[0])
 
 
 def size(url: str | Path) -> int:
-    """Return the bytes of a file; FileNotFoundError names `url`."""
+    """Return the number of bytes of a file; FileNotFoundError names `url`."""
     if not is_remote(url):
         with _local(url, "look at"):
             return _path(url).stat().st_size
@@ -117,20 +112,12 @@ def list_names(url: str | Path) -> list[str]:
         more = {"ContinuationToken": token}
 
 
-def read_bytes(url: str | Path, start: int = 0, end: int | None = None) -> bytes:
-    """Read a file's bytes [start, end), as a slice does; FileNotFoundError names `url`."""
-    assert start >= 0 and (end is None or end >= start), (start, end)
+def read_bytes(url: str | Path) -> bytes:
+    """Read a whole file; FileNotFoundError names `url`."""
     if not is_remote(url):
-        with _local(url, "read"), open(_path(url), "rb") as file:
-            file.seek(start)
-            return file.read(-1 if end is None else end - start)
-    if end == start:
-        return b""
-    limits = {"start": start, "end": end} if start or end else {}
-    try:
-        return _retry(url, "read", lambda: _filesystem().cat_file(_object_path(url), **limits))
-    except _BeyondEndError:
-        return b""
+        with _local(url, "read"):
+            return _path(url).read_bytes()
+    return _retry(url, "read", lambda: _filesystem().cat_file("/".join(_split(url))))
 
 
 def put_bytes(url: str | Path, data: bytes, *, create_only: bool = False) -> None:
@@ -141,16 +128,16 @@ def put_bytes(url: str | Path, data: bytes, *, create_only: bool = False) -> Non
         _put_local(url, [data], create_only)
 
 
-def put_file(local: str | Path, url: str | Path, *, create_only: bool = False) -> None:
-    """Copy a local file to `url` atomically, a large one in parts; `create_only` as above."""
+def put_file(local: str | Path, url: str | Path) -> None:
+    """Copy a local file to `url` atomically, a large one in parts."""
     with _local(local, "read"):
         source = open(_path(local), "rb")  # noqa: SIM115 (reading and writing name other files)
     with source:
         if is_remote(url):
             length, handle = os.fstat(source.fileno()).st_size, source.fileno()
-            _put_object(url, length, lambda a, b: os.pread(handle, b - a, a), create_only)
+            _put_object(url, length, lambda a, b: os.pread(handle, b - a, a))
         else:
-            _put_local(url, iter(lambda: source.read(2**20), b""), create_only)
+            _put_local(url, iter(lambda: source.read(2**20), b""))
 
 
 def fetch_file(url: str | Path, local: str | Path) -> None:
@@ -159,7 +146,7 @@ def fetch_file(url: str | Path, local: str | Path) -> None:
         put_file(url, local)
         return
     with _local(local, "write"), _temp_beside(_path(local)) as temp:
-        _retry(url, "read", lambda: _filesystem().get_file(_object_path(url), str(temp)))
+        _retry(url, "read", lambda: _filesystem().get_file("/".join(_split(url)), str(temp)))
         _publish(temp, _path(local), create_only=False)
 
 
@@ -214,7 +201,7 @@ def disk_error(url: str | Path, action: str, error: OSError) -> StorageError:
     return StorageError(f"cannot {action} {url}: {error.strerror or type(error).__name__}{hint}")
 
 
-def _put_local(url: str | Path, blocks: Iterable[bytes], create_only: bool) -> None:
+def _put_local(url: str | Path, blocks: Iterable[bytes], create_only: bool = False) -> None:
     with _local(url, "write"), _temp_beside(_path(url)) as temp:
         with open(temp, "r+b") as file:
             file.writelines(blocks)
@@ -230,7 +217,7 @@ def _temp_beside(target: Path) -> Iterator[Path]:
     except FileExistsError as error:  # would read as if the target existed
         raise disk_error(target, "write", error) from None
     for folder in missing:
-        _flush_folder(folder.parent)
+        _flush(folder.parent)
     _sweep(target)
     temp, handle = _create_locked(target)
     try:
@@ -240,9 +227,9 @@ def _temp_beside(target: Path) -> Iterator[Path]:
         temp.unlink(missing_ok=True)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a crash of the machine."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+def _flush(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     finally:
@@ -256,7 +243,7 @@ def _remove_path(path: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-            _flush_folder(path.parent)
+            _flush(path.parent)
             return
         except OSError as error:  # others removed or added something meanwhile
             if error.errno == errno.ENOENT and not os.path.lexists(path):
@@ -279,31 +266,23 @@ def _sweep(target: Path) -> None:
     """Remove the files of killed writers of `target`, whose locks ended with them."""
     for temp in target.parent.iterdir():
         if temp.name.startswith(f".{target.name}.") and temp.name.endswith(TEMP_SUFFIX):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError):
-                handle = os.open(temp, os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    temp.unlink()
-                finally:
-                    os.close(handle)
+            gone_or_locked = (FileNotFoundError, BlockingIOError, PermissionError)
+            with contextlib.suppress(*gone_or_locked), open(temp, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temp.unlink()
 
 
 def _publish(temp: Path, target: Path, create_only: bool) -> None:
     """Give the finished `temp` its name; after this it survives a crash of the machine."""
-    with open(temp, "rb") as file:
-        os.fsync(file.fileno())
+    _flush(temp)
     if create_only:
         os.link(temp, target)  # atomic, and unlike a rename refuses to replace
     else:
         os.replace(temp, target)
-    _flush_folder(target.parent)
+    _flush(target.parent)
 
 
 # Object storage.
-
-
-class _BeyondEndError(Exception):
-    """A range starts behind the end of the object (HTTP 416)."""
 
 
 def _timeout_seconds() -> float:
@@ -342,10 +321,6 @@ def _split(url: str | Path, *, whole_bucket: bool = False) -> tuple[str, str]:
 def _where(url: str | Path) -> dict[str, str]:
     bucket, key = _split(url)
     return {"Bucket": bucket, "Key": key}
-
-
-def _object_path(url: str | Path) -> str:
-    return "/".join(_split(url))
 
 
 def _endpoint() -> str:
@@ -393,7 +368,7 @@ def _delete_objects(url: str | Path, bucket: str, keys: list[str]) -> None:
 
 
 def _put_object(
-    url: str | Path, length: int, block: Callable[[int, int], bytes], create_only: bool
+    url: str | Path, length: int, block: Callable[[int, int], bytes], create_only: bool = False
 ) -> None:
     """Upload `length` bytes from `block(start, stop)`; the object appears whole or not at all.
 
@@ -488,8 +463,6 @@ def _explain(url: str | Path, action: str, error: BaseException, attempt: int) -
         return FileNotFoundError(f"{url}: no such object at {_endpoint()} ({code or 404})")
     elif status == 412:
         return FileExistsError(f"{url}: exists already")
-    elif status == 416:
-        return _BeyondEndError()
     elif status in (301, 307) or code in _ELSEWHERE:
         what = f"says that the bucket is in another region ({code}); set AWS_REGION to it"
     elif status in (401, 403):

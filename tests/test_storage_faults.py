@@ -9,6 +9,8 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,9 +52,8 @@ class Dice:
         self.in_a_row: Counter[str] = Counter()
 
     def __call__(self, number: int, line: str) -> str:
-        line = re.sub(
-            r"-[0-9a-f]{8}|test-\d+", "", line
-        )  # the same requests have the same faults in every run of the test
+        # The same requests have the same faults in every run of the test.
+        line = re.sub(r"-[0-9a-f]{8}|test-\d+", "", line)
         self.tries[line] += 1
         thrown = hashlib.sha256(f"{self.seed} {line} {self.tries[line]}".encode()).digest()
         if thrown[0] % 5 or self.in_a_row[line] == 3:
@@ -89,11 +90,7 @@ class Outage:
     def __init__(self, server: S3Server, number: int, method: str) -> None:
         self.server, self.number, self.method = server, number, method
         self.seen = 0
-        self.reached, self.killed, self.met = (
-            threading.Event(),
-            threading.Event(),
-            threading.Event(),
-        )
+        self.reached, self.killed, self.met = (threading.Event() for _ in range(3))
 
     def __call__(self, number: int, line: str) -> str:
         self.seen += line.startswith(self.method)
@@ -136,12 +133,9 @@ def test_a_run_writes_and_reads_its_checkpoints_through_any_fault_that_passes(
     writer = write_run(run_dir)
     assert_equal(load_newest(run_dir), snapshot(3))
     assert writer.num_failed == 0 and num_faults(proxy) > 5
-    (only,) = find_committed(f"{run_dir}/checkpoints")
-    assert (
-        only.step == 3
-        and only.url == f"{run_dir}/checkpoints/{storage.list_names(f'{run_dir}/checkpoints')[0]}"
-    )
-    assert len(storage.list_names(f"{run_dir}/checkpoints")) == 1
+    folder = f"{run_dir}/checkpoints"
+    (only,), (name,) = find_committed(folder), storage.list_names(folder)
+    assert only.step == 3 and only.url == f"{folder}/{name}"
 
 
 def test_a_server_that_restarts_in_the_middle_of_a_save_costs_nothing(
@@ -169,11 +163,11 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_run_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     busy, run_dir = threading.Event(), f"s3://{bucket}/run"
-    through(
-        lambda number, line: (
-            "503" if busy.is_set() and line.startswith("PUT") and "optimizer" in line else ""
-        )
-    )
+
+    def fault(number: int, line: str) -> str:
+        return "503" if busy.is_set() and line.startswith("PUT") and "optimizer" in line else ""
+
+    through(fault)
     writer = checkpointer(run_dir)
     writer.save(snapshot(1))
     writer.wait()
@@ -187,10 +181,8 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_run_goes_on(
     writer.save(snapshot(4))
     writer.close()
     assert writer.num_failed == 2
-    assert (
-        "checkpoint not written, 2 in a row, none since step 1" in caplog.text
-        and "3 in a row are allowed" in caplog.text
-    )
+    assert "checkpoint not written, 2 in a row, none since step 1" in caplog.text
+    assert "3 in a row are allowed" in caplog.text
     assert_equal(load_newest(run_dir), snapshot(4))
     assert [name[:14] for name in storage.list_names(f"{run_dir}/checkpoints")] == [
         "step-000000001",
@@ -209,10 +201,8 @@ def test_more_failed_checkpoints_in_a_row_than_allowed_end_the_run_with_endpoint
     with pytest.raises(StorageError) as caught:
         writer.save(snapshot(4))
     message = str(caught.value)
-    assert (
-        f"{endpoint} cannot be reached after 2 attempts" in message
-        and "check AWS_ENDPOINT_URL" in message
-    )
+    assert f"{endpoint} cannot be reached after 2 attempts" in message
+    assert "check AWS_ENDPOINT_URL" in message
     assert "3 in a row" in message and "2 in a row are allowed, the run ends" in message
     with pytest.raises(StorageError):
         writer.close()
@@ -246,18 +236,14 @@ def test_a_disk_that_fills_up_is_survived_as_soon_as_there_is_room(small_disk: P
     writer.save(snapshot(1))
     writer.wait()
     ballast = small_disk / "ballast"
-    with open(ballast, "wb", buffering=0) as file:
+    with suppress(OSError), open(ballast, "wb", buffering=0) as file:
         while True:
-            try:
-                file.write(bytes(4096))
-            except OSError:
-                break
+            file.write(bytes(4096))
     writer.save(snapshot(2))
     with pytest.raises(StorageError, match="No space left on device; free some space"):
         writer.wait()
-    assert (
-        len(storage.list_names(small_disk / "checkpoints")) == 1
-    )  # what there was of it does not keep the disk full
+    # What there was of it does not keep the disk full.
+    assert len(storage.list_names(small_disk / "checkpoints")) == 1
     ballast.unlink()
     writer.save(snapshot(3))
     writer.close()
@@ -272,45 +258,27 @@ def batches(
     url: str, cache_dir: Path, during: Callable[[], None] = lambda: None
 ) -> list[list[torch.Tensor]]:
     """Read all tensors of some steps in a thread, from an empty cache, while `during` runs here."""
-    found: list[list[torch.Tensor]] = []
-    errors: list[BaseException] = []
 
-    def read() -> None:
+    def read() -> list[list[torch.Tensor]]:
+        dataset = Dataset(url, noise=True, cache_dir=str(cache_dir), cache_gigabytes=1e-6)
+        feeds = {"main": Crops(dataset, seed=5, crop_seconds=64 / toy.RATE)}
+        options = {"num_virtual_shards": 2, "micro_batch": 2, "rank": 0, "world_size": 1}
+        options |= {"seed": 5, "num_threads": 2, "prefetch_steps": 1}
+        stream = TrainStream(feeds, **options)  # type: ignore[arg-type]
+        steps, found = stream.steps(0), []
         try:
-            dataset = Dataset(url, noise=True, cache_dir=str(cache_dir), cache_gigabytes=1e-6)
-            feeds = {"main": Crops(dataset, seed=5, crop_seconds=64 / toy.RATE)}
-            options = {
-                "seed": 5,
-                "num_virtual_shards": 2,
-                "micro_batch": 2,
-                "rank": 0,
-                "world_size": 1,
-            }
-            options |= {"num_threads": 2, "prefetch_steps": 1}
-            stream = TrainStream(feeds, **options)  # type: ignore[arg-type]
-            steps = stream.steps(0)
-            try:
-                for _ in range(NUM_STEPS):
-                    for one in next(steps):
-                        assert one.sources is not None and one.noise is not None
-                        found.append(
-                            [one.positions, one.lengths, one.mixture, one.sources, one.noise]
-                        )
-            finally:
-                steps.close()
-                stream.close()
-        except BaseException as error:
-            errors.append(error)
+            for one in (batch for _ in range(NUM_STEPS) for batch in next(steps)):
+                assert one.sources is not None and one.noise is not None
+                found.append([one.positions, one.lengths, one.mixture, one.sources, one.noise])
+        finally:
+            steps.close()
+            stream.close()
+        return found
 
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
         during()
-    finally:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return found
+        return reading.result()
 
 
 @pytest.fixture
@@ -375,8 +343,4 @@ def test_a_loader_without_storage_ends_with_endpoint_and_advice(
     proxy = through(lambda number, line: fault if ".tar" in line and number > 6 else "")
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError) as caught:
         batches(data_set[0], tmp_path / "cache")
-    assert (
-        data_set[0] in str(caught.value)
-        and proxy.endpoint in str(caught.value)
-        and message in str(caught.value)
-    )
+    assert all(text in str(caught.value) for text in (data_set[0], proxy.endpoint, message))

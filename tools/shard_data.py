@@ -3,9 +3,7 @@
 python tools/shard_data.py write corpus=demo split=train output=demo/data/train num_workers=2
 """
 
-import sys
-
 from sepdist.cli.shard import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -47,9 +47,7 @@ class Background:
     def close(self) -> None:
         """Cancel waiting jobs and end the threads, each when its running job returns."""
         with self._lock:
-            end = self._end.detach()
-        if end is not None:
-            _end(self._jobs, self._threads)
+            self._end()
 
 
 def _work(jobs: _Queue) -> None:
@@ -68,9 +66,8 @@ def _run(future: "Future[Any]", function: Callable[..., Any], arguments: tuple[A
 
 def _end(jobs: _Queue, threads: list[threading.Thread]) -> None:
     with contextlib.suppress(queue.Empty):
-        while True:
-            if (job := jobs.get_nowait()) is not None:
-                job[0].cancel()
+        while job := jobs.get_nowait():
+            job[0].cancel()
     for _ in threads:
         jobs.put(None)
     deadline = time.monotonic() + PATIENCE_SECONDS

@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from io import BufferedReader
@@ -94,7 +94,10 @@ class ShardCache:
     def _load(self, number: int) -> OpenShard:
         try:
             samples = read_index(self.url, self.manifest.shards[number])
-            file, problem = self._fetched(number) if self.remote else self._in_place(number)
+            if self.remote:
+                file, problem = self._fetched(number)
+            else:
+                file, problem = self._checked(Path(self._place(number)).expanduser(), number)
             damaged = self._locate_damage(number, file, samples, problem) if problem else {}
             opened = OpenShard(file, samples, damaged)
             with self._lock:
@@ -109,42 +112,39 @@ class ShardCache:
             with self._lock:
                 self._pending.pop(number, None)
 
-    def _in_place(self, number: int) -> tuple[BufferedReader, str]:
-        file = open(Path(self._place(number)).expanduser(), "rb")  # noqa: SIM115
-        return file, self._problem(file, number)
-
     def _fetched(self, number: int) -> tuple[BufferedReader, str]:
         """Open the copy, fetched at most twice, as damage may occur on the way; and its problem."""
         path, problem = self._copy_path(number), "absent"
-        with _locked(path.with_suffix(".lock")):  # one process fetches, the others find its copy
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others find its copy
             with contextlib.suppress(FileNotFoundError):
-                file = open(path, "rb")  # noqa: SIM115
-                problem = self._problem(file, number)
+                file, problem = self._checked(path, number)
                 if problem:
                     logger.warning("%s: %s; fetching the shard again", path, problem)
             for _ in range(2):
                 if problem:
                     self._make_room(self.manifest.shards[number].bytes)
                     storage.fetch_file(self._place(number), path)
-                    file = open(path, "rb")  # noqa: SIM115
-                    problem = self._problem(file, number)
+                    file, problem = self._checked(path, number)
             if problem:
                 path.unlink(missing_ok=True)  # hide it from others; the open file stays readable
         _touch(path)
         return file, problem
 
-    def _problem(self, file: BufferedReader, number: int) -> str:
-        """Describe what is wrong with a whole file ("": nothing); an intact one is hashed once."""
+    def _checked(self, path: Path, number: int) -> tuple[BufferedReader, str]:
+        """Open a file; say what is wrong with it ("": nothing). An intact one is hashed once."""
+        file = open(path, "rb")  # noqa: SIM115
         shard, status = self.manifest.shards[number], os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if self._intact.get(number) == identity:
-            return ""
+            return file, ""
         if status.st_size != shard.bytes:
-            return f"{status.st_size} bytes where the manifest says {shard.bytes}"
+            return file, f"{status.st_size} bytes where the manifest says {shard.bytes}"
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            return "its sha256 is not the manifest's"
+            return file, "its sha256 is not the manifest's"
         self._intact[number] = identity
-        return ""
+        return file, ""
 
     def _locate_damage(
         self, number: int, file: BufferedReader, samples: list[Sample], problem: str
@@ -180,35 +180,23 @@ class ShardCache:
                 copies.append((status.st_atime_ns, status.st_size, path))
         with self._lock:
             wanted = {self._copy_path(number) for number in self._wanted | set(self._pending)}
-        total = sum(size for _, size, _ in copies) + num_bytes
+        total, evicted = sum(size for _, size, _ in copies) + num_bytes, set[Path]()
         for _, size, path in sorted(copies):
             if total > self.max_bytes and path not in wanted:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".lock").unlink(missing_ok=True)
-                self._forget(path)
+                evicted.add(path)
                 total -= size
+        with self._lock:  # open files would go on occupying the disk
+            for number in [n for n in self._open if self._copy_path(n) in evicted]:
+                del self._open[number]
         if total > self.max_bytes:
             needed = f"{total / 1e9:.2f} GB of shards are needed at once"
             allowed = f"the {self.max_bytes / 1e9:.2f} GB that cache_gigabytes allows"
             logger.warning("%s: %s, more than %s", self.folder, needed, allowed)
-
-    def _forget(self, path: Path) -> None:
-        """Drop an evicted shard's open file, because it would occupy the disk."""
-        with self._lock:
-            for number in [n for n in self._open if self._copy_path(n) == path]:
-                del self._open[number]
 
 
 def _touch(path: Path) -> None:
     """Record the use of a copy in its access time; the modification time identifies the file."""
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which other threads and processes of the machine wait for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

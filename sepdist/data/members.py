@@ -34,18 +34,9 @@ def people(record: Utterance | Mixture) -> tuple[list[str], list[str]]:
     return list(record.speakers), list(record.texts)
 
 
-def in_order(members: Sequence[str]) -> tuple[str, ...]:
-    """Sort member names: s1, s2, ..., s10, then noise or mix, then e1, e2, ..."""
-
-    def place(name: str) -> tuple[int, int]:
-        return ("s_e".index(name[0]), int(name[1:])) if _NUMBERED.fullmatch(name) else (1, 0)
-
-    return tuple(sorted(members, key=place))
-
-
 def split_members(members: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Split member names into sources, estimates and the rest, each in the given order."""
-    numbered = [name for name in members if _NUMBERED.fullmatch(name)]
+    """Split member names into sources and estimates, by their numbers, and the rest."""
+    numbered = sorted(filter(_NUMBERED.fullmatch, members), key=lambda name: int(name[1:]))
     sources = [name for name in numbered if name[0] == "s"]
     estimates = [name for name in numbered if name[0] == "e"]
     return sources, estimates, [name for name in members if name not in numbered]
@@ -77,8 +68,8 @@ def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
     loaded = record.load()
     waves: Mapping[str, np.ndarray] = loaded if isinstance(loaded, Mapping) else {"s1": loaded}
     what = f"record {record.id!r}"
-    names = in_order(list(waves))
-    sources, estimates, rest = split_members(names)
+    sources, estimates, rest = split_members(list(waves))
+    names = [*sources, *rest, *estimates]  # s1, s2, ..., s10, noise or mix, e1, e2, ...
     numbers = range(1, len(sources) + 1)
     fine = (
         sources == [f"s{i}" for i in numbers]

@@ -7,7 +7,6 @@ different settings never mix.
 
 import contextlib
 import itertools
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,16 +28,6 @@ from sepdist.data.shards import MANIFEST, Manifest, ShardInfo
 from sepdist.seeding import rng
 
 SOURCE = "source.yaml"
-
-
-@dataclass(frozen=True)
-class ShardJob:
-    """One shard to write; small enough to be sent to another machine."""
-
-    name: str
-    output: str
-    records: tuple[Utterance | Mixture, ...]
-    working_dir: str  # the base of the corpus's relative paths
 
 
 @dataclass(frozen=True)
@@ -69,40 +58,36 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
     if storage.exists(storage.join(cfg.output, MANIFEST)):
         manifest = shards.read_manifest(cfg.output)
         return Written(manifest, len(manifest.shards), time.monotonic() - start)
-    jobs = plan(cfg, corpus)
+    calls = plan(cfg, corpus)
     check_source(cfg, claim=True)
     # An index is written after its shard was verified, so it marks a finished one.
     finished = set(storage.list_names(storage.join(cfg.output, "index")))
-    num_kept = sum(job.name.replace(".tar", ".json") in finished for job in jobs)
+    num_kept = sum(name.replace(".tar", ".json") in finished for *_, name in calls)
     infos: list[ShardInfo] = []
     title = f"{corpus.name} {cfg.split}"
-    with progress_bar(console or Console(stderr=True), title, len(jobs)) as advance:
-        for info in write_shards(jobs, cfg):
+    with progress_bar(console or Console(stderr=True), title, len(calls)) as advance:
+        for info in run_tasks(write_job, calls, cfg.num_workers, cfg.gpus_per_worker):
             infos.append(info)
             advance()
-    infos.sort(key=lambda info: info.name)
+    infos.sort(key=lambda info: info.name)  # tasks finish in any order
     manifest = shards.write_manifest(cfg.output, corpus.name, cfg.split, corpus.sample_rate, infos)
     return Written(manifest, num_kept, time.monotonic() - start)
 
 
-def plan(cfg: ShardConfig, corpus: Any) -> list[ShardJob]:
-    """List the shards to write, `samples_per_shard` records in each, in corpus order."""
+def plan(cfg: ShardConfig, corpus: Any) -> list[tuple[Any, ...]]:
+    """List the arguments of `write_job`, `samples_per_shard` records each, in corpus order."""
     records = list(itertools.islice(corpus.records(cfg.split), cfg.limit or None))
     records = subset_of(records, *cfg.subset)
     if not records:
         where = f"split {cfg.split!r}, or none in subset={cfg.subset}"
         raise ConfigError(f"corpus {corpus.name} has no records in {where}")
-    if cfg.mixtures_only:
-        records = [without_sources(record) for record in records]
-    starts = range(0, len(records), cfg.samples_per_shard)
+    if cfg.mixtures_only:  # without sources, speakers and texts
+        records = [Mixture(r.id, (), r.sample_rate, partial(load_mixture, r)) for r in records]
+    size = cfg.samples_per_shard
+    blocks = [records[first : first + size] for first in range(0, len(records), size)]
     return [
-        ShardJob(
-            name=shards.shard_name(corpus.name, cfg.split, number),
-            output=cfg.output,
-            records=tuple(records[first : first + cfg.samples_per_shard]),
-            working_dir=os.getcwd(),
-        )
-        for number, first in enumerate(starts)
+        (block, cfg.output, shards.shard_name(corpus.name, cfg.split, number))
+        for number, block in enumerate(blocks)
     ]
 
 
@@ -113,11 +98,6 @@ def subset_of(records: list[Any], first: float, last: float) -> list[Any]:
     shuffled = np.argsort(keys, kind="stable")
     chosen = shuffled[round(first * len(records)) : round(last * len(records))]
     return [records[i] for i in sorted(chosen)]
-
-
-def without_sources(record: Utterance | Mixture) -> Mixture:
-    """Reduce a record to its mixture, without sources, speakers and texts."""
-    return Mixture(record.id, (), record.sample_rate, partial(load_mixture, record))
 
 
 def load_mixture(record: Utterance | Mixture) -> Mapping[str, np.ndarray]:
@@ -149,16 +129,8 @@ def check_source(cfg: ShardConfig, *, claim: bool) -> None:
             )
 
 
-def write_shards(jobs: Sequence[ShardJob], cfg: ShardConfig) -> Iterator[ShardInfo]:
-    """Write the shards; yield each when it is finished and verified, in any order."""
-    if cfg.num_workers == 0:
-        return (info for job in jobs for info in write_job(job))
-    calls = [(job,) for job in jobs]
-    return run_tasks(write_job, calls, num_gpus=cfg.gpus_per_worker, at_once=cfg.num_workers)
-
-
-def write_job(job: ShardJob) -> Iterator[ShardInfo]:
+def write_job(
+    records: Sequence[Utterance | Mixture], output: str, name: str
+) -> Iterator[ShardInfo]:
     """Write and verify one shard; a generator, as `run_tasks` needs."""
-    if os.path.isdir(job.working_dir):  # Ray chooses a working directory of its own
-        os.chdir(job.working_dir)
-    yield shards.write_shard(job.records, job.output, job.name)
+    yield shards.write_shard(records, output, name)

@@ -26,7 +26,7 @@ import numpy as np
 
 from sepdist import audio, storage
 from sepdist.data import members as sample_files
-from sepdist.data.members import DataError, in_order, people
+from sepdist.data.members import DataError, people, split_members
 from sepdist.data.records import Mixture, Utterance
 
 FORMAT_VERSION = 1
@@ -66,12 +66,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a shard; `members` maps "s1", "json", ... to (byte offset, size)."""
+    """One sample of a shard; `members` maps "s1", "json", ... to [byte offset, size]."""
 
     key: str
     num_samples: int  # audio length T
     speakers: tuple[str, ...]
-    members: dict[str, tuple[int, int]]
+    members: dict[str, list[int]]
 
 
 def shard_name(corpus: str, split: str, number: int) -> str:
@@ -218,7 +218,8 @@ def _describe(
             raise DataError(f"{place}: the shard is missing or truncated; write it again")
         for sample in _samples(index):
             what = f"{shard.name}, {sample.key}"
-            found = in_order([name for name in sample.members if name != "json"])
+            sources, estimates, rest = split_members([n for n in sample.members if n != "json"])
+            found = (*sources, *rest, *estimates)
             members = members or found
             _require_members(what, found, members)
             if sample.key in shard_of:
@@ -385,15 +386,7 @@ def _load_index(url: str | Path, shard: ShardInfo) -> dict[str, Any]:
 
 
 def _samples(index: Mapping[str, Any]) -> list[Sample]:
-    return [
-        Sample(
-            key=one["key"],
-            num_samples=one["num_samples"],
-            speakers=tuple(one["speakers"]),
-            members={name: (offset, size) for name, (offset, size) in one["members"].items()},
-        )
-        for one in index["samples"]
-    ]
+    return [Sample(**one | {"speakers": tuple(one["speakers"])}) for one in index["samples"]]
 
 
 @contextlib.contextmanager

@@ -25,13 +25,8 @@ logger = logging.getLogger(__name__)
 class Feed(Protocol):
     """The items of one data set, addressed by the set's own positions."""
 
-    @property
-    def num_samples(self) -> int:
-        """Positions per epoch."""
-
-    @property
-    def crop_samples(self) -> int:
-        """Length of a batch; items may be shorter."""
+    num_samples: int  # positions per epoch
+    crop_samples: int  # length of a batch; items may be shorter
 
     def item(self, position: int, damages: list[Damage]) -> Item:
         """Return an item, in any thread; append replaced damaged samples to `damages`."""

@@ -3,9 +3,7 @@
 Shapes: S sources, T samples.
 """
 
-import itertools
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -135,11 +133,8 @@ def run_on_data_set(
     storage.remove(storage.join(cfg.output, results_name))
     num_partitions = max(1, min(cfg.num_workers, len(items)))
     numbered = list(enumerate(items))
-    calls = [(work, cfg, numbered[k::num_partitions], os.getcwd()) for k in range(num_partitions)]
-    if cfg.num_workers:
-        found = run_tasks(_run_partition, calls, num_gpus=float(cfg.use_gpu))
-    else:
-        found = itertools.chain.from_iterable(itertools.starmap(_run_partition, calls))
+    calls = [(work, cfg, numbered[k::num_partitions]) for k in range(num_partitions)]
+    found = run_tasks(_run_partition, calls, cfg.num_workers, num_gpus=float(cfg.use_gpu))
     results: dict[int, _Result] = {}
     with progress_bar(console, "scoring", len(items)) as advance:
         for number, result in found:
@@ -149,11 +144,9 @@ def run_on_data_set(
 
 
 def _run_partition(
-    work: Callable[[Any, Any], Iterator[Any]], cfg: Any, items: Sequence[Any], working_dir: str
+    work: Callable[[Any, Any], Iterator[Any]], cfg: Any, items: Sequence[Any]
 ) -> Iterator[tuple[int, Any]]:
     """The numbered results of numbered items."""
-    if os.path.isdir(working_dir):  # a corpus or recogniser in the config may have relative paths
-        os.chdir(working_dir)
     numbers, own = zip(*items, strict=True)
     with single_threaded():
         # A generator expression, because Ray calls `send`, which a zip does not have.

@@ -225,7 +225,8 @@ def data_sets(stage: Stage) -> list[str]:
         data = stage.config.data
         return [data.train, data.validation, *(one.url for one in data.extra)]
     if isinstance(stage.config, ShardConfig):
-        return [stage.config.corpus["data"]] if "data" in stage.config.corpus else []
+        corpus = stage.config.corpus or {}
+        return [corpus["data"]] if "data" in corpus else []
     return [stage.config.data] if isinstance(stage.config, EvaluateConfig) else []
 
 

@@ -19,12 +19,16 @@ def wait_for(condition: object, seconds: float = 20) -> bool:
     return bool(condition())  # type: ignore[operator]
 
 
+def running(name: str) -> int:
+    """Count the threads whose names begin with `name`."""
+    return sum(thread.name.startswith(name) for thread in threading.enumerate())
+
+
 def test_jobs_of_one_thread_run_in_order_and_give_their_results() -> None:
     pool, seen = Background(1, "test-order"), []
     futures = [pool.submit(lambda i=i: seen.append(i) or i * i) for i in range(20)]
-    assert [future.result(20) for future in futures] == [i * i for i in range(20)] and seen == list(
-        range(20)
-    )
+    assert [future.result(20) for future in futures] == [i * i for i in range(20)]
+    assert seen == list(range(20))
     pool.close()
 
 
@@ -37,10 +41,10 @@ def test_an_error_is_the_futures_and_the_thread_goes_on() -> None:
 
 
 def test_close_cancels_what_waits_finishes_what_runs_and_refuses_more() -> None:
-    pool, running, release = Background(1, "test-close"), threading.Event(), threading.Event()
-    first = pool.submit(lambda: running.set() or release.wait(20))
+    pool, started, release = Background(1, "test-close"), threading.Event(), threading.Event()
+    first = pool.submit(lambda: started.set() or release.wait(20))
     second = pool.submit(lambda: None)
-    assert running.wait(20)
+    assert started.wait(20)
     threading.Timer(0.2, release.set).start()
     pool.close()
     assert first.result(0) is True
@@ -48,7 +52,7 @@ def test_close_cancels_what_waits_finishes_what_runs_and_refuses_more() -> None:
         second.result(0)
     with pytest.raises(RuntimeError, match="test-close threads were closed"):
         pool.submit(lambda: None)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("test-close")]
+    assert not running("test-close")
 
 
 def test_close_does_not_wait_forever_for_a_thread_that_hangs(
@@ -61,11 +65,7 @@ def test_close_does_not_wait_forever_for_a_thread_that_hangs(
     pool.close()
     assert time.monotonic() - began < 10
     release.set()
-    assert wait_for(
-        lambda: (
-            not [thread for thread in threading.enumerate() if thread.name.startswith("test-hang")]
-        )
-    )
+    assert wait_for(lambda: not running("test-hang"))
 
 
 def test_no_thread_runs_before_the_first_job_and_a_forgotten_pool_ends_its_own() -> None:
@@ -78,13 +78,10 @@ def test_no_thread_runs_before_the_first_job_and_a_forgotten_pool_ends_its_own()
     owner = Owner()
     gone = weakref.ref(owner)
 
-    def own() -> int:
-        return sum(thread.name.startswith("test-forget") for thread in threading.enumerate())
-
-    assert own() == 0
+    assert running("test-forget") == 0
     assert pool.submit(owner.job).result(20) == 1
-    assert own() == 3
+    assert running("test-forget") == 3
     del owner
     assert wait_for(lambda: gone() is None), "an idle thread keeps the last job alive"
     del pool
-    assert wait_for(lambda: own() == 0)
+    assert wait_for(lambda: not running("test-forget"))

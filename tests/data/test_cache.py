@@ -6,8 +6,8 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,8 @@ def cache_of(tmp_path: Path) -> Iterator[Opener]:
 
 
 def copies(tmp_path: Path) -> list[str]:
-    return sorted(
-        path.name[: len("toy-train-000000")] for path in (tmp_path / "cache").glob("*.tar")
-    )
+    found = (tmp_path / "cache").glob("*.tar")
+    return sorted(path.name[: len("toy-train-000000")] for path in found)
 
 
 def check_readable(cache: ShardCache, shard: int) -> None:
@@ -122,16 +121,8 @@ def test_two_processes_of_a_machine_fetch_a_shard_once(
         ]
         for process in pair:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        results = [None, None]
-
-        def go(which: int) -> None:
-            results[which] = pair[which].communicate("go\n", timeout=120)
-
-        threads = [threading.Thread(target=go, args=(which,)) for which in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(lambda one: one.communicate("go\n", timeout=120), pair))
     assert results == [("3\n" * 4, "")] * 2
     assert len(tar_requests(proxy)) == 4
     assert copies(tmp_path) == [f"toy-train-{i:06d}" for i in range(4)]
@@ -141,11 +132,8 @@ def test_many_threads_wait_for_one_download(
     remote: str, proxy: FaultyProxy, cache_of: Opener
 ) -> None:
     cache = cache_of(remote)
-    threads = [threading.Thread(target=check_readable, args=(cache, 2)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check_readable, [cache] * 8, [2] * 8))
     assert len(tar_requests(proxy)) == 1
 
 
@@ -258,10 +246,8 @@ def test_damage_at_the_source_is_pinned_to_its_samples(
     assert list(opened.damaged) == [2]
     assert opened.damaged[2].startswith("toy-train-000001")
     assert f"mix-6.s1 at byte {offset}: damaged" in opened.damaged[2]
-    assert (
-        "1 of 3 samples damaged" in caplog.text
-        and "its sha256 is not the manifest's" in caplog.text
-    )
+    assert "1 of 3 samples damaged" in caplog.text
+    assert "its sha256 is not the manifest's" in caplog.text
     assert cache.open(0).damaged == {}
     if kind == "s3":
         assert copies(tmp_path) == ["toy-train-000000"]  # no other process finds the damaged copy
@@ -292,10 +278,8 @@ def test_a_truncated_shard_loses_the_samples_behind_the_cut(
     os.truncate(path, samples[1].members["s2"][0] + 5)
     opened = cache_of(str(tmp_path / "set")).open(0)
     assert list(opened.damaged) == [1, 2]
-    assert (
-        "toy-train-000000.tar, mix-2.s2 at byte" in opened.damaged[1]
-        and "truncated" in opened.damaged[1]
-    )
+    assert "toy-train-000000.tar, mix-2.s2 at byte" in opened.damaged[1]
+    assert "truncated" in opened.damaged[1]
 
 
 def test_damage_that_no_sample_explains_is_an_error(tmp_path: Path, cache_of: Opener) -> None:
@@ -304,9 +288,8 @@ def test_damage_that_no_sample_explains_is_an_error(tmp_path: Path, cache_of: Op
     content = bytearray(path.read_bytes())
     content[0] ^= 1  # of the tar's first header
     path.write_bytes(content)
-    with pytest.raises(
-        DataError, match=r"toy-train-000000\.tar: damaged, its sha256 .* yet every sample decodes"
-    ):
+    message = r"toy-train-000000\.tar: damaged, its sha256 .* yet every sample decodes"
+    with pytest.raises(DataError, match=message):
         cache_of(str(tmp_path / "set")).open(0)
 
 
@@ -314,14 +297,11 @@ def test_damage_that_no_sample_explains_is_an_error(tmp_path: Path, cache_of: Op
 def test_a_missing_shard_is_named(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, cache_of: Opener
 ) -> None:
-    url = (
-        str(tmp_path / "set")
-        if kind == "local"
-        else f"s3://{request.getfixturevalue('bucket')}/toy"
-    )
+    url = str(tmp_path / "set")
+    if kind == "s3":
+        url = f"s3://{request.getfixturevalue('bucket')}/toy"
     manifest = toy.write(url, SIZES)
     storage.remove(storage.join(url, manifest.shards[2].name))
-    with pytest.raises(
-        DataError, match=r"toy-train-000002\.tar: the shard is missing; write the data set again"
-    ):
+    message = r"toy-train-000002\.tar: the shard is missing; write the data set again"
+    with pytest.raises(DataError, match=message):
         cache_of(url).open(2)

@@ -39,9 +39,8 @@ def num_samples(number: int) -> int:
 
 
 def tone(number: int) -> np.ndarray:
-    return (0.3 * np.sin(2 * np.pi * pitch(number) * np.arange(num_samples(number)) / RATE)).astype(
-        np.float32
-    )
+    seconds = np.arange(num_samples(number)) / RATE
+    return (0.3 * np.sin(2 * np.pi * pitch(number) * seconds)).astype(np.float32)
 
 
 def write(
@@ -64,10 +63,8 @@ def write(
 
 def hiss(number: int) -> np.ndarray:
     """Noises of 0.4 and 0.9 s, one shorter than a crop and one longer."""
-    size = (3300, 7200)[number % 2]
-    return (
-        (0.05 * np.random.default_rng(number).standard_normal(size)).clip(-1, 1).astype(np.float32)
-    )
+    wave = 0.05 * np.random.default_rng(number).standard_normal((3300, 7200)[number % 2])
+    return wave.clip(-1, 1).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -152,16 +149,13 @@ def rows(
     steps = stream.steps(first_step)
     batches: list[Batch] = [batch for _ in range(num_steps) for batch in next(steps)]
     stream.close()
-    return [
-        (
-            int(batch.positions[i]),
-            batch.ids[i],
-            batch.mixture[i].numpy().tobytes(),
-            batch.sources[i].numpy().tobytes(),
-        )
-        for batch in batches
-        for i in range(2)
-    ]
+    found = []
+    for batch in batches:
+        for position, id_, *waves in zip(
+            batch.positions.tolist(), batch.ids, batch.mixture, batch.sources, strict=True
+        ):
+            found.append((position, id_, *(wave.numpy().tobytes() for wave in waves)))
+    return found
 
 
 def test_a_position_has_the_same_bits_in_any_world_at_any_cut_and_number_of_threads(
@@ -188,10 +182,8 @@ def test_noise_is_extended_or_cut_to_the_mixture_and_at_a_level_of_its_own(
         assert noise.size == item.members["s1"].size and np.abs(noise[-40:]).max() > 0
         levels.append(audio.loudness(noise, RATE))
     assert -39 < min(levels) < -36 and -32 < max(levels) < -29, "U(-38, -30), of the whole noise"
-    assert (
-        made.digest()
-        == f"{made.voices.dataset.manifest.digest()} with {shards.read_manifest(noises).digest()}"
-    )
+    spoken, noise = made.voices.dataset.manifest, shards.read_manifest(noises)
+    assert made.digest() == f"{spoken.digest()} with {noise.digest()}"
 
 
 def test_speakers_may_be_rare_but_two_are_needed(tmp_path: Path) -> None:
@@ -235,14 +227,8 @@ def test_a_damaged_utterance_gives_way_to_the_next_in_every_world_and_is_counted
     assert {damage.key for damage in damages} == {"u6"} and len(damages) >= 2
     whole = rows(mixing(url), 0, 1, 0, 3, 2)
     assert sorted(row for rank in range(3) for row in rows(mixing(url), rank, 3, 0, 3, 1)) == whole
-    stream = TrainStream(
-        {"main": mixing(url)},
-        seed=3,
-        num_virtual_shards=1,
-        micro_batch=NUM_UTTERANCES,
-        rank=0,
-        world_size=1,
-    )
+    options = {"num_virtual_shards": 1, "micro_batch": NUM_UTTERANCES, "rank": 0, "world_size": 1}
+    stream = TrainStream({"main": mixing(url)}, seed=3, **options)
     with pytest.raises(DataError, match=r"u6\.s1 at byte .*data\.max_damaged=0 are allowed"):
         next(stream.steps(0))
     stream.close()

@@ -55,11 +55,9 @@ def test_a_run_cut_anywhere_and_continued_at_any_world_size_consumes_every_posit
             plan = Order(3, sizes)
             for own_step in range(step, step + num_steps):
                 for virtual_shard in owned_virtual_shards(num_virtual_shards, rank, world_size):
-                    for position in positions_of(
-                        own_step, virtual_shard, num_virtual_shards, micro_batch
-                    ):
-                        consumed[position] += 1
-                        located[position] = plan.locate(position)
+                    own = positions_of(own_step, virtual_shard, num_virtual_shards, micro_batch)
+                    consumed.update(own)
+                    located |= {position: plan.locate(position) for position in own}
         step += num_steps
     total = step * num_virtual_shards * micro_batch
     assert consumed == Counter(range(total))
@@ -74,13 +72,10 @@ def test_a_run_cut_anywhere_and_continued_at_any_world_size_consumes_every_posit
 @pytest.mark.parametrize("num_virtual_shards", range(1, 17))
 def test_ranks_own_the_blocks_that_array_split_makes(num_virtual_shards: int) -> None:
     for world_size in range(1, num_virtual_shards + 1):
-        blocks = [
-            list(owned_virtual_shards(num_virtual_shards, rank, world_size))
-            for rank in range(world_size)
-        ]
-        assert blocks == [
-            block.tolist() for block in np.array_split(np.arange(num_virtual_shards), world_size)
-        ]
+        blocks = np.array_split(np.arange(num_virtual_shards), world_size)
+        for rank, block in enumerate(blocks):
+            owned = owned_virtual_shards(num_virtual_shards, rank, world_size)
+            assert list(owned) == block.tolist()
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 5), (0, 0)])
@@ -90,11 +85,8 @@ def test_a_rank_that_would_own_nothing_is_refused(rank: int, world_size: int) ->
 
 
 def test_positions_of_a_step_are_cut_into_virtual_shards_in_order() -> None:
-    assert [list(positions_of(5, shard, 3, 2)) for shard in range(3)] == [
-        [30, 31],
-        [32, 33],
-        [34, 35],
-    ]
+    found = [list(positions_of(5, shard, 3, 2)) for shard in range(3)]
+    assert found == [[30, 31], [32, 33], [34, 35]]
 
 
 def test_a_stretch_of_positions_needs_only_one_block_of_shards() -> None:
@@ -149,18 +141,8 @@ def test_the_order_is_the_same_in_every_version_of_numpy_and_of_this_package() -
         expected += [flat[place] for place in permutation(len(flat), "sample order", 1, block)]
     plan = Order(7, sizes, block_shards=2)
     assert [plan.locate(position) for position in range(10, 20)] == expected
-    assert expected == [
-        (1, 3),
-        (1, 2),
-        (1, 0),
-        (0, 0),
-        (0, 1),
-        (1, 1),
-        (2, 2),
-        (2, 1),
-        (2, 0),
-        (3, 0),
-    ]
+    first = [(1, 3), (1, 2), (1, 0), (0, 0), (0, 1), (1, 1)]
+    assert expected == [*first, (2, 2), (2, 1), (2, 0), (3, 0)]
 
 
 @pytest.mark.parametrize("step", [1, 10**6, 10**12])
@@ -194,10 +176,9 @@ def test_upcoming_names_what_is_needed_in_order_of_first_need_and_looks_one_bloc
     sizes: tuple[int, ...], block_shards: int, start: int, length: int
 ) -> None:
     plan = Order(1, sizes, block_shards)
-    upcoming = plan.upcoming(range(start, start + length))
-    needed = list(
-        dict.fromkeys(plan.locate(position)[0] for position in range(start, start + length))
-    )
+    positions = range(start, start + length)
+    upcoming = plan.upcoming(positions)
+    needed = list(dict.fromkeys(plan.locate(position)[0] for position in positions))
     assert upcoming[: len(needed)] == needed
     assert len(upcoming) == len(set(upcoming)) <= len(sizes)
     num_blocks = -(-len(sizes) // block_shards)
@@ -285,27 +266,23 @@ def test_every_set_of_a_blend_is_read_in_its_own_order_without_gaps_at_any_world
 
 
 def test_an_epoch_holds_one_pass_of_each_set_or_its_weight_times_the_batches_of_the_first() -> None:
-    assert units_per_epoch([13900, 50800], [None, None], 6) == (
-        2317,
-        8467,
-    )  # paper 1: 21 % and 79 %
+    # Paper 1: 21 % and 79 %.
+    assert units_per_epoch([13900, 50800], [None, None], 6) == (2317, 8467)
     assert units_per_epoch([100, 50800, 3], [None, 0.5, 2.0], 10) == (10, 5, 20)
     assert units_per_epoch([1, 1], [None, 0.001], 8) == (1, 1)
 
 
 def test_one_data_set_alone_keeps_its_positions() -> None:
     blend = Blend(9, (5,), 3)
-    assert [blend.locate(position) for position in range(40)] == [
-        (0, position) for position in range(40)
-    ]
+    for position in range(40):
+        assert blend.locate(position) == (0, position)
 
 
 def test_a_blend_is_the_same_in_every_version_of_numpy_and_of_this_package() -> None:
     """From the definition: the sets of an epoch's units, sorted by the raw Philox stream."""
     units, epoch = (3, 4, 1), 2
-    key = hashlib.blake2b(
-        "\x1f".join(["7", "data set order", str(epoch)]).encode(), digest_size=16
-    ).digest()
+    text = "\x1f".join(["7", "data set order", str(epoch)])
+    key = hashlib.blake2b(text.encode(), digest_size=16).digest()
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(8).tolist()
     sets = [0, 0, 0, 1, 1, 1, 1, 2]
     expected = [sets[i] for i in sorted(range(8), key=lambda i: raw[i])]

@@ -63,10 +63,8 @@ def rows(steps: list[list[Batch]]) -> Iterator[tuple[int, str, bytes]]:
         for batch in batches:
             assert batch.sources is not None
             for i, position in enumerate(batch.positions.tolist()):
-                audio = (
-                    batch.mixture[i].numpy().tobytes()
-                    + batch.sources[i].contiguous().numpy().tobytes()
-                )
+                waves = (batch.mixture[i], batch.sources[i])
+                audio = b"".join(wave.numpy().tobytes() for wave in waves)
                 yield position, batch.ids[i], audio
 
 
@@ -104,12 +102,8 @@ def test_every_position_comes_once_with_the_same_audio_at_any_world_size_cut_and
         step += num_steps
     total = step * num_virtual_shards * micro_batch
     assert sorted(position for position, _, _ in delivered) == list(range(total))
-    alone = rows(
-        take(
-            dataset, 0, total, num_virtual_shards=1, micro_batch=1, num_threads=1, prefetch_steps=0
-        )
-    )
-    assert sorted(delivered) == sorted(alone)
+    plain = {"num_virtual_shards": 1, "micro_batch": 1, "num_threads": 1, "prefetch_steps": 0}
+    assert sorted(delivered) == sorted(rows(take(dataset, 0, total, **plain)))
     dataset.cache.close()
 
 
@@ -121,10 +115,8 @@ def test_a_batch_holds_the_crops_that_the_records_define(sets: dict[str, str]) -
         for batch in batches:
             assert batch.sources is not None and batch.noise is not None
             assert batch.mixture.shape == (2, CROP) and batch.sources.shape == (2, 2, CROP)
-            assert (
-                batch.mixture.dtype == batch.sources.dtype == torch.float32
-                and batch.lengths.dtype == torch.int64
-            )
+            assert batch.mixture.dtype == batch.sources.dtype == torch.float32
+            assert batch.lengths.dtype == torch.int64
             for i in range(2):
                 number, start = toy.identify(float(batch.sources[i, 0, 0]))
                 length = min(CROP, toy.num_samples(number))
@@ -132,17 +124,11 @@ def test_a_batch_holds_the_crops_that_the_records_define(sets: dict[str, str]) -
                     name: toy.as_float(wave[start : start + length])
                     for name, wave in toy.members(number).items()
                 }
-                assert batch.ids[i] == f"mix-{number}" and batch.speakers[i] == (
-                    f"anna{number}",
-                    "bertil",
-                )
+                assert batch.ids[i] == f"mix-{number}"
+                assert batch.speakers[i] == (f"anna{number}", "bertil")
                 assert int(batch.lengths[i]) == length
-                found = {
-                    "s1": batch.sources[i, 0],
-                    "s2": batch.sources[i, 1],
-                    "noise": batch.noise[i],
-                }
-                for name, wave in found.items():
+                found = (*batch.sources[i], batch.noise[i])
+                for name, wave in zip(("s1", "s2", "noise"), found, strict=True):
                     assert np.array_equal(wave[:length].numpy(), expected[name]), name
                     assert not wave[length:].any()
                 assert np.array_equal(batch.mixture[i, :length].numpy(), sum(expected.values()))
@@ -175,10 +161,8 @@ def test_full_items_come_in_the_order_of_the_manifest_and_are_cut_where_asked(
         length = min(50, toy.num_samples(number + 1))
         assert batch.mixture.shape == (1, length) and batch.lengths.tolist() == [length]
         assert batch.positions.tolist() == [number]
-        assert np.array_equal(
-            batch.mixture[0].numpy(),
-            toy.as_float(sum(w[:length] for w in toy.members(number + 1).values())),
-        )
+        mixture = sum(wave[:length] for wave in toy.members(number + 1).values())
+        assert np.array_equal(batch.mixture[0].numpy(), toy.as_float(mixture))
     assert dataset.full(20, 1e6).mixture.shape == (1, toy.num_samples(21))
     for number in (-1, 21):
         with pytest.raises(IndexError, match=f"no sample {number}, it has 21"):
@@ -195,9 +179,8 @@ def test_a_set_of_mixtures_alone_has_no_sources(tmp_path: Path) -> None:
 
 def test_asking_for_members_that_the_data_set_lacks_says_what_it_has(tmp_path: Path) -> None:
     toy.write(tmp_path, (2,), names=("s1", "s2"))
-    with pytest.raises(
-        DataError, match=r"has no s3, noise, its samples have s1, s2; change num_sources or noise"
-    ):
+    message = r"has no s3, noise, its samples have s1, s2; change num_sources or noise"
+    with pytest.raises(DataError, match=message):
         Dataset(str(tmp_path), num_sources=3, noise=True)
     with pytest.raises(DataError, match="num_sources=0"):
         Dataset(str(tmp_path), num_sources=0)
@@ -318,14 +301,8 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
     def run(world_size: int, **changes: object) -> list[Batch]:
         batches = []
         for rank in range(world_size):
-            options = {
-                "seed": 5,
-                "num_virtual_shards": 4,
-                "micro_batch": 2,
-                "rank": rank,
-                "world_size": world_size,
-            }
-            options |= {"num_threads": 2, **changes}
+            options = {"num_virtual_shards": 4, "micro_batch": 2, "world_size": world_size}
+            options |= {"seed": 5, "rank": rank, "num_threads": 2, **changes}
             stream = TrainStream(feeds(), **options)  # type: ignore[arg-type]
             steps = stream.steps(0)
             batches += [batch for _ in range(10) for batch in next(steps)]
@@ -333,27 +310,21 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
         return sorted(batches, key=lambda batch: int(batch.positions[0]))
 
     alone, together = run(1), run(3)
-    assert [batch.positions.tolist() for batch in alone] == [
-        [first, first + 1] for first in range(0, 80, 2)
-    ]
+    positions = [batch.positions.tolist() for batch in alone]
+    assert positions == [[first, first + 1] for first in range(0, 80, 2)]
     for one, other in zip(alone, together, strict=True):
-        assert (
-            one.ids == other.ids
-            and one.data_set == other.data_set
-            and torch.equal(one.mixture, other.mixture)
-        )
+        assert one.ids == other.ids and one.data_set == other.data_set
+        assert torch.equal(one.mixture, other.mixture)
     # 21 and 12 samples: 10 and 6 batches in every 16.
-    assert [
-        [batch.data_set for batch in alone[first : first + 16]].count("se") for first in (0, 16)
-    ] == [6, 6]
+    for first in (0, 16):
+        assert [batch.data_set for batch in alone[first : first + 16]].count("se") == 6
     for name, crops in feeds().items():
         found = [batch for batch in alone if batch.data_set == name]
         expected = [crops.item(position, []) for position in range(2 * len(found))]
         assert [id_ for batch in found for id_ in batch.ids] == [item.id for item in expected]
         for batch in found:
-            assert (
-                batch.sources is not None and batch.sources.shape[1] == {"main": 2, "se": 1}[name]
-            )
+            assert batch.sources is not None
+            assert batch.sources.shape[1] == {"main": 2, "se": 1}[name]
             assert (batch.noise is None) == (name == "main")
         audio = [batch.mixture[i, : batch.lengths[i]].numpy() for batch in found for i in range(2)]
         assert all(
@@ -426,16 +397,12 @@ def test_a_damaged_sample_ends_the_run_and_is_named_with_shard_key_and_byte_offs
                 outcomes.append(str(error))
             stream.close()
         messages = [one for one in outcomes if one]
-        assert (
-            messages
-        )  # of the rank that owns the position; where epochs meet in a step, possibly of two
+        # Of the rank that owns the position; where epochs meet in a step, possibly of two.
+        assert messages
         for message in messages:
             assert f"toy-train-000001.tar, mix-8.s2 at byte {offset}: damaged" in message
-            assert (
-                str(tmp_path) in message
-                and "data.max_damaged=0 are allowed" in message
-                and "position " in message
-            )
+            assert str(tmp_path) in message and "position " in message
+            assert "data.max_damaged=0 are allowed" in message
 
 
 def test_a_damaged_sample_is_replaced_by_the_next_position_the_same_in_every_world_and_counted(
@@ -444,9 +411,8 @@ def test_a_damaged_sample_is_replaced_by_the_next_position_the_same_in_every_wor
     broken = (2, 8, 9)
     damaged_set(tmp_path / "broken", broken)
     toy.write(tmp_path / "healthy", (6, 6))
-    healthy = [
-        id_ for _, id_, _ in rows(take(Dataset(str(tmp_path / "healthy")), 0, 9))
-    ]  # 72 positions, 6 epochs
+    undamaged = take(Dataset(str(tmp_path / "healthy")), 0, 9)  # 72 positions, 6 epochs
+    healthy = [id_ for _, id_, _ in rows(undamaged)]
     by_world = []
     for world_size in (1, 2, 3):
         delivered: list[tuple[int, str, bytes]] = []
@@ -501,11 +467,8 @@ def test_a_missing_shard_is_never_replaced(tmp_path: Path) -> None:
 
 
 def own_threads() -> list[str]:
-    return [
-        thread.name
-        for thread in threading.enumerate()
-        if thread.name.startswith(("decode", "shard"))
-    ]
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("decode", "shard"))]
 
 
 def test_close_ends_the_threads_and_a_closed_stream_says_so(sets: dict[str, str]) -> None:
@@ -585,9 +548,8 @@ def test_a_process_that_abandons_its_stream_ends_at_once(
             assert stalled.wait(90)
         began = time.monotonic()
         output, errors = process.communicate("go\n", timeout=90)
-        assert (process.returncode, output) == (3, "leaving\n") and "Traceback" not in errors, (
-            errors
-        )
+        assert (process.returncode, output) == (3, "leaving\n"), errors
+        assert "Traceback" not in errors, errors
         assert how == "read" or time.monotonic() - began < 30  # not the minutes of all retries
 
 
