@@ -24,8 +24,8 @@ from sepdist.storage import StorageError
 from sepdist.training import checkpoint
 from sepdist.training.checkpoint import Checkpointer, collect_orphans, find_committed, load_newest
 from tests.support import toy
+from tests.support.checkpoints import assert_equal, checkpointer, snapshot
 from tests.support.s3server import FaultyProxy, S3Server, free_ports
-from tests.training.test_checkpoint import assert_equal, checkpointer, snapshot
 
 NUM_STEPS = 12
 SIZES = (1,) * 24

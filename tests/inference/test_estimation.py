@@ -16,7 +16,7 @@ from sepdist.data.records import Mixture
 from sepdist.inference import estimation
 from sepdist.inference.export import Export
 from sepdist.metrics.si_snr import si_snr
-from tests.inference.test_evaluation import RATE, oracle_si_snr, voices
+from tests.support.exports import RATE, oracle_si_snr, voices
 
 
 class Halving(nn.Module):

@@ -7,39 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import scipy.linalg
 import soundfile
 import torch
-import yaml
 from rich.console import Console
 from torch import nn
 
-from sepdist import config, seeding
 from sepdist.cli import evaluate as program
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.data.records import Batch, Mixture
 from sepdist.inference import evaluation, scoring
 from sepdist.inference.evaluation import score_utterance
 from sepdist.inference.scoring import EvaluationError
-
-RATE = 8000
-MODEL = {
-    "_target_": "sepdist.models.conv_tasnet.ConvTasNet",
-    "num_speakers": 2,
-    "num_filters": 16,
-    "num_bottleneck": 8,
-    "num_hidden": 16,
-    "num_skip": 8,
-    "num_blocks": 2,
-    "num_repeats": 1,
-    "compile": False,
-}
-
-
-def voices(num_samples: int = 4000, seed: int = 0, num: int = 2) -> np.ndarray:
-    waves = 0.1 * np.random.default_rng(seed).standard_normal((num, num_samples))
-    return waves.astype(np.float32)
+from tests.support.exports import RATE, oracle_si_snr, voices, write_export
 
 
 def batch_of(sources: np.ndarray, noise: np.ndarray | None = None) -> Batch:
@@ -53,12 +33,6 @@ def batch_of(sources: np.ndarray, noise: np.ndarray | None = None) -> Batch:
         lengths=torch.tensor([sources.shape[1]]),
         speakers=[("anna", "bert")],
     )
-
-
-def oracle_si_snr(estimate: np.ndarray, source: np.ndarray) -> float:
-    """SI-SNR by the correlation r: the projection keeps r^2 of the energy and leaves 1 - r^2."""
-    r = np.corrcoef(estimate.astype(np.float64), source.astype(np.float64))[0, 1]
-    return 10 * np.log10(r**2 / (1 - r**2))
 
 
 def oracle_sdr(estimate: np.ndarray, source: np.ndarray, taps: int = 512) -> float:
@@ -169,16 +143,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards.write_manifest(url, "toy", "test", RATE, infos)
     write_export(folder / "model", RATE)
     return folder
-
-
-def write_export(folder: Path, rate: int = RATE) -> nn.Module:
-    torch.manual_seed(seeding.torch_seed(0, "weights"))
-    model = config.build(MODEL)
-    folder.mkdir()
-    safetensors.torch.save_file(model.state_dict(), str(folder / "model.safetensors"))
-    (folder / "model.yaml").write_text(yaml.safe_dump({"model": MODEL, "sample_rate": rate}))
-    (folder / "lineage.json").write_text(json.dumps({"run": "toy", "step": 12}))
-    return model
 
 
 def options(work: Path, output: str, **changes: object) -> EvaluateConfig:

@@ -20,8 +20,8 @@ from sepdist.config import ConfigError, RecogniseConfig
 from sepdist.inference import recognition
 from sepdist.inference.scoring import EvaluationError
 from tests.corpora.conftest import RATE
-from tests.corpora.test_libricss import meeting_name, write_meeting
-from tests.inference.test_evaluation import write_export
+from tests.support.exports import write_export
+from tests.support.libricss import meeting_name, write_meeting
 
 LOW = {"ONE": 500, "TWO": 700, "THREE": 900, "FOUR": 1100}
 HIGH = {"RED": 2200, "BLUE": 2600}
@@ -164,7 +164,7 @@ def test_an_estimate_gets_the_level_of_the_mixture_unless_it_would_clip() -> Non
 def test_two_ray_tasks_recognise_what_this_process_recognises(
     work: Path, console: Console, monkeypatch
 ) -> None:
-    from tests.recognisers.test_transformers_ctc import save_tiny
+    from tests.support.recognisers import save_tiny
 
     save_tiny(work / "ctc")
     write_export(work / "ctn", 8000)

@@ -13,7 +13,7 @@ from sepdist.data import shards
 from sepdist.data.dataset import Dataset
 from sepdist.data.members import DataError
 from sepdist.data.sharding import subset_of, write_data_set
-from tests.inference.test_evaluation import oracle_si_snr, write_export
+from tests.support.exports import oracle_si_snr, write_export
 
 
 def write(output: Path, corpus: dict[str, object], **changes: object) -> shards.Manifest:

@@ -14,7 +14,7 @@ from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.data.dataset import Dataset
 from sepdist.inference import switching
 from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
-from tests.inference.test_evaluation import MODEL
+from tests.support.exports import MODEL
 
 
 def make_run(

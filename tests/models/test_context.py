@@ -6,7 +6,7 @@ from torch import nn
 
 from sepdist.models.context import ContextModel, TransformerLayer
 from sepdist.models.conv_tasnet import ConvTasNet
-from tests.objectives.test_contrastive import tiny_context
+from tests.support.context import tiny_context
 
 
 def test_at_full_size_three_seconds_are_750_frames() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sepdist.models.dprnn import DPRNN
 from sepdist.models.dptnet import DPTNet
-from tests.models.test_dual_path import folded, unfolded
+from tests.support.dual_path import folded, unfolded
 from tests.support.model_checks import (
     gradients,
     relative,

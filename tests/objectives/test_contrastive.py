@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from sepdist.data.records import Batch
-from sepdist.models.context import ContextModel
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.objectives.contrastive import Contrastive
 from sepdist.seeding import rng
 from tests.support.batches import batch_of, voices
+from tests.support.context import tiny_context
 
 
 class Frames(nn.Module):
@@ -34,21 +34,6 @@ def clean(num_items: int, num_frames: int) -> Batch:
     return batch_of(
         torch.randn(num_items, 1, 10 * num_frames, generator=torch.Generator().manual_seed(2))
     )
-
-
-def tiny_context(**options: object) -> ContextModel:
-    torch.manual_seed(0)
-    separator = ConvTasNet(1, 16, 16, 8, 8, 12, 8, num_blocks=2, num_repeats=1, compile=False)
-    sizes = {
-        "num_targets": 24,
-        "kernel_size": 9,
-        "stride": 2,
-        "num_groups": 4,
-        "num_hidden": 32,
-        "num_heads": 4,
-    }
-    sizes |= {"num_feedforward": 48, "num_layers": 2, "num_position_taps": 9}
-    return ContextModel(separator, **(sizes | options))
 
 
 def brute_force(

@@ -20,8 +20,8 @@ from sepdist.models.sisnr_cnn import SISNREstimator
 from sepdist.objectives.quality import Quality
 from sepdist.training.checkpoint import CheckpointError
 from sepdist.training.validation import listen
-from tests.inference.test_evaluation import oracle_si_snr
 from tests.support.batches import batch_of, voices
+from tests.support.exports import oracle_si_snr
 
 
 class Constant(nn.Module):

@@ -3,78 +3,20 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from sepdist import config, storage
+from sepdist import storage
 from sepdist.training import checkpoint
 from sepdist.training.checkpoint import (
-    Checkpointer,
     CheckpointError,
-    OptimizerState,
-    Snapshot,
     load_newest,
 )
-
-NODE = {
-    "_target_": "sepdist.models.conv_tasnet.ConvTasNet",
-    "num_speakers": 2,
-    "num_filters": 8,
-    "num_bottleneck": 4,
-    "num_hidden": 6,
-    "num_skip": 4,
-    "num_blocks": 1,
-    "num_repeats": 1,
-    "compile": False,
-}
-
-
-def snapshot(step: int, score: float | None = None) -> Snapshot:
-    torch.manual_seed(step)
-    model = config.build(NODE)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    moments = {f"exp_avg/{name}": torch.randn_like(value) for name, value in weights.items()}
-    return Snapshot(
-        step,
-        weights,
-        OptimizerState(moments, {"step": float(step)}),
-        {"samples_seen": 8 * step},
-        score,
-    )
-
-
-def checkpointer(run_dir: object, **options: object) -> Checkpointer:
-    arguments = {
-        "model_node": NODE,
-        "sample_rate": 8000,
-        "lineage": {"run": "r"},
-        "keep_last": 2,
-        "keep_best": True,
-    }
-    return Checkpointer(str(run_dir), **(arguments | options))
-
-
-def save(run_dir: object, *snapshots: Snapshot, **options: object) -> None:
-    writer = checkpointer(run_dir, **options)
-    for one in snapshots:
-        writer.save(one)
-    writer.close()
+from tests.support.checkpoints import assert_equal, checkpointer, save, snapshot
 
 
 def steps_of(run_dir: object) -> list[int]:
     return [
         one.step for one in checkpoint.find_committed(storage.join(str(run_dir), "checkpoints"))
     ]
-
-
-def assert_equal(one: Snapshot, other: Snapshot) -> None:
-    assert one.step == other.step and one.state["samples_seen"] == other.state["samples_seen"]
-    assert one.optimizer.scalars == other.optimizer.scalars
-    for mine, its in (
-        (one.weights, other.weights),
-        (one.optimizer.tensors, other.optimizer.tensors),
-    ):
-        assert mine.keys() == its.keys()
-        assert all(torch.equal(mine[name], its[name]) for name in mine)
 
 
 def test_a_snapshot_comes_back_to_the_last_bit_from_disk(tmp_path: Path) -> None:

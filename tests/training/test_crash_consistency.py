@@ -36,8 +36,8 @@ from sepdist.training.checkpoint import (
     find_committed,
     load_newest,
 )
+from tests.support.checkpoints import assert_equal, checkpointer, save, snapshot
 from tests.support.s3server import FaultyProxy, S3Server
-from tests.training.test_checkpoint import assert_equal, checkpointer, save, snapshot
 
 CHANGES = {
     "os.mkdir",

@@ -17,8 +17,8 @@ from sepdist.reporting import read_metrics
 from sepdist.training.checkpoint import find_committed, load_snapshot
 from sepdist.training.datasets import open_datasets
 from sepdist.training.run import freeze
+from tests.support.loops import run
 from tests.support.runs import final_hash, frozen
-from tests.training.test_loop import run
 
 MULTITASK = ["objective=multitask", "model.num_speakers=3", "data.num_virtual_shards=4"]
 

@@ -17,10 +17,10 @@ from sepdist.objectives.quality import Quality
 from sepdist.reporting import read_metrics
 from sepdist.training.engine import DeepSpeedEngine
 from sepdist.training.world import World
-from tests.inference.test_evaluation import write_export
-from tests.models.test_ssqp import TINY, stored
 from tests.support.batches import batch_of, voices
+from tests.support.exports import write_export
 from tests.support.runs import final_hash, frozen
+from tests.support.ssqp import TINY, stored
 
 
 def run_rank(rank: int, world_size: int, config_file: str, store: str) -> None:

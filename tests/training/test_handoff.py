@@ -13,7 +13,7 @@ from sepdist.config import InitConfig
 from sepdist.inference.export import load_estimator, load_export
 from sepdist.training.checkpoint import CheckpointError, OptimizerState, Snapshot, load_newest
 from sepdist.training.handoff import inherit, load_weights
-from tests.training.test_checkpoint import NODE, save, snapshot
+from tests.support.checkpoints import NODE, save, snapshot
 
 
 def test_a_damaged_export_is_refused_by_name(tmp_path: Path) -> None:

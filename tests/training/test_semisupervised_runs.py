@@ -23,8 +23,8 @@ from sepdist.objectives.semisupervised import SemiSupervised
 from sepdist.reporting import read_metrics
 from sepdist.training.checkpoint import find_committed, load_snapshot
 from sepdist.training.run import freeze, summarise
-from tests.inference.test_evaluation import write_export
 from tests.support.batches import Listener
+from tests.support.exports import write_export
 from tests.support.runs import final_hash, frozen
 
 # One step after the other by hand.
