@@ -22,7 +22,7 @@ def spoil(first: int, stop: int, factor: float) -> None:
         loss, metrics = sound(self, model, batch)
         position = int(batch.positions[0])
         hit = (
-            model.training
+            torch.is_grad_enabled()  # not in validation
             and position % GLOBAL_BATCH == 3
             and first <= position // GLOBAL_BATCH < stop
         )

@@ -165,7 +165,10 @@ def test_each_data_set_has_an_order_and_crops_of_its_own(
             r"data\.noise=False with data\.mixing\.noise=.*x",
         ),
         (["data.interleave=odd"], r"data\.interleave=.odd.: it is one of drawn, even"),
-        (["objective=mixit", "model.num_speakers=3"], r"3 outputs are few; model\.num_speakers=4"),
+        (
+            ["objective=mixit", "model.num_speakers=3"],
+            r"more than 3 outputs: set model\.num_speakers=4",
+        ),
         (["objective=multitask"], r"MultiTask needs data\.extra with the name enhancement"),
     ],
 )
