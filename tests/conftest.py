@@ -4,13 +4,10 @@
 the environment set as a user sets it. The server is started by the first test that asks for it.
 """
 
-import getpass
 import itertools
 import multiprocessing
-import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,12 +21,6 @@ from tests.support.s3server import ADMIN, S3Server
 # In a shell's background job Ctrl-C is ignored; some tests send one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Inductor's cache does not distinguish processors. Kernels compiled for one vector width crash
-# under another, so runs that simulate an older processor need a cache of their own.
-if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
-    folder = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 settings.register_profile("suite", deadline=None)  # no assertion about time: machines differ
 settings.load_profile("suite")

@@ -14,7 +14,6 @@ Shapes: B batch, N frames, F features, H hidden channels, K taps.
 """
 
 import functools
-import getpass
 import logging
 import os
 import shutil
@@ -206,7 +205,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     # Inductor's cache on disk does not tell instruction sets apart: kernels compiled for one crash,
     # or compute garbage, in a process that uses another (ATEN_CPU_CAPABILITY, a shared folder).
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    name = f"torchinductor_{getpass.getuser()}_{capability}"
+    name = f"torchinductor_{os.getuid()}_{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), name)))
     return torch.compile(function, dynamic=True)
 
