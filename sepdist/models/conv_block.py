@@ -17,9 +17,7 @@ import functools
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -202,12 +200,11 @@ def has_compiler() -> bool:
 
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Inductor's cache on disk does not tell instruction sets apart: kernels compiled for one crash,
-    # or compute garbage, in a process that uses another (ATEN_CPU_CAPABILITY, a shared folder).
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    name = f"torchinductor_{os.getuid()}_{capability}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), name)))
-    return torch.compile(function, dynamic=True)
+    # Inductor's cache on disk does not tell instruction sets apart: kernels made for one crash, or
+    # compute garbage, in a process that uses another (ATEN_CPU_CAPABILITY, a shared folder). The
+    # width of its vectors, set here to what it would choose itself, is part of the cache's key.
+    width = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
+    return torch.compile(function, dynamic=True, options={"cpp.simdlen": width})
 
 
 def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -287,6 +287,26 @@ def test_another_process_gives_the_same_bits_at_the_same_number_of_threads() -> 
     assert other.stdout.split() == [fingerprint()] == [fingerprint()]
 
 
+@pytest.mark.slow
+def test_kernels_on_disk_serve_the_instruction_set_that_they_were_compiled_for(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import torch; from sepdist.models import conv_tasnet, conv_block; "
+        "masks, encoded = torch.randn(2, 30, 3, 37), torch.randn(2, 30, 37); "
+        "masked = conv_block.compiled_if(True, conv_tasnet.apply_masks)(masks, encoded); "
+        "assert torch.equal(masked, conv_tasnet.apply_masks(masks, encoded))"
+    )
+    for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}):
+        environment = os.environ | capability | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            check=True,
+        )
+
+
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bf16_autocast_is_no_further_from_fp32_than_the_textbook_under_autocast(
     compile: bool,
