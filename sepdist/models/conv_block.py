@@ -204,7 +204,8 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     # compute garbage, in a process that uses another (ATEN_CPU_CAPABILITY, a shared folder). The
     # width of its vectors, set here to what it would choose itself, is part of the cache's key.
     width = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
-    return torch.compile(function, dynamic=True, options={"cpp.simdlen": width})
+    options: dict[str, Any] = {"cpp.simdlen": width}
+    return torch.compile(function, dynamic=True, options=options)
 
 
 def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any]:
