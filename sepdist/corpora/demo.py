@@ -242,9 +242,15 @@ _ONE_AT_A_TIME = threading.Lock()
 def speak(text: str, voice: Voice, rate: int, sample_rate: int) -> np.ndarray:
     """Speak a text at `rate` words per minute, float32 [T], without the silence around it."""
     seed = derive(0, "espeak", text, voice.name, rate) % 2**31
-    # In a thread of its own: in a callback from C, Ctrl-C would be printed and lost.
-    with _ONE_AT_A_TIME, ThreadPoolExecutor(max_workers=1) as pool:
-        spoken = pool.submit(_synthesise, text, voice, rate, seed).result()
+
+    def synthesise() -> bytes:
+        with _ONE_AT_A_TIME:
+            return _synthesise(text, voice, rate, seed)
+
+    # In a thread of its own: in a callback from C, Ctrl-C would be printed and lost. The lock is
+    # taken there, because Ctrl-C while the thread starts leaves it running with nobody waiting.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        spoken = pool.submit(synthesise).result()
     samples = np.frombuffer(spoken, dtype="<i2").astype(np.float32) / 32768
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
     margin = ESPEAK_RATE // 50
