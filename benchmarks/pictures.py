@@ -50,7 +50,7 @@ def voices(files: Sequence[str]) -> Figure:
     waves, rates = zip(*map(soundfile.read, files), strict=True)
     rate = rates[0]
     names = ["the recording", *(f"voice {k}" for k in range(1, len(waves)))]
-    figure = Figure((10, 4.2), dpi=100, layout="constrained", facecolor="white")
+    figure = Figure((10, 3.5), dpi=100, layout="constrained", facecolor="white")
     panels: Any = figure.subplots(len(waves), 1, sharex=True, sharey=True)
     for axes, name, wave in zip(panels, names, waves, strict=True):
         axes.imshow(

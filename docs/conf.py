@@ -67,7 +67,23 @@ def point_inwards(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = LINK.sub(page, source[0])
 
 
+def shorten(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """Spell array types as the source does, not as Python expands them."""
+
+    def short(text: str | None) -> str:
+        text = re.sub(
+            r"_Buffer \| .*?_NestedSequence\[complex \| bytes \| str\]", "ArrayLike", text or ""
+        )
+        text = re.sub(r"ndarray\[tuple\[Any, \.\.\.\], dtype\[(\w+)\]\]", r"NDArray[\1]", text)
+        return re.sub(r"~(\w+\.)+(?=\w)|<factory>", lambda m: "..." if m[0][0] == "<" else "", text)
+
+    return (short(signature), short(returns)) if signature else None
+
+
 def setup(app: Sphinx) -> None:
-    """Connect the two."""
+    """Connect the functions above."""
     app.connect("source-read", read_elsewhere, priority=400)
     app.connect("source-read", point_inwards)
+    app.connect("autodoc-process-signature", shorten)
