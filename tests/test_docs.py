@@ -128,6 +128,29 @@ def test_every_command_of_the_pages_is_one_that_its_program_accepts(
         check(call, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sepdist train experiment=demo/finetune optim.lrr=1",
+        "sepdist train -m experiment=demo/finetune optim.lrr=1,2",
+        "sepdist train experiment=demo/finetune --frobnicate",
+        "sepdist evaluate model=a",
+        "sepdist separate --model a meeting.wav",
+        "sepdist frobnicate",
+        "python -m sepdist shard write corpus=nowhere split=a output=b",
+        "python -m benchmarks.chaos --frobnicate",
+        "ray job submit -- sepdist audit",
+        "make nothing",
+        "rsync a b",
+    ],
+)
+def test_a_wrong_command_would_not_pass(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises((AssertionError, SystemExit)):
+        check(command.split(), monkeypatch)
+
+
 def check(call: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail unless the program would accept this command line."""
     match call:
