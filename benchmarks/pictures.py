@@ -31,11 +31,12 @@ ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
 NUM_COLOURS = 48  # of a picture: a third of the bytes
 RANGE_DB = 50.0  # of the spectrograms
+PATIENCE = 900.0  # seconds, for a busy machine
 # The demo's model and rate; short crops and frequent checkpoints, for a run of minutes.
 SETTINGS = [
     "model.compile=false",
     "data.crop_seconds=1.0",
-    "data.micro_batch=2",
+    "data.micro_batch=1",
     "data.num_virtual_shards=4",
     "validation.every_steps=200",
     "validation.num_mixtures=4",
@@ -87,14 +88,14 @@ def run_and_kill(num_kills: int, num_steps: int, seed: int) -> dict[str, Any]:
         run = Run(data, Path(name, "run"), workers, settings=SETTINGS, steps=num_steps)
         try:
             for step, kind in zip(due, kinds, strict=True):
-                run.until_step(step, 300.0)
+                run.until_step(step, PATIENCE)
                 marks[kind].append(run.step())
                 if kind == "worker":
-                    run.seconds_to_next_step(lambda: chance.choice(run.workers()).kill())
+                    run.seconds_to_next_step(lambda: chance.choice(run.workers()).kill(), PATIENCE)
                 else:
-                    run.seconds_to_next_step(lambda: (run.kill_driver(), run.start()))
+                    run.seconds_to_next_step(lambda: (run.kill_driver(), run.start()), PATIENCE)
                 print(f"{kind} killed at step {marks[kind][-1]}", file=sys.stderr, flush=True)
-            run.finish(600.0)
+            run.finish(PATIENCE)
         finally:
             run.end()
         disturbed, audited = history(run.run_dir), audit(str(run.run_dir))
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     numbers = "for killed: losses of an earlier call, or where to keep them"
     add("--numbers", type=Path, default=Path("killed.json"), help=numbers)
     add("--kills", type=int, default=20, help="an even number")
-    add("--steps", type=int, default=600)
+    add("--steps", type=int, default=500)
     add("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     if given.picture == "voices":
