@@ -134,7 +134,7 @@ def killed(found: dict[str, Any]) -> Figure:
     axes.set_xlabel("step", fontsize=11)
     axes.set_ylabel("loss (-SI-SNR in dB), mean of 10 steps", fontsize=11)
     axes.set_xlim(0, num_steps + 5)
-    axes.legend(loc="lower left", fontsize=11, edgecolor="none", framealpha=0.9)
+    axes.legend(loc="center right", fontsize=11, edgecolor="none", framealpha=0.9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
