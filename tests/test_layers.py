@@ -17,11 +17,13 @@ FOUNDATIONS = (
     "allocator",
     "audio",
     "cluster",
+    "composing",
     "config",
     "console",
     "plotting",
     "reporting",
     "seeding",
+    "slots",
     "storage",
 )
 COMPONENTS = ("corpora", "data", "metrics", "models", "objectives", "recognisers")

@@ -20,9 +20,9 @@ import soundfile
 import yaml
 
 from sepdist import cli, storage
-from sepdist.cli.audit import audit
 from sepdist.inference.export import load_export
 from sepdist.reporting import read_metrics
+from sepdist.training.audit import audit
 from sepdist.training.checkpoint import find_committed, load_newest
 from tests.support.runs import (
     ROOT,

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from hydra.core.config_store import ConfigStore
-
 from sepdist.papers import dang2023, huang2021
 from sepdist.papers.schema import PipelineConfig
 
@@ -20,8 +18,10 @@ def register(experiment: str = "", scale: str = "") -> None:
     Only that one, because Hydra copies all that it was given whenever it composes a stage. `scale`
     is "mini", or "" for the papers' own.
     """
+    from hydra.core.config_store import ConfigStore
+
     store = ConfigStore.instance()
-    store.store("pipeline_schema", PipelineConfig(scale=scale))
+    store.store("pipeline_schema", PipelineConfig)
     if experiment in PIPELINES:
         node = dataclasses.asdict(PIPELINES[experiment](scale == "mini"))
         for key in ("output", "data_root", "seeds", "scale"):  # the user's, not the paper's

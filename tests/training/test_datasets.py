@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 
 from sepdist import config
-from sepdist.cli.audit import audit
 from sepdist.config import ConfigError, DataConfig, EvaluateConfig, ExtraConfig, TrainConfig
 from sepdist.data.crops import Crops
 from sepdist.inference.evaluation import evaluate
 from sepdist.inference.export import load_export
 from sepdist.reporting import read_metrics
+from sepdist.training.audit import audit
 from sepdist.training.checkpoint import find_committed, load_snapshot
 from sepdist.training.datasets import open_datasets
 from sepdist.training.run import freeze
