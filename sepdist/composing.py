@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sepdist.config import ConfigError, config_dir, register_schemas
+from sepdist.config import ConfigError, config_dir
 
 # Of the user: folders laid out like configs/, or Hydra's file:// and pkg://. They come before it.
 user_folders: list[str] = []
@@ -42,7 +42,8 @@ def compose(name: str, words: Sequence[str], schema: type) -> DictConfig:
             if not found or len(others) == len(overrides):
                 raise
             known = OmegaConf.select(hydra.compose(name, overrides=others), found[2]) or ()
-            message = f"no key {found[1]!r}: there are {', '.join(map(str, known))}"
+            names = [str(one) for one in known if one != "_target_"]
+            message = f"no key {found[1]!r}: there are {', '.join(names)}"
             raise ConfigError(message) from error
         set_literals(composed, literals)
     return composed
@@ -56,9 +57,8 @@ def hydra_open(name: str, schema: type) -> Iterator[None]:
     from hydra.errors import HydraException
 
     _let_hydra_see_user_folders()
-    register_schemas()
-    if not Path(config_dir(), f"{name}.yaml").exists():
-        ConfigStore.instance().store(name, schema)
+    has_file = Path(config_dir(), f"{name}.yaml").exists()
+    ConfigStore.instance().store(f"{name}_schema" if has_file else name, schema)
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
             yield
@@ -110,12 +110,14 @@ def divide(
             is_sweep, is_read = False, False
         if is_text and key[0] not in "+~" and not (sweeps and is_sweep):
             literals[key] = value
-        elif is_sweep and not sweeps and "/" not in value:
+            overrides = [one for one in overrides if not one.startswith(f"{key}=")]
+            continue
+        literals.pop(key, None)  # the last word of a key counts
+        if is_sweep and not sweeps and "/" not in value:
             raise ConfigError(f"{word}: a sweep over several values is for sepdist train -m")
-        elif is_read and (sweeps or not is_sweep):
-            overrides.append(word)
-        else:
-            overrides.append(f"{key}={QuotedString(value, Quote.single).with_quotes()}")
+        if not is_read or (is_sweep and not sweeps):
+            word = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+        overrides.append(word)
     return literals, overrides
 
 

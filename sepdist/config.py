@@ -249,14 +249,25 @@ def config_dir() -> str:
 
 def typed(composed: DictConfig, schema: type[_T]) -> _T:
     """Return a composed config as dataclasses; ConfigError names a mandatory value left at ???."""
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
+    if missing := missing_keys(OmegaConf.to_container(composed)):
         raise ConfigError(
             f"no value given for {', '.join(missing)} (pass {missing[0]}=... on the command line)"
         )
-    result = OmegaConf.to_object(composed)
+    try:
+        result = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).partition("full_key")[0].split())) from error
     assert isinstance(result, schema), type(result)
     return result
+
+
+def missing_keys(node: Any, name: str = "") -> list[str]:
+    """The dotted names of values left at ???, sorted; other values may refer to them."""
+    inner = dict(enumerate(node)) if isinstance(node, list) else node
+    if not isinstance(inner, dict):
+        return [name] if node == MISSING else []
+    found = [missing_keys(value, f"{name}.{key}".lstrip(".")) for key, value in inner.items()]
+    return sorted(one for each in found for one in each)
 
 
 def to_yaml(config: Any) -> str:

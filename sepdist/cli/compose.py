@@ -72,14 +72,16 @@ def finish(composed: DictConfig, schema: type[_T]) -> _T:
 
 def use_folders(folders: Sequence[str], words: list[str]) -> None:
     """Let all that is composed find the folders of --config-dir and of hydra.searchpath=[...]."""
-    for folder in folders:
-        if not Path(folder).expanduser().is_dir():
-            raise ConfigError(f"--config-dir {folder}: there is no such folder")
-    found = [f"file://{Path(folder).expanduser().absolute()}" for folder in folders]
+    found = list(folders)
     for word in [one for one in words if one.startswith("hydra.searchpath=")]:
         words.remove(word)
         found += [part.strip(" '\"") for part in word.partition("=")[2].strip("[]").split(",")]
-    composing.user_folders[:] = found
+    composing.user_folders.clear()
+    for url in found:
+        folder = Path(url.removeprefix("file://")).expanduser().absolute()
+        if not url.startswith("pkg://") and not folder.is_dir():
+            raise ConfigError(f"{url}: there is no such folder of configs")
+        composing.user_folders.append(url if url.startswith("pkg://") else f"file://{folder}")
 
 
 def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -> None:
@@ -89,14 +91,14 @@ def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -
     for word in words:
         key, equals, option = word.partition("=")
         if key.startswith("-") or not (equals or key.startswith("~")):
-            example = " ".join(next(usages(doc), "").split())
+            example = " ".join(next(usages(doc), "").replace("\\\n", "").split())
             raise ConfigError(f"cannot read {word!r}: give KEY=VALUE, as in: {example}")
         head = re.split(r"[./@]", key.lstrip("+~"))[0]
         if head not in known and head != "hydra":
             raise ConfigError(f"no key {key!r}: there are {', '.join(known)}")
         if key in groups and composing.key_type(schema, key) in (None, Any):
             there = options(name, key)
-            if option not in (*there, "null") and "," not in option:
+            if option not in (*there, "null") and re.fullmatch(r"[\w/.-]+", option):
                 raise ConfigError(f"no {key} {option!r}: there are {', '.join(there)}")
 
 
@@ -120,7 +122,7 @@ def print_yaml(composed: DictConfig) -> None:
 
 def usages(doc: str | None) -> Iterator[str]:
     """The commands in a docstring."""
-    return (one[0] for one in re.finditer(r"^    sepdist .*(?:\\\n.*)*", doc or "", re.M))
+    return (one[0] for one in re.finditer(r"^    sepdist (?:.*\\\n)*.*", doc or "", re.M))
 
 
 def help_text(

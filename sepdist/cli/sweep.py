@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from sepdist import composing, storage
 from sepdist.cli.compose import finish
 from sepdist.config import TrainConfig
+from sepdist.console import user_console
 
 # Hydra would otherwise log, and leave the folders multirun/ and .hydra/ where it was started.
 _QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.output_subdir=null")
@@ -37,9 +38,11 @@ def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]
         given = HydraConfig.get().overrides.task
         swept = [one for one in given if one.partition("=")[0] not in fixed]
         composing.set_literals(composed, literals)
-        cfg = finish(composed, TrainConfig)
-        folder = folder_name(swept)
-        cfg.run_dir, cfg.name = storage.join(cfg.run_dir, folder), f"{cfg.name},{folder}"
+        with user_console():  # exits: Hydra would print more of an error than its line
+            cfg = finish(composed, TrainConfig)
+        if swept:
+            folder = folder_name(swept)
+            cfg.run_dir, cfg.name = storage.join(cfg.run_dir, folder), f"{cfg.name},{folder}"
         score = train(cfg)
         runs.append((" ".join(swept), -math.inf if score is None else score, cfg.run_dir))
         return runs[-1][1]
@@ -54,7 +57,7 @@ def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]
 
 def folder_name(swept: Iterable[str]) -> str:
     """A folder's name for a run's values, with a digest where it cannot hold them as they are."""
-    wanted = ",".join(one.lstrip("+") for one in swept) or "run"
+    wanted = ",".join(one.lstrip("+") for one in swept)
     name = re.sub(r"[^\w.=,+-]+", "_", wanted).encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
     return name if name == wanted else f"{name}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
 
