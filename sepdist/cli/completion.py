@@ -33,46 +33,6 @@ SCHEMAS: dict[str, tuple[str, Any]] = {
     "plot": ("plot", FigureConfig),
 }
 FIRST = {"shard": ("write", "verify", "info"), "completion": ("bash", "zsh", "fish")}
-# Bash takes = and : for the ends of words, so that only what follows them is replaced.
-SCRIPTS = {
-    "bash": r"""_sepdist() {
-    local line=${COMP_LINE:0:COMP_POINT} word
-    local -a words
-    read -ra words <<< "$line"
-    [[ $line == *[[:space:]] ]] && words+=("")
-    word=${words[-1]}
-    mapfile -t COMPREPLY < <("${words[0]}" completion words "${words[@]:1}" 2> /dev/null)
-    [[ ${COMPREPLY[0]} == *[=.] ]] && compopt -o nospace
-    COMPREPLY=("${COMPREPLY[@]#"${word%"${word##*[=:]}"}"}")
-}
-complete -o default -F _sepdist sepdist
-""",
-    "zsh": r"""_sepdist() {
-    local -a found
-    found=("${(@f)$("${words[1]}" completion words "${(@Q)words[2,CURRENT]}" 2> /dev/null)}")
-    if [[ -n ${found[1]} ]]; then
-        compadd -S '' -- ${(M)found:#*[=.]}
-        compadd -- ${found:#*[=.]}
-    else
-        compset -P '*='
-        _files
-    fi
-}
-compdef _sepdist sepdist
-""",
-    "fish": r"""function _sepdist
-    set -l words (commandline -opc) (commandline -ct)
-    set -l found ($words[1] completion words $words[2..] 2> /dev/null)
-    if test -n "$found"
-        string join \n $found
-    else
-        set -l start (string match -r '^.*=' -- $words[-1])
-        printf "$start%s\n" (__fish_complete_path (string replace -r '^.*=' '' -- $words[-1]))
-    end
-end
-complete -c sepdist -f -a '(_sepdist)'
-""",
-}
 
 
 def main() -> int | None:
@@ -80,10 +40,10 @@ def main() -> int | None:
     what, *words = sys.argv[1:] or [""]
     if what == "words":
         last = words[-1] if words else ""
-        print("\n".join(one for one in candidates(words) if one.startswith(last)))
+        print(*(f"{one}\n" for one in candidates(words) if one.startswith(last)), sep="", end="")
         return None
-    if what in SCRIPTS:
-        print(SCRIPTS[what], end="")
+    if what in FIRST["completion"]:
+        print(Path(__file__).with_suffix(f".{what}").read_text(), end="")
         return None
     wanted = what in ("-h", "--help")
     text = f"usage: sepdist completion bash|zsh|fish\n\n{__doc__}"
