@@ -99,15 +99,14 @@ def divide(
     from hydra.errors import OverrideParseException
 
     literals: dict[str, str] = {}
-    overrides = []
+    overrides: list[str] = []
     for word in words:
         key, _, value = word.partition("=")
         is_text = key_type(schema, key.lstrip("+~")) in (str, str | None)
-        try:
+        parsed = None
+        with contextlib.suppress(OverrideParseException):
             [parsed] = OverridesParser.create().parse_overrides([word])
-            is_sweep, is_read = parsed.is_sweep_override(), True
-        except OverrideParseException:
-            is_sweep, is_read = False, False
+        is_sweep = parsed is not None and parsed.is_sweep_override()
         if is_text and key[0] not in "+~" and not (sweeps and is_sweep):
             literals[key] = value
             overrides = [one for one in overrides if not one.startswith(f"{key}=")]
@@ -115,7 +114,7 @@ def divide(
         literals.pop(key, None)  # the last word of a key counts
         if is_sweep and not sweeps and "/" not in value:
             raise ConfigError(f"{word}: a sweep over several values is for sepdist train -m")
-        if not is_read or (is_sweep and not sweeps):
+        if not parsed or (is_sweep and not sweeps):
             word = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
         overrides.append(word)
     return literals, overrides
