@@ -32,7 +32,8 @@ from sepdist.data.records import Mixture, Utterance
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SHARD = re.compile(r"[\w-]+\.tar [0-9a-f]{64}")  # name and sha256 of one
+# Name and sha256 of a shard.
+SHARD = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar [0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
