@@ -323,6 +323,33 @@ def test_a_lineage_is_shown_and_never_acted_on(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize(
+    "url", ["https://host/model", "file:///etc/passwd", "ftp://host/x", "/etc/passwd", "~", ""]
+)
+def test_the_url_of_an_estimator_names_a_folder_or_a_prefix_alone(url: str) -> None:
+    with pytest.raises((ValueError, OSError)):
+        slots.build("objective", guided(url))
+
+
+@pytest.mark.parametrize("name", ["a put nested", "os.system", "code from the hub", "a plug-in"])
+def test_a_strangers_model_is_refused_as_an_estimator_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = stranger(tmp_path / "model", ATTACKS[name])
+    with pytest.raises((CheckpointError, ConfigError)):
+        slots.build("objective", guided(str(folder)))
+    assert not (tmp_path / "mark").exists()
+
+
+def guided(url: str) -> dict[str, Any]:
+    """A semi-supervised objective guided by the estimator at `url`."""
+    estimator = {"_target_": "sepdist.inference.export.load_estimator", "url": url}
+    target = "sepdist.objectives.semisupervised.SemiSupervised"
+    node: dict[str, Any] = {"_target_": target, "estimator": estimator}
+    return node | {"epoch_samples": 10, "labelled_share": 0.5}
+
+
 # A run_dir of a stranger: its frozen config is read by `loop`, by `plot` and by resuming.
 
 SLOTS_OF_A_RUN = ["model", "objective", "engine", "optim", "data.mixing"]
