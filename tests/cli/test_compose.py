@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sepdist import composing
+from sepdist import composing, slots
 from sepdist.cli import compose
 from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig, ShardConfig, TrainConfig
 from sepdist.papers.schema import FigureConfig, PipelineConfig
@@ -31,6 +31,8 @@ NAMES = {
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    monkeypatch.setattr(slots, "_named", [])
+
     def read(schema: type, words: Sequence[str]) -> Any:
         monkeypatch.setattr(sys, "argv", ["sepdist verb", *words])
         return compose.read_config(NAMES[schema], schema, "It.\n\n    sepdist verb key=1 \\\n    b")

@@ -217,6 +217,7 @@ def test_source_yaml_says_what_made_the_shards(small: Path) -> None:
         (["write", "corpus=demo", "split=dev"], "output"),
         (["write", "corpus=demo", "output=OUT"], "no value given for split"),
         (["write", "split=dev", "output=OUT"], "no value given for corpus"),
+        (["write", "corpus=demo", "split=a/b", "output=OUT"], "no slash"),
         (["write", "corpus=demo", "split=dev", "output=OUT", "num_worker=2"], "num_worker"),
         (["write", "corpus=nosuch", "split=dev", "output=OUT"], "nosuch"),
         (["write", "corpus=demo", "split=nosuch", "output=OUT"], "train, dev, test"),
