@@ -107,11 +107,11 @@ def divide(
         with contextlib.suppress(OverrideParseException):
             [parsed] = OverridesParser.create().parse_overrides([word])
         is_sweep = parsed is not None and parsed.is_sweep_override()
+        literals.pop(key, None)  # the last word of a key counts, for all sweepers too
+        overrides = [one for one in overrides if not one.startswith(f"{key}=")]
         if is_text and key[0] not in "+~" and not (sweeps and is_sweep):
             literals[key] = value
-            overrides = [one for one in overrides if not one.startswith(f"{key}=")]
             continue
-        literals.pop(key, None)  # the last word of a key counts
         if is_sweep and not sweeps and "/" not in value:
             raise ConfigError(f"{word}: a sweep over several values is for sepdist train -m")
         if not parsed or (is_sweep and not sweeps):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sepdist.cli import train
 from sepdist.cli.sweep import folder_name
@@ -41,7 +42,7 @@ def swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 def test_each_run_has_the_folder_of_its_values_and_the_best_is_marked(
     swept, asked: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = swept(asked, *GIVEN, "optim.lr=1e-3,0.2", "seed=0,9")
+    runs = swept(asked, "optim.lr=5", "run_dir=x", *GIVEN, "optim.lr=1e-3,0.2", "seed=0,9")
     names = ["0.001,seed=0", "0.001,seed=9", "0.2,seed=0", "0.2,seed=9"]
     assert [one.run_dir for one in runs] == [f"out, (1)/optim.lr={name}" for name in names]
     assert [one.name for one in runs] == [f"demo-finetune,optim.lr={name}" for name in names]
@@ -98,15 +99,19 @@ def test_a_sweep_that_does_not_compose_ends_in_one_line(
     assert re.search(message, shown)
 
 
-def test_optuna_searches_for_the_highest_score(swept, capsys: pytest.CaptureFixture[str]) -> None:
+def test_optuna_searches_for_the_highest_score(
+    swept, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    sampler = ["hydra.sweeper.n_trials=12", "hydra.sweeper.sampler.seed=1"]
-    runs = swept(*GIVEN, "hydra/sweeper=optuna", *sampler, "optim.lr=interval(0.1,0.9)")
-    rates = [one.optim["lr"] for one in runs]
-    assert len(set(rates)) == 12 and all(0.1 <= rate <= 0.9 for rate in rates)
-    # It has learnt: the last rates are nearer to the peak than those drawn at the beginning.
-    assert abs(rates[-1] - 0.3) < sum(abs(rate - 0.3) for rate in rates[:6]) / 6
-    assert capsys.readouterr().out.count("best") == 1
+    kept = tmp_path_factory.mktemp("kept")  # its own results, which are not kept unless asked for
+    search = ["hydra.sweeper.n_trials=4", "hydra.sweeper.sampler.seed=1", f"hydra.sweep.dir={kept}"]
+    words = ["hydra/sweeper=optuna", *search, "optim.lr=5", "optim.lr=interval(0.1,0.9)"]
+    rates = [one.optim["lr"] for one in swept(*GIVEN, *words)]
+    assert len(set(rates)) == 4 and all(0.1 <= rate <= 0.9 for rate in rates)
+    results = yaml.safe_load((kept / "optimization_results.yaml").read_text())
+    assert results["best_value"] == max(10 - abs(rate - 0.3) for rate in rates)
+    [best] = [line for line in capsys.readouterr().out.splitlines() if "best" in line]
+    assert best.startswith(f"optim.lr={results['best_params']['optim.lr']} ")
 
 
 @pytest.mark.seconds(60)
