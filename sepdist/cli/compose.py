@@ -53,7 +53,8 @@ def read_config(
         print(help_text(name, schema, doc, list(OPTIONS.items())[: 3 if sweep else 2]))
         sys.exit(0)
     check(name, schema, doc, words)
-    if sweep and (given.multirun or any(re.match(r"hydra([/.]sweeper|\.mode=M)", w) for w in words)):
+    asked = any(re.match(r"hydra([/.]sweeper|\.mode=M)", word) for word in words)
+    if sweep and (asked or given.multirun):
         sweep(words)
         sys.exit(0)
     composed = composing.compose(name, words, schema)
