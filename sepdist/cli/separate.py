@@ -31,20 +31,15 @@ def main() -> int:
     given = _parser().parse_args()
     status = 0
     with user_console(stopped="of the recording at hand nothing is left") as console:
-        options = {name: getattr(given, name) for name in WINDOW_OPTIONS}
-        Windows(**options)
+        windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
+        Windows(**windows)  # raises for those that do not fit each other
         _check_names(given.recordings, given.output, given.format)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
         from sepdist.inference.separator import load
 
-        separator = load(
-            given.model,
-            device=given.device,
-            plugins=given.plugins,
-            compile=given.compile,
-            **options,
-        )
+        options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
+        separator = load(given.model, **options, **windows)
         keep_freed_memory()
         for recording in given.recordings:
             try:

@@ -32,7 +32,6 @@ from sepdist.inference.stitching import (
 BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99
 MIN_RATE = 1000  # Hz; a smaller number is probably in kHz
-CPU = torch.device("cpu")
 
 
 @dataclass
@@ -51,20 +50,20 @@ class Separation:
 class Separator:
     """A model that separates waves and recordings of any length and rate.
 
-    A signal is resampled to the model's rate and separated in overlapping windows; the speakers
-    keep their order from one to the next. Estimates get the level at which their sum is closest to
-    the mixture. The model is moved to the device and put into eval mode.
+    Overlapping windows are separated and joined; speakers keep their order from one to the next.
+    Each voice gets the level at which their sum is closest to the mixture.
     """
 
-    model: nn.Module  # [B, T] -> [B, S, T]
+    model: nn.Module  # [B, T] -> [B, S, T]; moved to the device and put into eval mode
     sample_rate: int  # of the model
-    device: torch.device = CPU
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     windows: Windows = field(default_factory=Windows)
     lineage: Mapping[str, Any] = field(default_factory=dict)  # of the run that trained the model
     url: str = ""  # the folder that the model was loaded from
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
+        self._min_length = int(getattr(self.model, "min_length", 1))
 
     def __repr__(self) -> str:
         kind, origin = type(self.model).__name__, f" from {self.url}" if self.url else ""
@@ -102,10 +101,9 @@ class Separator:
     ) -> Separation:
         """Separate a recording (path or s3://) into <stem>_s1.wav and so on in `output_folder`.
 
-        The outputs are mono and 16-bit and appear only when they are complete. Where one would clip
-        all are scaled down, with a warning. `progress` gets the seconds of each block read, and
-        those of the recording. Memory does not grow with the recording; scratch files take 4 bytes
-        per sample of each output.
+        Outputs are mono and 16-bit, and appear when they are complete. If one would clip, all are
+        scaled down. `progress` gets the seconds of each block read and of the recording. Memory
+        does not grow with the recording; scratch files take 4 bytes per sample of each output.
 
         Raises:
             SeparationError: the recording is empty, unreadable, cut short or holds NaN, or the
@@ -142,27 +140,67 @@ class Separator:
         if fit.products[-1, -1] == 0:  # the energy of the mixture
             warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
         if scale < 1:
-            why = "because one would have clipped"
-            warnings.append(f"{recording}: all outputs are scaled by {scale:.3f}, {why}")
+            warnings.append(
+                f"{recording}: outputs are scaled by {scale:.3f}: one would have clipped"
+            )
         return Separation(outputs, num_samples, rate, gains.tolist(), scale, warnings)
 
     def _run(
         self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
     ) -> tuple["LevelFit", np.ndarray]:
-        """Separate blocks [n, C]: write float32 frames [S] to `raw`; returns levels and peaks [S].
+        """Write the estimates of blocks [n, C] as float32 frames; returns levels and peaks [S].
 
-        The levels are for the caller to apply: they are known at the end only.
+        The caller applies the levels, which are known only at the end.
         """
         if not rate >= MIN_RATE or rate % 1:
             raise SeparationError(f"{name}: {rate} Hz; a sample rate is whole, from {MIN_RATE} up")
         if length == 0:
             raise SeparationError(f"{name} is empty: it has no samples")
-        size, overlap = _sizes(self.model, self.sample_rate, self.windows)
+        size = max(round(self.windows.window_seconds * self.sample_rate), self._min_length, 2)
+        overlap = min(max(round(self.windows.overlap_seconds * self.sample_rate), 1), size // 2)
         mono = resampled(_mono_blocks(blocks, rate, name), int(rate), self.sample_rate)
-        cut = cut_windows((block[0] for block in mono), size, overlap)
-        separated = run_windows(self.model, cut, self.windows.batch_size, name, self.device)
+        separated = self._run_windows(cut_windows((one[0] for one in mono), size, overlap), name)
         fit = LevelFit(overlap_add(separated, overlap))
         return fit, _write_raw(raw, resampled(fit, self.sample_rate, int(rate)), length)
+
+    def _run_windows(
+        self, windows: Iterator[tuple[np.ndarray, int]], name: str
+    ) -> Iterator[np.ndarray]:
+        """Separate windows; yields [S + 1, n]: estimates in the model's order, then the mixture.
+
+        The context is cut off. The model does not get windows of digital silence, since it may
+        divide by their power: their estimates are silence.
+        """
+        while batch := list(itertools.islice(windows, self.windows.batch_size)):
+            mixtures_BT = np.stack([wave for wave, _ in batch])
+            audible_B = mixtures_BT.any(axis=1)
+            inputs_BT = mixtures_BT[audible_B]
+            if not len(inputs_BT):  # noise, to learn how many outputs the model has
+                shape = mixtures_BT[:1].shape
+                inputs_BT = np.random.default_rng(0).standard_normal(shape, np.float32)
+            separated = self._forward(inputs_BT, name)
+            estimates_BST = np.zeros((len(batch), *separated.shape[1:]), np.float32)
+            estimates_BST[audible_B] = separated[: audible_B.sum()]
+            for estimates_ST, (wave_T, context) in zip(estimates_BST, batch, strict=True):
+                yield np.concatenate([estimates_ST, wave_T[None]])[:, context:]
+
+    def _forward(self, mixtures_BT: np.ndarray, name: str) -> np.ndarray:
+        """float32 [B, S, T]; signals shorter than the model takes are padded with zeros and cut."""
+        length = mixtures_BT.shape[1]
+        missing = max(0, self._min_length - length)
+        padded_BT = torch.from_numpy(np.pad(mixtures_BT, ((0, 0), (0, missing)))).to(self.device)
+        with torch.inference_mode():
+            estimates_BST = self.model(padded_BT).float().cpu()
+        if estimates_BST.ndim != 3 or estimates_BST.shape[::2] != padded_BT.shape:
+            raise SeparationError(
+                f"the model made {tuple(estimates_BST.shape)} of {tuple(padded_BT.shape)}; "
+                "it must be [B, S, T] of [B, T]"
+            )
+        if not torch.isfinite(estimates_BST).all():
+            raise SeparationError(
+                f"{name}: the model's estimates hold NaN or infinity; its weights may be damaged"
+            )
+        return estimates_BST[..., :length].numpy()
 
 
 def load(
@@ -177,11 +215,10 @@ def load(
 ) -> Separator:
     """Load a trained separator: `voices = load("runs/a")(wave, sample_rate)`.
 
-    `model` is a run_dir, whose best checkpoint is taken, or an export folder; a path or s3://.
-    `device` is a GPU where there is one, else the CPU. `plugins` names packages that may define the
-    model. `compile`, for models that can be, makes the first call seconds slower and later ones
-    faster. Longer windows and overlaps keep the speakers apart over longer pauses; larger batches
-    take more memory.
+    `model` is a run_dir, whose best checkpoint is taken, or an export; a path or s3://. The default
+    device is a GPU where there is one. `plugins` names packages that may define the model. With
+    `compile` the first call takes seconds longer and later ones less, if the model can be compiled.
+    Longer windows and overlaps keep speakers apart over longer pauses.
 
     Raises:
         ValueError: there is no separator at `model`, or a device or option cannot be used.
@@ -194,13 +231,11 @@ def load(
         use_plugins(plugins)
     export = load_separator(os.fspath(model))
     for module in export.model.modules():
-        if hasattr(module, "compiled"):  # ConvTasNet and its blocks
+        if hasattr(module, "compiled"):  # as in ConvTasNet and its blocks
             module.compiled = compile  # type: ignore[assignment]
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return Separator(
-            export.model, export.sample_rate, place, windows, export.lineage, export.url
-        )
+        return Separator(device=place, windows=windows, **vars(export))
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).partition("\n")[0]
         raise SeparationError(f"device {device!r} cannot be used: {reason}") from error
@@ -217,10 +252,8 @@ def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
     if array.dtype.kind != "f":
         raise SeparationError(f"the wave holds {array.dtype}: give floats, int16 or int32")
     if array.ndim not in (1, 2) or (array.ndim == 2 and len(array) > array.shape[1]):
-        raise SeparationError(
-            f"the wave has shape {array.shape}: give [T], or [C, T] with fewer channels than "
-            "samples (soundfile reads [T, C]: give wave.T)"
-        )
+        hint = "give [T] or [C, T] (soundfile's [T, C] as wave.T)"
+        raise SeparationError(f"the wave has shape {array.shape}: {hint}")
     with np.errstate(over="ignore"):  # what is too large becomes infinity, and is refused
         return np.atleast_2d(array).T.astype(np.float32)
 
@@ -232,17 +265,6 @@ def _open(path: Path, name: str) -> soundfile.SoundFile:
         return soundfile.SoundFile(str(path))
     except soundfile.LibsndfileError as error:
         raise SeparationError(f"{name} is not readable audio ({error.error_string})") from error
-
-
-def _sizes(model: nn.Module, rate: int, windows: Windows) -> tuple[int, int]:
-    """Samples of a window and of an overlap."""
-    size = max(round(windows.window_seconds * rate), int(getattr(model, "min_length", 1)))
-    overlap = min(round(windows.overlap_seconds * rate), size // 2)
-    if overlap < 1:
-        raise SeparationError(
-            f"an overlap of {windows.overlap_seconds} s is less than one sample at {rate} Hz"
-        )
-    return size, overlap
 
 
 def _read_blocks(
@@ -274,53 +296,6 @@ def _mono_blocks(blocks: Iterable[np.ndarray], rate: float, name: str) -> Iterat
             raise SeparationError(f"{name} has a NaN or infinity {seconds:.4f} s from its start")
         done += len(block)
         yield block.mean(axis=1)[None]
-
-
-def run_windows(
-    model: nn.Module,
-    windows: Iterable[tuple[np.ndarray, int]],
-    batch_size: int,
-    name: str,
-    device: torch.device | str,
-) -> Iterator[np.ndarray]:
-    """Separate windows; yields [S + 1, n]: estimates in the model's order, then the mixture.
-
-    The context is cut off. The model does not get windows of digital silence, since it may divide
-    by their power: their estimates are silence.
-    """
-    windows = iter(windows)
-    while batch := list(itertools.islice(windows, batch_size)):
-        mixtures_BT = np.stack([wave for wave, _ in batch])
-        audible_B = mixtures_BT.any(axis=1)
-        inputs_BT = mixtures_BT[audible_B]
-        if not len(inputs_BT):  # noise, to learn how many outputs the model has
-            inputs_BT = np.random.default_rng(0).standard_normal(mixtures_BT[:1].shape, np.float32)
-        separated = _forward(model, inputs_BT, name, device)
-        estimates_BST = np.zeros((len(batch), *separated.shape[1:]), np.float32)
-        estimates_BST[audible_B] = separated[: audible_B.sum()]
-        for estimates_ST, (wave_T, context) in zip(estimates_BST, batch, strict=True):
-            yield np.concatenate([estimates_ST, wave_T[None]])[:, context:]
-
-
-def _forward(
-    model: nn.Module, mixtures_BT: np.ndarray, name: str, device: torch.device | str
-) -> np.ndarray:
-    """float32 [B, S, T]; signals shorter than the model takes are padded with zeros and cut."""
-    length = mixtures_BT.shape[1]
-    missing = max(0, int(getattr(model, "min_length", 1)) - length)
-    padded_BT = torch.from_numpy(np.pad(mixtures_BT, ((0, 0), (0, missing)))).to(device)
-    with torch.inference_mode():
-        estimates_BST = model(padded_BT).float().cpu()
-    if estimates_BST.ndim != 3 or estimates_BST.shape[::2] != padded_BT.shape:
-        raise SeparationError(
-            f"the model made {tuple(estimates_BST.shape)} of {tuple(padded_BT.shape)}; "
-            "it must be [B, S, T] of [B, T]"
-        )
-    if not torch.isfinite(estimates_BST).all():
-        raise SeparationError(
-            f"{name}: the model's estimates hold NaN or infinity; its weights may be damaged"
-        )
-    return estimates_BST[..., :length].numpy()
 
 
 class LevelFit:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sepdist import storage
 from sepdist.cli import separate
-from sepdist.inference.separator import Separation, separate_file
+from sepdist.inference.separator import Separation, Separator
 from sepdist.inference.stitching import (
     SeparationError,
     Windows,
@@ -117,7 +117,8 @@ def separated(
 ) -> tuple[Separation, np.ndarray]:
     """Separate a wave by way of files; returns the result and the outputs [2, T]."""
     put(folder / "in.wav", wave, rate)
-    result = separate_file(model, RATE, folder / "in.wav", folder / "out", windows=windows)
+    separator = Separator(model, RATE, windows=windows or Windows())
+    result = separator.file(folder / "in.wav", folder / "out")
     return result, outputs(folder / "out")
 
 
@@ -257,7 +258,7 @@ def test_a_recording_shorter_than_the_model_takes_is_padded_and_cut_again(tmp_pa
 def test_flac_in_and_out(tmp_path: Path) -> None:
     wave = noise(RATE)
     recording = put(tmp_path / "in.flac", wave)
-    result = separate_file(Halves(), RATE, recording, tmp_path / "out", file_format="flac")
+    result = Separator(Halves(), RATE).file(recording, tmp_path / "out", file_format="flac")
     assert [soundfile.info(name).format for name in result.outputs] == ["FLAC", "FLAC"]
     first, _ = soundfile.read(result.outputs[0])
     np.testing.assert_allclose(first, wave.clip(min=0), atol=1.5 * STEP)
@@ -270,7 +271,7 @@ def test_memory_does_not_grow_with_a_twenty_minute_recording(tmp_path: Path) -> 
             sound.write(block)
     model, windows = Halves(), Windows(4.0, 1.0, batch_size=2)
     tracemalloc.start()
-    separate_file(model, RATE, tmp_path / "in.wav", tmp_path / "out", windows=windows)
+    Separator(model, RATE, windows=windows).file(tmp_path / "in.wav", tmp_path / "out")
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert model.largest_batch == 2 * 4 * RATE
@@ -313,23 +314,23 @@ def test_a_recording_that_cannot_be_separated_is_named_and_leaves_nothing_behind
     ]
     for name, model, message in cases:
         with pytest.raises(SeparationError, match=message):
-            separate_file(model, RATE, tmp_path / name, tmp_path / "out")
+            Separator(model, RATE).file(tmp_path / name, tmp_path / "out")
         assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(FileNotFoundError, match=r"absent\.wav"):
-        separate_file(Halves(), RATE, tmp_path / "absent.wav", tmp_path / "out")
+        Separator(Halves(), RATE).file(tmp_path / "absent.wav", tmp_path / "out")
 
 
 def test_an_earlier_output_survives_a_later_failure(tmp_path: Path) -> None:
     _, before = separated(tmp_path, Halves(), noise(RATE))
     with pytest.raises(SeparationError):
-        separate_file(Const(float("inf")), RATE, tmp_path / "in.wav", tmp_path / "out")
+        Separator(Const(float("inf")), RATE).file(tmp_path / "in.wav", tmp_path / "out")
     np.testing.assert_array_equal(outputs(tmp_path / "out"), before)
 
 
 def test_a_model_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "in.wav", noise(RATE))
     with pytest.raises(SeparationError, match=r"\[B, S, T\]"):
-        separate_file(nn.Identity(), RATE, tmp_path / "in.wav", tmp_path / "out")
+        Separator(nn.Identity(), RATE).file(tmp_path / "in.wav", tmp_path / "out")
 
 
 def test_an_overlap_above_half_a_window_is_refused() -> None:
@@ -349,13 +350,13 @@ def test_estimates_that_are_equal_share_the_mixture(tmp_path: Path) -> None:
 def test_recordings_and_outputs_on_object_storage(tmp_path: Path, bucket: str) -> None:
     wave = noise(RATE)
     storage.put_file(put(tmp_path / "in.wav", wave), f"s3://{bucket}/a/in.wav")
-    result = separate_file(Halves(), RATE, f"s3://{bucket}/a/in.wav", f"s3://{bucket}/out")
+    result = Separator(Halves(), RATE).file(f"s3://{bucket}/a/in.wav", f"s3://{bucket}/out")
     assert result.outputs == [f"s3://{bucket}/out/in_s{number}.wav" for number in (1, 2)]
     for output in result.outputs:
         storage.fetch_file(output, tmp_path / "out" / output.rsplit("/", 1)[1])
     np.testing.assert_allclose(outputs(tmp_path / "out"), halves(wave), atol=1.5 * STEP)
     with pytest.raises(FileNotFoundError, match=r"a/absent\.wav"):
-        separate_file(Halves(), RATE, f"s3://{bucket}/a/absent.wav", f"s3://{bucket}/out")
+        Separator(Halves(), RATE).file(f"s3://{bucket}/a/absent.wav", f"s3://{bucket}/out")
 
 
 def test_the_program_refuses_recordings_whose_outputs_would_collide(run_verb, capsys) -> None:
