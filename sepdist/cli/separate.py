@@ -30,7 +30,7 @@ def main() -> int:
     """Separate each recording; where one fails, name it, go on and return exit status 1."""
     given = _parser().parse_args()
     status = 0
-    with user_console(stopped="of the recording at hand nothing is left") as console:
+    with user_console(stopped="nothing is left of the unfinished recording") as console:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
         _check_names(given.recordings, given.output, given.format)

@@ -251,7 +251,7 @@ def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
         array = array / -float(np.iinfo(array.dtype).min)
     if array.dtype.kind != "f":
         raise SeparationError(f"the wave holds {array.dtype}: give floats, int16 or int32")
-    if array.ndim not in (1, 2) or (array.ndim == 2 and len(array) > array.shape[1]):
+    if array.ndim not in (1, 2) or array.shape[0] > array.shape[-1] > 0:
         hint = "give [T] or [C, T] (soundfile's [T, C] as wave.T)"
         raise SeparationError(f"the wave has shape {array.shape}: {hint}")
     with np.errstate(over="ignore"):  # what is too large becomes infinity, and is refused

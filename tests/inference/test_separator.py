@@ -1,7 +1,13 @@
 """Long recordings with toy models whose correct output is known sample by sample."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import sepdist
 from sepdist import storage
 from sepdist.cli import separate
 from sepdist.inference.separator import Separation, Separator
@@ -21,7 +28,9 @@ from sepdist.inference.stitching import (
     overlap_add,
     resampled,
 )
+from tests.support.exports import write_export
 
+ROOT = Path(__file__).parent.parent.parent
 RATE = 8000
 STEP = 1.0 / 32768  # of 16-bit audio
 
@@ -376,3 +385,81 @@ def test_help_says_what_the_program_does_with_examples(run_verb, capsys) -> None
     assert run_verb(separate, "--help") == 0
     shown = capsys.readouterr().out
     assert "sepdist separate --model runs/a" in shown and "--overlap-seconds" in shown
+
+
+def test_the_program_writes_what_a_separator_in_python_writes(
+    tmp_path: Path, run_verb, capsys
+) -> None:
+    write_export(tmp_path / "model")
+    recordings = [
+        put(tmp_path / f"{name}.wav", noise(RATE, seed)) for seed, name in enumerate("ab")
+    ]
+    options = ["--window-seconds=0.5", "--overlap-seconds=0.2", "--format=flac", "--device=cpu"]
+    words = [*options, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "cli")]
+    assert run_verb(separate, *words, *map(str, recordings)) == 0
+    separator = sepdist.load(tmp_path / "model", window_seconds=0.5, overlap_seconds=0.2)
+    printed = capsys.readouterr().out.splitlines()
+    for recording in recordings:
+        result = separator.file(recording, tmp_path / "python", file_format="flac")
+        for output in result.outputs:
+            name = Path(output).name
+            assert str(tmp_path / "cli" / name) in printed
+            assert (tmp_path / "cli" / name).read_bytes() == Path(output).read_bytes()
+
+
+def test_a_recording_that_fails_does_not_keep_the_program_from_the_next(
+    tmp_path: Path, run_verb, capsys
+) -> None:
+    write_export(tmp_path / "model")
+    put(tmp_path / "empty.wav", noise(RATE)[:0])
+    put(tmp_path / "silent.wav", 0 * noise(RATE))
+    words = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    names = [str(tmp_path / name) for name in ("empty.wav", "silent.wav")]
+    assert run_verb(separate, *words, *names) == 1
+    shown = capsys.readouterr()
+    assert "error:" in shown.err and "empty.wav is empty" in shown.err
+    assert "warning:" in shown.err and "silent_s2.wav" in shown.out
+
+
+def test_the_program_refuses_a_device_that_is_not_there(tmp_path: Path, run_verb, capsys) -> None:
+    write_export(tmp_path / "model")
+    put(tmp_path / "in.wav", noise(RATE))
+    words = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert run_verb(separate, *words, "--device=gpu7", str(tmp_path / "in.wav")) == 1
+    assert "error: device 'gpu7' cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.seconds(15)
+def test_ctrl_c_ends_the_program_with_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_export(tmp_path / "model")
+    with soundfile.SoundFile(str(tmp_path / "long.wav"), "w", RATE, 1, "PCM_16") as sound:
+        sound.write(np.tile(noise(60 * RATE), 120))
+    words = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sepdist", "separate", *words, str(tmp_path / "long.wav")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("out/.separating-*/estimates.f32")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert (out, err) == ("", "stopped; nothing is left of the unfinished recording\n")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_packages_that_the_user_names_are_used_before_the_model_is_loaded(
+    tmp_path: Path, run_verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+    slots = ModuleType("sepdist.slots")
+    slots.use_plugins = used.extend
+    monkeypatch.setitem(sys.modules, "sepdist.slots", slots)
+    words = ["--model", str(tmp_path / "none"), "--output", str(tmp_path)]
+    assert run_verb(separate, *words, "--plugins=one", "--plugins=two", "a.wav") == 1
+    assert used == ["one", "two"]
