@@ -1,13 +1,12 @@
-"""The typed config of every program, and `build`, which turns a `_target_` node into an object.
+"""The typed config of every program.
 
 Hydra composes configs/ in the driver. The fixed parts become dataclasses, the pluggable ones plain
-dicts, whose schema is the constructor that `_target_` names. Nothing below the programs sees an
-OmegaConf object; every worker reads the config that the driver froze at run_dir/config.yaml.
+dicts, whose schema is the constructor that `_target_` names (sepdist/slots.py). Nothing below the
+programs sees an OmegaConf object; every worker reads the config that the driver froze at
+run_dir/config.yaml.
 """
 
 import dataclasses
-import importlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sepdist import storage
 
-ALLOWED_TARGETS = ("sepdist.", "torch.optim.")
 _T = TypeVar("_T")
 
 
@@ -252,8 +250,15 @@ def to_yaml(config: Any) -> str:
 
 
 def from_yaml(text: str, schema: type[_T]) -> _T:
-    """Read what `to_yaml` wrote and check it against the schema."""
-    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text))
+    """Read what `to_yaml` wrote and check it against the schema.
+
+    Raises:
+        ConfigError: it holds an interpolation, ${...}, which could read the environment.
+    """
+    given = OmegaConf.create(text)
+    if "${" in str(OmegaConf.to_container(given, resolve=False)):
+        raise ConfigError("a frozen config holds values only, but this one has a ${reference}")
+    merged = OmegaConf.merge(OmegaConf.structured(schema), given)
     assert isinstance(merged, DictConfig)
     return typed(merged, schema)
 
@@ -282,71 +287,3 @@ def load_frozen(url: str) -> TrainConfig:
             f"{url} was written by another version of sepdist ({reason}): the run cannot go on; "
             "start another run_dir, with init.weights set to this one to keep its weights"
         ) from error
-
-
-def make_paths_absolute(config: Any) -> None:
-    """Make the paths in a config absolute, in place: workers have another working directory.
-
-    A config class lists its path fields in `path_arguments`, and so does the class or function that
-    a `_target_` names, if it takes paths.
-    """
-    if isinstance(config, list):
-        fields: dict[Any, Any] = dict(enumerate(config))
-        names: tuple[str, ...] = ()
-    elif isinstance(config, dict):
-        fields, target = config, config.get("_target_")
-        names = getattr(resolve(target), "path_arguments", ()) if target else ()
-    elif dataclasses.is_dataclass(config):
-        fields, names = vars(config), getattr(config, "path_arguments", ())
-    else:
-        return
-    for name in names:
-        if fields.get(name):
-            fields[name] = storage.absolute(fields[name])
-    for value in fields.values():
-        make_paths_absolute(value)
-
-
-def resolve(target: str) -> Any:
-    """Return the callable that `_target_` names.
-
-    The name and the module that defines it must lie below ALLOWED_TARGETS, so that no alias in an
-    allowed module leads elsewhere.
-    """
-    refusal = f"_target_ {target!r} is not allowed: targets live under {', '.join(ALLOWED_TARGETS)}"
-    if not target.startswith(ALLOWED_TARGETS):
-        raise ConfigError(refusal)
-    module_name, _, attribute = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"_target_ {target!r} does not exist: {error}") from error
-    defined_in = f"{getattr(found, '__module__', '')}."
-    if not callable(found) or not defined_in.startswith(ALLOWED_TARGETS):
-        raise ConfigError(refusal)
-    return found
-
-
-def build(node: Mapping[str, Any], **runtime: Any) -> Any:
-    """Call the node's `_target_` with its other keys, nested nodes built first, and `runtime`."""
-    if "_target_" not in node:
-        raise ConfigError(f"cannot build {dict(node)!r}: it has no _target_")
-    target = resolve(str(node["_target_"]))
-    arguments = {key: _build_nested(value) for key, value in node.items() if key != "_target_"}
-    arguments |= runtime
-    try:
-        inspect.signature(target).bind(**arguments)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(target).parameters)
-        raise ConfigError(f"{node['_target_']}: {error}; it takes {known}") from error
-    return target(**arguments)
-
-
-def _build_nested(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            return build(value)
-        return {key: _build_nested(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_build_nested(item) for item in value]
-    return value

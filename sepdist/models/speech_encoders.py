@@ -97,14 +97,16 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
             f"model.encoder.model_type={family}: {reason}; the encoders are {', '.join(FAMILIES)}"
         )
     default = AutoConfig.for_model(family)
-    unknown = sorted(name for name in encoder if not hasattr(default, name))
+    # Not every attribute: `_attn_implementation` may name code on the hub, which would be run.
+    settable = {*default.to_dict(), *default.attribute_map} - LEFT_OUT
+    unknown = sorted(name for name in encoder if name not in settable | LEFT_OUT)
     if unknown:
         raise ValueError(f"model.encoder: a {family} has no {', '.join(unknown)}")
     for name, value in OFF.items():
         if encoder.get(name, value) != value:
             raise ValueError(f"model.encoder.{name}={encoder[name]}: must stay {value} here")
     values = stored | dict(encoder) | OFF
-    known = {k: v for k, v in values.items() if hasattr(default, k) and k not in LEFT_OUT}
+    known = {name: value for name, value in values.items() if name in settable}
     config = AutoConfig.for_model(**known)
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:

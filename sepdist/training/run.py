@@ -11,7 +11,7 @@ from importlib.metadata import version
 import yaml
 from rich.console import Console
 
-from sepdist import __version__, config, storage
+from sepdist import __version__, config, slots, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import progress_bar
 from sepdist.objectives.contract import with_defaults
@@ -48,13 +48,13 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
         ConfigError: an object cannot be built, a data set is missing, or run_dir holds a run of
             another config.
     """
-    config.make_paths_absolute(cfg)
+    slots.make_paths_absolute(cfg)
     _check_engine(cfg)
     if cfg.cluster.preemption_check_steps < 1:
         steps = cfg.cluster.preemption_check_steps
         raise ConfigError(f"cluster.preemption_check_steps={steps}: it must be at least 1")
-    objective = with_defaults(config.build(cfg.objective))
-    model = config.build(cfg.model)
+    objective = with_defaults(slots.build("objective", cfg.objective))
+    model = slots.build("model", cfg.model)
     objective.check_model(model)
     feeds, _ = open_datasets(cfg)
     if absent := set(objective.data_sets) - feeds.keys():
