@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sepdist
-from sepdist import storage
+from sepdist import slots, storage
+from sepdist.config import ConfigError
 from sepdist.inference.separator import Separator
 from sepdist.inference.stitching import SeparationError, Windows
 from sepdist.models.conv_tasnet import ConvTasNet
@@ -147,6 +148,26 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path: Path, export: Path) ->
         sepdist.load(export, device="gpu7")
     with pytest.raises(SeparationError, match="at most half"):
         sepdist.load(export, window_seconds=2.0, overlap_seconds=1.5)
+
+
+def test_a_model_of_a_package_of_ones_own_is_loaded_where_the_package_is_named(
+    tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch, wave: np.ndarray
+) -> None:
+    (tmp_path / "my_voices.py").write_text(
+        "from sepdist.models.conv_tasnet import ConvTasNet\n\n\nclass Mine(ConvTasNet):\n    pass\n"
+    )
+    card = (export / "model.yaml").read_text()
+    own = card.replace("sepdist.models.conv_tasnet.ConvTasNet", "my_voices.Mine")
+    (export / "model.yaml").write_text(own)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(slots, "_named", [])
+    with pytest.raises(ConfigError, match="my_voices"):
+        sepdist.load(export)
+    assert "my_voices" not in sys.modules
+    for plugins in ("my_voices", ["my_voices"]):
+        separator = sepdist.load(export, plugins=plugins)
+        assert type(separator.model).__name__ == "Mine"
+        assert separator(wave, RATE).shape == (2, len(wave))
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sepdist import storage
+from sepdist import slots, storage
 from sepdist.inference.export import load_separator
 from sepdist.inference.stitching import (
     FORMATS,
@@ -148,10 +148,7 @@ class Separator:
     def _run(
         self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
     ) -> tuple["LevelFit", np.ndarray]:
-        """Write the estimates of blocks [n, C] as float32 frames; returns levels and peaks [S].
-
-        The caller applies the levels, which are known only at the end.
-        """
+        """Write estimates of blocks [n, C] as float32 frames; returns levels to apply and peaks."""
         if not rate >= MIN_RATE or rate % 1:
             raise SeparationError(f"{name}: {rate} Hz; a sample rate is whole, from {MIN_RATE} up")
         if length == 0:
@@ -207,7 +204,7 @@ def load(
     model: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
-    plugins: Sequence[str] = (),
+    plugins: str | Sequence[str] = (),
     compile: bool = False,
     window_seconds: float = Windows.window_seconds,
     overlap_seconds: float = Windows.overlap_seconds,
@@ -225,10 +222,7 @@ def load(
         OSError: `model` cannot be read.
     """
     windows = Windows(window_seconds, overlap_seconds, batch_size)
-    if plugins:
-        from sepdist.slots import use_plugins
-
-        use_plugins(plugins)
+    slots.use_plugins([plugins] if isinstance(plugins, str) else plugins)
     export = load_separator(os.fspath(model))
     for module in export.model.modules():
         if hasattr(module, "compiled"):  # as in ConvTasNet and its blocks

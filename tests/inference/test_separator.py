@@ -7,7 +7,6 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sepdist
-from sepdist import storage
+from sepdist import slots, storage
 from sepdist.cli import separate
 from sepdist.inference.separator import Separation, Separator
 from sepdist.inference.stitching import (
@@ -457,9 +456,7 @@ def test_packages_that_the_user_names_are_used_before_the_model_is_loaded(
     tmp_path: Path, run_verb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[str] = []
-    slots = ModuleType("sepdist.slots")
-    slots.use_plugins = used.extend
-    monkeypatch.setitem(sys.modules, "sepdist.slots", slots)
+    monkeypatch.setattr(slots, "use_plugins", used.extend)
     words = ["--model", str(tmp_path / "none"), "--output", str(tmp_path)]
     assert run_verb(separate, *words, "--plugins=one", "--plugins=two", "a.wav") == 1
     assert used == ["one", "two"]
