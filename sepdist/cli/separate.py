@@ -22,7 +22,7 @@ WINDOW_OPTIONS = {
     "window_seconds": "length of the model's input",
     "overlap_seconds": "shared by neighbours, at most half a window; longer than the pauses in "
     "the speech it keeps the speakers apart",
-    "batch_size": "windows at once; memory grows with it",
+    "batch_size": "windows at once: more may be faster on a GPU, and take more memory",
 }
 
 

@@ -215,7 +215,8 @@ def load(
     `model` is a run_dir, whose best checkpoint is taken, or an export; a path or s3://. The default
     device is a GPU where there is one. `plugins` names packages that may define the model. With
     `compile` the first call takes seconds longer and later ones less, if the model can be compiled.
-    Longer windows and overlaps keep speakers apart over longer pauses.
+    Longer windows and overlaps keep speakers apart over longer pauses; a larger batch may be faster
+    on a GPU.
 
     Raises:
         ValueError: there is no separator at `model`, or a device or option cannot be used.
