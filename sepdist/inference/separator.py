@@ -140,9 +140,7 @@ class Separator:
         if fit.products[-1, -1] == 0:  # the energy of the mixture
             warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
         if scale < 1:
-            warnings.append(
-                f"{recording}: outputs are scaled by {scale:.3f}: one would have clipped"
-            )
+            warnings.append(f"{recording}: all scaled by {scale:.3f}, or one would have clipped")
         return Separation(outputs, num_samples, rate, gains.tolist(), scale, warnings)
 
     def _run(
