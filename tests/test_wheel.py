@@ -98,7 +98,7 @@ class Stranger:
 
     def run(self, program: str, *words: str) -> str:
         """Run a program of the environment and return its output; it must succeed."""
-        environment = {"HOME": str(self.home), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+        environment = {"HOME": str(self.home), "PATH": "/usr/bin:/bin"}
         environment |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
         done = subprocess.run(
             [str(self.programs / program), *words],
@@ -121,12 +121,12 @@ def stranger(wheel, tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     install left in this one's has no effect there.
     """
     place = tmp_path_factory.mktemp("stranger")
-    someone = Stranger(place / "Heim ñ", place / "ein leerer Ordner, für Übungen", place / "bin")
+    programs = place / "venv" / "bin"
+    someone = Stranger(place / "Heim ñ", place / "ein leerer Ordner, für Übungen", programs)
     someone.home.mkdir()
     someone.folder.mkdir()
     venv.create(place / "venv", symlinks=True)
-    someone.programs = place / "venv" / "bin"
-    pip = [sys.executable, "-m", "pip", "--python", str(someone.programs / "python"), "--quiet"]
+    pip = [sys.executable, "-m", "pip", "--python", str(programs / "python"), "--quiet"]
     subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], check=True)
     [packages] = place.glob("venv/lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(f"{Path(np.__file__).parent.parent}\n")
@@ -162,12 +162,10 @@ def trained(stranger) -> Stranger:
 @pytest.mark.seconds(60)
 def test_a_stranger_makes_data_trains_evaluates_and_separates(trained) -> None:
     """Blanks, letters beyond ASCII and `~` are in the paths of every step."""
-    assert "intact: 2 shards, 6 samples" in trained.run(
-        "sepdist", "shard", "verify", "output=~/Töne/train"
-    )
-    assert "2 (s1 + s2 + noise, 8000 Hz)" in trained.run(
-        "sepdist", "shard", "info", "output=~/Töne/dev"
-    )
+    verified = trained.run("sepdist", "shard", "verify", "output=~/Töne/train")
+    assert "intact: 2 shards, 6 samples" in verified
+    described = trained.run("sepdist", "shard", "info", "output=~/Töne/dev")
+    assert "2 (s1 + s2 + noise, 8000 Hz)" in described
     audited = trained.run("sepdist", "audit", "run_dir=~/Läufe a/erster")
     assert "0 lost, 0 repeated" in audited
     words = ["model=~/Läufe a/erster", "data=~/Töne/dev", "output=Ergebnisse (2)", "num_workers=0"]
