@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -86,6 +87,17 @@ def test_a_source_distribution_builds_the_same_wheel(wheel, tmp_path: Path) -> N
         archive.extractall(tmp_path, filter="data")
     again = build(tmp_path / source.name.removesuffix(".tar.gz"), "wheel", tmp_path / "wheel")
     assert again.name == wheel.name and contents(again) == contents(wheel)
+
+
+def test_nothing_tells_people_to_install_sepdist_from_an_index() -> None:
+    says_so = re.compile(r"pip install (?:-\S+ )*['\"]?sepdist\b(?!-)")
+    found = []
+    for place in ("README.md", "CONTRIBUTING.md", "sepdist", "configs", "docs", "cluster", "tools"):
+        for path in [ROOT / place, *(ROOT / place).rglob("*")]:
+            if path.suffix in (".md", ".py", ".yaml", ".ipynb") or path.name == "Dockerfile":
+                lines = enumerate(path.read_text().splitlines(), start=1)
+                found += [f"{path}:{number}" for number, line in lines if says_so.search(line)]
+    assert [one for one in found if "/_build/" not in one] == []
 
 
 @dataclass
