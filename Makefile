@@ -14,7 +14,7 @@ help: ## show this list
 install: $(VENV)/.installed ## create .venv with everything that the other targets need
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/pip
-	@echo "installing into $(VENV) (about 2.5 GB, two minutes)"
+	@echo "installing into $(VENV) (2.5 GB, or 6 GB with a CUDA build of torch)"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
