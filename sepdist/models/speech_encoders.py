@@ -86,7 +86,8 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise ValueError("speech encoders need transformers: pip install sepdist[ssl]") from error
+        todo = "run: pip install transformers (the extra `ssl` has it)"
+        raise ValueError(f"speech encoders need transformers; {todo}") from error
     stored = _read(pretrained, AutoConfig.from_pretrained).to_dict() if pretrained else {}
     family = encoder.get("model_type", stored.get("model_type"))
     if family not in FAMILIES or stored.get("model_type", family) != family:

@@ -434,7 +434,7 @@ def test_without_transformers_one_error_says_what_to_install(
         return whole(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"pip install sepdist\[ssl\]"):
+    with pytest.raises(ValueError, match=r"pip install transformers \(the extra `ssl`"):
         small()
 
 
