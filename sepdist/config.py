@@ -225,17 +225,6 @@ def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def register_schemas() -> None:
-    """Register the schemas with Hydra; each primary config lists its own first in its defaults."""
-    from hydra.core.config_store import ConfigStore  # here, because workers do not need it
-
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="shard_schema", node=ShardConfig)
-    store.store(name="evaluate_schema", node=EvaluateConfig)
-    store.store(name="recognise_schema", node=RecogniseConfig)
-
-
 def config_dir() -> str:
     """Return the folder of the YAML files: next to the package or, in a wheel, inside it."""
     package = Path(__file__).resolve().parent

@@ -60,7 +60,6 @@ def _compose_each_stage_once() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "composed", composed)
-        config.register_schemas()
         yield
 
 
