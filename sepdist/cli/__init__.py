@@ -46,6 +46,7 @@ def main() -> None:
 def run(verb: str) -> int | None:
     """Run one verb; returns its exit status, None for success."""
     if verb in VERBS:
+        os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's may not be installed
         sys.argv = [f"sepdist {verb}", *sys.argv[2:]]
         return importlib.import_module(f"sepdist.cli.{verb}").main()
     width = max(map(len, VERBS))

@@ -31,7 +31,8 @@ def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]
     if "hydra/sweeper=optuna" in overrides:  # its own default is to minimise
         overrides = ["hydra.sweeper.direction=maximize", *overrides]
     parsed = OverridesParser.create().parse_overrides(overrides)
-    fixed = {one.get_key_element() for one in parsed if not one.is_sweep_override()}
+    varied = {one.get_key_element() for one in parsed if one.is_sweep_override()}
+    fixed = {one.get_key_element() for one in parsed} - varied
     runs: list[tuple[str, float, str]] = []
 
     def job(composed: DictConfig) -> float:
