@@ -1,21 +1,31 @@
-# On a machine with Python 3.11 and make:  make demo   make test
-PYTHON ?= python3.11
+# On a machine with Python 3.11, 3.12 or 3.13 and make:  make demo   make test
 VENV := .venv
+# For a new .venv: the newest Python that starts and can make one, or that of `make PYTHON=...`.
+PYTHON ?= $(shell for one in python3.13 python3.12 python3.11; do \
+	if $$one -c "import ensurepip, venv" 2>/dev/null; then echo $$one; break; fi; done)
 BIN := $(VENV)/bin
 RUN := PYTHONPATH=. OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python
 
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint docs format bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed ## create .venv with everything that the other targets need
 
-$(VENV)/.installed: pyproject.toml
-	@echo "installing into $(VENV) (about 2.5 GB, two minutes)"
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+	@echo "installing into $(VENV) (2.5 GB, or 6 GB with a CUDA build of torch)"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+$(BIN)/pip:
+	@test -n "$(PYTHON)" || { echo "sepdist needs Python 3.11, 3.12 or 3.13 with venv; on Debian 12:" \
+		"apt-get install python3.11-venv; on Debian 13: apt-get install python3.13-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	@touch $@
 
 demo: $(VENV)/.installed ## the whole system on generated speech: shard, pre-train, fine-tune, evaluate, separate
@@ -33,13 +43,17 @@ demo: $(VENV)/.installed ## the whole system on generated speech: shard, pre-tra
 test: $(VENV)/.installed ## the test suite in two processes (at most 10 minutes on 2 cores)
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
-test-slow: $(VENV)/.installed ## the tests marked slow
+test-slow: $(VENV)/.docs ## the tests marked slow (one runs the tutorial's notebook)
 	$(RUN) -m pytest -m slow
 
 lint: $(VENV)/.installed ## ruff, ruff format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs ## the documentation site, in docs/_build/html; a warning is an error
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 format: $(VENV)/.installed ## apply the fixes and the formatting of ruff
 	$(BIN)/ruff check --fix .

@@ -30,10 +30,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sepdist.cli.audit import audit
 from sepdist.config import ShardConfig
 from sepdist.data.sharding import write_data_set
 from sepdist.reporting import read_metrics
+from sepdist.training.audit import audit
 from tests.support.disturb import Nodes, Run, left_alone
 from tests.support.runs import ROOT, TINY, final_hash, history
 

@@ -37,8 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import PEERS
+from sepdist import slots
 from sepdist.allocator import keep_freed_memory
-from sepdist.config import build
 
 PRODUCT_SIZE = 2048
 CONFIGS = Path(__file__).parent.parent / "configs" / "model"
@@ -48,7 +48,7 @@ def build_pair(preset: str) -> tuple[nn.Module, nn.Module | None, str]:
     """Our model, the peer with the same weights or None, and why there is no peer."""
     node = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()) | {"num_speakers": 2}
     torch.manual_seed(0)
-    ours = build(node)
+    ours = slots.build("model", node)
     name = node["_target_"].split(".")[-2]
     if name not in PEERS:
         return ours, None, f"no peer of {name} is known"

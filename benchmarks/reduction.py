@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.step_overhead import MODEL, batches
-from sepdist import config
+from sepdist import slots
 from sepdist.objectives.separation import Separation
 from sepdist.training.engine import DeepSpeedEngine
 from sepdist.training.world import World
@@ -45,7 +45,7 @@ def measure(rank: int, folder: str) -> None:
         for stage, reduction in WAYS:
             torch.manual_seed(0)
             engines[stage, reduction] = DeepSpeedEngine(
-                config.build(node),
+                slots.build("model", node),
                 Separation(),
                 lambda params: torch.optim.Adam(params, lr=1e-3),
                 world,

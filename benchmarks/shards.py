@@ -12,7 +12,6 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from sepdist import config
 from sepdist.cluster import connected
 from sepdist.config import ShardConfig
 from sepdist.data.sharding import write_data_set
@@ -51,7 +50,6 @@ def measure(num_workers: int) -> dict[str, float]:
 
 def main() -> None:
     """Print the JSON line."""
-    config.register_schemas()
     in_process = measure(0)
     with connected(2):
         in_workers = measure(2)

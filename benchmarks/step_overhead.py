@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sepdist import config
+from sepdist import slots
 from sepdist.config import ClusterConfig, TrainConfig
 from sepdist.data.records import Batch
 from sepdist.objectives.separation import Separation
@@ -56,7 +56,7 @@ def batches(micro_batch: int = MICRO_BATCH, seconds: float = SECONDS) -> list[Ba
 
 def bare_step() -> Callable[[list[Batch]], Any]:
     torch.manual_seed(0)
-    model = config.build(MODEL).train()
+    model = slots.build("model", MODEL).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     objective = Separation()
 
@@ -74,7 +74,7 @@ def bare_step() -> Callable[[list[Batch]], Any]:
 def engine_step(zero_stage: int, reduction: str) -> Callable[[list[Batch]], Any]:
     torch.manual_seed(0)
     return DeepSpeedEngine(
-        config.build(MODEL),
+        slots.build("model", MODEL),
         Separation(),
         lambda params: torch.optim.Adam(params, lr=1e-3),
         join_world(),

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, cast
 
 from sepdist.config import ConfigError
+from sepdist.slots import named_plugins, use_plugins
 
 
 @contextlib.contextmanager
@@ -82,7 +83,8 @@ def run_tasks(
         task = task.options(name=work.__name__, num_returns="streaming")
 
         def start(count: int) -> list[Any]:
-            return [task.remote(os.getcwd(), work, *call) for call in islice(waiting, count)]
+            place = os.getcwd(), named_plugins()
+            return [task.remote(*place, work, *call) for call in islice(waiting, count)]
 
         streams = start(num_workers)
         try:
@@ -104,8 +106,11 @@ def run_tasks(
                 ray.cancel(stream)
 
 
-def _run_in(folder: str, work: Callable[..., Iterator[Any]], *call: Any) -> Iterator[Any]:
-    """Run `work` in the driver's folder, the base of relative paths; Ray chooses another one."""
+def _run_in(
+    folder: str, plugins: list[str], work: Callable[..., Iterator[Any]], *call: Any
+) -> Iterator[Any]:
+    """Run `work` with the driver's plug-ins, in its folder, the base of relative paths."""
     if os.path.isdir(folder):
         os.chdir(folder)
+    use_plugins(plugins)
     yield from work(*call)

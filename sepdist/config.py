@@ -1,13 +1,12 @@
-"""The typed config of every program, and `build`, which turns a `_target_` node into an object.
+"""The typed config of every program.
 
 Hydra composes configs/ in the driver. The fixed parts become dataclasses, the pluggable ones plain
-dicts, whose schema is the constructor that `_target_` names. Nothing below the programs sees an
-OmegaConf object; every worker reads the config that the driver froze at run_dir/config.yaml.
+dicts, whose schema is the constructor that `_target_` names (sepdist/slots.py). Nothing below the
+programs sees an OmegaConf object; every worker reads the config that the driver froze at
+run_dir/config.yaml.
 """
 
 import dataclasses
-import importlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sepdist import storage
 
-ALLOWED_TARGETS = ("sepdist.", "torch.optim.")
 _T = TypeVar("_T")
 
 
@@ -47,19 +45,19 @@ class DataConfig:
 
     path_arguments: ClassVar = ("train", "validation", "cache_dir")
     train: str = MISSING  # folder or s3:// prefix that holds a manifest.json
-    validation: str = MISSING
+    validation: str = MISSING  # the same, to validate on
     num_sources: int = 2  # how many of s1, s2, ... enter the mixture and are targets
     noise: bool = False  # whether the mixture includes each sample's noise
-    mixing: Any = None  # a configs/mixing node that mixes data.train anew; None = as stored
+    mixing: Any = None  # a configs/mixing node that mixes data.train anew; null = as stored
     extra: list[ExtraConfig] = field(default_factory=list)  # for objectives with several tasks
     interleave: str = "drawn"  # order of the data sets' batches: drawn (permuted) | even
-    crop_seconds: float = 3.0
+    crop_seconds: float = 3.0  # length of a training example
     num_virtual_shards: int = 4  # V: fixes data order and reduction; 1 to V workers can run it
     micro_batch: int = 2  # samples per virtual shard; the global batch is V * micro_batch
     cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
-    cache_gigabytes: float = 50.0
+    cache_gigabytes: float = 50.0  # most that they take
     num_threads: int = 1  # decoding threads per worker
-    prefetch_steps: int = 4
+    prefetch_steps: int = 4  # steps whose batches are read ahead
     max_damaged: int = 0  # damaged samples to replace by the next position before the run stops
 
 
@@ -68,7 +66,7 @@ class ValidationConfig:
     """Validation on full-length mixtures, the same ones in the same order each time."""
 
     num_mixtures: int = 200  # the first ones of the validation set; 0 = all
-    every_steps: int = 500
+    every_steps: int = 500  # steps from one validation to the next
     num_listening: int = 3  # mixtures whose audio and spectrograms go to TensorBoard
     max_seconds: float = 30.0  # longer mixtures are cut, to bound memory
 
@@ -77,10 +75,10 @@ class ValidationConfig:
 class ScheduleConfig:
     """Warm-up, then a smaller learning rate at each plateau of the validation score."""
 
-    warmup_steps: int = 0
-    factor: float = 0.5
+    warmup_steps: int = 0  # in which the learning rate rises linearly
+    factor: float = 0.5  # of the learning rate at a plateau
     patience: int = 5  # validations without improvement before the rate is multiplied by `factor`
-    min_lr: float = 1e-6
+    min_lr: float = 1e-6  # the plateaus stop here
     decay_steps: int = 0  # the last steps before max_steps, in which the rate falls linearly to 0
 
 
@@ -89,7 +87,7 @@ class InitConfig:
     """Hand-off: initial weights from an earlier stage, and what to initialise anew."""
 
     path_arguments: ClassVar = ("weights",)
-    weights: str | None = None  # a run_dir, export or .safetensors file; None = from scratch
+    weights: str | None = None  # a run_dir, export or .safetensors file; null = from scratch
     submodule: str | None = None  # take only the parameters below this prefix; None = all
     reinit: list[str] = field(default_factory=list)  # prefixes of parameters to initialise anew
 
@@ -98,11 +96,11 @@ class InitConfig:
 class TrainingConfig:
     """Length of training, logging, checkpoints and skipped steps."""
 
-    max_steps: int = MISSING
-    log_every: int = 20
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    keep_best: bool = True
+    max_steps: int = MISSING  # length of the run
+    log_every: int = 20  # steps
+    checkpoint_every: int = 500  # steps
+    keep_last: int = 2  # newest checkpoints to keep
+    keep_best: bool = True  # keep the one with the best validation score too
     keep_every: int = 0  # keep every checkpoint whose step is a multiple of this; 0 = none
     max_failed_checkpoints: int = 3  # failed saves in a row that the run tolerates
     early_stop_patience: int = 30  # validations without improvement; 0 = never
@@ -114,15 +112,15 @@ class TrainingConfig:
 class ClusterConfig:
     """Ray Train: the number of workers, their resources, and how faults are noticed."""
 
-    num_workers: Any = 1  # a number, or [min, max] for an elastic run; see `worker_range`
-    use_gpu: bool = False
-    cpus_per_worker: float = 1.0
-    threads_per_worker: int = 1
-    address: str | None = None  # None: the cluster of the Ray job, else a local Ray
+    num_workers: Any = 1  # a number, or [min, max] for an elastic run
+    use_gpu: bool = False  # one GPU per worker
+    cpus_per_worker: float = 1.0  # logical CPUs that Ray reserves
+    threads_per_worker: int = 1  # of torch
+    address: str | None = None  # null: the cluster of the Ray job, else a local Ray
     max_failures: int = 5  # in a row without a new checkpoint; not preemptions; -1 = no limit
     elastic_check_seconds: float = 60.0  # how often an elastic run looks for more workers
     preemption_check_steps: int = 10  # steps between two checks for a preemption notice
-    collective_timeout_seconds: int = 600
+    collective_timeout_seconds: int = 600  # after which an all-reduce fails
     hang_seconds: float = 30.0  # a worker without progress ends itself; more if slow; 0 = never
     startup_seconds: float = 600.0  # the same for the first step, validations and checkpoints
     verbose: bool = False  # show the output of a local Ray's processes
@@ -134,11 +132,11 @@ class TrainConfig:
 
     path_arguments: ClassVar = ("run_dir",)
     name: str = MISSING  # the run's identity; never derived from the time
-    run_dir: str = MISSING
-    seed: int = 0
+    run_dir: str = MISSING  # folder or s3:// prefix of its logs and checkpoints
+    seed: int = 0  # of all that is random in the run
     data_root: str = "data"  # folder or s3:// prefix below which experiments name their data sets
-    sample_rate: int = 8000
-    num_speakers: int = 2
+    sample_rate: int = 8000  # Hz
+    num_speakers: int = 2  # outputs of the model
     model: Any = MISSING
     objective: Any = MISSING
     engine: Any = MISSING
@@ -149,6 +147,7 @@ class TrainConfig:
     init: InitConfig = field(default_factory=InitConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
 
 
 @dataclass
@@ -156,14 +155,15 @@ class ShardConfig:
     """`configs/shard.yaml`: sepdist shard and stages of kind `shards`."""
 
     corpus: Any = None
-    split: str = ""
+    split: str = ""  # of the corpus, such as train
     output: str = MISSING  # folder or s3:// prefix of the data set to write, verify or describe
-    samples_per_shard: int = 200
+    samples_per_shard: int = 200  # mixtures or utterances in a file
     num_workers: int = 0  # Ray tasks; 0 = in this process, -1 = one per CPU of the cluster
     limit: int = 0  # use only the first records; 0 = all
     subset: list[float] = field(default_factory=lambda: [0.0, 1.0])  # fractions of a fixed shuffle
     mixtures_only: bool = False  # store mixtures without their sources, as unlabelled data
     gpus_per_worker: float = 0.0  # for corpus=separated with corpus.device=cuda
+    plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
 
 
 @dataclass
@@ -174,15 +174,16 @@ class EvaluateConfig:
     model: str = MISSING  # a run_dir (its best checkpoint is taken) or an export folder
     data: str = MISSING  # folder or s3:// prefix of the test set
     output: str = MISSING  # folder or s3:// prefix for results.json, utterances.csv, ...
-    num_sources: int = 2
-    noise: bool = False
+    num_sources: int = 2  # of a mixture, s1, s2, ...
+    noise: bool = False  # whether the mixture includes each sample's noise
     num_mixtures: int = 0  # score only the first mixtures; 0 = all
     max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
     num_listening: int = 3  # mixtures to save as audio and spectrograms
     num_workers: int = 1  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker
-    cache_dir: str = "~/.cache/sepdist"
-    cache_gigabytes: float = 50.0
+    cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
+    cache_gigabytes: float = 50.0  # most that they take
+    plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
 
 
 @dataclass
@@ -190,7 +191,7 @@ class RecogniseConfig:
     """`configs/recognise.yaml`: sepdist recognise."""
 
     path_arguments: ClassVar = ("model", "output")
-    model: str | None = None  # a run_dir or an export folder; None = recognise the mixtures alone
+    model: str | None = None  # a run_dir or an export folder; null = recognise the mixtures alone
     corpus: Any = MISSING  # yields mixtures with transcripts: libricss, overlap
     conditions: list[str] = field(
         default_factory=lambda: ["OV10", "OV20", "OV30", "OV40"]
@@ -200,6 +201,16 @@ class RecogniseConfig:
     limit: int = 0  # only the first utterances of each condition; 0 = all
     num_workers: int = 1  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker, for separator and recogniser
+    plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
+
+
+@dataclass
+class AuditConfig:
+    """The keys of sepdist audit."""
+
+    path_arguments: ClassVar = ("run_dir",)
+    run_dir: str = MISSING  # a folder or s3:// prefix
+    json: bool = False  # print one JSON object, no table
 
 
 def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
@@ -214,17 +225,6 @@ def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def register_schemas() -> None:
-    """Register the schemas with Hydra; each primary config lists its own first in its defaults."""
-    from hydra.core.config_store import ConfigStore  # here, because workers do not need it
-
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="shard_schema", node=ShardConfig)
-    store.store(name="evaluate_schema", node=EvaluateConfig)
-    store.store(name="recognise_schema", node=RecogniseConfig)
-
-
 def config_dir() -> str:
     """Return the folder of the YAML files: next to the package or, in a wheel, inside it."""
     package = Path(__file__).resolve().parent
@@ -236,14 +236,25 @@ def config_dir() -> str:
 
 def typed(composed: DictConfig, schema: type[_T]) -> _T:
     """Return a composed config as dataclasses; ConfigError names a mandatory value left at ???."""
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
+    if missing := missing_keys(OmegaConf.to_container(composed)):
         raise ConfigError(
             f"no value given for {', '.join(missing)} (pass {missing[0]}=... on the command line)"
         )
-    result = OmegaConf.to_object(composed)
+    try:
+        result = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).partition("full_key")[0].split())) from error
     assert isinstance(result, schema), type(result)
     return result
+
+
+def missing_keys(node: Any, name: str = "") -> list[str]:
+    """The dotted names of values left at ???, sorted; other values may refer to them."""
+    inner = dict(enumerate(node)) if isinstance(node, list) else node
+    if not isinstance(inner, dict):
+        return [name] if node == MISSING else []
+    found = [missing_keys(value, f"{name}.{key}".lstrip(".")) for key, value in inner.items()]
+    return sorted(one for each in found for one in each)
 
 
 def to_yaml(config: Any) -> str:
@@ -252,8 +263,15 @@ def to_yaml(config: Any) -> str:
 
 
 def from_yaml(text: str, schema: type[_T]) -> _T:
-    """Read what `to_yaml` wrote and check it against the schema."""
-    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text))
+    """Read what `to_yaml` wrote and check it against the schema.
+
+    Raises:
+        ConfigError: it holds an interpolation, ${...}, which could read the environment.
+    """
+    given = OmegaConf.create(text)
+    if "${" in str(OmegaConf.to_container(given, resolve=False)):
+        raise ConfigError("a frozen config holds values only, but this one has a ${reference}")
+    merged = OmegaConf.merge(OmegaConf.structured(schema), given)
     assert isinstance(merged, DictConfig)
     return typed(merged, schema)
 
@@ -282,71 +300,3 @@ def load_frozen(url: str) -> TrainConfig:
             f"{url} was written by another version of sepdist ({reason}): the run cannot go on; "
             "start another run_dir, with init.weights set to this one to keep its weights"
         ) from error
-
-
-def make_paths_absolute(config: Any) -> None:
-    """Make the paths in a config absolute, in place: workers have another working directory.
-
-    A config class lists its path fields in `path_arguments`, and so does the class or function that
-    a `_target_` names, if it takes paths.
-    """
-    if isinstance(config, list):
-        fields: dict[Any, Any] = dict(enumerate(config))
-        names: tuple[str, ...] = ()
-    elif isinstance(config, dict):
-        fields, target = config, config.get("_target_")
-        names = getattr(resolve(target), "path_arguments", ()) if target else ()
-    elif dataclasses.is_dataclass(config):
-        fields, names = vars(config), getattr(config, "path_arguments", ())
-    else:
-        return
-    for name in names:
-        if fields.get(name):
-            fields[name] = storage.absolute(fields[name])
-    for value in fields.values():
-        make_paths_absolute(value)
-
-
-def resolve(target: str) -> Any:
-    """Return the callable that `_target_` names.
-
-    The name and the module that defines it must lie below ALLOWED_TARGETS, so that no alias in an
-    allowed module leads elsewhere.
-    """
-    refusal = f"_target_ {target!r} is not allowed: targets live under {', '.join(ALLOWED_TARGETS)}"
-    if not target.startswith(ALLOWED_TARGETS):
-        raise ConfigError(refusal)
-    module_name, _, attribute = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"_target_ {target!r} does not exist: {error}") from error
-    defined_in = f"{getattr(found, '__module__', '')}."
-    if not callable(found) or not defined_in.startswith(ALLOWED_TARGETS):
-        raise ConfigError(refusal)
-    return found
-
-
-def build(node: Mapping[str, Any], **runtime: Any) -> Any:
-    """Call the node's `_target_` with its other keys, nested nodes built first, and `runtime`."""
-    if "_target_" not in node:
-        raise ConfigError(f"cannot build {dict(node)!r}: it has no _target_")
-    target = resolve(str(node["_target_"]))
-    arguments = {key: _build_nested(value) for key, value in node.items() if key != "_target_"}
-    arguments |= runtime
-    try:
-        inspect.signature(target).bind(**arguments)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(target).parameters)
-        raise ConfigError(f"{node['_target_']}: {error}; it takes {known}") from error
-    return target(**arguments)
-
-
-def _build_nested(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            return build(value)
-        return {key: _build_nested(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_build_nested(item) for item in value]
-    return value

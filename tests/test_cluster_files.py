@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
-from sepdist import config
+from sepdist import composing, config
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -29,9 +28,7 @@ def read(name: str) -> Any:
 
 def composes(words: list[str]) -> config.TrainConfig:
     """The config that `sepdist train WORDS` would run."""
-    config.register_schemas()
-    with initialize_config_dir(config.config_dir(), version_base="1.3"):
-        return config.typed(compose("train", overrides=words), config.TrainConfig)
+    return config.typed(composing.compose("train", words, config.TrainConfig), config.TrainConfig)
 
 
 def cluster_spec(name: str) -> dict[str, Any]:

@@ -17,11 +17,13 @@ FOUNDATIONS = (
     "allocator",
     "audio",
     "cluster",
+    "composing",
     "config",
     "console",
     "plotting",
     "reporting",
     "seeding",
+    "slots",
     "storage",
 )
 COMPONENTS = ("corpora", "data", "metrics", "models", "objectives", "recognisers")
@@ -56,7 +58,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_LOOP_LINES = 150  # for the function that is the training loop
 LOOP = "training/loop.py"
-MAX_PRODUCT_LINES = 13_400
+MAX_PRODUCT_LINES = 13_900
 MAX_YAML_FILES = 65
 
 

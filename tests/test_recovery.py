@@ -14,12 +14,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import ray.train
-from hydra import compose, initialize_config_dir
 from ray.train.v2._internal.execution.controller.state import RestartingState
 from ray.train.v2.api.exceptions import PreemptionError
 from rich.console import Console
 
-from sepdist import config, storage
+from sepdist import composing, config, storage
 from sepdist.config import ClusterConfig, ConfigError, TrainConfig
 from sepdist.reporting import read_metrics
 from sepdist.training import launch
@@ -80,17 +79,9 @@ def recorded(run: Run) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(("given", "range_"), [("2", (2, 2)), ("[1,4]", (1, 4)), ("[3,3]", (3, 3))])
 def test_the_number_of_workers_is_a_number_or_a_range_also_after_freezing(given, range_) -> None:
-    config.register_schemas()
-    with initialize_config_dir(config.config_dir(), version_base="1.3"):
-        places = [
-            "data.train=a",
-            "data.validation=b",
-            "name=n",
-            "run_dir=r",
-            "training.max_steps=1",
-        ]
-        composed = compose("train", overrides=[*places, f"cluster.num_workers={given}"])
-    cfg = config.typed(composed, TrainConfig)
+    words = ["data.train=a", "data.validation=b", "name=n", "run_dir=r", "training.max_steps=1"]
+    words.append(f"cluster.num_workers={given}")
+    cfg = config.typed(composing.compose("train", words, TrainConfig), TrainConfig)
     assert config.worker_range(cfg.cluster) == range_
     assert config.worker_range(config.from_yaml(config.to_yaml(cfg), TrainConfig).cluster) == range_
 

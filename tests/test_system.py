@@ -20,9 +20,9 @@ import soundfile
 import yaml
 
 from sepdist import cli, storage
-from sepdist.cli.audit import audit
 from sepdist.inference.export import load_export
 from sepdist.reporting import read_metrics
+from sepdist.training.audit import audit
 from sepdist.training.checkpoint import find_committed, load_newest
 from tests.support.runs import (
     ROOT,
@@ -387,8 +387,8 @@ def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-def submit(ray_head: tuple[str, dict[str, str]], arguments: list[str]) -> None:
-    """Run `python arguments...` as a job of that cluster, to its end."""
+def submit(ray_head: tuple[str, dict[str, str]], entry_point: list[str]) -> None:
+    """Run a command as a job of that cluster, to its end."""
     address, environment = ray_head
     ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
     command = [
@@ -400,8 +400,7 @@ def submit(ray_head: tuple[str, dict[str, str]], arguments: list[str]) -> None:
         "--working-dir",
         ".",
         "--",
-        sys.executable,
-        *arguments,
+        *entry_point,
     ]
     env = {**os.environ, **environment}
     done = subprocess.run(
@@ -416,13 +415,16 @@ def test_ray_job_submit_trains_on_a_cluster_with_token_authentication(
     ray_head, tiny_data, tmp_path
 ) -> None:
     run_dir = tmp_path / "run"
-    arguments = train_arguments("demo/finetune", tiny_data, run_dir, *FRESH)
-    submit(ray_head, [*arguments, "training.max_steps=2", "cluster.num_workers=2"])
+    sepdist = shutil.which("sepdist", path=str(Path(sys.executable).parent))
+    assert sepdist, "the environment of the tests has no sepdist command: make install"
+    arguments = train_arguments("demo/finetune", tiny_data, run_dir, *FRESH)[2:]
+    submit(ray_head, [sepdist, *arguments, "training.max_steps=2", "cluster.num_workers=2"])
     assert sorted(history(run_dir)) == [1, 2]
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["cluster"]["num_workers"] == 2
 
 
 @pytest.mark.slow
 def test_ray_job_submit_runs_a_pipeline(ray_head, tiny_data, tmp_path) -> None:
-    submit(ray_head, pipeline_arguments(tiny_data, tmp_path / "tiny", tmp_path))
+    arguments = pipeline_arguments(tiny_data, tmp_path / "tiny", tmp_path)
+    submit(ray_head, [sys.executable, *arguments])
     check_pipeline(str(tmp_path / "tiny"))

@@ -3,7 +3,9 @@
 python tools/shard_data.py write corpus=demo split=train output=demo/data/train num_workers=2
 """
 
+import sys
+
 from sepdist.cli.shard import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

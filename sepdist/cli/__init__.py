@@ -4,18 +4,30 @@ import importlib
 import os
 import sys
 
-VERBS = {
-    "shard": "cut a corpus into shards (write), check a data set (verify) or describe it (info)",
-    "train": "train one stage in Ray Train workers",
-    "pipeline": "run the stages of an experiment in order and write its tables",
-    "evaluate": "score a separator on a test set: SI-SNR and SDR",
-    "estimate": "score an SI-SNR estimator against the true SI-SNR",
-    "recognise": "measure word error rates of mixtures and of a separator's estimates",
-    "separate": "separate recordings into one file per speaker",
-    "labels": "measure label switching over the checkpoints of a run",
-    "plot": "draw the papers' figures from runs",
-    "audit": "check that a run consumed every position exactly once",
+PURPOSES = {
+    "make data": {
+        "shard": "cut a corpus into shards (write), check them (verify) or describe them (info)",
+    },
+    "train": {
+        "train": "train one stage in Ray Train workers, or a sweep of runs",
+        "pipeline": "run the stages of an experiment in order and write its tables",
+    },
+    "judge results": {
+        "evaluate": "score a separator on a test set: SI-SNR and SDR",
+        "estimate": "score an SI-SNR estimator against the true SI-SNR",
+        "recognise": "measure word error rates of mixtures and of a separator's estimates",
+        "labels": "measure label switching over the checkpoints of a run",
+        "audit": "check that a run consumed every position exactly once",
+    },
+    "use a model": {
+        "separate": "separate recordings into one file per speaker",
+    },
+    "look": {
+        "plot": "draw the papers' figures from runs",
+        "completion": "print a script that lets bash, zsh or fish complete commands",
+    },
 }
+VERBS = {verb: summary for verbs in PURPOSES.values() for verb, summary in verbs.items()}
 
 
 def main() -> None:
@@ -34,13 +46,16 @@ def main() -> None:
 def run(verb: str) -> int | None:
     """Run one verb; returns its exit status, None for success."""
     if verb in VERBS:
+        os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's may not be installed
         sys.argv = [f"sepdist {verb}", *sys.argv[2:]]
         return importlib.import_module(f"sepdist.cli.{verb}").main()
     width = max(map(len, VERBS))
-    lines = [f"  {name:{width}}  {summary}" for name, summary in VERBS.items()]
     wanted = verb in ("-h", "--help")
+    lines = ["usage: sepdist VERB ..."]
+    for purpose, verbs in PURPOSES.items():
+        lines += ["", f"{purpose}:", *(f"  {name:{width}}  {verbs[name]}" for name in verbs)]
     if verb and not wanted:
-        print(f"error: no verb {verb!r}", file=sys.stderr)
-    usage = ["usage: sepdist VERB ...", "", *lines, "", "sepdist VERB --help explains one."]
-    print("\n".join(usage), file=sys.stdout if wanted else sys.stderr)
+        print(f"error: no verb {verb!r}\n", file=sys.stderr)
+    lines += ["", "sepdist VERB --help explains one."]
+    print("\n".join(lines), file=sys.stdout if wanted else sys.stderr)
     return 0 if wanted else 2

@@ -1,118 +1,33 @@
 """Check that a run consumed every position of its data exactly once.
 
-    sepdist audit runs/a          # or s3://bucket/runs/a
+    sepdist audit run_dir=runs/a
+    sepdist audit run_dir=s3://bucket/runs/a json=true
 
-It reads the newest committed checkpoint and the ledger that leads to it (see
-sepdist/training/ledger.py), and compares the positions that the ranks fetched with [0, steps x
-global batch). Exit status 0: none lost, none repeated; 1: some were, or the ledger is damaged; 2:
-there is nothing to check.
+It reads the newest committed checkpoint and the ledger that leads to it, and compares the positions
+that the workers fetched with those that the steps should have consumed. Exit status 0: none lost,
+none repeated; 1: some were, or the ledger is damaged; 2: there is nothing to check.
 """
 
-import argparse
-import itertools
 import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-import numpy as np
-
-from sepdist import storage
-from sepdist.training import ledger
-from sepdist.training.checkpoint import find_committed, read_file
-from sepdist.training.ledger import LedgerError, SegmentRef
+from sepdist.cli.compose import read_config
+from sepdist.config import AuditConfig
 
 
-@dataclass
-class Audit:
-    """The committed history of a run; positions as [start, stop] ranges."""
-
-    checkpoint: str
-    steps: int
-    positions: int  # that the steps should have consumed
-    num_lost: int
-    num_repeated: int
-    lost: list[list[int]]
-    repeated: list[list[int]]
-    outcomes: dict[str, int]  # steps applied and skipped
-    world_sizes: dict[int, int]  # steps by number of workers
-
-    @property
-    def sound(self) -> bool:
-        """Whether every position was consumed exactly once."""
-        return self.num_lost == 0 and self.num_repeated == 0
-
-
-def audit(run_dir: str) -> Audit:
-    """Check the committed history of a run.
-
-    Raises:
-        FileNotFoundError: the run has no committed checkpoint.
-        LedgerError: its ledger is incomplete or damaged.
-    """
-    committed = find_committed(storage.join(run_dir, "checkpoints"))
-    if not committed:
-        raise FileNotFoundError(f"{run_dir}: no committed checkpoint, so no history to check")
-    newest = committed[-1]
-    state = json.loads(read_file(newest, "state.json"))
-    if "ledger" not in state:
-        raise LedgerError(f"{newest.url}: names no ledger")
-    num_positions = newest.step * state["num_virtual_shards"] * state["micro_batch"]
-    fetched = np.zeros(num_positions, dtype=np.int32)  # how often, by position
-    outside: list[int] = []
-    outcomes: Counter[str] = Counter()
-    world_sizes: Counter[int] = Counter()
-    for _, outcome, ranks in ledger.read_history(run_dir, SegmentRef(**state["ledger"])):
-        outcomes[outcome] += 1
-        world_sizes[len(ranks)] += 1
-        for start, stop in itertools.chain.from_iterable(ranks):
-            fetched[start:stop] += 1
-            outside.extend(range(max(start, num_positions), stop))
-    lost = np.flatnonzero(fetched == 0).tolist()
-    repeated = [*np.flatnonzero(fetched > 1).tolist(), *sorted(outside)]
-    return Audit(
-        checkpoint=newest.url,
-        steps=newest.step,
-        positions=num_positions,
-        num_lost=len(lost),
-        num_repeated=len(repeated),
-        lost=ledger.as_ranges(lost),
-        repeated=ledger.as_ranges(repeated),
-        outcomes={name: outcomes[name] for name in (ledger.APPLIED, ledger.SKIPPED)},
-        world_sizes=dict(sorted(world_sizes.items())),
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Print the result; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run_dir", help="a folder or s3://bucket/prefix")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
-    given = parser.parse_args(arguments)
     try:
-        result = audit(given.run_dir)
+        cfg = read_config("audit", AuditConfig, __doc__)
+        from sepdist.training.audit import LedgerError, audit, to_text
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        result = audit(cfg.run_dir)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, LedgerError) else 2
-    print(json.dumps(asdict(result)) if given.json else to_text(result))
+    print(json.dumps(asdict(result)) if cfg.json else to_text(result))
     return 0 if result.sound else 1
-
-
-def to_text(result: Audit) -> str:
-    """The result in lines, with the first positions that were lost or repeated."""
-    outcomes = ", ".join(f"{number} {name}" for name, number in result.outcomes.items())
-    workers = ", ".join(f"{number} steps on {size}" for size, number in result.world_sizes.items())
-    lines = [
-        f"checkpoint  {result.checkpoint}",
-        f"steps       {result.steps} ({outcomes})",
-        f"workers     {workers}",
-        f"positions   {result.positions}",
-    ]
-    for name, ranges in (("lost", result.lost), ("repeated", result.repeated)):
-        if ranges:
-            shown = ", ".join(f"[{start}, {stop})" for start, stop in ranges[:10])
-            lines.append(f"{name}: {shown}{', ...' if len(ranges) > 10 else ''}")
-    return "\n".join([*lines, f"{result.num_lost} lost, {result.num_repeated} repeated"])

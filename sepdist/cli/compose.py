@@ -1,77 +1,152 @@
-"""Read a verb's configuration from the KEY=VALUE words of its command line."""
+"""Read a research verb's config from its command line: KEY=VALUE words and a few options."""
 
+import argparse
 import dataclasses
-import inspect
-import json
 import re
 import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError
 
-from sepdist import config
+from sepdist import composing, config, slots
 from sepdist.config import ConfigError
 
+WIDTH = 100
+OPTIONS = {
+    "--config-dir=DIR": "your own folder of experiments, models, ..., laid out like configs/",
+    "--cfg=job": "print the composed config as YAML and exit",
+    "--multirun, -m": "run a sweep: KEY=A,B,... or hydra/sweeper=optuna (the extra `optuna`)",
+}
 _T = TypeVar("_T")
 
 
-def read_config(name: str, schema: type[_T], doc: str | None) -> _T:
+def read_config(
+    name: str,
+    schema: type[_T],
+    doc: str | None,
+    sweep: Callable[[Sequence[str]], None] | None = None,
+) -> _T:
     """configs/<name>.yaml with the changes of the command line; --help prints `doc` and the keys.
 
+    With `sweep`, a command line that asks for one runs it instead and exits.
+
     Raises:
-        ConfigError: a word or key is unknown, a value has the wrong type or a mandatory one is
-            missing.
+        ConfigError: a word, key or option is unknown, a value has the wrong type or a mandatory
+            one is missing.
     """
-    words, groups = sys.argv[1:], choices(name)
-    if {"-h", "--help"} & set(words):
-        print(help_text(schema, groups, doc))
-        sys.exit(0)
-    fields = {one.name: one.type for one in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    for word in words:
-        key, equals, _ = word.partition("=")
-        if key.startswith("-") or not equals:
-            raise ConfigError(f"cannot read {word!r}: give KEY=VALUE; --help lists the keys")
-        if re.split(r"[.@]", key.lstrip("+~"))[0] not in fields.keys() | groups.keys():
-            raise ConfigError(f"no key {key!r}; --help lists the keys")
-    # A field that is a string is a value. Hydra would take model=... for a file of configs/model/.
-    values = [word for word in words if fields.get(word.partition("=")[0]) in (str, str | None)]
-    config.register_schemas()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-cd", "--config-dir", action="append", default=[])
+    parser.add_argument("-c", "--cfg", choices=["job"])
+    if sweep:
+        parser.add_argument("-m", "--multirun", action="store_true")
     try:
-        with initialize_config_dir(config.config_dir(), version_base="1.3"):
-            composed = compose(name, overrides=[word for word in words if word not in values])
-        merged = OmegaConf.merge(composed, OmegaConf.from_dotlist(values))
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = [str(one).split("full_key")[0] for one in (error, error.__cause__) if one]
-        shown = " ".join(lines).split("Config search path")[0]
-        raise ConfigError(" ".join(shown.split())) from error
-    assert isinstance(merged, DictConfig)
-    return config.typed(merged, schema)
+        given, words = parser.parse_known_args()
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    use_folders(given.config_dir, words)
+    if given.help:
+        print(help_text(name, schema, doc, list(OPTIONS.items())[: 3 if sweep else 2]))
+        sys.exit(0)
+    check(name, schema, doc, words)
+    asked = any(re.match(r"hydra([/.]sweeper|\.mode=M)", word) for word in words)
+    if sweep and (asked or given.multirun):
+        sweep(words)
+        sys.exit(0)
+    composed = composing.compose(name, words, schema)
+    if given.cfg:
+        print_yaml(composed)
+        sys.exit(0)
+    return finish(composed, schema)
 
 
-def choices(name: str) -> dict[str, str | None]:
-    """The config groups of configs/<name>.yaml, each with the file that it takes by default."""
-    defaults = yaml.safe_load(Path(config.config_dir(), f"{name}.yaml").read_text())["defaults"]
-    return {group: file for one in defaults if isinstance(one, dict) for group, file in one.items()}
+def finish(composed: DictConfig, schema: type[_T]) -> _T:
+    """Return a composed config as dataclasses, its plug-ins imported."""
+    cfg: Any = config.typed(composed, schema)
+    slots.use_plugins(getattr(cfg, "plugins", ()))
+    return cfg
 
 
-def help_text(schema: type[Any], groups: dict[str, str | None], doc: str | None) -> str:
-    """The usage, `doc`, and every key with its default and the comment in the schema's source."""
-    source, rows = inspect.getsource(schema), []
-    for field in dataclasses.fields(schema):
-        found = re.search(rf"^    {field.name}:.*?(?=^    \w+:|\Z)", source, re.M | re.S)
-        comment = " ".join(re.findall(r"# (.*)", found[0])) if found else ""
-        default = groups.get(field.name) or getattr(schema(), field.name)
-        shown = default if isinstance(default, str) else json.dumps(default)
-        if field.name in groups and not comment:
-            files = Path(config.config_dir(), field.name).glob("*.yaml")
-            comment = f"one of {', '.join(sorted(file.stem for file in files))}"
-        rows.append((f"{field.name}={shown}", comment))
-    width = max(len(key) for key, _ in rows)
-    keys = [f"  {key:{width}}  {comment}".rstrip() for key, comment in rows]
-    usage = f"usage: {sys.argv[0]} KEY=VALUE ..."
-    return "\n".join([usage, "", (doc or "").strip(), "", "Keys (??? is mandatory):", *keys])
+def use_folders(folders: Sequence[str], words: list[str]) -> None:
+    """Let all that is composed find the folders of --config-dir and of hydra.searchpath=[...]."""
+    found = list(folders)
+    for word in [one for one in words if one.startswith("hydra.searchpath=")]:
+        words.remove(word)
+        found += [part.strip(" '\"") for part in word.partition("=")[2].strip("[]").split(",")]
+    composing.user_folders.clear()
+    for url in found:
+        folder = Path(url.removeprefix("file://")).expanduser().absolute()
+        if not url.startswith("pkg://") and not folder.is_dir():
+            raise ConfigError(f"{url}: there is no such folder of configs")
+        composing.user_folders.append(url if url.startswith("pkg://") else f"file://{folder}")
+
+
+def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -> None:
+    """Raise ConfigError for a word that is no change of a known key or names no option."""
+    groups = composing.groups(name)
+    known = [*dict.fromkeys([*(one.name for one in dataclasses.fields(schema)), *groups])]
+    for word in words:
+        key, equals, option = word.partition("=")
+        if key.startswith("-") or not (equals or key.startswith("~")):
+            example = " ".join(next(usages(doc), "").replace("\\\n", "").split())
+            raise ConfigError(f"cannot read {word!r}: give KEY=VALUE, as in: {example}")
+        head = re.split(r"[./@]", key.lstrip("+~"))[0]
+        if head not in known and head != "hydra":
+            raise ConfigError(f"no key {key!r}: there are {', '.join(known)}")
+        if key in groups and composing.key_type(schema, key) in (None, Any):
+            there = options(name, key)
+            if option not in (*there, "null") and re.fullmatch(r"[\w/.-]+", option):
+                raise ConfigError(f"no {key} {option!r}: there are {', '.join(there)}")
+
+
+def options(name: str, group: str) -> list[str]:
+    """The options of a group for the program `name`; the papers' pipelines are functions."""
+    found = list(composing.files(name, group))
+    if (name, group) == ("pipeline", "experiment"):
+        from sepdist.papers import PIPELINES
+
+        found = [*PIPELINES, *found]
+    return found
+
+
+def print_yaml(composed: DictConfig) -> None:
+    """Print a config, resolved unless a value that others refer to is missing."""
+    try:
+        print(OmegaConf.to_yaml(composed, resolve=True), end="")
+    except InterpolationToMissingValueError:
+        print(OmegaConf.to_yaml(composed), end="")
+
+
+def usages(doc: str | None) -> Iterator[str]:
+    """The commands in a docstring."""
+    return (one[0] for one in re.finditer(r"^    sepdist (?:.*\\\n)*.*", doc or "", re.M))
+
+
+def help_text(
+    name: str, schema: type[Any], doc: str | None, line_options: Sequence[tuple[str, str]]
+) -> str:
+    """The usage, `doc`, the groups with their options, and every key with default and comment."""
+    groups = {
+        f"{group}={option or 'null'}": ", ".join(options(name, group))
+        for group, option in composing.groups(name).items()
+    }
+    keys = {
+        f"{key}={shown}": comment
+        for key, shown, comment in composing.keys(name, schema)
+        if key not in composing.groups(name)
+    }
+    sections = {"Options": dict(line_options), "Parts (files of configs/ or of DIR)": groups}
+    sections["Keys (??? is mandatory)"] = keys
+    lines = [f"usage: {sys.argv[0]} KEY=VALUE ...", "", (doc or "").strip()]
+    for title, table in sections.items():
+        lines += ["", f"{title}:"] if table else []
+        column = max(map(len, table), default=0) + 4
+        for key, text in table.items():
+            wrapped = textwrap.wrap(text, WIDTH - column, break_on_hyphens=False) or [""]
+            lines.append(f"  {key}".ljust(column) + wrapped[0])
+            lines += [" " * column + one for one in wrapped[1:]]
+    return "\n".join(line.rstrip() for line in lines)

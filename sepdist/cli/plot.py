@@ -1,7 +1,7 @@
 """Draw a figure of the papers from runs, data sets or scores.
 
-    sepdist plot figure2.png "from scratch=runs/a" "PT-FT (SE)=runs/b" --title Libri2Mix
-    sepdist plot gap.png "SSLM-SS (10%)=runs/sslm" --kind gap
+    sepdist plot output=figure2.png title=Libri2Mix "runs.from scratch=runs/a" "runs.PT-FT=runs/b"
+    sepdist plot output=gap.png kind=gap "runs.SSLM-SS (10%)=runs/sslm"
 
 figure2 (paper 1): validation SI-SNR by epoch, and the share of label assignments that switched
 since the epoch before. gap: predicted and true validation SI-SNR of semi-supervised runs, and the
@@ -10,28 +10,18 @@ sets. scatter (figure 4): predicted over true SI-SNR, from outputs of `sepdist e
 still be going on; all folders may be on local disk or s3://.
 """
 
-import argparse
-from collections.abc import Sequence
-
+from sepdist.cli.compose import read_config
 from sepdist.config import ConfigError
 from sepdist.console import user_console
-from sepdist.papers.figures import FIGURES, FigureConfig, draw
+from sepdist.papers.schema import FigureConfig
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Read the command line and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", help="the PNG file, a path or s3://")
-    folders = "run_dirs, data sets or outputs, in drawing order"
-    parser.add_argument("runs", nargs="+", metavar="TITLE=FOLDER", help=folders)
-    parser.add_argument("--title", default="", help="title of the figure")
-    kind = "which figure (default: %(default)s)"
-    parser.add_argument("--kind", choices=FIGURES, default="figure2", help=kind)
-    given = parser.parse_args(arguments)
     with user_console() as console:
-        if wrong := [one for one in given.runs if "=" not in one]:
-            raise ConfigError(f"{wrong[0]}: give TITLE=FOLDER")
-        runs = dict(one.split("=", 1) for one in given.runs)
-        draw(FigureConfig(runs, given.output, given.title, given.kind), console)
+        cfg = read_config("plot", FigureConfig, __doc__)
+        if not cfg.runs:
+            raise ConfigError('nothing to draw: give "runs.TITLE=FOLDER", once or more')
+        from sepdist.papers.figures import draw
+
+        draw(cfg, console)

@@ -18,37 +18,34 @@ from sepdist import storage
 from sepdist.console import progress_bar, user_console
 from sepdist.inference.stitching import FORMATS, SeparationError, Windows, output_names
 
+WINDOW_OPTIONS = {
+    "window_seconds": "length of the model's input",
+    "overlap_seconds": "shared by neighbours, at most half a window; longer than the pauses in "
+    "the speech it keeps the speakers apart",
+    "batch_size": "windows at once: more may be faster on a GPU, and take more memory",
+}
+
 
 def main() -> int:
     """Separate each recording; where one fails, name it, go on and return exit status 1."""
     given = _parser().parse_args()
     status = 0
-    with user_console(RuntimeError) as console:  # RuntimeError: torch lacks the device
-        windows = Windows(given.window_seconds, given.overlap_seconds, given.batch_size)
+    with user_console(stopped="nothing is left of the unfinished recording") as console:
+        windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
+        Windows(**windows)  # raises for those that do not fit each other
         _check_names(given.recordings, given.output, given.format)
-        import torch  # only now, when the command line is right
-
+        # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
-        from sepdist.inference.export import load_separator
-        from sepdist.inference.separator import separate_file
+        from sepdist.inference.separator import load
 
-        device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        export = load_separator(given.model)
-        model = export.model.to(device)
+        options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
+        separator = load(given.model, **options, **windows)
         keep_freed_memory()
-    with user_console() as console:
         for recording in given.recordings:
             try:
                 with progress_bar(console, PurePosixPath(recording).name) as advance:
-                    result = separate_file(
-                        model,
-                        export.sample_rate,
-                        recording,
-                        given.output,
-                        windows=windows,
-                        file_format=given.format,
-                        device=device,
-                        progress=advance,
+                    result = separator.file(
+                        recording, given.output, file_format=given.format, progress=advance
                     )
             except (ValueError, OSError) as error:
                 console.print(f"error: {error}")
@@ -71,12 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help=output)
     parser.add_argument("--format", choices=FORMATS, default="wav", help="of the outputs (wav)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
-    for name, text in {
-        "window_seconds": "length of the model's input",
-        "overlap_seconds": "shared by neighbours, at most half a window; longer than the pauses in "
-        "the speech it keeps the speakers apart",
-        "batch_size": "windows at once; memory grows with it",
-    }.items():
+    plugins = "package that may define the model (repeat for more)"
+    parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)
+    compiled = "compile the model where it can be: seconds at first, then faster"
+    parser.add_argument("--compile", action="store_true", help=compiled)
+    for name, text in WINDOW_OPTIONS.items():
         value = getattr(Windows(), name)
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=type(value), default=value, help=f"{text} ({value})")

@@ -12,39 +12,46 @@ After an interruption the same command keeps the finished shards and makes the s
 
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from sepdist import storage
 from sepdist.cli.compose import read_config
-from sepdist.config import ConfigError, ShardConfig
+from sepdist.config import ShardConfig
 from sepdist.console import user_console
-from sepdist.data import shards
-from sepdist.data.members import DataError
-from sepdist.data.sharding import write_data_set
-from sepdist.data.shards import MANIFEST, Manifest
+
+if TYPE_CHECKING:  # it imports torch
+    from sepdist.data.shards import Manifest
 
 _OUT = Console(soft_wrap=True, highlight=False, markup=False)
 
 
-def main() -> None:
+def main() -> int | None:
     """Run write, verify or info."""
-    verbs = {"write": write, "verify": verify, "info": info}
+    actions = {"write": write, "verify": verify, "info": info}
+    action, *words = sys.argv[1:] or [""]
+    if action in ("-h", "--help"):
+        action, words = "|".join(actions), ["--help"]
+    elif action not in actions:
+        wrong = f"error: no action {action!r}: give write, verify or info\n\n" if action else ""
+        usage = "usage: sepdist shard write|verify|info KEY=VALUE ..."
+        print(f"{wrong}{usage}\n\n{__doc__}", file=sys.stderr, end="")
+        return 2
+    sys.argv = [f"sepdist shard {action}", *words]  # read by `read_config`
     with user_console() as console:
-        verb, *words = sys.argv[1:] or [""]
-        if verb in ("-h", "--help"):
-            verb, words = "|".join(verbs), ["--help"]
-        elif verb not in verbs:
-            raise ConfigError(f"no verb {verb!r}: give {', '.join(verbs)}; --help explains them")
-        sys.argv = [f"sepdist shard {verb}", *words]  # read by `read_config`
         cfg = read_config("shard", ShardConfig, __doc__)
         cfg.output = storage.absolute(cfg.output)
-        verbs[verb](cfg, console)
+        actions[action](cfg, console)
+    return None
 
 
 def write(cfg: ShardConfig, console: Console) -> None:
     """Write a data set, or finish it, and describe it."""
+    from sepdist.data.sharding import write_data_set
+    from sepdist.data.shards import MANIFEST
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop acts as Ctrl-C
     todo = "The same command continues; finished shards are kept"
     with user_console(stopped=f"{cfg.output} is not finished and has no {MANIFEST}. {todo}"):
@@ -57,6 +64,9 @@ def write(cfg: ShardConfig, console: Console) -> None:
 
 def verify(cfg: ShardConfig, console: Console) -> None:
     """Print every problem on a line of its own; DataError if there is one."""
+    from sepdist.data import shards
+    from sepdist.data.members import DataError
+
     manifest = shards.read_manifest(cfg.output)
     problems = shards.verify(cfg.output)
     for problem in problems:
@@ -70,12 +80,14 @@ def verify(cfg: ShardConfig, console: Console) -> None:
 
 def info(cfg: ShardConfig, console: Console) -> None:
     """Print the contents of the manifest."""
+    from sepdist.data import shards
+
     manifest = shards.read_manifest(cfg.output)
     describe(manifest, cfg.output, {"format version": str(manifest.format_version)})
     _OUT.print(f"digest {manifest.digest()}")
 
 
-def describe(manifest: Manifest, output: str, more: dict[str, str]) -> None:
+def describe(manifest: "Manifest", output: str, more: dict[str, str]) -> None:
     """Print a table of the data set."""
     table = Table(title=output, show_header=False, title_justify="left")
     num_bytes = sum(shard.bytes for shard in manifest.shards)

@@ -1,31 +1,42 @@
-"""Train one stage in Ray Train workers.
+"""Train one stage in Ray Train workers, or a sweep of runs one after the other.
 
     sepdist train experiment=demo/finetune cluster.num_workers=2
+    sepdist train experiment=demo/finetune run_dir=s3://bucket/runs/a engine.zero_stage=1
+    sepdist train -m experiment=demo/finetune optim.lr=1e-3,1e-4 seed=0,1
     ray job submit --working-dir . -- sepdist train experiment=demo/finetune
 
-The same command again resumes from the newest checkpoint of its run_dir.
+The same command again resumes from the newest checkpoint of its run_dir. In a sweep every run has a
+folder of its own in run_dir, named after its values, such as optim.lr=0.001,seed=0; a table of the
+best validation scores ends it. Keys of a part's file, such as model.num_blocks, are changed alike;
++KEY=VALUE adds a key, and --cfg job shows what there is.
 """
 
-import hydra
-from omegaconf import DictConfig
+from collections.abc import Sequence
 
-from sepdist import config
+from sepdist.cli.compose import read_config
 from sepdist.config import TrainConfig
 from sepdist.console import user_console
-from sepdist.training.run import run
-
-config.register_schemas()
 
 
-@hydra.main(version_base="1.3", config_path=config.config_dir(), config_name="train")
-def main(composed: DictConfig) -> None:
+def main() -> None:
     """Compose, check, freeze and launch; exit 1 after an error of the user."""
+    with user_console():
+        cfg = read_config("train", TrainConfig, __doc__, sweep)
+    train(cfg)
+
+
+def train(cfg: TrainConfig) -> float | None:
+    """Train one stage and return its best validation score."""
     from sepdist.training import launch
+    from sepdist.training.run import run
 
     stopped = "the same command goes on from the newest checkpoint"
     with user_console(launch.TrainingFailedError, stopped=stopped) as console:
-        run(config.typed(composed, TrainConfig), console)
+        return run(cfg, console)
 
 
-if __name__ == "__main__":
-    main()
+def sweep(words: Sequence[str]) -> None:
+    """Train every run of a sweep and print the table."""
+    from sepdist.cli.sweep import run_sweep
+
+    print(run_sweep(words, train))

@@ -107,9 +107,8 @@ class DemoCorpus:
             if (count := getattr(self, f"num_{split}")) < 0:
                 raise ConfigError(f"demo corpus: num_{split}={count} must not be negative")
         if importlib.util.find_spec("espeakng_loader") is None:
-            raise ConfigError(
-                "demo corpus: its voices need eSpeak NG; run: pip install 'sepdist[demo]'"
-            )
+            todo = "run: pip install espeakng-loader (the extra `demo` has it)"
+            raise ConfigError(f"demo corpus: its voices need eSpeak NG; {todo}")
 
     def records(self, split: str) -> Iterator[Mixture]:
         """Yield the mixtures of a split, always the same ones in the same order."""

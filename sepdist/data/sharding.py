@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from sepdist import config, storage
+from sepdist import config, slots, storage
 from sepdist.cluster import run_tasks
 from sepdist.config import ConfigError, ShardConfig
 from sepdist.console import progress_bar
@@ -48,12 +48,14 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
     if cfg.corpus is None or not cfg.split:
         missing = "split" if cfg.corpus else "corpus"
         raise ConfigError(f"no value given for {missing} (write needs corpus=... split=...)")
+    if "/" in cfg.split or "\\" in cfg.split:
+        raise ConfigError(f"split={cfg.split}: shards are named after it, so it has no slash")
     if cfg.samples_per_shard < 1 or cfg.num_workers < -1 or cfg.limit < 0:
         raise ConfigError("needs samples_per_shard >= 1, num_workers >= -1 and limit >= 0")
     if len(cfg.subset) != 2 or not 0 <= cfg.subset[0] < cfg.subset[1] <= 1:
         raise ConfigError(f"subset={cfg.subset}: give two numbers with 0 <= first < last <= 1")
     start = time.monotonic()
-    corpus = config.build(cfg.corpus)
+    corpus = slots.build("corpus", cfg.corpus)
     check_source(cfg, claim=False)
     if storage.exists(storage.join(cfg.output, MANIFEST)):
         manifest = shards.read_manifest(cfg.output)

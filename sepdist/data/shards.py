@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from sepdist.data.records import Mixture, Utterance
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+# Name and sha256 of a shard.
+SHARD = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar [0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,9 @@ def read_manifest(url: str | Path) -> Manifest:
             raise DataError(f"{place}: is of format {version}, {known}; write it again")
         lists = {name: tuple(raw[name]) for name in ("members", "speakers")}
         shards = tuple(ShardInfo(**shard) for shard in raw["shards"])
+        for shard in shards:  # names of local copies too: nothing may lead out of the cache
+            if not SHARD.fullmatch(f"{shard.name} {shard.sha256}"):
+                raise DataError(f"{place}: {shard.name!r}, {shard.sha256!r} is no shard")
         manifest = Manifest(**raw | lists | {"shards": shards})
     except FileNotFoundError:
         todo = f"run sepdist shard write ... output={url} (finished shards are kept)"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from sepdist import config
+from sepdist import slots
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.inference import scoring
 from sepdist.inference.export import load_export
@@ -34,7 +34,7 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """
     from sepdist.plotting import scatter, to_png  # late: Ray tasks draw nothing
 
-    config.make_paths_absolute(cfg)
+    slots.make_paths_absolute(cfg)
     export = load_export(cfg.model)
     manifest, numbers = scoring.check_data(cfg, export)
     if "e1" not in manifest.members:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sepdist import config, storage
+from sepdist import slots, storage
 from sepdist.config import EvaluateConfig
 from sepdist.data.records import Batch
 from sepdist.data.shards import Manifest, read_manifest
@@ -74,7 +74,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """
     from sepdist.plotting import improvements, to_png  # late: Ray tasks draw nothing
 
-    config.make_paths_absolute(cfg)
+    slots.make_paths_absolute(cfg)
     began = time.monotonic()
     export = load_separator(cfg.model)
     manifest, numbers = scoring.check_data(cfg, export)

@@ -1,15 +1,24 @@
 """Load the model of a run_dir or an export folder, ready to use."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from sepdist import config
+from sepdist import slots
+from sepdist.config import ConfigError
 from sepdist.metrics.selection import speakers_of
 from sepdist.objectives.contract import OUTPUT_RULES
 from sepdist.training.checkpoint import CheckpointError
-from sepdist.training.handoff import load_weights, read_export
+from sepdist.training.handoff import check_weights, load_weights, read_export
+from sepdist.training.model_card import check_arguments
+
+MAX_MODULES = 5_000  # in a model
+SLACK = 10_000_000  # parameters more than the weights have, until a constructor is stopped
 
 
 @dataclass
@@ -29,12 +38,69 @@ def load_export(url: str) -> Export:
     removed (see `speakers_of`).
     """
     weights, card, lineage, folder = read_export(url)
-    model: nn.Module = config.build(card["model"])
+    model = build_stored(card["model"], weights, folder)
     load_weights(model, weights, source=folder)
     rules = {name: int(card[name]) for name in OUTPUT_RULES if card.get(name)}
     if rules:
         model.register_forward_hook(lambda _, __, estimates: speakers_of(estimates, **rules))
     return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
+
+
+def build_stored(node: Mapping[str, Any], weights: Mapping[str, Tensor], folder: str) -> nn.Module:
+    """Build the model of a model.yaml, with random weights, after `weights` were found to fit it.
+
+    They are compared on the meta device first, so that no file makes this process run out of
+    memory: no more is allocated than the weights take.
+
+    Raises:
+        CheckpointError: the class cannot be built from these arguments, or the weights do not fit.
+        ConfigError: its class is not allowed, for example because its plug-in was not named.
+    """
+    check_arguments(node, folder)
+    try:
+        with torch.device("meta"), bounded(weights):
+            fresh = slots.build("model", node)
+        check_weights(fresh, weights, source=folder)
+        model: nn.Module = slots.build("model", node)
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception as error:  # of a constructor that got a stranger's arguments
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(f"{folder}/model.yaml: it makes no model ({reason})") from error
+    return model
+
+
+@contextmanager
+def bounded(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop a constructor inside that makes far more parameters or modules than `weights` explain.
+
+    Raises:
+        CheckpointError: it makes too many.
+    """
+    num_modules = 0
+    room = sum(tensor.numel() for tensor in weights.values()) + SLACK
+
+    def count_module(*_: Any) -> None:
+        nonlocal num_modules
+        num_modules += 1
+        if num_modules > MAX_MODULES:
+            raise CheckpointError(f"model.yaml describes more than {MAX_MODULES} modules")
+
+    def count_parameters(_: nn.Module, name: str, parameter: Tensor) -> None:
+        nonlocal room
+        room -= parameter.numel()
+        if room < 0:
+            raise CheckpointError("model.yaml describes a model much larger than its weights")
+
+    hooks = [
+        torch_module.register_module_module_registration_hook(count_module),
+        torch_module.register_module_parameter_registration_hook(count_parameters),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def load_separator(url: str) -> Export:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sepdist import audio, config
+from sepdist import audio, slots
 from sepdist.config import ConfigError, RecogniseConfig
 from sepdist.data.dataset import Item, collate
 from sepdist.data.records import Mixture
@@ -51,8 +51,8 @@ def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
         ValueError: an utterance has no transcript, or cannot be separated.
     """
     began = time.monotonic()
-    config.make_paths_absolute(cfg)
-    corpus = config.build(cfg.corpus)
+    slots.make_paths_absolute(cfg)
+    corpus = slots.build("corpus", cfg.corpus)
     export = load_separator(cfg.model) if cfg.model else None
     check_fit(cfg, corpus, export)
     rows = scoring.run_on_data_set(recognise_each, cfg, plan(cfg, corpus), console)
@@ -110,7 +110,7 @@ def recognise_each(
 ) -> Iterator[Recognition]:
     """Recognise each utterance, given as (condition, record)."""
     device = scoring.device_of(cfg)
-    recogniser = config.build(cfg.recogniser, device=str(device))
+    recogniser = slots.build("recogniser", cfg.recogniser, device=str(device))
     model = load_export(cfg.model).model.to(device) if cfg.model else None
     for condition, record in utterances:
         yield recognise_one(condition, record, recogniser, model, device)

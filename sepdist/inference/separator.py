@@ -1,18 +1,24 @@
-"""Separate recordings of any length and rate into one file per speaker."""
+"""Separate waves and recordings of any length and rate into one wave or file per speaker."""
 
+import io
 import itertools
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import soundfile
 import torch
-from torch import nn
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 
-from sepdist import storage
+from sepdist import slots, storage
+from sepdist.inference.export import load_separator
 from sepdist.inference.stitching import (
     FORMATS,
     SeparationError,
@@ -25,11 +31,12 @@ from sepdist.inference.stitching import (
 
 BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99
+MIN_RATE = 1000  # Hz; a smaller number is probably in kHz
 
 
 @dataclass
 class Separation:
-    """The outputs of `separate_file` and how they were scaled."""
+    """The outputs of `Separator.file` and how they were scaled."""
 
     outputs: list[str]
     num_samples: int
@@ -39,66 +46,209 @@ class Separation:
     warnings: list[str]
 
 
-def separate_file(
-    model: nn.Module,
-    model_rate: int,
-    recording: str | Path,
-    output_folder: str | Path,
-    *,
-    windows: Windows | None = None,
-    file_format: str = "wav",
-    device: torch.device | str = "cpu",
-    progress: Callable[[float, float], None] = lambda seconds, total: None,
-) -> Separation:
-    """Separate a recording (path or s3://) into `output_folder`, replacing each output as a whole.
+@dataclass(repr=False, eq=False)
+class Separator:
+    """A model that separates waves and recordings of any length and rate.
 
-    `model` maps [B, T] at `model_rate` to [B, S, T]. A silent recording gives silent outputs and a
-    warning. `progress` gets the seconds of each block read, and the seconds of the recording.
-    Memory does not grow with the recording; scratch files take 4 bytes per sample of each output.
-
-    Raises:
-        SeparationError: the recording is empty, unreadable, cut short or holds NaN, or the model
-            gives NaN.
+    Overlapping windows are separated and joined; speakers keep their order from one to the next.
+    Each voice gets the level at which their sum is closest to the mixture.
     """
-    recording, output_folder = str(recording), str(output_folder)
-    windows = windows or Windows()
-    if file_format not in FORMATS:
-        raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
-    local = None if storage.is_remote(output_folder) else Path(output_folder)
-    if local:
-        local.mkdir(parents=True, exist_ok=True)
-    # Unfinished files lie in the output folder, where finishing one is a rename.
-    with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
-        work = Path(folder)
-        path, scratch = Path(recording), work / "estimates.f32"
-        if storage.is_remote(recording):
-            path = work / "recording"
-            storage.fetch_file(recording, path)
-        with _open(path, recording) as sound:
-            num_samples, rate = sound.frames, sound.samplerate
-            size, overlap = _sizes(model, model_rate, windows)
-            mono = resampled(_mono_blocks(sound, recording, progress), rate, model_rate)
-            cut = cut_windows((block[0] for block in mono), size, overlap)
-            separated = run_windows(model, cut, windows.batch_size, recording, device)
-            fit = LevelFit(overlap_add(separated, overlap))
-            peaks = _write_raw(scratch, resampled(fit, model_rate, rate), num_samples)
-        gains, warnings = fit.gains(), []
-        loudest = float(np.max(np.abs(gains) * peaks))
-        scale = PEAK_LIMIT / max(loudest, PEAK_LIMIT)
+
+    model: nn.Module  # [B, T] -> [B, S, T]; moved to the device and put into eval mode
+    sample_rate: int  # of the model
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    windows: Windows = field(default_factory=Windows)
+    lineage: Mapping[str, Any] = field(default_factory=dict)  # of the run that trained the model
+    url: str = ""  # the folder that the model was loaded from
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device).eval()
+        self._min_length = int(getattr(self.model, "min_length", 1))
+
+    def __repr__(self) -> str:
+        kind, origin = type(self.model).__name__, f" from {self.url}" if self.url else ""
+        return f"<Separator: {kind} at {self.sample_rate} Hz on {self.device}{origin}>"
+
+    @cached_property
+    def num_speakers(self) -> int:
+        """How many speakers the model gives; found by separating a second of silence."""
+        return len(self(np.zeros(self.sample_rate, np.float32), self.sample_rate))
+
+    def __call__(self, wave: ArrayLike | Tensor, sample_rate: float) -> NDArray[np.float32]:
+        """Separate a wave [T] or [C, T]; returns [S, T] at the same rate.
+
+        The wave is an array, a tensor on any device or a list, of floats or of integers of 16 or 32
+        bits, whose full scale becomes 1. Its channels are averaged. The voices may exceed +-1.
+
+        Raises:
+            SeparationError: the wave has another shape or type, is empty or holds NaN, or the model
+                gives NaN.
+        """
+        wave_TC, raw = as_frames(wave), io.BytesIO()
+        blocks = (wave_TC[i : i + BLOCK_SAMPLES] for i in range(0, len(wave_TC), BLOCK_SAMPLES))
+        fit, _ = self._run(blocks, len(wave_TC), sample_rate, "the wave", raw)
+        gains = fit.gains()
+        estimates_TS = np.frombuffer(raw.getbuffer(), "<f4").reshape(-1, len(gains))
+        return np.multiply(estimates_TS.T, gains[:, None], dtype=np.float32, order="C")
+
+    def file(
+        self,
+        recording: str | os.PathLike[str],
+        output_folder: str | os.PathLike[str],
+        *,
+        file_format: str = "wav",
+        progress: Callable[[float, float], None] = lambda seconds, total: None,
+    ) -> Separation:
+        """Separate a recording (path or s3://) into <stem>_s1.wav and so on in `output_folder`.
+
+        Outputs are mono and 16-bit, and appear when they are complete. If one would clip, all are
+        scaled down. `progress` gets the seconds of each block read and of the recording. Memory
+        does not grow with the recording; scratch files take 4 bytes per sample of each output.
+
+        Raises:
+            SeparationError: the recording is empty, unreadable, cut short or holds NaN, or the
+                model gives NaN.
+        """
+        recording, output_folder = os.fspath(recording), os.fspath(output_folder)
+        if file_format not in FORMATS:
+            raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
+        local = None if storage.is_remote(output_folder) else Path(output_folder).expanduser()
+        if local:
+            local.mkdir(parents=True, exist_ok=True)
+        # Unfinished files lie in the output folder, where finishing one is a rename.
+        with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
+            work = Path(folder)
+            path, scratch = Path(recording).expanduser(), work / "estimates.f32"
+            if storage.is_remote(recording):
+                path = work / "recording"
+                storage.fetch_file(recording, path)
+            with _open(path, recording) as sound, scratch.open("w+b") as raw:
+                num_samples, rate = sound.frames, sound.samplerate
+                blocks = _read_blocks(sound, recording, progress)
+                fit, peaks = self._run(blocks, num_samples, rate, recording, raw)
+            gains = fit.gains()
+            scale = PEAK_LIMIT / max(float(np.max(np.abs(gains) * peaks)), PEAK_LIMIT)
+            names = output_names(recording, len(gains), file_format)
+            _write_audio([work / name for name in names], scratch, gains * scale, rate)
+            outputs = [storage.join(local or output_folder, name) for name in names]
+            for name, output in zip(names, outputs, strict=True):
+                if local:
+                    (work / name).replace(output)
+                else:
+                    storage.put_file(work / name, output)
+        warnings = []
         if fit.products[-1, -1] == 0:  # the energy of the mixture
             warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
         if scale < 1:
-            why = "because one would have clipped"
-            warnings.append(f"{recording}: all outputs are scaled by {scale:.3f}, {why}")
-        names = output_names(recording, len(gains), file_format)
-        outputs = [storage.join(output_folder, name) for name in names]
-        _write_audio([work / name for name in names], scratch, gains * scale, rate)
-        for name, output in zip(names, outputs, strict=True):
-            if local:
-                (work / name).replace(output)
-            else:
-                storage.put_file(work / name, output)
-    return Separation(outputs, num_samples, rate, gains.tolist(), scale, warnings)
+            warnings.append(f"{recording}: all scaled by {scale:.3f}, or one would have clipped")
+        return Separation(outputs, num_samples, rate, gains.tolist(), scale, warnings)
+
+    def _run(
+        self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
+    ) -> tuple["LevelFit", np.ndarray]:
+        """Write estimates of blocks [n, C] as float32 frames; returns levels to apply and peaks."""
+        if not rate >= MIN_RATE or rate % 1:
+            raise SeparationError(f"{name}: {rate} Hz; a sample rate is whole, from {MIN_RATE} up")
+        if length == 0:
+            raise SeparationError(f"{name} is empty: it has no samples")
+        size = max(round(self.windows.window_seconds * self.sample_rate), self._min_length, 2)
+        overlap = min(max(round(self.windows.overlap_seconds * self.sample_rate), 1), size // 2)
+        mono = resampled(_mono_blocks(blocks, rate, name), int(rate), self.sample_rate)
+        separated = self._run_windows(cut_windows((one[0] for one in mono), size, overlap), name)
+        fit = LevelFit(overlap_add(separated, overlap))
+        return fit, _write_raw(raw, resampled(fit, self.sample_rate, int(rate)), length)
+
+    def _run_windows(
+        self, windows: Iterator[tuple[np.ndarray, int]], name: str
+    ) -> Iterator[np.ndarray]:
+        """Separate windows; yields [S + 1, n]: estimates in the model's order, then the mixture.
+
+        The context is cut off. The model does not get windows of digital silence, since it may
+        divide by their power: their estimates are silence.
+        """
+        while batch := list(itertools.islice(windows, self.windows.batch_size)):
+            mixtures_BT = np.stack([wave for wave, _ in batch])
+            audible_B = mixtures_BT.any(axis=1)
+            inputs_BT = mixtures_BT[audible_B]
+            if not len(inputs_BT):  # noise, to learn how many outputs the model has
+                shape = mixtures_BT[:1].shape
+                inputs_BT = np.random.default_rng(0).standard_normal(shape, np.float32)
+            separated = self._forward(inputs_BT, name)
+            estimates_BST = np.zeros((len(batch), *separated.shape[1:]), np.float32)
+            estimates_BST[audible_B] = separated[: audible_B.sum()]
+            for estimates_ST, (wave_T, context) in zip(estimates_BST, batch, strict=True):
+                yield np.concatenate([estimates_ST, wave_T[None]])[:, context:]
+
+    def _forward(self, mixtures_BT: np.ndarray, name: str) -> np.ndarray:
+        """float32 [B, S, T]; signals shorter than the model takes are padded with zeros and cut."""
+        length = mixtures_BT.shape[1]
+        missing = max(0, self._min_length - length)
+        padded_BT = torch.from_numpy(np.pad(mixtures_BT, ((0, 0), (0, missing)))).to(self.device)
+        with torch.inference_mode():
+            estimates_BST = self.model(padded_BT).float().cpu()
+        if estimates_BST.ndim != 3 or estimates_BST.shape[::2] != padded_BT.shape:
+            raise SeparationError(
+                f"the model made {tuple(estimates_BST.shape)} of {tuple(padded_BT.shape)}; "
+                "it must be [B, S, T] of [B, T]"
+            )
+        if not torch.isfinite(estimates_BST).all():
+            raise SeparationError(
+                f"{name}: the model's estimates hold NaN or infinity; its weights may be damaged"
+            )
+        return estimates_BST[..., :length].numpy()
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    plugins: str | Sequence[str] = (),
+    compile: bool = False,
+    window_seconds: float = Windows.window_seconds,
+    overlap_seconds: float = Windows.overlap_seconds,
+    batch_size: int = Windows.batch_size,
+) -> Separator:
+    """Load a trained separator: `voices = load("runs/a")(wave, sample_rate)`.
+
+    `model` is a run_dir, whose best checkpoint is taken, or an export; a path or s3://. The default
+    device is a GPU where there is one. `plugins` names packages that may define the model. With
+    `compile` the first call takes seconds longer and later ones less, if the model can be compiled.
+    Longer windows and overlaps keep speakers apart over longer pauses; a larger batch may be faster
+    on a GPU.
+
+    Raises:
+        ValueError: there is no separator at `model`, or a device or option cannot be used.
+        OSError: `model` cannot be read.
+    """
+    windows = Windows(window_seconds, overlap_seconds, batch_size)
+    slots.use_plugins([plugins] if isinstance(plugins, str) else plugins)
+    export = load_separator(os.fspath(model))
+    for module in export.model.modules():
+        if hasattr(module, "compiled"):  # as in ConvTasNet and its blocks
+            module.compiled = compile  # type: ignore[assignment]
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return Separator(device=place, windows=windows, **vars(export))
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise SeparationError(f"device {device!r} cannot be used: {reason}") from error
+
+
+def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
+    """float32 [T, C] of a wave [T] or [C, T]; SeparationError for anything else."""
+    if isinstance(wave, Tensor):
+        wave = wave.detach().cpu()
+        wave = wave.float() if wave.is_floating_point() else wave  # NumPy has no bfloat16
+    array = np.asarray(wave)
+    if array.dtype in (np.int16, np.int32):
+        array = array / -float(np.iinfo(array.dtype).min)
+    if array.dtype.kind != "f":
+        raise SeparationError(f"the wave holds {array.dtype}: give floats, int16 or int32")
+    if array.ndim not in (1, 2) or array.shape[0] > array.shape[-1] > 0:
+        hint = "give [T] or [C, T] (soundfile's [T, C] as wave.T)"
+        raise SeparationError(f"the wave has shape {array.shape}: {hint}")
+    with np.errstate(over="ignore"):  # what is too large becomes infinity, and is refused
+        return np.atleast_2d(array).T.astype(np.float32)
 
 
 def _open(path: Path, name: str) -> soundfile.SoundFile:
@@ -110,23 +260,10 @@ def _open(path: Path, name: str) -> soundfile.SoundFile:
         raise SeparationError(f"{name} is not readable audio ({error.error_string})") from error
 
 
-def _sizes(model: nn.Module, rate: int, windows: Windows) -> tuple[int, int]:
-    """Samples of a window and of an overlap."""
-    size = max(round(windows.window_seconds * rate), int(getattr(model, "min_length", 1)))
-    overlap = min(round(windows.overlap_seconds * rate), size // 2)
-    if overlap < 1:
-        raise SeparationError(
-            f"an overlap of {windows.overlap_seconds} s is less than one sample at {rate} Hz"
-        )
-    return size, overlap
-
-
-def _mono_blocks(
+def _read_blocks(
     sound: soundfile.SoundFile, name: str, progress: Callable[[float, float], None]
 ) -> Iterator[np.ndarray]:
-    """The mean of the channels in float32 blocks [1, n], as many samples as the header promises."""
-    if sound.frames == 0:
-        raise SeparationError(f"{name} is empty: it has no samples")
+    """The recording in float32 blocks [n, C], as many samples as the header promises."""
     rate, done = sound.samplerate, 0
     while done < sound.frames:
         try:
@@ -137,63 +274,21 @@ def _mono_blocks(
             ) from error
         if len(block) == 0:
             raise SeparationError(f"{name} is cut short: it has {done} of {sound.frames} samples")
+        done += len(block)
+        yield block
+        progress(len(block) / rate, sound.frames / rate)
+
+
+def _mono_blocks(blocks: Iterable[np.ndarray], rate: float, name: str) -> Iterator[np.ndarray]:
+    """The mean of the channels of blocks [n, C], as blocks [1, n]."""
+    done = 0
+    for block in blocks:
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
             seconds = (done + int(np.argmin(finite))) / rate
             raise SeparationError(f"{name} has a NaN or infinity {seconds:.4f} s from its start")
         done += len(block)
         yield block.mean(axis=1)[None]
-        progress(len(block) / rate, sound.frames / rate)
-
-
-def run_windows(
-    model: nn.Module,
-    windows: Iterable[tuple[np.ndarray, int]],
-    batch_size: int,
-    name: str,
-    device: torch.device | str,
-) -> Iterator[np.ndarray]:
-    """Separate windows; yields [S + 1, n]: estimates in the model's order, then the mixture.
-
-    The context is cut off. The model does not get windows of digital silence, since it may divide
-    by their power: their estimates are silence.
-    """
-    windows = iter(windows)
-    while batch := list(itertools.islice(windows, batch_size)):
-        mixtures_BT = np.stack([wave for wave, _ in batch])
-        audible_B = mixtures_BT.any(axis=1)
-        inputs_BT = mixtures_BT[audible_B]
-        if not len(inputs_BT):  # noise, to learn how many outputs the model has
-            inputs_BT = np.random.default_rng(0).standard_normal(mixtures_BT[:1].shape, np.float32)
-        separated = _forward(model, inputs_BT, name, device)
-        estimates_BST = np.zeros((len(batch), *separated.shape[1:]), np.float32)
-        estimates_BST[audible_B] = separated[: audible_B.sum()]
-        for estimates_ST, (wave_T, context) in zip(estimates_BST, batch, strict=True):
-            yield np.concatenate([estimates_ST, wave_T[None]])[:, context:]
-
-
-def _forward(
-    model: nn.Module, mixtures_BT: np.ndarray, name: str, device: torch.device | str
-) -> np.ndarray:
-    """float32 [B, S, T]; signals shorter than the model takes are padded with zeros and cut."""
-    length = mixtures_BT.shape[1]
-    missing = max(0, int(getattr(model, "min_length", 1)) - length)
-    padded_BT = torch.from_numpy(np.pad(mixtures_BT, ((0, 0), (0, missing)))).to(device)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        estimates_BST = model(padded_BT).float().cpu()
-    model.train(was_training)
-    if estimates_BST.ndim != 3 or estimates_BST.shape[::2] != padded_BT.shape:
-        raise SeparationError(
-            f"the model made {tuple(estimates_BST.shape)} of {tuple(padded_BT.shape)}; "
-            "it must be [B, S, T] of [B, T]"
-        )
-    if not torch.isfinite(estimates_BST).all():
-        raise SeparationError(
-            f"{name}: the model's estimates hold NaN or infinity; its weights may be damaged"
-        )
-    return estimates_BST[..., :length].numpy()
 
 
 class LevelFit:
@@ -222,20 +317,20 @@ class LevelFit:
         return solution * unit
 
 
-def _write_raw(path: Path, blocks: Iterable[np.ndarray], num_samples: int) -> np.ndarray:
+def _write_raw(file: IO[bytes], blocks: Iterable[np.ndarray], num_samples: int) -> np.ndarray:
     """Write blocks [S, n] as float32 frames, cut or padded to `num_samples`; returns peaks [S]."""
     peaks, done = np.zeros(1), 0
     try:
-        with path.open("wb") as file:
-            for block in blocks:
-                kept = block[:, : num_samples - done]
-                done += kept.shape[1]
-                peaks = np.maximum(peaks, np.abs(kept).max(axis=1, initial=0.0))
-                file.write(np.ascontiguousarray(kept.T, dtype="<f4").tobytes())
-            # Resampling there and back may lose a sample or two by rounding: those are silence.
-            file.write(bytes(4 * len(peaks) * (num_samples - done)))
+        for block in blocks:
+            kept = block[:, : num_samples - done]
+            done += kept.shape[1]
+            peaks = np.maximum(peaks, np.abs(kept).max(axis=1, initial=0.0))
+            file.write(np.ascontiguousarray(kept.T, dtype="<f4").tobytes())
+        # Resampling there and back may lose a sample or two by rounding: those are silence.
+        file.write(bytes(4 * len(peaks) * (num_samples - done)))
+        file.flush()
     except OSError as error:
-        raise storage.disk_error(path, "write", error) from error
+        raise storage.disk_error(file.name, "write", error) from error
     return peaks
 
 

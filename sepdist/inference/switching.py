@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from sepdist import config, storage
+from sepdist import slots, storage
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.inference import scoring
 from sepdist.inference.export import load_export
@@ -29,7 +29,7 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     Raises:
         ConfigError: the run has fewer than two checkpoints, or model and data do not fit.
     """
-    config.make_paths_absolute(cfg)
+    slots.make_paths_absolute(cfg)
     committed = find_committed(storage.join(cfg.model, "checkpoints"))
     by_step = {one.step: one for one in committed}  # the newest, where a step occurs twice
     checkpoints = [by_step[step] for step in sorted(by_step)]

@@ -25,7 +25,8 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     try:
         import jiwer
     except ImportError as error:
-        raise ValueError("word error rates need jiwer; run: pip install 'sepdist[asr]'") from error
+        missing = "word error rates need jiwer; run: pip install jiwer (the extra `asr` has it)"
+        raise ValueError(missing) from error
     if not (expected := words(reference)):
         raise ValueError(f"the reference {reference!r} has no words, so no error rate")
     counted = jiwer.process_words(" ".join(expected), " ".join(words(hypothesis)))

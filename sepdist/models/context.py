@@ -7,7 +7,7 @@ only the separator (`init.submodule=separator`).
 Shapes: B batch, T samples, N downsampled frames, F target features, H hidden features.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class ContextModel(nn.Module):
     and `stride`.
     """
 
+    parts: ClassVar = {"separator": "model"}
     separator: Any
 
     def __init__(

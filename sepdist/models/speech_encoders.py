@@ -86,7 +86,8 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise ValueError("speech encoders need transformers: pip install sepdist[ssl]") from error
+        todo = "run: pip install transformers (the extra `ssl` has it)"
+        raise ValueError(f"speech encoders need transformers; {todo}") from error
     stored = _read(pretrained, AutoConfig.from_pretrained).to_dict() if pretrained else {}
     family = encoder.get("model_type", stored.get("model_type"))
     if family not in FAMILIES or stored.get("model_type", family) != family:
@@ -97,14 +98,16 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
             f"model.encoder.model_type={family}: {reason}; the encoders are {', '.join(FAMILIES)}"
         )
     default = AutoConfig.for_model(family)
-    unknown = sorted(name for name in encoder if not hasattr(default, name))
+    # Not every attribute: `_attn_implementation` may name code on the hub, which would be run.
+    settable = {*default.to_dict(), *default.attribute_map} - LEFT_OUT
+    unknown = sorted(name for name in encoder if name not in settable | LEFT_OUT)
     if unknown:
         raise ValueError(f"model.encoder: a {family} has no {', '.join(unknown)}")
     for name, value in OFF.items():
         if encoder.get(name, value) != value:
             raise ValueError(f"model.encoder.{name}={encoder[name]}: must stay {value} here")
     values = stored | dict(encoder) | OFF
-    known = {k: v for k, v in values.items() if hasattr(default, k) and k not in LEFT_OUT}
+    known = {name: value for name, value in values.items() if name in settable}
     config = AutoConfig.for_model(**known)
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:

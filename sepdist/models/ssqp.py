@@ -31,6 +31,7 @@ class SSQPNet(nn.Module):
 
     estimates_si_snr = True
     output_parameters: tuple[str, ...] = ("head",)
+    outside_arguments = ("pretrained",)
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ class Objective(Protocol):
     """What training minimises; `with_defaults` adds the hooks that an objective does not define.
 
     A class attribute `path_arguments` names constructor arguments that are paths: relative ones are
-    made absolute before workers elsewhere build the objective.
+    made absolute before workers elsewhere build the objective. Another, `parts`, maps arguments
+    that are parts themselves to their slots (sepdist/slots.py).
     """
 
     num_extra_outputs: int = 0  # trailing model outputs that are not speakers (another task's)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class SemiSupervised:
     validation doubles it again (to its full value at most); with "stop" it ends the run.
     """
 
+    parts: ClassVar = {"estimator": "estimator"}
     estimator: nn.Module
     _: KW_ONLY
     epoch_samples: int

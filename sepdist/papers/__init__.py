@@ -2,10 +2,7 @@
 
 import dataclasses
 
-from hydra.core.config_store import ConfigStore
-
 from sepdist.papers import dang2023, huang2021
-from sepdist.papers.schema import PipelineConfig
 
 PIPELINES = {
     f"{paper.__name__.rpartition('.')[2]}/{pipeline.__name__}": pipeline
@@ -15,16 +12,16 @@ PIPELINES = {
 
 
 def register(experiment: str = "", scale: str = "") -> None:
-    """Give Hydra the schema of pipelines and, if it is one of the papers', `experiment`.
+    """Give Hydra `experiment`, if it is one of the papers' pipelines.
 
     Only that one, because Hydra copies all that it was given whenever it composes a stage. `scale`
     is "mini", or "" for the papers' own.
     """
-    store = ConfigStore.instance()
-    store.store("pipeline_schema", PipelineConfig(scale=scale))
+    from hydra.core.config_store import ConfigStore
+
     if experiment in PIPELINES:
         node = dataclasses.asdict(PIPELINES[experiment](scale == "mini"))
         for key in ("output", "data_root", "seeds", "scale"):  # the user's, not the paper's
             del node[key]
         group, _, name = f"experiment/{experiment}".rpartition("/")
-        store.store(name, node, group=group, package="_global_")
+        ConfigStore.instance().store(name, node, group=group, package="_global_")

@@ -3,30 +3,19 @@
 import csv
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from omegaconf import MISSING
 from rich.console import Console
 
 from sepdist import storage
 from sepdist.config import ConfigError, load_frozen
 from sepdist.data.order import units_per_epoch
 from sepdist.data.shards import all_metadata, read_manifest
+from sepdist.papers.schema import FigureConfig
 from sepdist.plotting import Curves, figure2, gap, histogram, scatter, to_png
 from sepdist.reporting import read_metrics
-
-
-@dataclass
-class FigureConfig:
-    """A figure to draw."""
-
-    runs: dict[str, str] = field(default_factory=dict)  # title -> run_dir, data set or output
-    output: str = MISSING  # the PNG file, local or s3://
-    title: str = ""
-    kind: str = "figure2"  # a key of FIGURES
 
 
 def draw(cfg: FigureConfig, console: Console) -> None:

@@ -21,13 +21,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from sepdist import config, storage
+from sepdist import composing, config, storage
 from sepdist.cluster import connected
 from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig, ShardConfig, TrainConfig
 from sepdist.data.sharding import write_data_set
@@ -36,8 +34,8 @@ from sepdist.inference.estimation import evaluate_estimator
 from sepdist.inference.evaluation import evaluate
 from sepdist.inference.recognition import recognise
 from sepdist.inference.switching import measure_switching
-from sepdist.papers.figures import FigureConfig, draw
-from sepdist.papers.schema import PipelineConfig, Stage, StageConfig
+from sepdist.papers.figures import draw
+from sepdist.papers.schema import FigureConfig, PipelineConfig, Stage, StageConfig
 from sepdist.papers.tables import MARKER, NO_CELL, fill_tables, read_marker, to_markdown
 from sepdist.training import run as training_run
 
@@ -112,7 +110,7 @@ def plan(cfg: PipelineConfig) -> list[Stage]:
         for name in cfg.stages:
             try:
                 earlier[name] = resolve(cfg, seed, name, earlier)
-            except (ValueError, HydraException, OmegaConfBaseException) as error:
+            except (ValueError, OmegaConfBaseException) as error:
                 raise ConfigError(f"stage {name}: {' '.join(str(error).split())}") from error
         stages += earlier.values()
     check_tables(cfg)
@@ -148,14 +146,17 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, earlier: dict[str, Stage]
     resolved: Any
     if stage.kind == "train":
         fixed = {"name": f"{cfg.name}-{name}-{seed}", "run_dir": folder, "seed": seed}
-        fixed |= {"data_root": cfg.data_root} | ({"init.weights": uses[0].folder} if uses else {})
+        fixed |= {"plugins": cfg.plugins, "data_root": cfg.data_root}
+        fixed |= {"init.weights": uses[0].folder} if uses else {}
         chosen = {"experiment": stage.experiment, "scale": cfg.scale}
         choices = [f"{group}={option}" for group, option in chosen.items() if option]
         resolved = composed("train", [*choices, *overrides], fixed, TrainConfig)
     elif stage.kind == "shards":
-        resolved = composed("shard", overrides, {"split": name, "output": folder}, ShardConfig)
+        fixed = {"split": name, "output": folder, "plugins": cfg.plugins}
+        resolved = composed("shard", overrides, fixed, ShardConfig)
     elif stage.kind == "recognise":
         fixed = {"model": uses[0].folder if uses else None, "output": folder}
+        fixed |= {"plugins": cfg.plugins}
         resolved = composed("recognise", overrides, fixed, RecogniseConfig)
     elif stage.kind == "figure":
         runs = {cfg.stages[used.name].title or used.name: used.folder for used in uses}
@@ -164,9 +165,8 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, earlier: dict[str, Stage]
     else:
         data = uses[0].config.data
         scored = data.train if stage.kind == "labels" else cfg.test_data
-        base = EvaluateConfig(
-            uses[0].folder, scored, folder, num_sources=data.num_sources, noise=data.noise
-        )
+        base = EvaluateConfig(uses[0].folder, scored, folder, data.num_sources, data.noise)
+        base.plugins = cfg.plugins
         resolved = merged(base, overrides)
     return Stage(seed, name, stage.kind, folder, tuple(used.folder for used in uses), resolved)
 
@@ -212,8 +212,7 @@ def merged(base: Any, overrides: Sequence[str]) -> Any:
 
 def composed(name: str, overrides: Sequence[str], fixed: dict[str, Any], schema: type[_T]) -> _T:
     """Compose a primary config with overrides, then set the fixed values."""
-    with initialize_config_dir(config.config_dir(), version_base="1.3"):
-        result = compose(name, overrides=list(overrides))
+    result = composing.compose(name, overrides, schema)
     for key, value in fixed.items():
         OmegaConf.update(result, key, value)
     return config.typed(result, schema)

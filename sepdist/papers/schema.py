@@ -58,6 +58,17 @@ class PipelineConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)  # in the order in which they run
     overrides: dict[str, list[str]] = field(default_factory=dict)  # key=value for a kind of stages
     tables: list[TableConfig] = field(default_factory=list)
+    plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
+
+
+@dataclass
+class FigureConfig:
+    """The keys of sepdist plot and of a stage of kind figure."""
+
+    runs: dict[str, str] = field(default_factory=dict)  # runs.TITLE=FOLDER: what to draw, in order
+    output: str = MISSING  # the PNG file, local or s3://
+    title: str = ""  # of the figure
+    kind: str = "figure2"  # or gap, histogram, scatter
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,8 @@ class FasterWhisper:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise ConfigError(
-                f"recogniser faster_whisper: {error}; run: pip install 'sepdist[whisper]'"
-            ) from error
+            todo = "run: pip install faster-whisper (the extra `whisper` has it)"
+            raise ConfigError(f"recogniser faster_whisper: {error}; {todo}") from error
         try:
             self.model = WhisperModel(
                 folder, device=device, compute_type=compute_type, cpu_threads=num_threads

@@ -23,9 +23,8 @@ class TransformersCtc:
             from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
-            raise ConfigError(
-                f"recogniser transformers_ctc: {error}; run: pip install 'sepdist[asr]'"
-            ) from error
+            todo = "run: pip install transformers (the extra `asr` has it)"
+            raise ConfigError(f"recogniser transformers_ctc: {error}; {todo}") from error
         disable_progress_bar()  # it would break into ours
         try:
             # One by one: a processor with a language model would need another package for it.

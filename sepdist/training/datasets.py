@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sepdist import config, seeding
+from sepdist import seeding, slots
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.data.crops import Crops
 from sepdist.data.dataset import Dataset
@@ -50,7 +50,8 @@ def _open_main(cfg: TrainConfig) -> Feed:
             "data set of noises is given; change one of them"
         )
     voices = _open(cfg, data.train, 1, False)
-    return config.build(data.mixing, dataset=voices, num_sources=data.num_sources, **options)
+    options |= {"dataset": voices, "num_sources": data.num_sources}
+    return slots.build("mixing", data.mixing, **options)
 
 
 def _open(cfg: TrainConfig, url: str, num_sources: int, noise: bool) -> Dataset:

@@ -1,11 +1,9 @@
 """Hand-off between stages: find, check and load the weights of an earlier one."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
-import yaml
 from torch import Tensor, nn
 
 from sepdist import storage
@@ -18,12 +16,27 @@ from sepdist.training.checkpoint import (
     parse_commit,
     read_file,
 )
+from sepdist.training.model_card import parse_card, parse_lineage
 
 
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], reinit: Sequence[str] = (), source: str = ""
 ) -> list[str]:
     """Copy `weights` into `model`, except what is below the `reinit` prefixes; returns its names.
+
+    Raises:
+        CheckpointError: as `check_weights`.
+    """
+    kept = check_weights(model, weights, reinit, source)
+    names = model.state_dict().keys() - kept.keys()
+    model.load_state_dict({name: weights[name] for name in names} | kept)
+    return sorted(kept)
+
+
+def check_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], reinit: Sequence[str] = (), source: str = ""
+) -> dict[str, Tensor]:
+    """Compare names and shapes; returns what `model` keeps, below the `reinit` prefixes.
 
     Raises:
         CheckpointError: any other parameter is missing, unexpected or of another shape, or nothing
@@ -55,8 +68,7 @@ def load_weights(
         hint = f"; to start the output layer afresh set init.reinit={outputs}" if outputs else ""
         kind = type(model).__name__
         raise CheckpointError(f"{source or 'these weights'} do not fit this {kind}: {shown}{hint}")
-    model.load_state_dict({name: weights[name] for name in wanted} | kept)
-    return sorted(kept)
+    return kept
 
 
 def submodule_of(weights: Mapping[str, Tensor], submodule: str, source: str) -> dict[str, Tensor]:
@@ -97,9 +109,9 @@ def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
     def read(name: str) -> bytes:
         return read_file(one, name) if one else storage.read_bytes(storage.join(folder, name))
 
-    data, card = read("model.safetensors"), yaml.safe_load(read("model.yaml"))
+    data, card = read("model.safetensors"), parse_card(read("model.yaml"), folder)
     has_lineage = storage.exists(storage.join(folder, "lineage.json"))
-    lineage = json.loads(read("lineage.json")) if has_lineage else {}
+    lineage = parse_lineage(read("lineage.json"), folder) if has_lineage else {}
     try:
         return safetensors.torch.load(data), card, lineage, folder
     except safetensors.SafetensorError as error:

@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError
 
-from sepdist import config, storage
+from sepdist import config, slots, storage
 from sepdist.cluster import connected
 from sepdist.config import TrainConfig
 from sepdist.training.checkpoint import find_committed
@@ -83,7 +83,10 @@ def launch(cfg: TrainConfig) -> None:
     with connected(needed, address=cluster.address, verbose=cluster.verbose):
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"config": storage.join(cfg.run_dir, "config.yaml")},
+            train_loop_config={
+                "config": storage.join(cfg.run_dir, "config.yaml"),
+                "plugins": slots.named_plugins(),
+            },
             scaling_config=scaling,
             torch_config=TorchConfig(
                 backend="nccl" if cluster.use_gpu else "gloo",
@@ -145,6 +148,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     )
     for chatty in ("deepspeed", "ray"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    slots.use_plugins(arguments["plugins"])
     cfg = config.load_frozen(arguments["config"])
     loop.train(cfg, world, report=ray.train.report, preempted=preemption_notice())
 

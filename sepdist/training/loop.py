@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from sepdist import config
+from sepdist import config, slots
 from sepdist.config import TrainConfig
 from sepdist.data.records import MAIN, Batch
 from sepdist.data.stream import TrainStream
@@ -186,8 +186,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="the frozen config of a run, a path or s3:// url")
+    plugins = "a package whose classes the config may name; may be given several times"
+    parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    slots.use_plugins(arguments.plugins)
     train(config.load_frozen(arguments.config), join_world())
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 import yaml
 from rich.console import Console
 
-from sepdist import __version__, config, storage
+from sepdist import __version__, config, slots, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import progress_bar
 from sepdist.objectives.contract import with_defaults
@@ -26,8 +26,8 @@ FREE_TO_CHANGE: tuple[str, ...] = ("training", "cluster", "validation", "engine.
 FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads")
 
 
-def run(cfg: TrainConfig, console: Console) -> None:
-    """Freeze a stage and train it in Ray Train workers; returns when it has finished.
+def run(cfg: TrainConfig, console: Console) -> float | None:
+    """Freeze a stage and train it in Ray Train workers; returns its best validation score.
 
     Raises:
         TrainingFailedError: a worker's error, once the allowed restarts are used up.
@@ -38,7 +38,7 @@ def run(cfg: TrainConfig, console: Console) -> None:
     console.print(f"run {cfg.name}: {cfg.run_dir}")
     with follow(cfg, console):
         launch.launch(cfg)
-    summarise(cfg, console)
+    return summarise(cfg, console)
 
 
 def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
@@ -48,13 +48,13 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
         ConfigError: an object cannot be built, a data set is missing, or run_dir holds a run of
             another config.
     """
-    config.make_paths_absolute(cfg)
+    slots.make_paths_absolute(cfg)
     _check_engine(cfg)
     if cfg.cluster.preemption_check_steps < 1:
         steps = cfg.cluster.preemption_check_steps
         raise ConfigError(f"cluster.preemption_check_steps={steps}: it must be at least 1")
-    objective = with_defaults(config.build(cfg.objective))
-    model = config.build(cfg.model)
+    objective = with_defaults(slots.build("objective", cfg.objective))
+    model = slots.build("model", cfg.model)
     objective.check_model(model)
     feeds, _ = open_datasets(cfg)
     if absent := set(objective.data_sets) - feeds.keys():
@@ -157,8 +157,11 @@ def _show(
     return newest, validated
 
 
-def summarise(cfg: TrainConfig, console: Console) -> None:
-    """Print why the run ended early, its best checkpoint, and how to look at it."""
+def summarise(cfg: TrainConfig, console: Console) -> float | None:
+    """Print why the run ended early, its best checkpoint, and how to look at it.
+
+    Returns the best score, None if there was no validation.
+    """
     committed = find_committed(storage.join(cfg.run_dir, "checkpoints"))
     state = json.loads(read_file(committed[-1], "state.json")) if committed else {}
     if reason := state.get("objective", {}).get("stop_reason"):
@@ -167,3 +170,4 @@ def summarise(cfg: TrainConfig, console: Console) -> None:
         console.print(f"best validation score {best.score:.3g} at step {best.step}: {best.url}")
     tensorboard = storage.join(cfg.run_dir, "tensorboard")
     console.print(f"look at it: tensorboard --logdir {tensorboard}")
+    return best.score if best else None

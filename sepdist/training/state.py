@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sepdist import config, seeding
+from sepdist import seeding, slots
 from sepdist.allocator import keep_freed_memory
 from sepdist.config import TrainConfig
 from sepdist.metrics.switching import SwitchTracker
@@ -54,18 +54,19 @@ class RunState:
             "manifest": data_digest,
         }
         torch.manual_seed(seeding.torch_seed(cfg.seed, "weights"))
-        model: nn.Module = config.build(cfg.model)
+        model: nn.Module = slots.build("model", cfg.model)
         num_parameters = sum(p.numel() for p in model.parameters())
         if world.device.type == "cpu" and num_parameters <= SMALL_MODEL:
             keep_freed_memory()
-        self.objective: Objective = with_defaults(config.build(cfg.objective))
+        self.objective: Objective = with_defaults(slots.build("objective", cfg.objective))
         saved = self._agree_on_newest()
         self._lineage = self._fill(model, saved) | self.objective.lineage()
-        self.engine: Engine = config.build(
+        self.engine: Engine = slots.build(
+            "engine",
             cfg.engine,
             model=model,
             objective=self.objective,
-            make_optimizer=lambda params: config.build(cfg.optim, params=params),
+            make_optimizer=lambda params: slots.build("optim", cfg.optim, params=params),
             world=world,
             seed=cfg.seed,
             num_virtual_shards=cfg.data.num_virtual_shards,

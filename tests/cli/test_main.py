@@ -21,6 +21,7 @@ def test_the_verbs_are_listed_for_help_and_for_a_wrong_verb(
     out, err = capsys.readouterr()
     shown = err if status else out
     assert all(f"  {verb} " in shown for verb in cli.VERBS)
+    assert all(f"\n{purpose}:\n" in shown for purpose in cli.PURPOSES)
     assert ("no verb 'evalute'" in shown) == (word == "evalute")
 
 
@@ -35,17 +36,40 @@ def test_a_closed_pipe_passes_through_the_console() -> None:
         raise BrokenPipeError
 
 
+HEAVY = {"torch", "ray", "scipy", "matplotlib", "deepspeed", "transformers"}
+WRONG = [
+    ("shard", "shred"),
+    ("train", "optim.rate=1"),
+    ("train", "model=nosuch"),
+    ("train", "-m", "seed=0,1", "modl=x"),
+    ("train", "-m", "model=dprnn,nosuch"),
+    ("pipeline", "experiment=nosuch"),
+    ("plot", "figure2.png", "from scratch=runs/a"),
+    ("separate", "--modl", "x"),
+    ("completion", "tcsh"),
+]
+
+
+@pytest.mark.seconds(20)
 @pytest.mark.parametrize(
-    "words", [("evaluate", "modl=x"), ("separate", "--modl", "x"), ("--help",)]
+    "words",
+    [
+        *(("shard", "write", "modl=x"), *WRONG, ("--help",)),
+        *((verb, "modl=x") for verb in sorted(cli.VERBS.keys() - {"shard", "separate"})),
+        *((verb, "--help") for verb in cli.VERBS),
+    ],
+    ids=" ".join,
 )
-def test_a_wrong_command_line_is_refused_without_torch(words: tuple[str, ...]) -> None:
+def test_a_wrong_command_line_is_refused_and_help_given_before_heavy_imports(
+    words: tuple[str, ...],
+) -> None:
     code = (
         f"import sys; sys.argv = ['sepdist', *{words!r}]\n"
         "from sepdist.cli import main\n"
         "try: main()\n"
-        "except SystemExit: print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+        f"except SystemExit as e: print(bool(e.code), *{HEAVY!r} & sys.modules.keys())"
     )
-    assert program("-c", code).splitlines()[-1] == "False False"
+    assert program("-c", code).splitlines()[-1] == str("--help" not in words)
 
 
 def test_reporting_imports_neither_torch_nor_matplotlib() -> None:

@@ -28,10 +28,9 @@ def shard(arguments: list[str]) -> int:
     """Run the program in this process; returns its exit status."""
     with patch.object(sys, "argv", ["shard_data.py", *arguments]):
         try:
-            shard_data.main()
+            return shard_data.main() or 0
         except SystemExit as exit_:
             return int(exit_.code or 0)
-        return 0
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -215,11 +214,10 @@ def test_source_yaml_says_what_made_the_shards(small: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["shred"], "no verb 'shred'"),
-        ([], "no verb '': give write, verify, info"),
         (["write", "corpus=demo", "split=dev"], "output"),
         (["write", "corpus=demo", "output=OUT"], "no value given for split"),
         (["write", "split=dev", "output=OUT"], "no value given for corpus"),
+        (["write", "corpus=demo", "split=a/b", "output=OUT"], "no slash"),
         (["write", "corpus=demo", "split=dev", "output=OUT", "num_worker=2"], "num_worker"),
         (["write", "corpus=nosuch", "split=dev", "output=OUT"], "nosuch"),
         (["write", "corpus=demo", "split=nosuch", "output=OUT"], "train, dev, test"),
@@ -243,6 +241,17 @@ def test_an_error_is_one_line_that_names_the_thing_at_fault(
     assert expected in shown.err and shown.err.startswith("error: ")
     assert len(shown.err.splitlines()) == 1
     assert not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("words", [[], ["shred"]])
+def test_without_one_of_its_actions_it_explains_them(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shard(words) == 2
+    shown = capsys.readouterr().err
+    assert "usage: sepdist shard write|verify|info KEY=VALUE ...\n" in shown
+    assert ("error: no action 'shred': give write, verify or info\n" in shown) == bool(words)
+    assert "`write` puts shards" in shown
 
 
 def test_help_lists_the_verbs_the_keys_and_the_corpora(capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,7 +205,7 @@ def test_pink_noise_falls_by_three_decibels_per_octave() -> None:
 
 def test_without_espeak_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'sepdist\[demo\]'"):
+    with pytest.raises(ConfigError, match=r"pip install espeakng-loader \(the extra `demo`"):
         DemoCorpus()
 
 

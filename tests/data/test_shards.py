@@ -10,6 +10,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -445,6 +446,11 @@ def test_shards_that_do_not_fit_together_make_no_data_set(tmp_path: Path) -> Non
 # Damage.
 
 
+def with_shard(raw: dict, **changes: object) -> str:
+    """A manifest whose first shard is changed, as a stranger's may be."""
+    return json.dumps(raw | {"shards": [raw["shards"][0] | changes, *raw["shards"][1:]]})
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -463,6 +469,11 @@ def test_shards_that_do_not_fit_together_make_no_data_set(tmp_path: Path) -> Non
             lambda raw: json.dumps(raw | {"num_samples": 5}),
             "was changed, it counts 5 samples and its shards 6",
         ),
+        *[
+            (partial(with_shard, name=name), "is no shard")
+            for name in ("../../evil.tar", "/etc/evil.tar", "a/b.tar", "..tar", "a.sh", 7, "")
+        ],
+        *[(partial(with_shard, sha256=one), "is no shard") for one in ("/../x", "0" * 63, None)],
     ],
 )
 def test_a_changed_manifest_is_refused(

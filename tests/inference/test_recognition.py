@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import sepdist
-from sepdist import audio, config
+from sepdist import audio
 from sepdist.cli import recognise as program
 from sepdist.config import ConfigError, RecogniseConfig
 from sepdist.inference import recognition
@@ -70,7 +70,7 @@ class BandSplit(nn.Module):
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A LibriCSS of tones in two conditions and the export of the stand-in separator."""
-    monkeypatch.setattr(config, "ALLOWED_TARGETS", (*config.ALLOWED_TARGETS, "tests."))
+    monkeypatch.setenv("SEPDIST_PLUGINS", "tests")
     root = tmp_path / "libricss"
     loud = speak("- - - - - - - - - RED", 0.6)
     quiet = speak("- - - - BLUE", 0.05)

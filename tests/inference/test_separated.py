@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sepdist import config
+from sepdist import slots
 from sepdist.config import ConfigError, ShardConfig
 from sepdist.data import shards
 from sepdist.data.dataset import Dataset
@@ -123,13 +123,13 @@ def test_without_noise_the_mixture_that_is_stored_or_separated_is_the_sum_of_its
     with pytest.raises(DataError, match=message):
         Dataset(str(tmp_path / "noisy"))
     with pytest.raises(ConfigError, match=r"corpus\.noise=false: .*alone has mixtures only"):
-        config.build(stored(str(tmp_path / "alone"), noise=False))
+        slots.build("corpus", stored(str(tmp_path / "alone"), noise=False))
 
 
 def test_what_cannot_be_separated_is_refused_by_name(tiny_data, tmp_path: Path) -> None:
     write(tmp_path / "mixtures", stored(tiny_data["dev"]), mixtures_only=True)
     message = "mixtures has mixtures only; without sources no SI-SNR is known"
     with pytest.raises(ConfigError, match=message):
-        config.build(separated(str(tmp_path / "mixtures"), "runs/none"))
+        slots.build("corpus", separated(str(tmp_path / "mixtures"), "runs/none"))
     with pytest.raises(ConfigError, match=r"subset=\[0\.5, 0\.5\]"):
         write(tmp_path / "x", stored(tiny_data["dev"]), subset=[0.5, 0.5])

@@ -1,5 +1,10 @@
 """Long recordings with toy models whose correct output is known sample by sample."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -11,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sepdist import storage
+import sepdist
+from sepdist import slots, storage
 from sepdist.cli import separate
-from sepdist.inference.separator import Separation, separate_file
+from sepdist.inference.separator import Separation, Separator
 from sepdist.inference.stitching import (
     SeparationError,
     Windows,
@@ -21,7 +27,9 @@ from sepdist.inference.stitching import (
     overlap_add,
     resampled,
 )
+from tests.support.exports import write_export
 
+ROOT = Path(__file__).parent.parent.parent
 RATE = 8000
 STEP = 1.0 / 32768  # of 16-bit audio
 
@@ -117,7 +125,8 @@ def separated(
 ) -> tuple[Separation, np.ndarray]:
     """Separate a wave by way of files; returns the result and the outputs [2, T]."""
     put(folder / "in.wav", wave, rate)
-    result = separate_file(model, RATE, folder / "in.wav", folder / "out", windows=windows)
+    separator = Separator(model, RATE, windows=windows or Windows())
+    result = separator.file(folder / "in.wav", folder / "out")
     return result, outputs(folder / "out")
 
 
@@ -257,7 +266,7 @@ def test_a_recording_shorter_than_the_model_takes_is_padded_and_cut_again(tmp_pa
 def test_flac_in_and_out(tmp_path: Path) -> None:
     wave = noise(RATE)
     recording = put(tmp_path / "in.flac", wave)
-    result = separate_file(Halves(), RATE, recording, tmp_path / "out", file_format="flac")
+    result = Separator(Halves(), RATE).file(recording, tmp_path / "out", file_format="flac")
     assert [soundfile.info(name).format for name in result.outputs] == ["FLAC", "FLAC"]
     first, _ = soundfile.read(result.outputs[0])
     np.testing.assert_allclose(first, wave.clip(min=0), atol=1.5 * STEP)
@@ -270,7 +279,7 @@ def test_memory_does_not_grow_with_a_twenty_minute_recording(tmp_path: Path) -> 
             sound.write(block)
     model, windows = Halves(), Windows(4.0, 1.0, batch_size=2)
     tracemalloc.start()
-    separate_file(model, RATE, tmp_path / "in.wav", tmp_path / "out", windows=windows)
+    Separator(model, RATE, windows=windows).file(tmp_path / "in.wav", tmp_path / "out")
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert model.largest_batch == 2 * 4 * RATE
@@ -313,23 +322,23 @@ def test_a_recording_that_cannot_be_separated_is_named_and_leaves_nothing_behind
     ]
     for name, model, message in cases:
         with pytest.raises(SeparationError, match=message):
-            separate_file(model, RATE, tmp_path / name, tmp_path / "out")
+            Separator(model, RATE).file(tmp_path / name, tmp_path / "out")
         assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(FileNotFoundError, match=r"absent\.wav"):
-        separate_file(Halves(), RATE, tmp_path / "absent.wav", tmp_path / "out")
+        Separator(Halves(), RATE).file(tmp_path / "absent.wav", tmp_path / "out")
 
 
 def test_an_earlier_output_survives_a_later_failure(tmp_path: Path) -> None:
     _, before = separated(tmp_path, Halves(), noise(RATE))
     with pytest.raises(SeparationError):
-        separate_file(Const(float("inf")), RATE, tmp_path / "in.wav", tmp_path / "out")
+        Separator(Const(float("inf")), RATE).file(tmp_path / "in.wav", tmp_path / "out")
     np.testing.assert_array_equal(outputs(tmp_path / "out"), before)
 
 
 def test_a_model_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "in.wav", noise(RATE))
     with pytest.raises(SeparationError, match=r"\[B, S, T\]"):
-        separate_file(nn.Identity(), RATE, tmp_path / "in.wav", tmp_path / "out")
+        Separator(nn.Identity(), RATE).file(tmp_path / "in.wav", tmp_path / "out")
 
 
 def test_an_overlap_above_half_a_window_is_refused() -> None:
@@ -349,13 +358,13 @@ def test_estimates_that_are_equal_share_the_mixture(tmp_path: Path) -> None:
 def test_recordings_and_outputs_on_object_storage(tmp_path: Path, bucket: str) -> None:
     wave = noise(RATE)
     storage.put_file(put(tmp_path / "in.wav", wave), f"s3://{bucket}/a/in.wav")
-    result = separate_file(Halves(), RATE, f"s3://{bucket}/a/in.wav", f"s3://{bucket}/out")
+    result = Separator(Halves(), RATE).file(f"s3://{bucket}/a/in.wav", f"s3://{bucket}/out")
     assert result.outputs == [f"s3://{bucket}/out/in_s{number}.wav" for number in (1, 2)]
     for output in result.outputs:
         storage.fetch_file(output, tmp_path / "out" / output.rsplit("/", 1)[1])
     np.testing.assert_allclose(outputs(tmp_path / "out"), halves(wave), atol=1.5 * STEP)
     with pytest.raises(FileNotFoundError, match=r"a/absent\.wav"):
-        separate_file(Halves(), RATE, f"s3://{bucket}/a/absent.wav", f"s3://{bucket}/out")
+        Separator(Halves(), RATE).file(f"s3://{bucket}/a/absent.wav", f"s3://{bucket}/out")
 
 
 def test_the_program_refuses_recordings_whose_outputs_would_collide(run_verb, capsys) -> None:
@@ -375,3 +384,79 @@ def test_help_says_what_the_program_does_with_examples(run_verb, capsys) -> None
     assert run_verb(separate, "--help") == 0
     shown = capsys.readouterr().out
     assert "sepdist separate --model runs/a" in shown and "--overlap-seconds" in shown
+
+
+def test_the_program_writes_what_a_separator_in_python_writes(
+    tmp_path: Path, run_verb, capsys
+) -> None:
+    write_export(tmp_path / "model")
+    recordings = [
+        put(tmp_path / f"{name}.wav", noise(RATE, seed)) for seed, name in enumerate("ab")
+    ]
+    options = ["--window-seconds=0.5", "--overlap-seconds=0.2", "--format=flac", "--device=cpu"]
+    words = [*options, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "cli")]
+    assert run_verb(separate, *words, *map(str, recordings)) == 0
+    separator = sepdist.load(tmp_path / "model", window_seconds=0.5, overlap_seconds=0.2)
+    printed = capsys.readouterr().out.splitlines()
+    for recording in recordings:
+        result = separator.file(recording, tmp_path / "python", file_format="flac")
+        for output in result.outputs:
+            name = Path(output).name
+            assert str(tmp_path / "cli" / name) in printed
+            assert (tmp_path / "cli" / name).read_bytes() == Path(output).read_bytes()
+
+
+def test_a_recording_that_fails_does_not_keep_the_program_from_the_next(
+    tmp_path: Path, run_verb, capsys
+) -> None:
+    write_export(tmp_path / "model")
+    put(tmp_path / "empty.wav", noise(RATE)[:0])
+    put(tmp_path / "silent.wav", 0 * noise(RATE))
+    words = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    names = [str(tmp_path / name) for name in ("empty.wav", "silent.wav")]
+    assert run_verb(separate, *words, *names) == 1
+    shown = capsys.readouterr()
+    assert "error:" in shown.err and "empty.wav is empty" in shown.err
+    assert "warning:" in shown.err and "silent_s2.wav" in shown.out
+
+
+def test_the_program_refuses_a_device_that_is_not_there(tmp_path: Path, run_verb, capsys) -> None:
+    write_export(tmp_path / "model")
+    put(tmp_path / "in.wav", noise(RATE))
+    words = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert run_verb(separate, *words, "--device=gpu7", str(tmp_path / "in.wav")) == 1
+    assert "error: device 'gpu7' cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.seconds(15)
+def test_ctrl_c_ends_the_program_with_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_export(tmp_path / "model")
+    with soundfile.SoundFile(str(tmp_path / "long.wav"), "w", RATE, 1, "PCM_16") as sound:
+        sound.write(np.tile(noise(60 * RATE), 120))
+    words = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sepdist", "separate", *words, str(tmp_path / "long.wav")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("out/.separating-*/estimates.f32")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert (out, err) == ("", "stopped; nothing is left of the unfinished recording\n")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_packages_that_the_user_names_are_used_before_the_model_is_loaded(
+    tmp_path: Path, run_verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+    monkeypatch.setattr(slots, "use_plugins", used.extend)
+    words = ["--model", str(tmp_path / "none"), "--output", str(tmp_path)]
+    assert run_verb(separate, *words, "--plugins=one", "--plugins=two", "a.wav") == 1
+    assert used == ["one", "two"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sepdist import config
+from sepdist import slots
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.data.dataset import Dataset
 from sepdist.inference import switching
@@ -22,7 +22,7 @@ def make_run(
 ) -> torch.nn.Module:
     """A run with a checkpoint of one model at each step; `swapped_at` exchanges its two outputs."""
     torch.manual_seed(0)
-    model = config.build(MODEL)
+    model = slots.build("model", MODEL)
     writer = Checkpointer(
         str(run_dir),
         model_node=MODEL,

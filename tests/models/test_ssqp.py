@@ -12,7 +12,7 @@ import transformers
 import yaml
 from torch import Tensor
 
-from sepdist import config
+from sepdist import slots
 from sepdist.inference.export import load_estimator
 from sepdist.models.speech_encoders import SPEECH_LEVEL, log_mel, speech_encoder, upsample
 from sepdist.models.ssqp import SSQPNet, fit_levels
@@ -341,7 +341,7 @@ def test_a_checkpoint_of_a_model_from_a_folder_does_not_need_the_folder(
         "pretrained": place,
         "num_layers": 1,
     }
-    model = config.build(node).eval()
+    model = slots.build("model", node).eval()
     original = (
         getattr(transformers, WHOLE[family])
         .from_pretrained(place, dtype=torch.float32)
@@ -434,7 +434,7 @@ def test_without_transformers_one_error_says_what_to_install(
         return whole(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"pip install sepdist\[ssl\]"):
+    with pytest.raises(ValueError, match=r"pip install transformers \(the extra `ssl`"):
         small()
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from sepdist import config
+from sepdist import slots
 from sepdist.cli import separate
 from sepdist.config import EvaluateConfig, ValidationConfig
 from sepdist.data.records import Batch
@@ -134,7 +134,7 @@ def test_listening_examples_are_the_estimates_of_the_data_set() -> None:
 def estimator(tmp_path: Path) -> str:
     node = {"_target_": "sepdist.models.sisnr_cnn.SISNREstimator"}
     safetensors.torch.save_file(
-        config.build(node).state_dict(), str(tmp_path / "model.safetensors")
+        slots.build("model", node).state_dict(), str(tmp_path / "model.safetensors")
     )
     (tmp_path / "model.yaml").write_text(json.dumps({"model": node, "sample_rate": 8000}))
     return str(tmp_path)

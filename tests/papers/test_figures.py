@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from sepdist.config import ConfigError
 from sepdist.data import shards
 from sepdist.data.records import Mixture
 from sepdist.papers import figures
-from sepdist.papers.figures import FigureConfig
+from sepdist.papers.schema import FigureConfig
 from tests.support.runs import frozen
 
 EPOCH_STEPS = 2.5  # 10 mixtures, 4 a step
@@ -82,17 +84,26 @@ def test_each_run_is_a_line_of_si_snr_and_bars_of_switches_over_epochs(
     ] == [3, 3]
 
 
+def plotted(*words: str) -> None:
+    """Run `sepdist plot`."""
+    with patch.object(sys, "argv", ["sepdist plot", *words]):
+        plot.main()
+
+
 def matplotlib_colour(name: str) -> tuple[float, ...]:
     return tuple(int(name[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 
 def test_the_program_puts_a_png_and_says_what_it_misses(tiny_data, tmp_path: Path, capsys) -> None:
     run_dir = log(tiny_data, tmp_path / "a", [1.0, 2.0], [0.5])
-    plot.main([str(tmp_path / "figure.png"), f"a run={run_dir}", "--title", "two epochs"])
+    plotted(f"output={tmp_path}/figure.png", f"runs.a run={run_dir}", "title=two epochs")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(SystemExit, match="1"):
-        plot.main([str(tmp_path / "figure.png"), "just-a-path"])
-    assert "TITLE=FOLDER" in capsys.readouterr().err
+        plotted(f"{tmp_path}/figure.png", "a run=just-a-path")
+    assert "give KEY=VALUE, as in: sepdist plot output=figure2.png" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        plotted(f"output={tmp_path}/figure.png")
+    assert "runs.TITLE=FOLDER" in capsys.readouterr().err
     log(tiny_data, tmp_path / "a", [], [])
     with pytest.raises(ConfigError, match=r"no validation/si_snr"):
         figures.draw(FigureConfig({"a": run_dir}, str(tmp_path / "b.png")), Console())
@@ -130,7 +141,7 @@ def test_the_gap_of_a_run_is_predicted_beside_true_si_snr_and_the_weight_below(
     np.testing.assert_allclose(
         lower.lines[0].get_xydata().T, [[i / EPOCH_STEPS for i in (1, 2, 3, 4)], weight]
     )
-    plot.main([str(tmp_path / "gap.png"), f"SSLM-SS={run_dir}", "--kind", "gap"])
+    plotted(f"output={tmp_path}/gap.png", f"runs.SSLM-SS={run_dir}", "kind=gap")
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

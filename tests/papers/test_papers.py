@@ -60,7 +60,6 @@ def _compose_each_stage_once() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "composed", composed)
-        config.register_schemas()
         yield
 
 
@@ -139,7 +138,6 @@ def test_the_command_line_chooses_a_pipeline_its_scale_and_its_values(monkeypatc
     command = ["sepdist pipeline", "experiment=dang2023/figure4", "output=/out", "scale=mini"]
     monkeypatch.setattr(sys, "argv", [*command, *chosen])
     cli_pipeline.main()
-    papers.register()  # other tests have no scale
     [cfg] = given
     assert (cfg.name, cfg.scale, cfg.output, cfg.seeds) == ("dang2023-mini", "mini", "/out", [3, 4])
     stages = {(one.seed, one.name): one.config for one in pipeline.plan(cfg)}

@@ -25,8 +25,6 @@ from sepdist.training import launch
 from sepdist.training.handoff import read_export
 from tests.support.runs import TINY, program
 
-config.register_schemas()
-
 
 def run_loop(rank: int, config_file: str) -> None:
     from sepdist.training import loop

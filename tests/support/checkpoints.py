@@ -2,7 +2,7 @@
 
 import torch
 
-from sepdist import config
+from sepdist import slots
 from sepdist.training.checkpoint import (
     Checkpointer,
     OptimizerState,
@@ -24,7 +24,7 @@ NODE = {
 
 def snapshot(step: int, score: float | None = None) -> Snapshot:
     torch.manual_seed(step)
-    model = config.build(NODE)
+    model = slots.build("model", NODE)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     moments = {f"exp_avg/{name}": torch.randn_like(value) for name, value in weights.items()}
     return Snapshot(

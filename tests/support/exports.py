@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from sepdist import config, seeding
+from sepdist import seeding, slots
 
 RATE = 8000
 
@@ -39,7 +39,7 @@ def oracle_si_snr(estimate: np.ndarray, source: np.ndarray) -> float:
 
 def write_export(folder: Path, rate: int = RATE) -> nn.Module:
     torch.manual_seed(seeding.torch_seed(0, "weights"))
-    model = config.build(MODEL)
+    model = slots.build("model", MODEL)
     folder.mkdir()
     safetensors.torch.save_file(model.state_dict(), str(folder / "model.safetensors"))
     (folder / "model.yaml").write_text(yaml.safe_dump({"model": MODEL, "sample_rate": rate}))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sepdist import config, storage
+from sepdist import composing, config, storage
 from sepdist.reporting import read_metrics
 from sepdist.training.checkpoint import find_committed
 
@@ -78,8 +78,6 @@ def frozen(
     experiment: str = "demo/finetune",
 ) -> str:
     """Write the frozen config of a run without initial weights; returns its path, for `loop`."""
-    from hydra import compose, initialize_config_dir
-
     overrides = [
         f"experiment={experiment}",
         "init.weights=null",
@@ -90,9 +88,8 @@ def frozen(
         *settings,
         *more,
     ]
-    config.register_schemas()
-    with initialize_config_dir(config.config_dir(), version_base="1.3"):
-        cfg = config.typed(compose("train", overrides=overrides), config.TrainConfig)
+    composed = composing.compose("train", overrides, config.TrainConfig)
+    cfg = config.typed(composed, config.TrainConfig)
     path = run_dir / "config.yaml"
     run_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(config.to_yaml(cfg))

@@ -2,18 +2,19 @@
 
 import io
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from rich.console import Console
 
-from sepdist import config
-from sepdist.cli.audit import audit
+from sepdist import config, slots
 from sepdist.config import ConfigError, DataConfig, EvaluateConfig, ExtraConfig, TrainConfig
 from sepdist.data.crops import Crops
 from sepdist.inference.evaluation import evaluate
 from sepdist.inference.export import load_export
 from sepdist.reporting import read_metrics
+from sepdist.training.audit import audit
 from sepdist.training.checkpoint import find_committed, load_snapshot
 from sepdist.training.datasets import open_datasets
 from sepdist.training.run import freeze
@@ -191,9 +192,12 @@ def test_the_config_of_a_run_of_another_version_is_refused_with_what_to_do(
 
 
 class Tables:
-    """Takes a path, and an object that takes one too."""
+    """Takes a path, and an objective that takes one too."""
 
     path_arguments = ("table",)
+    parts: ClassVar = {"inner": "objective"}
+
+    def __call__(self) -> None: ...
 
 
 def test_every_path_of_a_config_is_made_absolute(
@@ -201,23 +205,24 @@ def test_every_path_of_a_config_is_made_absolute(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setattr(config, "ALLOWED_TARGETS", ("sepdist.", "tests."))
+    monkeypatch.setenv("SEPDIST_PLUGINS", "tests")
     tables = {"_target_": "tests.training.test_datasets.Tables", "table": "a.csv", "other": "b"}
     cfg = TrainConfig(
         run_dir="runs/a",
         model={"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "name": "c"},
-        objective=tables | {"inner": [tables | {"table": "s3://bucket/a.csv"}, tables]},
+        objective=tables | {"inner": tables | {"table": "~/b.csv"}, "tables": [{"table": "c"}]},
     )
     cfg.data = DataConfig(train="../train", validation="/dev", extra=[ExtraConfig("x", "y")])
     cfg.init.weights = "~/weights"
-    config.make_paths_absolute(cfg)
+    slots.make_paths_absolute(cfg)
     here = str(tmp_path)
     assert cfg.run_dir == f"{here}/runs/a" and cfg.init.weights == "/home/me/weights"
     assert cfg.data.train == f"{tmp_path.parent}/train" and cfg.data.validation == "/dev"
     assert cfg.data.extra[0].url == f"{here}/y" and cfg.data.cache_dir == "/home/me/.cache/sepdist"
     objective = cfg.objective
-    assert objective["table"] == objective["inner"][1]["table"] == f"{here}/a.csv"
-    assert objective["inner"][0]["table"] == "s3://bucket/a.csv" and objective["other"] == "b"
+    assert objective["table"] == f"{here}/a.csv" and objective["other"] == "b"
+    assert objective["inner"]["table"] == "/home/me/b.csv"
+    assert objective["tables"] == [{"table": "c"}], "values that are no part stay as they are"
     assert cfg.model["name"] == "c" and cfg.data_root == "data"
 
 

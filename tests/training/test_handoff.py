@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from sepdist import config
+from sepdist import slots
 from sepdist.config import InitConfig
 from sepdist.inference.export import load_estimator, load_export
 from sepdist.training.checkpoint import CheckpointError, OptimizerState, Snapshot, load_newest
@@ -89,7 +89,7 @@ def test_a_reinit_prefix_that_names_nothing_is_refused() -> None:
 def exported(model: nn.Module, folder: Path) -> str:
     folder.mkdir()
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "model.yaml").write_text("model: {}\nsample_rate: 8000\n")
+    (folder / "model.yaml").write_text("model: {_target_: x.Y}\nsample_rate: 8000\n")
     (folder / "lineage.json").write_text('{"run": "parent"}')
     return str(folder)
 
@@ -120,7 +120,7 @@ def test_an_export_returns_the_outputs_that_its_objective_chose(
     tmp_path: Path,
 ) -> None:
     node, mixture = NODE | {"num_speakers": 4}, torch.randn(2, 900)
-    model = config.build(node)
+    model = slots.build("model", node)
     whole = model(mixture).detach()
     loudest = whole.square().sum(2).argsort(1)[:, 2:].sort(1).values
     weights = {name: value.clone() for name, value in model.state_dict().items()}

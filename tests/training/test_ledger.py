@@ -1,14 +1,16 @@
 """The audit finds all lost and repeated positions of the committed history, and only those."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from sepdist.cli.audit import audit, main
+from sepdist.cli.audit import main
 from sepdist.data.order import owned_virtual_shards, positions_of
 from sepdist.data.records import Batch
+from sepdist.training.audit import audit
 from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
 from sepdist.training.ledger import (
     APPLIED,
@@ -21,6 +23,17 @@ from sepdist.training.ledger import (
 )
 
 V, B = 4, 2
+
+
+@pytest.fixture
+def status(monkeypatch: pytest.MonkeyPatch):
+    """Run `sepdist audit` on a run_dir; returns its exit status."""
+
+    def status(run_dir: Path, *words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["sepdist audit", f"run_dir={run_dir}", *words])
+        return main()
+
+    return status
 
 
 def batch(step: int, shard: int) -> Batch:
@@ -70,7 +83,7 @@ class Run:
         return SegmentRef(**json.loads((folder / "state.json").read_text())["ledger"])
 
 
-def test_a_history_over_attempts_and_world_sizes_is_sound(tmp_path: Path, capsys) -> None:
+def test_a_history_over_attempts_and_world_sizes_is_sound(tmp_path: Path, status, capsys) -> None:
     first = Run(tmp_path).steps(0, 5, 2).steps(5, 7, 2)
     dead = Run(tmp_path, first.segment())
     Run(tmp_path, first.segment()).steps(7, 8, 3).steps(8, 12, 4)
@@ -79,8 +92,12 @@ def test_a_history_over_attempts_and_world_sizes_is_sound(tmp_path: Path, capsys
     assert found.sound and found.positions == 12 * V * B
     assert found.world_sizes == {2: 7, 3: 1, 4: 4}
     assert found.outcomes == {APPLIED: 12, SKIPPED: 0}
-    assert main([str(tmp_path)]) == 0
+    assert status(tmp_path) == 0
     assert "0 lost, 0 repeated" in capsys.readouterr().out
+    assert status(tmp_path, "json=true") == 0
+    assert json.loads(capsys.readouterr().out)["positions"] == 12 * V * B
+    assert status(tmp_path, "--json") == 2
+    assert "as in: sepdist audit run_dir=runs/a\n" in capsys.readouterr().err
 
 
 def test_skipped_steps_are_counted_and_lose_nothing(tmp_path: Path) -> None:
@@ -89,12 +106,14 @@ def test_skipped_steps_are_counted_and_lose_nothing(tmp_path: Path) -> None:
     assert found.sound and found.outcomes == {APPLIED: 3, SKIPPED: 3}
 
 
-def test_lost_and_repeated_positions_are_named_and_the_status_is_1(tmp_path: Path, capsys) -> None:
+def test_lost_and_repeated_positions_are_named_and_the_status_is_1(
+    tmp_path: Path, status, capsys
+) -> None:
     Run(tmp_path).steps(0, 3, 2).steps(3, 6, 2, drop=[(4, 0)], again=[(5, 1)])
     found = audit(str(tmp_path))
     assert found.lost == [[4 * V * B, 4 * V * B + B]] and found.num_lost == B
     assert found.repeated == [[5 * V * B + B, 5 * V * B + 2 * B]] and found.num_repeated == B
-    assert main([str(tmp_path)]) == 1
+    assert status(tmp_path) == 1
     out = capsys.readouterr().out
     assert "lost: [32, 34)" in out and "2 lost, 2 repeated" in out
 
@@ -114,7 +133,7 @@ def test_positions_beyond_the_committed_steps_are_repeated(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_a_damaged_ledger_is_an_error_that_names_the_segment(
-    damage: str, tmp_path: Path, capsys
+    damage: str, tmp_path: Path, status, capsys
 ) -> None:
     Run(tmp_path).steps(0, 3, 1).steps(3, 6, 1)
     segment = min((tmp_path / "ledger").iterdir())
@@ -124,12 +143,12 @@ def test_a_damaged_ledger_is_an_error_that_names_the_segment(
         segment.write_text(segment.read_text().replace("[0,8]", "[0,7]"))
     with pytest.raises(LedgerError, match=segment.name):
         audit(str(tmp_path))
-    assert main([str(tmp_path)]) == 1
+    assert status(tmp_path) == 1
     assert segment.name in capsys.readouterr().err
 
 
-def test_a_run_without_a_checkpoint_has_nothing_to_check(tmp_path: Path, capsys) -> None:
-    assert main([str(tmp_path)]) == 2
+def test_a_run_without_a_checkpoint_has_nothing_to_check(tmp_path: Path, status, capsys) -> None:
+    assert status(tmp_path) == 2
     assert "no committed checkpoint" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
-from sepdist.cli.audit import audit
+from sepdist.training.audit import audit
 from sepdist.training.checkpoint import find_committed
 from sepdist.training.ledger import APPLIED, SKIPPED
 from tests.support.loops import run

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from sepdist import config
+from sepdist import config, slots
 from sepdist.config import ConfigError
 from sepdist.data.records import Batch
 from sepdist.inference.export import load_estimator
@@ -147,7 +147,7 @@ def run_rank(rank: int, world_size: int, config_file: str, store: str) -> None:
     from sepdist.training.world import World
 
     os.environ["DS_ACCELERATOR"] = "cpu"
-    config.ALLOWED_TARGETS += ("tests.",)  # where the estimator is
+    slots.use_plugins(["tests"])  # where the estimator is
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     loop.train(config.load_frozen(config_file), World(rank, world_size, torch.device("cpu")))
     dist.barrier()
@@ -245,7 +245,7 @@ def test_a_relative_estimator_is_made_absolute_and_a_run_from_before_a_key_of_th
     (tmp_path / "estimator" / "model.yaml").write_text(
         yaml.safe_dump({"model": node, "sample_rate": 8000})
     )
-    save_file(config.build(node).state_dict(), tmp_path / "estimator" / "model.safetensors")
+    save_file(slots.build("model", node).state_dict(), tmp_path / "estimator" / "model.safetensors")
     options = [
         "objective=semisupervised",
         "objective.estimator.url=estimator",

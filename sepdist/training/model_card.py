@@ -1,0 +1,102 @@
+"""Read the model.yaml and lineage.json of a model that may come from a stranger.
+
+A model.yaml says which class to build, and how. It is read as plain values of bounded size, and
+`check_arguments` refuses arguments that would read anything but the model's own folder.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from sepdist import slots
+from sepdist.objectives.contract import OUTPUT_RULES
+from sepdist.training.checkpoint import CheckpointError
+
+MAX_BYTES = 2**18  # of a model.yaml
+MAX_NUMBER = 1_000_000  # a size in a model.yaml; larger ones exhaust the memory before weights do
+MAX_OUTPUTS = 100
+SAMPLE_RATES = (1000, 384_000)
+_PLAIN = {f"tag:yaml.org,2002:{one}" for one in ("str", "int", "float", "bool", "null", "seq")}
+_PLAIN.add("tag:yaml.org,2002:map")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without tags, timestamps and aliases: a few aliases can stand for terabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        if node is not None and node.tag not in _PLAIN:
+            raise yaml.MarkedYAMLError(problem=f"a {node.tag}", problem_mark=node.start_mark)
+        return node
+
+
+def parse_card(data: bytes, folder: str) -> dict[str, Any]:
+    """The content of a model.yaml: `model` with `_target_`, `sample_rate` and OUTPUT_RULES.
+
+    Raises:
+        CheckpointError: it is malformed; the message names the file and the value.
+    """
+    url = f"{folder}/model.yaml"
+    if len(data) > MAX_BYTES:
+        raise CheckpointError(f"{url}: {len(data)} bytes are too many for the config of a model")
+    try:
+        card = yaml.load(data, _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{url} is not plain YAML: {reason}") from error
+    node = card.get("model") if isinstance(card, dict) else None
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise CheckpointError(f"{url}: it must be a mapping whose `model` has a _target_")
+    least, most = SAMPLE_RATES
+    _check_number(url, "sample_rate", card.get("sample_rate"), least, most)
+    for name in OUTPUT_RULES:
+        _check_number(url, name, card.get(name) or 0, 0, MAX_OUTPUTS)
+    for name, value in _leaves(node, "model"):
+        if isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
+            raise CheckpointError(f"{url}: {name}={value} is not between +-{MAX_NUMBER}")
+    return card
+
+
+def _check_number(url: str, name: str, value: Any, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise CheckpointError(f"{url}: {name}={value!r} must be a whole number, {least} to {most}")
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every plain value with its dotted name."""
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from _leaves(inner, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def parse_lineage(data: bytes, folder: str) -> dict[str, Any]:
+    """The content of a lineage.json: a mapping, shown and copied but never acted on."""
+    try:
+        lineage = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/lineage.json is damaged: {error}") from error
+    if not isinstance(lineage, dict):
+        raise CheckpointError(f"{folder}/lineage.json: it must be a mapping")
+    return lineage
+
+
+def check_arguments(node: Mapping[str, Any], folder: str) -> None:
+    """Raise CheckpointError for an argument that would read a file or fetch a model."""
+    kind = slots.resolve("model", node["_target_"])
+    for name in getattr(kind, "parts", ()):
+        if isinstance(part := node.get(name), Mapping) and "_target_" in part:
+            check_arguments(part, folder)
+    names = (*getattr(kind, "path_arguments", ()), *getattr(kind, "outside_arguments", ()))
+    if given := [name for name in names if node.get(name) is not None]:
+        raise CheckpointError(
+            f"{folder}/model.yaml: {given[0]}={node[given[0]]!r} leads out of the model's folder; "
+            "a stored model has all its weights in model.safetensors"
+        )
