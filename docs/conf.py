@@ -17,7 +17,7 @@ version = release = sepdist.__version__
 html_title = f"sepdist {release}"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["figures"]
+exclude_patterns = ["_build", "figures"]
 
 # GitHub shows the same pages: plain Markdown, with anchors as there.
 myst_heading_anchors = 4
