@@ -2,12 +2,19 @@
 
 from torch import Tensor
 
+MAX_OVERLAP = 64  # frames at one place; joining them takes as many passes over the signal
+
 
 def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: int = 2) -> None:
     """Raise ValueError for sizes that no mask network can have."""
     if not 1 <= stride <= kernel_size:
         raise ValueError(
             f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size"
+        )
+    if kernel_size > MAX_OVERLAP * stride:
+        raise ValueError(
+            f"kernel_size={kernel_size} with stride={stride}: more than {MAX_OVERLAP} frames would"
+            " overlap"
         )
     if num_speakers < 1:
         raise ValueError(f"num_speakers={num_speakers}: choose at least one")
