@@ -36,6 +36,12 @@ def test_a_closed_pipe_passes_through_the_console() -> None:
         raise BrokenPipeError
 
 
+def test_an_error_does_not_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), user_console():
+        raise ValueError("no tensor ü\x1b[2J\udcff\nhere")
+    assert capsys.readouterr().err == "error: no tensor ü\\x1b[2J\\udcff\nhere\n"
+
+
 HEAVY = {"torch", "ray", "scipy", "matplotlib", "deepspeed", "transformers"}
 WRONG = [
     ("shard", "shred"),
