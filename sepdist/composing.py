@@ -188,7 +188,7 @@ def files(name: str, group: str) -> dict[str, Path]:
         for file in folder.rglob("*.yaml"):
             # The parts of an option lie in a folder beside it: scale/mini/ of scale/mini.yaml.
             is_part = file.parent.with_suffix(".yaml").exists()
-            has_stages = bool(re.search(r"^stages:", file.read_text(), re.M))
+            has_stages = bool(re.search(rb"^stages:", file.read_bytes(), re.M))
             if not is_part and (group != "experiment" or has_stages == (name == "pipeline")):
                 found[str(file.relative_to(folder).with_suffix(""))] = file
     return dict(sorted(found.items()))
