@@ -62,7 +62,7 @@ def hydra_open(name: str, schema: type) -> Iterator[None]:
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
             yield
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
         lines = [str(one).split("full_key")[0] for one in (error, error.__cause__) if one]
         shown = " ".join(lines).split("Config search path")[0]
         raise ConfigError(" ".join(shown.split())) from error
