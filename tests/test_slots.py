@@ -263,6 +263,7 @@ ATTACKS: dict[str, Any] = {
     "many taps": {"model": MODEL | {"num_taps": 999_999}},
     "frames upon frames": {"model": MODEL | {"stride": 1, "kernel_size": 999_999}},
     "a coarse block": {"model": SANDGLASSET | {"num_blocks": 1_000_000}},
+    "a long chunk": {"model": {"_target_": "sepdist.models.dptnet.DPTNet", "chunk_size": 999_998}},
     "many outputs": {"model": MODEL, "num_extra_outputs": 10**9},
     "an objective": {"model": {"_target_": "sepdist.objectives.separation.Separation"}},
     "an optimizer": {"model": {"_target_": "torch.optim.Adam"}},
