@@ -62,7 +62,7 @@ def hydra_open(name: str, schema: type) -> Iterator[None]:
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
             yield
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
         lines = [str(one).split("full_key")[0] for one in (error, error.__cause__) if one]
         shown = " ".join(lines).split("Config search path")[0]
         raise ConfigError(" ".join(shown.split())) from error
@@ -188,7 +188,7 @@ def files(name: str, group: str) -> dict[str, Path]:
         for file in folder.rglob("*.yaml"):
             # The parts of an option lie in a folder beside it: scale/mini/ of scale/mini.yaml.
             is_part = file.parent.with_suffix(".yaml").exists()
-            has_stages = bool(re.search(r"^stages:", file.read_text(), re.M))
+            has_stages = bool(re.search(rb"^stages:", file.read_bytes(), re.M))
             if not is_part and (group != "experiment" or has_stages == (name == "pipeline")):
                 found[str(file.relative_to(folder).with_suffix(""))] = file
     return dict(sorted(found.items()))

@@ -7,6 +7,7 @@ run_dir/config.yaml.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,15 +263,49 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
+_PLAIN = {f"tag:yaml.org,2002:{one}" for one in ("str", "int", "float", "bool", "null", "seq")}
+_PLAIN.add("tag:yaml.org,2002:map")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without tags, timestamps and aliases: a few aliases can stand for terabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        if node is not None and node.tag not in _PLAIN:
+            raise yaml.MarkedYAMLError(problem=f"a {node.tag}", problem_mark=node.start_mark)
+        return node
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")  # 1e-5, in YAML 1.1 a string
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+def parse_plain(text: str | bytes) -> Any:
+    """The values in a stranger's YAML.
+
+    Raises:
+        ConfigError: it is damaged, or has tags, timestamps or aliases.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"not plain YAML: {reason}") from error
+
+
 def from_yaml(text: str, schema: type[_T]) -> _T:
     """Read what `to_yaml` wrote and check it against the schema.
 
     Raises:
         ConfigError: it holds an interpolation, ${...}, which could read the environment.
     """
-    given = OmegaConf.create(text)
-    if "${" in str(OmegaConf.to_container(given, resolve=False)):
-        raise ConfigError("a frozen config holds values only, but this one has a ${reference}")
+    given = parse_plain(text)
+    if not isinstance(given, dict) or "${" in str(given):
+        raise ConfigError("a frozen config is a mapping of values, without any ${reference}")
     merged = OmegaConf.merge(OmegaConf.structured(schema), given)
     assert isinstance(merged, DictConfig)
     return typed(merged, schema)

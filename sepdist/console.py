@@ -27,7 +27,7 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
     except BrokenPipeError:
         raise
     except (OSError, ValueError, also) as error:
-        console.print(f"error: {error}")
+        console.print(f"error: {printable(str(error))}")
         sys.exit(1)
 
 
@@ -53,3 +53,8 @@ def progress_bar(
             progress.update(task, advance=amount, total=total, text=text)
 
         yield advance
+
+
+def printable(text: str) -> str:
+    """Text with escapes for characters of strangers' files that could drive a terminal."""
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)

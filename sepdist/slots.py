@@ -24,6 +24,7 @@ from sepdist.config import ConfigError
 
 ENVIRONMENT = "SEPDIST_PLUGINS"  # package names, separated by commas
 ENTRY_POINTS = "sepdist.plugins"
+MAX_NAME = 200  # characters of a _target_; importing thousands of dots overflows the stack
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,10 @@ def resolve(slot: str, target: Any) -> Any:
 
 
 def _below(target: Any, packages: Sequence[str]) -> bool:
-    """Whether `target` is a dotted name below one of the packages."""
-    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
+    """Whether `target` is a dotted name, of a sane length, below one of the packages."""
+    if not isinstance(target, str) or len(target) > MAX_NAME:
+        return False
+    if not all(part.isidentifier() for part in target.split(".")):
         return False
     return target.startswith(tuple(f"{package}." for package in packages))
 
@@ -132,7 +135,7 @@ def _below(target: Any, packages: Sequence[str]) -> bool:
 def _refusal(slot: str, target: Any) -> str:
     kind = SLOTS[slot]
     has = f"a subclass of {kind.base}" if kind.base else f"a class with {kind.method}"
-    text = f"{slot}: _target_ {target!r} is not allowed: it must be {has} in "
+    text = f"{slot}: _target_ {target!r:.{MAX_NAME}} is not allowed: it must be {has} in "
     text += f"{' or '.join(kind.packages)}, or in a plug-in that you have named"
     root = str(target).partition(".")[0]
     if _below(target, (root,)) and root not in ("sepdist", "torch", *sys.stdlib_module_names):

@@ -116,7 +116,10 @@ def read_bytes(url: str | Path) -> bytes:
     """Read a whole file; FileNotFoundError names `url`."""
     if not is_remote(url):
         with _local(url, "read"):
-            return _path(url).read_bytes()
+            path = _path(url)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise StorageError(f"cannot read {url}: a pipe or device, which may never end")
+            return path.read_bytes()
     return _retry(url, "read", lambda: _filesystem().cat_file("/".join(_split(url))))
 
 

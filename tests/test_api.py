@@ -148,6 +148,8 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path: Path, export: Path) ->
         sepdist.load(export, device="gpu7")
     with pytest.raises(SeparationError, match="at most half"):
         sepdist.load(export, window_seconds=2.0, overlap_seconds=1.5)
+    with pytest.raises(SeparationError, match="does not fit a window of inf s"):
+        sepdist.load(export, window_seconds=float("inf"))
 
 
 def test_a_model_of_a_package_of_ones_own_is_loaded_where_the_package_is_named(

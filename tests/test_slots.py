@@ -7,6 +7,7 @@ a mark in the folder `home`.
 
 import importlib
 import inspect
+import itertools
 import json
 import os
 import pkgutil
@@ -214,6 +215,7 @@ def test_values_are_compared_with_annotations(value: Any, hint: Any, good: bool)
 
 SYSTEM = "!!python/object/apply:os.system ['touch ~/mark']"
 SSQP = {"_target_": "sepdist.models.ssqp.SSQPNet"}
+SANDGLASSET = {"_target_": "sepdist.models.sandglasset.Sandglasset"}
 ATTACKS: dict[str, Any] = {
     "a put nested": {"model": MODEL | {"num_filters": PUT}},
     "a put with binary data": yaml.safe_dump(
@@ -232,6 +234,10 @@ ATTACKS: dict[str, Any] = {
     "an alias bomb": "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\nmodel: {_target_: x}\n",
     "a merge key": "a: &a {_target_: x}\nmodel: {<<: *a}\nsample_rate: 8000\n",
     "a deep nest": "model: " + "[" * 100_000,
+    "a number without digits": "model: {_target_: x, a: !!int ''}\nsample_rate: 8000\n",
+    "a boolean in words": "model: {_target_: x, a: !!bool maybe}\nsample_rate: 8000\n",
+    "a time of many digits": f"model: {{_target_: x, a: {'59:' * 9000}59.5}}\nsample_rate: 8000\n",
+    "a deep module": {"model": {"_target_": "sepdist.models." + "x." * 9000}},
     "a large text": "model: {_target_: x}\n#" + "x" * 1_000_000,
     "a date": "model: {_target_: x, a: 2020-01-01}\nsample_rate: 8000\n",
     "nothing": "",
@@ -253,6 +259,11 @@ ATTACKS: dict[str, Any] = {
     "a large size": {"model": MODEL | {"num_filters": 900_000, "num_hidden": 900_000}},
     "a large number of blocks": {"model": MODEL | {"num_repeats": 1_000_000}},
     "a long stride": {"model": MODEL | {"stride": 10**9, "kernel_size": 10**9}},
+    "a distant tap": {"model": MODEL | {"num_blocks": 29}},
+    "many taps": {"model": MODEL | {"num_taps": 999_999}},
+    "frames upon frames": {"model": MODEL | {"stride": 1, "kernel_size": 999_999}},
+    "a coarse block": {"model": SANDGLASSET | {"num_blocks": 1_000_000}},
+    "a long chunk": {"model": {"_target_": "sepdist.models.dptnet.DPTNet", "chunk_size": 999_998}},
     "many outputs": {"model": MODEL, "num_extra_outputs": 10**9},
     "an objective": {"model": {"_target_": "sepdist.objectives.separation.Separation"}},
     "an optimizer": {"model": {"_target_": "torch.optim.Adam"}},
@@ -371,6 +382,21 @@ def test_a_frozen_config_runs_no_function(
     with pytest.raises(ConfigError, match="_target_"):
         loop.main()
     assert not (tmp_path / "mark").exists()
+
+
+BOMB = "a: &a [1, 2]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefg")
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [BOMB, "[" * 100_000, "- a", "3", "a: &a [*a]", f"name: {SYSTEM}", "seed: !!int ''", "a: \0"],
+)
+def test_a_frozen_config_is_plain_yaml(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"plain YAML|a mapping") as caught:
+        config.from_yaml(text, TrainConfig)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,14 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
         storage.read_bytes(tmp_path)
 
 
+def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(StorageError, match=f"{name}: a pipe or device"):
+            storage.read_bytes(tmp_path / name)
+
+
 def test_a_killed_writer_leaves_the_old_content_and_the_next_put_clears_its_rest(
     tmp_path: Path,
 ) -> None:

@@ -40,6 +40,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         status = 1
+    except KeyboardInterrupt:  # while a verb imports what it needs
+        status = 130
     sys.exit(status)
 
 

@@ -8,6 +8,7 @@ The script asks `sepdist completion words WORD ...` for what the last of these w
 Where that is nothing, as after output=, the shell completes file names.
 """
 
+import contextlib
 import importlib
 import itertools
 import re
@@ -40,7 +41,10 @@ def main() -> int | None:
     what, *words = sys.argv[1:] or [""]
     if what == "words":
         last = words[-1] if words else ""
-        print(*(f"{one}\n" for one in candidates(words) if one.startswith(last)), sep="", end="")
+        with contextlib.suppress(Exception):  # of a broken file, which the command itself will name
+            print(
+                *(f"{one}\n" for one in candidates(words) if one.startswith(last)), sep="", end=""
+            )
         return None
     if what in FIRST["completion"]:
         print(Path(__file__).with_suffix(f".{what}").read_text(), end="")

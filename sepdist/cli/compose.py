@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from sepdist import composing, config, slots
 from sepdist.config import ConfigError
@@ -119,6 +119,8 @@ def print_yaml(composed: DictConfig) -> None:
         print(OmegaConf.to_yaml(composed, resolve=True), end="")
     except InterpolationToMissingValueError:
         print(OmegaConf.to_yaml(composed), end="")
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).partition("full_key")[0].split())) from error
 
 
 def usages(doc: str | None) -> Iterator[str]:

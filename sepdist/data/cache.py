@@ -174,7 +174,7 @@ class ShardCache:
     def _make_room(self, num_bytes: int) -> None:
         """Remove least recently used copies until `num_bytes` more fit; others may do the same."""
         copies = []
-        for path in self.folder.glob("*.tar"):
+        for path in self.folder.glob(f"*-{'[0-9a-f]' * 64}.tar"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 copies.append((status.st_atime_ns, status.st_size, path))

@@ -13,6 +13,7 @@ A step of 16-bit audio is 2**-15, so audio that came from 16-bit files is kept e
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from sepdist.data.records import Mixture, Utterance
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MAX_NUMBER = 2**34  # of a length, an offset or a size
 # Name and sha256 of a shard.
 SHARD = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar [0-9a-f]{64}")
 
@@ -75,6 +77,12 @@ class Sample:
     num_samples: int  # audio length T
     speakers: tuple[str, ...]
     members: dict[str, list[int]]
+
+    def __post_init__(self) -> None:
+        numbers = [self.num_samples, *itertools.chain(*self.members.values())]
+        fine = all(type(one) is int and 0 <= one < MAX_NUMBER for one in numbers)
+        if not fine or any(len(place) != 2 for place in self.members.values()):
+            raise ValueError(f"{self.key!r}: its members or their places are wrong")
 
 
 def shard_name(corpus: str, split: str, number: int) -> str:
@@ -262,14 +270,14 @@ def read_manifest(url: str | Path) -> Manifest:
             if not SHARD.fullmatch(f"{shard.name} {shard.sha256}"):
                 raise DataError(f"{place}: {shard.name!r}, {shard.sha256!r} is no shard")
         manifest = Manifest(**raw | lists | {"shards": shards})
+        total = sum(shard.num_samples for shard in manifest.shards)
     except FileNotFoundError:
         todo = f"run sepdist shard write ... output={url} (finished shards are kept)"
         raise DataError(f"no {MANIFEST} in {url}: not a finished data set; {todo}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         todo = "restore it or write it again"
         raise DataError(f"{place}: is not a readable manifest ({error}); {todo}") from error
-    total = sum(shard.num_samples for shard in manifest.shards)
-    if manifest.num_samples != total:
+    if manifest.num_samples != total or total < 1:
         counts = f"it counts {manifest.num_samples} samples and its shards {total}"
         raise DataError(f"{place}: was changed, {counts}")
     return manifest
@@ -277,7 +285,16 @@ def read_manifest(url: str | Path) -> Manifest:
 
 def read_index(url: str | Path, shard: ShardInfo) -> list[Sample]:
     """Read a shard's samples in tar order; DataError if its index is missing or was changed."""
-    return _samples(_load_index(url, shard))
+    try:
+        samples = _samples(_load_index(url, shard))
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{shard.name}: its index is damaged ({error})") from error
+    if len(samples) != shard.num_samples:
+        counts = f"{len(samples)} samples, the manifest says {shard.num_samples}"
+        raise DataError(f"{shard.name}: its index has {counts}")
+    return samples
 
 
 def read_sample(
@@ -344,9 +361,6 @@ def _verify_shard(url: str | Path, manifest: Manifest, shard: ShardInfo) -> Iter
                 yield f"{shard.name}: has {num_bytes} bytes, the manifest says {shard.bytes}"
             elif _sha256_of(path) != shard.sha256:
                 yield f"{shard.name}: its sha256 is not the manifest's; it was damaged or changed"
-            if samples and len(samples) != shard.num_samples:
-                counts = f"{len(samples)} samples, the manifest says {shard.num_samples}"
-                yield f"{shard.name}: its index has {counts}"
             for sample in samples:
                 yield from _verify_sample(tar, sample, manifest)
     except FileNotFoundError:

@@ -184,8 +184,13 @@ class Separator:
         length = mixtures_BT.shape[1]
         missing = max(0, self._min_length - length)
         padded_BT = torch.from_numpy(np.pad(mixtures_BT, ((0, 0), (0, missing)))).to(self.device)
-        with torch.inference_mode():
-            estimates_BST = self.model(padded_BT).float().cpu()
+        try:
+            with torch.inference_mode():
+                estimates_BST = self.model(padded_BT).float().cpu()
+        except RuntimeError as error:  # of torch: most often the memory is too small
+            reason = str(error).partition("\n")[0]
+            shape = tuple(padded_BT.shape)
+            raise SeparationError(f"{name}: the model fails on {shape}: {reason}") from error
         if estimates_BST.ndim != 3 or estimates_BST.shape[::2] != padded_BT.shape:
             raise SeparationError(
                 f"the model made {tuple(estimates_BST.shape)} of {tuple(padded_BT.shape)}; "

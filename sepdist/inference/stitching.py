@@ -26,7 +26,7 @@ class Windows:
     batch_size: int = 1  # more are no faster on a CPU, and twice as slow with glibc's defaults
 
     def __post_init__(self) -> None:
-        if not 0 < self.overlap_seconds <= self.window_seconds / 2:
+        if not 0 < self.overlap_seconds <= self.window_seconds / 2 < float("inf"):
             raise SeparationError(
                 f"an overlap of {self.overlap_seconds} s does not fit a window of "
                 f"{self.window_seconds} s: it must be above 0 and at most half of it"

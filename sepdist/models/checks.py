@@ -2,6 +2,9 @@
 
 from torch import Tensor
 
+MAX_CHUNK = 10_000  # frames; the time of attention grows with its square
+MAX_OVERLAP = 64  # frames at one place; joining them takes as many passes over the signal
+
 
 def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: int = 2) -> None:
     """Raise ValueError for sizes that no mask network can have."""
@@ -9,11 +12,17 @@ def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: in
         raise ValueError(
             f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size"
         )
+    if kernel_size > MAX_OVERLAP * stride:
+        raise ValueError(
+            f"kernel_size={kernel_size} with stride={stride}: more than {MAX_OVERLAP} frames would"
+            " overlap"
+        )
     if num_speakers < 1:
         raise ValueError(f"num_speakers={num_speakers}: choose at least one")
-    if chunk_size < 2 or chunk_size % 2:
+    if not 2 <= chunk_size <= MAX_CHUNK or chunk_size % 2:
         raise ValueError(
-            f"chunk_size={chunk_size}: chunks overlap by half, choose an even number of at least 2"
+            f"chunk_size={chunk_size}: chunks overlap by half, choose an even number from 2 to"
+            f" {MAX_CHUNK}"
         )
 
 

@@ -29,6 +29,8 @@ from sepdist.models.frames import EPS, widen
 
 logger = logging.getLogger(__name__)
 
+MAX_REACH = 2**16  # frames of padding on either side, which take memory
+
 
 class Weights(NamedTuple):
     """The parameters of a block: 1x1, PReLU, gLN, depth-wise convolution, PReLU, gLN, 1x1."""
@@ -269,6 +271,9 @@ class ConvBlock(nn.Module):
         super().__init__()
         if num_taps % 2 == 0:
             raise ValueError(f"num_taps={num_taps}: choose an odd number of taps")
+        if num_taps // 2 * dilation > MAX_REACH:
+            reach = f"reach more than {MAX_REACH} frames to either side"
+            raise ValueError(f"num_taps={num_taps} with dilation={dilation}: they {reach}")
         self.dilation = dilation
         self.compiled = compile
         self.in_weight = nn.Parameter(torch.empty(num_hidden, num_features))

@@ -96,12 +96,13 @@ class Sandglasset(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(num_speakers, kernel_size, stride, chunk_size)
-        factors = [4 ** min(block, num_blocks - 1 - block) for block in range(num_blocks)]
-        if num_blocks < 1 or chunk_size % max(factors):
+        coarsest = 4 ** max(0, (num_blocks - 1) // 2)
+        if num_blocks < 1 or chunk_size % coarsest:
             raise ValueError(
                 f"chunk_size={chunk_size} with num_blocks={num_blocks}: choose a multiple of"
-                f" {max(factors, default=1)} and at least one block"
+                f" {coarsest} and at least one block"
             )
+        factors = [4 ** min(block, num_blocks - 1 - block) for block in range(num_blocks)]
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
         self.min_length, self.stride = kernel_size, stride
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)

@@ -241,13 +241,22 @@ def parse_commit(url: str) -> Committed:
         files, its_format = dict(commit["files"]), commit["format"]
         if commit.pop("sha256") != _digest(commit):
             raise ValueError("its sha256 is another")
-        one = Committed(url, int(commit["step"]), commit["score"], files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        score = None if commit["score"] is None else float(commit["score"])
+        one = Committed(url, int(commit["step"]), score, files)
+        _ = [(file["bytes"], file["sha256"]) for file in files.values()]
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{url}/{COMMIT} is damaged ({reason})") from None
     if its_format != FORMAT:
         raise CheckpointError(
-            f"{url}/{COMMIT} is of format {its_format}, this sepdist reads up to {FORMAT}"
+            f"{url}/{COMMIT} is of format {its_format!r}, this sepdist reads up to {FORMAT}"
         )
     return one
 

@@ -114,5 +114,6 @@ def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
     lineage = parse_lineage(read("lineage.json"), folder) if has_lineage else {}
     try:
         return safetensors.torch.load(data), card, lineage, folder
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{folder}/model.safetensors is damaged: {error}") from error
+    except (safetensors.SafetensorError, RuntimeError, TypeError, LookupError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(f"{folder}/model.safetensors is damaged ({reason})") from error

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from sepdist import config, slots
+from sepdist import config, slots, storage
 from sepdist.config import TrainConfig
 from sepdist.data.records import MAIN, Batch
 from sepdist.data.stream import TrainStream
@@ -191,7 +191,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     slots.use_plugins(arguments.plugins)
-    train(config.load_frozen(arguments.config), join_world())
+    cfg = config.load_frozen(arguments.config)
+    cfg.run_dir = storage.absolute(arguments.config).rpartition("/")[0]  # wherever it was moved
+    train(cfg, join_world())
 
 
 if __name__ == "__main__":

@@ -8,31 +8,15 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from sepdist import slots
+from sepdist.config import ConfigError, parse_plain
 from sepdist.objectives.contract import OUTPUT_RULES
 from sepdist.training.checkpoint import CheckpointError
 
-MAX_BYTES = 2**18  # of a model.yaml
+MAX_BYTES = 2**16  # of a model.yaml
 MAX_NUMBER = 1_000_000  # a size in a model.yaml; larger ones exhaust the memory before weights do
 MAX_OUTPUTS = 100
 SAMPLE_RATES = (1000, 384_000)
-_PLAIN = {f"tag:yaml.org,2002:{one}" for one in ("str", "int", "float", "bool", "null", "seq")}
-_PLAIN.add("tag:yaml.org,2002:map")
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without tags, timestamps and aliases: a few aliases can stand for terabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="an alias", problem_mark=event.start_mark)
-        node = super().compose_node(parent, index)
-        if node is not None and node.tag not in _PLAIN:
-            raise yaml.MarkedYAMLError(problem=f"a {node.tag}", problem_mark=node.start_mark)
-        return node
 
 
 def parse_card(data: bytes, folder: str) -> dict[str, Any]:
@@ -45,10 +29,9 @@ def parse_card(data: bytes, folder: str) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise CheckpointError(f"{url}: {len(data)} bytes are too many for the config of a model")
     try:
-        card = yaml.load(data, _PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{url} is not plain YAML: {reason}") from error
+        card = parse_plain(data)
+    except ConfigError as error:
+        raise CheckpointError(f"{url} is {error}") from error
     node = card.get("model") if isinstance(card, dict) else None
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         raise CheckpointError(f"{url}: it must be a mapping whose `model` has a _target_")

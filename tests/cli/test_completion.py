@@ -42,6 +42,18 @@ def test_keys_are_completed_level_by_level() -> None:
     assert found("audit", "") == ["run_dir=", "json="]
 
 
+@pytest.mark.parametrize("text", [b"a: [", b"- a", b"3", b"", b"\xff", b"a: " + b"[" * 5000])
+def test_a_broken_file_of_the_user_completes_nothing_and_says_nothing(
+    text: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "broken.yaml").write_bytes(text)
+    words = ["train", "--config-dir", str(tmp_path), "model=broken", "model.nosuch"]
+    monkeypatch.setattr(sys, "argv", ["completion", "words", *words])
+    assert completion.main() is None
+    assert capsys.readouterr() == ("", "")
+
+
 def test_values_are_completed_where_they_can_be_listed() -> None:
     assert found("train", "model=conv_tasnet_") == [
         "model=conv_tasnet_context",

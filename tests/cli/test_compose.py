@@ -166,6 +166,18 @@ def test_the_stages_of_a_pipeline_find_the_users_folder_too(read, mine: str) -> 
         read(PipelineConfig, ["--config-dir", mine, "experiment=x"])
 
 
+@pytest.mark.parametrize(
+    "text", ["defaults:\n  - broken\n", "a: [", "a: " + "[" * 5000, "name: ${nosuch}", "- a", "\0"]
+)
+def test_a_broken_experiment_is_an_error_of_one_line(read, text: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "broken.yaml").write_text(f"# @package _global_\n{text}")
+    for more in ([], ["--cfg", "job"]):
+        with pytest.raises(ConfigError) as caught:
+            read(TrainConfig, [f"--config-dir={tmp_path}", "experiment=broken", *NEEDED[1:], *more])
+        assert "\n" not in str(caught.value)
+
+
 def test_plugins_are_imported_when_the_config_is_read(
     read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

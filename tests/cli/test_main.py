@@ -31,9 +31,28 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert done.stderr == ""
 
 
+def test_ctrl_c_while_a_verb_is_imported_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    monkeypatch.setattr(sys, "argv", ["sepdist", "audit"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 130 and capsys.readouterr() == ("", "")
+
+
 def test_a_closed_pipe_passes_through_the_console() -> None:
     with pytest.raises(BrokenPipeError), user_console():
         raise BrokenPipeError
+
+
+def test_an_error_does_not_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), user_console():
+        raise ValueError("no tensor ü\x1b[2J\udcff\nhere")
+    assert capsys.readouterr().err == "error: no tensor ü\\x1b[2J\\udcff\nhere\n"
 
 
 HEAVY = {"torch", "ray", "scipy", "matplotlib", "deepspeed", "transformers"}

@@ -186,6 +186,16 @@ def test_the_least_recently_used_copies_go_and_readers_keep_their_files(
     assert len(copies(tmp_path)) == 2 and len(list((tmp_path / "cache").glob("*.lock"))) == 2
 
 
+def test_a_cache_in_a_folder_of_other_tars_leaves_them_alone(
+    tmp_path: Path, remote: str, cache_of: Opener
+) -> None:
+    corpus = tmp_path / "cache" / "corpus-2026.tar"
+    corpus.parent.mkdir()
+    corpus.write_bytes(bytes(100))
+    check_readable(cache_of(remote, max_bytes=1), 0)
+    assert corpus.exists()
+
+
 def test_what_is_wanted_now_is_not_evicted_even_if_it_is_too_much(
     tmp_path: Path,
     remote: str,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -546,6 +547,37 @@ def test_missing_and_changed_files_of_a_data_set_are_named(url: str) -> None:
     storage.remove(index)
     with pytest.raises(DataError, match=r"toy-train-000000.tar: its index .* is missing"):
         shards.read_index(url, manifest.shards[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        b"null",
+        b"[" * 100_000,
+        {"samples": []},
+        {"samples": [None]},
+        {"num_samples": 4000.0},
+        {"num_samples": 2**40},
+        {"members": None},
+        {"members": {"s1": [-1, 5]}},
+        {"members": {"s1": [0, 2**40]}},
+        {"members": {"s1": "ab"}},
+        {"members": {"s1": [1]}},
+        {"speakers": None},
+        {"more": 1},
+    ],
+)
+def test_an_index_of_other_values_is_damage(change: Any, tmp_path: Path) -> None:
+    shard = write(tmp_path).shards[0]
+    path = tmp_path / "index" / "toy-train-000000.json"
+    index = json.loads(path.read_text())
+    if isinstance(change, dict):
+        (index if "samples" in change else index["samples"][0]).update(change)
+    data = change if isinstance(change, bytes) else json.dumps(index).encode()
+    path.write_bytes(data)
+    shard = dataclasses.replace(shard, index_sha256=hashlib.sha256(data).hexdigest())
+    with pytest.raises(DataError, match=r"toy-train-000000\.tar: its index"):
+        shards.read_index(tmp_path, shard)
 
 
 def test_verify_finds_audio_that_should_never_have_been_stored(

@@ -1,7 +1,9 @@
 """A damaged export is refused by name; one that does not fit its model, with the differences."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -24,6 +26,46 @@ def test_a_damaged_export_is_refused_by_name(tmp_path: Path) -> None:
     weights.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         load_estimator(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("F32", [0, 2**40, 2**40]), ("F32", [2**64 - 1, 0]), ("F8_E8M0", [0])]
+)
+def test_a_header_that_torch_cannot_follow_is_damage(
+    dtype: str, shape: list[int], tmp_path: Path
+) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}).encode()
+    data = len(header).to_bytes(8, "little") + header
+    (tmp_path / "model.safetensors").write_bytes(data)
+    (tmp_path / "model.yaml").write_text(json.dumps({"model": NODE, "sample_rate": 8000}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged") as caught:
+        load_export(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": float("inf")},
+        {"score": "best"},
+        {"score": []},
+        {"files": {"model.yaml": None}},
+        {"files": {"model.yaml": {}}},
+        b"[" * 100_000,
+    ],
+)
+def test_a_commit_of_other_values_is_damage(change: Any, tmp_path: Path) -> None:
+    save(tmp_path, snapshot(1))
+    folder = next((tmp_path / "checkpoints").iterdir())
+    commit = json.loads((folder / "COMMIT").read_text())
+    data = change
+    if isinstance(change, dict):
+        commit = {name: value for name, value in commit.items() if name != "sha256"} | change
+        text = json.dumps(commit, sort_keys=True)
+        data = json.dumps(commit | {"sha256": sha256(text.encode()).hexdigest()}).encode()
+    (folder / "COMMIT").write_bytes(data)
+    with pytest.raises(CheckpointError, match="COMMIT is damaged"):
+        load_export(str(folder))
 
 
 def test_a_run_dir_is_an_export_of_its_best_checkpoint(tmp_path: Path) -> None:
