@@ -3,7 +3,7 @@
 A part is a mapping with `_target_`, the name of a class, and arguments of its constructor. Each
 slot takes classes of one kind from one package of sepdist, or from a plug-in: a package that the
 person at the keyboard names, by `plugins=[...]`, by SEPDIST_PLUGINS or by installing it with an
-entry point in the group `sepdist.plugins`. A config or a model from elsewhere cannot name one.
+entry point in the group `sepdist.plugins`. A frozen config or a model cannot name one.
 """
 
 import dataclasses

@@ -189,11 +189,12 @@ class Separator:
                 estimates_BST = self.model(padded_BT).float().cpu()
         except RuntimeError as error:  # of torch: most often the memory is too small
             reason = str(error).partition("\n")[0]
-            shape = tuple(padded_BT.shape)
-            raise SeparationError(f"{name}: the model fails on {shape}: {reason}") from error
-        if estimates_BST.ndim != 3 or estimates_BST.shape[::2] != padded_BT.shape:
+            given = tuple(padded_BT.shape)
+            raise SeparationError(f"{name}: the model fails on {given}: {reason}") from error
+        shape = tuple(estimates_BST.shape)
+        if len(shape) != 3 or shape[::2] != padded_BT.shape or not shape[1]:
             raise SeparationError(
-                f"the model made {tuple(estimates_BST.shape)} of {tuple(padded_BT.shape)}; "
+                f"the model made {shape} of {tuple(padded_BT.shape)}; "
                 "it must be [B, S, T] of [B, T]"
             )
         if not torch.isfinite(estimates_BST).all():
