@@ -60,11 +60,9 @@ def run_tasks(
     """Run the generator `work` on each of `calls`, one Ray task per call; yield items as they come.
 
     At most `num_workers` tasks run at a time: 0 is none, all runs in this process, and -1 is one
-    per CPU of the cluster. A task whose worker dies is run again, up to three times.
-
-    Raises:
-        ConfigError: `num_gpus` per task are asked for and no node has a GPU.
-        ValueError, OSError: as `work` raised them; OSError too if a worker died every time.
+    per CPU of the cluster. A task whose worker dies is run again, up to three times, after which it
+    is an OSError. ValueError and OSError come through as `work` raised them; ConfigError if
+    `num_gpus` per task are asked for and no node has a GPU.
     """
     if num_workers == 0:
         for call in calls:

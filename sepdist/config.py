@@ -265,8 +265,7 @@ def to_yaml(config: Any) -> str:
 def from_yaml(text: str, schema: type[_T]) -> _T:
     """Read what `to_yaml` wrote and check it against the schema.
 
-    Raises:
-        ConfigError: it holds an interpolation, ${...}, which could read the environment.
+    ConfigError for an interpolation, ${...}, which could read the environment.
     """
     given = OmegaConf.create(text)
     if "${" in str(OmegaConf.to_container(given, resolve=False)):

@@ -32,11 +32,8 @@ def read_config(
 ) -> _T:
     """configs/<name>.yaml with the changes of the command line; --help prints `doc` and the keys.
 
-    With `sweep`, a command line that asks for one runs it instead and exits.
-
-    Raises:
-        ConfigError: a word, key or option is unknown, a value has the wrong type or a mandatory
-            one is missing.
+    With `sweep`, a command line that asks for one runs it instead and exits. ConfigError if a word,
+    key or option is unknown, a value has the wrong type or a mandatory one is missing.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-h", "--help", action="store_true")

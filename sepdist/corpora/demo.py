@@ -78,10 +78,7 @@ class DemoCorpus:
     """Mixtures of two generated voices and noise, `num_<split>` of them per split.
 
     Each mixture is as long as the shorter of its two utterances ("min" mode), between `min_seconds`
-    and `max_seconds`.
-
-    Raises:
-        ConfigError: eSpeak NG is not installed, or an argument is out of its range.
+    and `max_seconds`. ConfigError if eSpeak NG is not installed.
     """
 
     num_train: int = 1600

@@ -29,8 +29,7 @@ class Prediction:
 def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Score the estimator, write the output folder; returns the content of results.json.
 
-    Raises:
-        ConfigError: the data set has no estimates, or model and data do not fit each other.
+    ConfigError if the data set has no estimates, or model and data do not fit each other.
     """
     from sepdist.plotting import scatter, to_png  # late: Ray tasks draw nothing
 

@@ -68,9 +68,7 @@ class Score:
 def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Score the data set, write the output folder, print the table; returns results.json's content.
 
-    Raises:
-        ConfigError: model and data do not fit each other.
-        EvaluationError: an utterance has no finite score.
+    ConfigError if model and data do not fit, EvaluationError if an utterance has no finite score.
     """
     from sepdist.plotting import improvements, to_png  # late: Ray tasks draw nothing
 
@@ -110,11 +108,8 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     """Score estimates against a batch of one mixture.
 
     SI-SNR is of the permutation with the best mean; SDR (BSS Eval, 512 taps) finds its own.
-    Improvements are over the mixture taken as the estimate of each source.
-
-    Raises:
-        EvaluationError: the estimates are of another shape, silent or not finite, or a source is
-            silent.
+    Improvements are over the mixture taken as the estimate of each source. EvaluationError where
+    there is no score (see `check_audible`).
     """
     name = batch.ids[0]
     assert len(batch.ids) == 1 and batch.sources is not None, f"{name}: one mixture with sources"

@@ -52,9 +52,8 @@ def build_stored(node: Mapping[str, Any], weights: Mapping[str, Tensor], folder:
     They are compared on the meta device first, so that no file makes this process run out of
     memory: no more is allocated than the weights take.
 
-    Raises:
-        CheckpointError: the class cannot be built from these arguments, or the weights do not fit.
-        ConfigError: its class is not allowed, for example because its plug-in was not named.
+    CheckpointError if arguments or weights do not fit; ConfigError if the class is not allowed, for
+    example because its plug-in was not named.
     """
     check_arguments(node, folder)
     try:
@@ -72,11 +71,7 @@ def build_stored(node: Mapping[str, Any], weights: Mapping[str, Tensor], folder:
 
 @contextmanager
 def bounded(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Stop a constructor inside that makes far more parameters or modules than `weights` explain.
-
-    Raises:
-        CheckpointError: it makes too many.
-    """
+    """CheckpointError if what is built inside is far larger than `weights`, or has many modules."""
     num_modules = 0
     room = sum(tensor.numel() for tensor in weights.values()) + SLACK
 

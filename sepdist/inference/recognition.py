@@ -42,13 +42,10 @@ class Recognition:
 
 
 def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
-    """Recognise every condition, write the output folder, print the table.
+    """Recognise every condition, write the output, print the table; returns results.json's content.
 
-    Returns the content of results.json.
-
-    Raises:
-        ConfigError: model, corpus and recogniser do not fit each other, or one cannot be loaded.
-        ValueError: an utterance has no transcript, or cannot be separated.
+    ConfigError if model, corpus and recogniser do not fit each other, one cannot be loaded, or an
+    utterance has no transcript; EvaluationError if one cannot be separated.
     """
     began = time.monotonic()
     slots.make_paths_absolute(cfg)

@@ -31,10 +31,7 @@ class Separated:
     with the best mean SI-SNR) and the level of the mixture, because their own is arbitrary. A
     sample's JSON has the `si_snr` of each stored estimate in dB. On `device` cpu one thread gives
     the same bits everywhere; cuda needs `gpus_per_worker`. `noise=False` leaves the noise out of
-    the mixtures, for separators trained with `data.noise=false`.
-
-    Raises:
-        ConfigError: `data` has no sources.
+    the mixtures, for separators trained with `data.noise=false`. ConfigError without sources.
     """
 
     def __init__(

@@ -24,10 +24,8 @@ Permutations = dict[str, int]  # utterance id -> rank of its best permutation
 def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Assign the data set by each checkpoint of the run `cfg.model`.
 
-    Writes a table per checkpoint and switching.json; returns the content of the latter.
-
-    Raises:
-        ConfigError: the run has fewer than two checkpoints, or model and data do not fit.
+    Writes a table per checkpoint and switching.json; returns the content of the latter. ConfigError
+    if the run has fewer than two checkpoints, or model and data do not fit.
     """
     slots.make_paths_absolute(cfg)
     committed = find_committed(storage.join(cfg.model, "checkpoints"))

@@ -17,10 +17,9 @@ def words(text: str) -> list[str]:
 
 
 def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
-    """Return the minimal number of substitutions, deletions and insertions, and of reference words.
+    """Return the least substitutions, deletions and insertions, and the number of reference words.
 
-    Raises:
-        ValueError: the reference has no words, or jiwer is not installed.
+    ValueError if that is zero, or jiwer is not installed.
     """
     try:
         import jiwer

@@ -58,10 +58,7 @@ def speech_encoder(
 
     `encoder` holds `model_type` and values of that family's config, which override those of
     `pretrained` or the defaults (the base size). `num_layers` keeps the first Transformer layers
-    only. `freeze` is none, convolutions or encoder.
-
-    Raises:
-        ValueError: an argument is wrong, or `pretrained` cannot be read.
+    only. `freeze` is none, convolutions or encoder. ValueError if `pretrained` cannot be read.
     """
     if freeze not in ("none", "convolutions", "encoder"):
         raise ValueError(f"freeze={freeze!r}: choose none, convolutions or encoder")

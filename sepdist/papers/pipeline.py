@@ -64,9 +64,8 @@ RUNNERS: dict[str, Callable[[Any, Console], Any]] = {
 def run(cfg: PipelineConfig, console: Console) -> None:
     """Run every stage that has not finished, for every seed, then write the tables.
 
-    Raises:
-        ConfigError: a stage does not compose, or a finished one had another config.
-        DataError: a data set is missing.
+    ConfigError if a stage does not compose, or a finished one had another config; DataError if a
+    data set is missing.
     """
     stages = plan(cfg)
     done = [is_done(stage) for stage in stages]
@@ -256,11 +255,7 @@ def digest(values: dict[str, Any]) -> str:
 
 
 def is_done(stage: Stage) -> bool:
-    """Whether the stage has finished in an earlier start.
-
-    Raises:
-        ConfigError: it has, with another config.
-    """
+    """Whether the stage finished in an earlier start; ConfigError if it did with another config."""
     # A figure takes no time and may have new curves to show, so it is always drawn again.
     if stage.kind == "figure" or not storage.exists(storage.join(stage.folder, MARKER)):
         return False

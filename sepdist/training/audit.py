@@ -38,11 +38,9 @@ class Audit:
 
 
 def audit(run_dir: str) -> Audit:
-    """Check the committed history of a run.
+    """Check the committed history of a run; LedgerError if its ledger is incomplete or damaged.
 
-    Raises:
-        FileNotFoundError: the run has no committed checkpoint.
-        LedgerError: its ledger is incomplete or damaged.
+    FileNotFoundError if the run has no committed checkpoint.
     """
     committed = find_committed(storage.join(run_dir, "checkpoints"))
     if not committed:

@@ -60,9 +60,8 @@ class TrainingFailedError(RuntimeError):
 def launch(cfg: TrainConfig) -> None:
     """Train the run frozen at `cfg.run_dir` in Ray Train workers; returns when it has finished.
 
-    Raises:
-        TrainingFailedError: a worker's error, once the allowed restarts are used up.
-        KeyboardInterrupt: Ctrl-C; the workers have ended.
+    TrainingFailedError once the allowed restarts are used up; KeyboardInterrupt on Ctrl-C, when the
+    workers have ended.
     """
     cluster = cfg.cluster
     fewest, most = config.worker_range(cluster)

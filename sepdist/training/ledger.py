@@ -90,8 +90,7 @@ def read_history(
 ) -> Iterator[tuple[int, str, list[list[list[int]]]]]:
     """Yield (step, outcome, ranges by rank), beginning with the newest segment.
 
-    Raises:
-        LedgerError: a segment is missing or is not the one that was committed.
+    LedgerError if a segment is missing or is not the one that was committed.
     """
     while newest is not None:
         url = storage.join(run_dir, newest.name)

@@ -27,11 +27,7 @@ FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads")
 
 
 def run(cfg: TrainConfig, console: Console) -> float | None:
-    """Freeze a stage and train it in Ray Train workers; returns its best validation score.
-
-    Raises:
-        TrainingFailedError: a worker's error, once the allowed restarts are used up.
-    """
+    """Freeze a stage and train it in Ray Train workers; returns its best validation score."""
     from sepdist.training import launch
 
     cfg = freeze(cfg, console)
@@ -44,9 +40,8 @@ def run(cfg: TrainConfig, console: Console) -> float | None:
 def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     """Check the config as far as possible without a worker, and write it to run_dir/config.yaml.
 
-    Raises:
-        ConfigError: an object cannot be built, a data set is missing, or run_dir holds a run of
-            another config.
+    ConfigError if an object cannot be built, a data set is missing, or run_dir holds a run of
+    another config.
     """
     slots.make_paths_absolute(cfg)
     _check_engine(cfg)
