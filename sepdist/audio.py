@@ -95,10 +95,7 @@ def rms(wave_T: np.ndarray) -> float:
 
 
 def loudness(wave_T: np.ndarray, rate: int, name: str = "the wave") -> float:
-    """Integrated loudness in LUFS (ITU-R BS.1770-4).
-
-    AudioError if the wave is shorter than 0.4 s or below the gate throughout.
-    """
+    """Integrated loudness in LUFS (ITU-R BS.1770-4); AudioError if too short or below its gate."""
     import pyloudnorm
 
     if wave_T.size < MIN_LOUDNESS_SECONDS * rate:

@@ -263,10 +263,7 @@ def to_yaml(config: Any) -> str:
 
 
 def from_yaml(text: str, schema: type[_T]) -> _T:
-    """Read what `to_yaml` wrote and check it against the schema.
-
-    ConfigError for an interpolation, ${...}, which could read the environment.
-    """
+    """Read what `to_yaml` wrote; ConfigError for a ${reference}: it could read the environment."""
     given = OmegaConf.create(text)
     if "${" in str(OmegaConf.to_container(given, resolve=False)):
         raise ConfigError("a frozen config holds values only, but this one has a ${reference}")

@@ -92,10 +92,7 @@ class Dataset:
         return self.cache.open(which), number - (int(self._ends[which - 1]) if which else 0)
 
     def read(self, shard: OpenShard, number: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Read samples [start, stop) of `self.members` of one sample of a shard, float32.
-
-        Damage raises a DataError that names shard, key and byte offset.
-        """
+        """Read samples [start, stop) of `self.members` by `read_sample`; DataError if damaged."""
         if number in shard.damaged:
             raise DataError(shard.damaged[number])
         return read_sample(shard.file, shard.samples[number], self.members, start, stop)

@@ -27,10 +27,7 @@ class Prediction:
 
 
 def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
-    """Score the estimator, write the output folder; returns the content of results.json.
-
-    ConfigError if the data set has no estimates, or model and data do not fit each other.
-    """
+    """Score the estimator and write the output folder; returns the content of results.json."""
     from sepdist.plotting import scatter, to_png  # late: Ray tasks draw nothing
 
     slots.make_paths_absolute(cfg)
@@ -83,10 +80,7 @@ def predict(cfg: EvaluateConfig, numbers: Sequence[int]) -> Iterator[Prediction]
 
 
 def agreement(true: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
-    """Pearson's correlation, mean absolute error and mean error in dB.
-
-    The correlation is None where one of the two does not vary.
-    """
+    """Pearson's correlation (None where one does not vary), mean absolute and mean error in dB."""
     varied = len(true) > 1 and true.std() > 0 and predicted.std() > 0
     return {
         "lcc": float(np.corrcoef(true, predicted)[0, 1]) if varied else None,

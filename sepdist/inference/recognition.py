@@ -84,10 +84,7 @@ def check_fit(cfg: RecogniseConfig, corpus: Any, export: Export | None) -> None:
 
 
 def plan(cfg: RecogniseConfig, corpus: Any) -> list[tuple[str, Mixture]]:
-    """Every utterance to recognise, with its condition.
-
-    ConfigError if an utterance has no transcript, or a condition no utterances.
-    """
+    """Every utterance with its condition; ConfigError if a transcript or utterances are missing."""
     found: list[tuple[str, Mixture]] = []
     for condition in cfg.conditions:
         records = list(itertools.islice(corpus.records(condition), cfg.limit or None))

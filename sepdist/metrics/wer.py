@@ -17,10 +17,7 @@ def words(text: str) -> list[str]:
 
 
 def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
-    """Return the least substitutions, deletions and insertions, and the number of reference words.
-
-    ValueError if that is zero, or jiwer is not installed.
-    """
+    """Return the numbers of word errors and reference words; ValueError if there are no words."""
     try:
         import jiwer
     except ImportError as error:

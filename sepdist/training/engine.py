@@ -56,10 +56,7 @@ class BranchError(RuntimeError):
 
 @dataclass(eq=False)
 class DeepSpeedEngine:
-    """ZeRO stages 0 to 3 on one process group.
-
-    `model` holds its initial weights, the same on every rank.
-    """
+    """ZeRO stages 0 to 3 on one process group; `model` has equal initial weights on every rank."""
 
     model: nn.Module
     objective: Objective

@@ -153,10 +153,7 @@ def _show(
 
 
 def summarise(cfg: TrainConfig, console: Console) -> float | None:
-    """Print why the run ended early, its best checkpoint, and how to look at it.
-
-    Returns the best score, None if there was no validation.
-    """
+    """Print how the run ended, its best checkpoint, how to look at it; returns the best score."""
     committed = find_committed(storage.join(cfg.run_dir, "checkpoints"))
     state = json.loads(read_file(committed[-1], "state.json")) if committed else {}
     if reason := state.get("objective", {}).get("stop_reason"):
