@@ -34,9 +34,7 @@ class ExtraConfig:
     url: str = MISSING
     num_sources: int = 1
     noise: bool = True
-    weight: float | None = (
-        None  # batches per batch of data.train; None = by size, one pass an epoch
-    )
+    weight: float | None = None  # batches per batch of data.train; null = one pass an epoch
 
 
 @dataclass
