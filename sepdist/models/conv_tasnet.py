@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.checks import check_sizes
 from sepdist.models.conv_block import ConvBlock, compiled_if, init_uniform
 from sepdist.models.dual_path import global_norm
-from sepdist.models.frames import decode, encode, init_filterbank
+from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
 
 
 def apply_masks(masks_BNSF: Tensor, encoded_BNF: Tensor) -> Tensor:

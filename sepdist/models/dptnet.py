@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention
-from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, swapped
-from sepdist.models.frames import decode, encode, init_filterbank
+from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
 
 
 class PathTransformer(nn.Module):

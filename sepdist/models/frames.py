@@ -1,4 +1,4 @@
-"""Frames of a waveform and back: the encoder and decoder that the mask networks share.
+"""Frames of a waveform and back: the encoder and decoder that the mask networks share; checks.
 
 Shapes: B batch, S speakers, T samples, N frames, F features.
 """
@@ -8,8 +8,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from sepdist.models.checks import check_mixture
 
 EPS = 1e-8
 
@@ -70,3 +68,35 @@ def standardise(x: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the last axis; silence stays silence."""
     x = x - x.mean(-1, keepdim=True)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-10)
+
+
+def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: int = 2) -> None:
+    """Raise ValueError for sizes that no mask network can have."""
+    if not 1 <= stride <= kernel_size:
+        raise ValueError(
+            f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size"
+        )
+    if num_speakers < 1:
+        raise ValueError(f"num_speakers={num_speakers}: choose at least one")
+    if chunk_size < 2 or chunk_size % 2:
+        raise ValueError(
+            f"chunk_size={chunk_size}: chunks overlap by half, choose an even number of at least 2"
+        )
+
+
+def check_mixture(mixture_BT: Tensor, least: int) -> None:
+    """Raise ValueError unless the shape is [B, T] with T >= `least`."""
+    if mixture_BT.ndim != 2 or mixture_BT.shape[1] < least:
+        raise ValueError(
+            f"mixture of shape {tuple(mixture_BT.shape)}: expected [B, T] with T >= {least} samples"
+        )
+
+
+def check_estimates(mixture_BT: Tensor, estimates_BST: Tensor, min_length: int) -> None:
+    """Raise ValueError unless the shapes are [B, T] and [B, S, T] with T >= `min_length`."""
+    check_mixture(mixture_BT, min_length)
+    if estimates_BST.ndim != 3 or estimates_BST[:, 0].shape != mixture_BT.shape:
+        raise ValueError(
+            f"estimates of shape {tuple(estimates_BST.shape)} for a mixture of shape"
+            f" {tuple(mixture_BT.shape)}: expected [B, S, T] for [B, T]"
+        )

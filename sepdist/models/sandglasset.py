@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention, sinusoids
-from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import merge, run_lstm, segment, split, swapped
-from sepdist.models.frames import decode, encode, widen
+from sepdist.models.frames import check_sizes, decode, encode, widen
 
 
 class LocalRecurrence(nn.Module):

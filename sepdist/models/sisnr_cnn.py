@@ -9,8 +9,7 @@ Shapes: B batch, S sources, T samples, N frames, F features.
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.checks import check_estimates
-from sepdist.models.frames import EPS, standardise
+from sepdist.models.frames import EPS, check_estimates, standardise
 
 NUM_FEATURES, KERNEL_SIZE = 128, 4
 STRIDES = (1, 2, 2, 2, 2)
