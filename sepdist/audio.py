@@ -107,11 +107,6 @@ def loudness(wave_T: np.ndarray, rate: int, name: str = "the wave") -> float:
     return measured
 
 
-def db_to_gain(decibels: float) -> float:
-    """Convert a level difference in dB to an amplitude factor."""
-    return float(10.0 ** (decibels / 20.0))
-
-
 def at_level_of(mixture_T: np.ndarray, wave_T: np.ndarray, max_peak: float = 1.0) -> np.ndarray:
     """Scale the wave to the mixture's RMS, or to a peak of `max_peak` if it would pass that."""
     if not (peak := float(np.abs(wave_T).max())) > 0:

@@ -213,7 +213,7 @@ def guarded_gains(
     """
     gains = []
     for target, now, peak in zip(targets, loudnesses, peaks, strict=True):
-        gain = audio.db_to_gain(target - now)
+        gain = 10.0 ** ((target - now) / 20.0)
         gains.append(gain if gain * peak < 1.0 else MAX_PEAK / peak)
     # The sum of the peaks bounds the peak of the sum, so most mixtures are not summed.
     if sum(gain * peak for gain, peak in zip(gains, peaks, strict=True)) > MAX_PEAK:

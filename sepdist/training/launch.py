@@ -199,7 +199,7 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
         if error is not None and error is not self._seen:
             self._seen = error
             self._record("failed", error=root_cause(error))
-        name = state_name(current_state)
+        name = current_state._state_type.state_name
         if name == "RESIZING":
             self._record("resized", workers=current_state.scaling_decision.num_workers)
         elif name == "FINISHED":
@@ -269,7 +269,7 @@ class Recovery(ControllerCallback):
 
         Ray's coordinator notices nodes that come and go only every 20 s.
         """
-        name = state_name(current_state)
+        name = current_state._state_type.state_name
         if current_state is previous_state:
             time.sleep(0.5)  # no room for `fewest` workers; Ray would ask again without a pause
         elif name == "RESTARTING":
@@ -303,11 +303,6 @@ def ask_coordinator(method: str, requester: str, **more: Any) -> None:
         ray.get(getattr(actor, method).remote(requester, **more), timeout=5)
     except ray.exceptions.RayError as error:
         logger.warning("Ray's coordinator does not answer, the next group may be small: %s", error)
-
-
-def state_name(state: Any) -> str:
-    """Return the name of a state of Ray Train's controller, such as RUNNING."""
-    return state._state_type.state_name
 
 
 def read_lines(url: str) -> list[str]:
