@@ -1,4 +1,4 @@
-"""Write a run's metrics, audio and spectrograms; read its metrics back; make CSV files.
+"""Write a run's metrics, audio and spectrograms; read its metrics back; CSV files and versions.
 
     run_dir/metrics.jsonl   one JSON object per `log` call: step, seconds, and the metrics by name
     run_dir/tensorboard/    event files with the same numbers, and with audio and spectrograms
@@ -8,20 +8,23 @@ Names are group/name, with groups loss, train, si_snri, speed, optim, validation
 is written in a local scratch folder and put there as whole files: objects cannot be appended to.
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
+import platform
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sepdist import storage
+from sepdist import __version__, storage
 
 LISTENING_PEAK = 0.9
 UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl without a flush
@@ -181,6 +184,15 @@ def for_listening(wave_T: np.ndarray, name: str = "wave") -> np.ndarray:
         raise ReportingError(f"{name}: {num_wrong} of {wave_T.size} samples are not finite")
     peak = float(np.abs(wave_T).max(initial=0.0))
     return wave_T * np.float32(LISTENING_PEAK / peak) if peak > 0 else wave_T
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those of `packages` that are installed, of sepdist and of Python."""
+    found = {"sepdist": __version__, "python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

@@ -14,7 +14,7 @@ from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.inference import scoring
 from sepdist.inference.export import load_export
 from sepdist.metrics.si_snr import si_snr
-from sepdist.reporting import to_csv
+from sepdist.reporting import to_csv, versions
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         "num_mixtures": len(predictions),
         **found,
         "by_estimate": agreement(true.ravel(), predicted.ravel()),
-        "versions": scoring.versions("torch", "numpy"),
+        "versions": versions("torch", "numpy"),
     }
     lcc = "none" if found["lcc"] is None else f"{found['lcc']:.3f}"
     title = f"LCC {lcc}, MAE {found['mae']:.2f} dB"

@@ -27,7 +27,7 @@ from sepdist.inference.export import Export, load_separator
 from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
-from sepdist.reporting import to_csv
+from sepdist.reporting import to_csv, versions
 
 METRICS = {
     "si_snr_mixture": "SI-SNR of the mixture",
@@ -210,7 +210,7 @@ def summarise(
             "noise": cfg.noise,
             "max_seconds": cfg.max_seconds,
         },
-        "versions": scoring.versions("torch", "numpy", "fast-bss-eval"),
+        "versions": versions("torch", "numpy", "fast-bss-eval"),
     }
 
 

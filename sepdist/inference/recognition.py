@@ -23,7 +23,7 @@ from sepdist.inference import scoring
 from sepdist.inference.export import Export, load_export, load_separator
 from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.wer import error_rate, word_errors
-from sepdist.reporting import to_csv
+from sepdist.reporting import to_csv, versions
 
 PACKAGES = ("torch", "numpy", "jiwer", "transformers", "faster-whisper", "ctranslate2")
 
@@ -153,7 +153,7 @@ def summarise(
         "limit": cfg.limit,
         "recogniser": cfg.recogniser,
         "model": None if export is None else {"url": export.url, "lineage": export.lineage},
-        "versions": scoring.versions(*PACKAGES),
+        "versions": versions(*PACKAGES),
     }
 
 
