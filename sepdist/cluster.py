@@ -33,9 +33,8 @@ def connected(
         ray.init(address=address, logging_level=logging.WARNING)
     else:
         # Ray protects a local cluster by a token and logs that every time.
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
-            logging.ERROR
-        )
+        chatty = "ray._private.authentication.authentication_token_setup"
+        logging.getLogger(chatty).setLevel(logging.ERROR)
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, num_cpus),

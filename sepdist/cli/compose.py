@@ -5,7 +5,7 @@ import dataclasses
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,7 +89,8 @@ def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -
     for word in words:
         key, equals, option = word.partition("=")
         if key.startswith("-") or not (equals or key.startswith("~")):
-            example = " ".join(next(usages(doc), "").replace("\\\n", "").split())
+            [usage, *_] = re.findall(r"^    sepdist (?:.*\\\n)*.*", doc or "", re.M) or [""]
+            example = " ".join(usage.replace("\\\n", "").split())
             raise ConfigError(f"cannot read {word!r}: give KEY=VALUE, as in: {example}")
         head = re.split(r"[./@]", key.lstrip("+~"))[0]
         if head not in known and head != "hydra":
@@ -116,11 +117,6 @@ def print_yaml(composed: DictConfig) -> None:
         print(OmegaConf.to_yaml(composed, resolve=True), end="")
     except InterpolationToMissingValueError:
         print(OmegaConf.to_yaml(composed), end="")
-
-
-def usages(doc: str | None) -> Iterator[str]:
-    """The commands in a docstring."""
-    return (one[0] for one in re.finditer(r"^    sepdist (?:.*\\\n)*.*", doc or "", re.M))
 
 
 def help_text(

@@ -8,6 +8,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import fast_bss_eval
@@ -120,7 +121,9 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     _, order = best_permutation(pairwise_si_snr(wide_ST[None], sources_ST[None]))
     as_estimates_ST = (mixture_T / mixture_T.std()).expand_as(sources_ST)
     before, after = si_snr(as_estimates_ST, sources_ST), si_snr(wide_ST[order[0]], sources_ST)
-    sdr_before, sdr_after = _sdr(as_estimates_ST, sources_ST), _sdr(wide_ST, sources_ST)
+    sdr = partial(fast_bss_eval.sdr, sources_ST.numpy(), clamp_db=SDR_LIMIT_DB)
+    both = (as_estimates_ST, wide_ST)
+    sdr_before, sdr_after = (float(np.mean(sdr(waves_ST.numpy()))) for waves_ST in both)
     si_snrs = (float(before.mean()), float(after.mean()), float((after - before).mean()))
     values = dict(
         zip(METRICS, (*si_snrs, sdr_before, sdr_after, sdr_after - sdr_before), strict=True)
@@ -153,12 +156,6 @@ def check_audible(name: str, estimates_ST: Tensor, sources_ST: Tensor) -> None:
                 raise EvaluationError(f"{place} holds NaN or infinity; no score")
             if wave.std() == 0:
                 raise EvaluationError(f"{place} is silent; SI-SNR and SDR are undefined")
-
-
-def _sdr(estimates_ST: Tensor, sources_ST: Tensor) -> float:
-    """Mean SDR over the sources in dB, of the best permutation, within +-100 dB."""
-    ratios = fast_bss_eval.sdr(sources_ST.numpy(), estimates_ST.numpy(), clamp_db=SDR_LIMIT_DB)
-    return float(np.mean(ratios))
 
 
 def write_listening(folder: str, estimates_ST: Tensor, batch: Batch, rate: int) -> None:
