@@ -101,10 +101,7 @@ class Reporter:
         self._writer.add_figure(f"{name}/spectrogram", figure, step, close=False)
 
     def flush(self) -> None:
-        """Put all rows and events on disk, or on their way to s3://, for which `close` waits.
-
-        OSError if an upload before this one failed.
-        """
+        """Put all on disk or on its way to s3://; OSError if an earlier upload failed."""
         self._writer.flush()
         if self._pool and self._upload_all() > EVENT_FILE_BYTES:
             self._writer.close()  # the next event opens another file

@@ -38,10 +38,7 @@ class Audit:
 
 
 def audit(run_dir: str) -> Audit:
-    """Check the committed history of a run; LedgerError if its ledger is incomplete or damaged.
-
-    FileNotFoundError if the run has no committed checkpoint.
-    """
+    """Check a run's committed history; LedgerError if damaged, FileNotFoundError if absent."""
     committed = find_committed(storage.join(run_dir, "checkpoints"))
     if not committed:
         raise FileNotFoundError(f"{run_dir}: no committed checkpoint, so no history to check")

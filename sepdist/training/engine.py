@@ -260,10 +260,7 @@ class DeepSpeedEngine:
         return weights | {name: _copy(buffer) for name, buffer in self.model.named_buffers()}
 
     def optimizer_state(self) -> OptimizerState:
-        """Return the optimizer's state by whole parameters on CPU, on the main rank.
-
-        Collective at ZeRO >= 1.
-        """
+        """Its state by whole parameters on CPU, on the main rank; collective at ZeRO >= 1."""
         state = self._torch_optimizer().state
         if not state or (self.zero_stage == 0 and not self.world.is_main):
             return OptimizerState({}, {})
