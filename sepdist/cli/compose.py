@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import pkgutil
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from omegaconf.errors import InterpolationToMissingValueError
 
 from sepdist import composing, config, slots
 from sepdist.config import ConfigError
+from sepdist.console import user_console
 
 WIDTH = 100
 OPTIONS = {
@@ -59,6 +62,22 @@ def read_config(
         print_yaml(composed)
         sys.exit(0)
     return finish(composed, schema)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A verb that reads a config and passes it, with the console, to one function."""
+
+    name: str
+    schema: type[Any]
+    doc: str | None
+    function: str  # MODULE:NAME; imported when the command line is right, as it may import torch
+
+    def __call__(self) -> None:
+        """Run the verb; exit status 1 and one line after an error of the user."""
+        with user_console() as console:
+            cfg = read_config(self.name, self.schema, self.doc)
+            pkgutil.resolve_name(self.function)(cfg, console)
 
 
 def finish(composed: DictConfig, schema: type[_T]) -> _T:
