@@ -18,8 +18,7 @@ def connected(
     """Connect to `address`, to RAY_ADDRESS (set by `ray job submit`) or to a Ray started here.
 
     A Ray started here has at least `num_cpus` logical CPUs, so that more workers than cores can
-    share the machine; `verbose` shows its processes' output. An existing connection is reused and
-    stays open.
+    share the machine; `verbose` shows its processes' output. An open connection stays in use.
     """
     import ray
 

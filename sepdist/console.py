@@ -13,8 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator[Console]:
     """Print OSError, ValueError and `also` as one line and exit 1.
 
-    On Ctrl-C print `stopped` and exit 130. A closed pipe (`sepdist ... | head`) is left to
-    `sepdist.cli.main`.
+    On Ctrl-C print `stopped` and exit 130. A closed pipe is left to `sepdist.cli.main`.
     """
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.WARNING)

@@ -55,8 +55,7 @@ def extend_noise(noise_T: np.ndarray, rate: int, num_samples: int) -> np.ndarray
     """Cut the noise to `num_samples`, or repeat it up to that length with cross-faded seams.
 
     The fade is the rising half of a one-second Hann window (rate // 2 + 1 samples), as in
-    LibriMix's scripts. Those fail on noise not longer than the fade; here it is faded over half its
-    length.
+    LibriMix's scripts. Those fail on noise not longer than the fade; here half of it is faded.
     """
     size = noise_T.size
     if size >= num_samples:

@@ -92,8 +92,7 @@ class DynamicMixing:
     """Mixtures of the first sources of a data set's samples, each of one person: a feed.
 
     Every sample is the first source once an epoch. The other sources, and the noise, have orders of
-    their own; a sample of a speaker already in the mixture is passed over. Levels are ranges of
-    loudness in LUFS.
+    their own; a sample of a speaker already in the mixture is passed over. Levels are in LUFS.
     """
 
     path_arguments: ClassVar = ("noise",)

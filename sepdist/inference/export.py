@@ -34,8 +34,7 @@ class Export:
 def load_export(url: str) -> Export:
     """Build the model that `read_export` finds at `url` and load its weights.
 
-    The model returns the speakers alone: outputs that it was trained with for another purpose are
-    removed (see `speakers_of`).
+    The model returns the speakers alone, without outputs for another purpose (`speakers_of`).
     """
     weights, card, lineage, folder = read_export(url)
     model = build_stored(card["model"], weights, folder)

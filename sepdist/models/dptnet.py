@@ -21,8 +21,7 @@ from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
 class PathTransformer(nn.Module):
     """Attention, then bi-LSTM, ReLU and linear layer; a residual and a gLN after each (eq. 6 to 9).
 
-    [R, L, F] -> [R, L, F]. As in paper 1's code, each sequence is normalised by itself, not the
-    whole item.
+    [R, L, F] -> [R, L, F]. As in paper 1's code, the norms are over a sequence, not over the item.
     """
 
     def __init__(self, num_features: int, num_heads: int, num_hidden: int) -> None:

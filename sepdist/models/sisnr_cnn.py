@@ -18,8 +18,7 @@ STRIDES = (1, 2, 2, 2, 2)
 class SISNREstimator(nn.Module):
     """Five convolutions with ReLU between them, mean and deviation over time, two linear layers.
 
-    With `clipped`, as published, predictions are ten times a sigmoid, so 0 to 10 dB; otherwise they
-    are unbounded.
+    With `clipped`, as published, predictions are ten times a sigmoid, 0 to 10 dB; else unbounded.
     """
 
     estimates_si_snr = True

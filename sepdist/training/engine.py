@@ -130,8 +130,7 @@ class DeepSpeedEngine:
     def step(self, batches: list[Batch], norm_limit: float = math.inf) -> StepResult:
         """Make one optimizer step; `batches` are those of this rank's virtual shards; collective.
 
-        A combined gradient that is not finite is not applied, nor, in canonical reduction, one
-        whose norm is above `norm_limit`.
+        A gradient that is not finite, or in canonical reduction above `norm_limit`, is not applied.
         """
         assert len(batches) == len(self.owned), (len(batches), self.owned)
         self.model.train()
@@ -231,8 +230,7 @@ class DeepSpeedEngine:
     def _check_same_branch(self, loss: Tensor) -> None:
         """Raise BranchError if the losses of the ranks reach different parameters; collective.
 
-        ZeRO reduces gradients in the order in which they arrive, so it would silently add up those
-        of different parameters.
+        ZeRO reduces gradients as they arrive, so it would add up those of different parameters.
         """
         used = used_parameters(loss, [p for _, p in self._named])
         num_ranks = sum_over_world(used.double(), self.world).tolist()

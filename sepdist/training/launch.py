@@ -60,8 +60,7 @@ class TrainingFailedError(RuntimeError):
 def launch(cfg: TrainConfig) -> None:
     """Train the run frozen at `cfg.run_dir` in Ray Train workers; returns when it has finished.
 
-    TrainingFailedError once the allowed restarts are used up; KeyboardInterrupt on Ctrl-C, when the
-    workers have ended.
+    TrainingFailedError once the restarts are used up; KeyboardInterrupt when Ctrl-C has ended it.
     """
     cluster = cfg.cluster
     fewest, most = config.worker_range(cluster)
@@ -249,8 +248,7 @@ class Recovery(ControllerCallback):
     def after_controller_start(self, train_run_context: Any) -> None:
         """Set the timings, not all of which Ray passes on from the driver, and free stale CPUs.
 
-        A controller that was killed with its driver leaves the CPUs of its workers reserved for up
-        to 180 s.
+        A controller that was killed with its driver leaves its workers' CPUs reserved for 180 s.
         """
         for name, value in TIMINGS.items():
             os.environ.setdefault(name, value)

@@ -40,8 +40,7 @@ def run(cfg: TrainConfig, console: Console) -> float | None:
 def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     """Check the config as far as possible without a worker, and write it to run_dir/config.yaml.
 
-    ConfigError if an object cannot be built, a data set is missing, or run_dir holds a run of
-    another config.
+    ConfigError if an object cannot be built, data is missing, or run_dir holds another run.
     """
     slots.make_paths_absolute(cfg)
     _check_engine(cfg)
