@@ -175,16 +175,12 @@ def used_stages(stage: StageConfig, earlier: dict[str, Stage]) -> list[Stage]:
     if stage.kind not in RUNNERS:
         raise ConfigError(f"kind={stage.kind!r}: it is one of {', '.join(RUNNERS)}")
     least, most = NUM_USED.get(stage.kind, (1, 1))
-    if not set(stage.uses) <= earlier.keys() or not least <= len(stage.uses) <= most:
-        raise ConfigError(
-            f"uses={stage.uses}: a stage of kind {stage.kind} uses {least} to {most} of "
-            f"{list(earlier)}"
-        )
     kinds = KINDS_USED.get(stage.kind, ("train",))
-    if any(earlier[used].kind not in kinds for used in stage.uses):
+    fitting = [name for name, one in earlier.items() if one.kind in kinds]
+    if not set(stage.uses) <= set(fitting) or not least <= len(stage.uses) <= most:
         raise ConfigError(
-            f"uses={stage.uses}: a stage of kind {stage.kind} uses stages of kind "
-            f"{', '.join(kinds)}"
+            f"uses={stage.uses}: a stage of kind {stage.kind} uses {least} to {most} of {fitting} "
+            f"({', '.join(kinds)})"
         )
     return [earlier[used] for used in stage.uses]
 
