@@ -38,14 +38,8 @@ def read_config(
     With `sweep`, a command line that asks for one runs it instead and exits. ConfigError if a word,
     key or option is unknown, a value has the wrong type or a mandatory one is missing.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("-cd", "--config-dir", action="append", default=[])
-    parser.add_argument("-c", "--cfg", choices=["job"])
-    if sweep:
-        parser.add_argument("-m", "--multirun", action="store_true")
     try:
-        given, words = parser.parse_known_args()
+        given, words = option_parser(sweep is not None).parse_known_args()
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
     use_folders(given.config_dir, words)
@@ -85,6 +79,17 @@ def finish(composed: DictConfig, schema: type[_T]) -> _T:
     cfg: Any = config.typed(composed, schema)
     slots.use_plugins(getattr(cfg, "plugins", ()))
     return cfg
+
+
+def option_parser(sweeps: bool) -> argparse.ArgumentParser:
+    """The options that may stand among KEY=VALUE words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-cd", "--config-dir", action="append", default=[])
+    parser.add_argument("-c", "--cfg", choices=["job"])
+    if sweeps:
+        parser.add_argument("-m", "--multirun", action="store_true")
+    return parser
 
 
 def use_folders(folders: Sequence[str], words: list[str]) -> None:
