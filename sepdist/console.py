@@ -34,10 +34,7 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
 def progress_bar(
     console: Console, description: str, total: float | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on a terminal; yields advance(amount=1, total=None, text="").
-
-    The total may be given later, by `advance`, where it is not known at first.
-    """
+    """Show a progress bar on a terminal; yields advance(amount=1, total=None, text="")."""
     columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns,

@@ -68,15 +68,13 @@ class Reporter:
         self._began = self._last_upload = time.monotonic()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one row: `metrics` by "group/name", and the seconds of all attempts of the run.
-
-        A value that is not finite is null in metrics.jsonl, because JSON has no NaN.
-        """
+        """Write one row: `metrics` by "group/name", and the seconds of all attempts of the run."""
         values = {name: float(value) for name, value in metrics.items()}
         wrong = [name for name in values if "/" not in name]
         assert not wrong, f"metrics are named group/name, not {wrong}"
         seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
         row: dict[str, float | None] = {"step": int(step), "seconds": seconds}
+        # JSON has no NaN.
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()

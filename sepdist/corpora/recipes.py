@@ -249,10 +249,7 @@ def _gains(waves: _Waves, measures: Mapping[Path, _Measures], choice: Choice) ->
 
 
 def level(choices: Sequence[Choice], speech_root: Path, noise_root: Path | None) -> list[Recipe]:
-    """Turn drawn mixtures into recipes: measure the files, below the roots, and give them gains.
-
-    Equal choices and files give equal recipes, whatever the number of threads.
-    """
+    """Turn drawn mixtures into recipes with measured gains, equal for any number of threads."""
     waves = _Waves()
     used = list(dict.fromkeys(path for choice in choices for path in choice.sources))
 

@@ -115,9 +115,7 @@ def recognise_one(
 ) -> Recognition:
     """Recognise one mixture and its estimates by `model`, each at the mixture's level."""
     waves, reference = record.load(), record.texts[0]
-    batch = collate(
-        [Item(record.id, record.speakers, waves)], range(1), len(next(iter(waves.values())))
-    )
+    batch = collate([Item(record.id, record.speakers, waves)], range(1))
     mixture_T = batch.mixture[0].numpy()
     estimates: list[np.ndarray] = []
     if model is not None:

@@ -63,7 +63,7 @@ def separate(record: Mixture, model: str, device: str) -> Mapping[str, np.ndarra
     members = record.load()
     sources, _, rest = split_members(list(members))
     waves = {name: members[name] for name in (*sources, *rest)}
-    batch = collate([Item(record.id, record.speakers, waves)], range(1), len(members["s1"]))
+    batch = collate([Item(record.id, record.speakers, waves)], range(1))
     assert batch.sources is not None
     place = torch.device(device)
     separator = open_export(model).model.to(place)

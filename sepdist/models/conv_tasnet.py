@@ -89,11 +89,10 @@ class ConvTasNet(nn.Module):
         """Estimates [B, S, T] of the speakers, in no particular order."""
         encoded_BNF, output_BNF = self._encode(mixture_BT)
         masks_BNSF = output_BNF.unflatten(-1, (self.num_speakers, self.num_filters))
-        masked_BNSF = (
-            compiled_if(self.compiled, apply_masks)(masks_BNSF, encoded_BNF)
-            if self.masking
-            else F.relu(masks_BNSF)
-        )
+        if self.masking:
+            masked_BNSF = compiled_if(self.compiled, apply_masks)(masks_BNSF, encoded_BNF)
+        else:
+            masked_BNSF = F.relu(masks_BNSF)
         return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
 
     def features(self, mixture_BT: Tensor) -> Tensor:

@@ -38,10 +38,7 @@ def overlap_add(frames: Tensor, stride: int, num_samples: int) -> Tensor:
 
 
 def init_filterbank(encoder: nn.Linear, decoder: nn.Linear) -> None:
-    """Draw the weights of both as Asteroid does: Xavier normal for a convolution's [F, 1, K].
-
-    The fans are K and F K, so the standard deviation is sqrt(2 / (K + F K)).
-    """
+    """Draw both weights as Asteroid does: Xavier normal for [F, 1, K], whose fans are K and F K."""
     num_filters, kernel_size = encoder.weight.shape
     deviation = math.sqrt(2 / (kernel_size + num_filters * kernel_size))
     for weight in (encoder.weight, decoder.weight):

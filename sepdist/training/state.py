@@ -8,7 +8,7 @@ from torch import nn
 
 from sepdist import seeding, slots
 from sepdist.allocator import keep_freed_memory
-from sepdist.config import TrainConfig
+from sepdist.config import TrainConfig, differences
 from sepdist.metrics.switching import SwitchTracker
 from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
 from sepdist.training import checkpoint
@@ -107,12 +107,8 @@ class RunState:
 
     def _load(self, saved: checkpoint.Snapshot) -> None:
         """Continue from a checkpoint, whose weights the engine has already."""
-        changes = [
-            f"{name} was {saved.state[name]}, is {value}"
-            for name, value in self._data.items()
-            if saved.state[name] != value
-        ]
-        if changes:
+        before = {name: saved.state[name] for name in self._data}
+        if changes := differences(before, self._data):
             raise checkpoint.CheckpointError(
                 f"the run's data changed since its checkpoint ({', '.join(changes)}); start "
                 "another run_dir"
