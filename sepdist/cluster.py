@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
@@ -34,8 +36,11 @@ def connected(
         # Ray protects a local cluster by a token and logs that every time.
         chatty = "ray._private.authentication.authentication_token_setup"
         logging.getLogger(chatty).setLevel(logging.ERROR)
+        # Ray starts workers by a shell command, in which it does not quote the path of Python.
+        python = shlex.quote(sys.executable)
         ray.init(
             address="local",
+            runtime_env={"py_executable": python} if python != sys.executable else None,
             num_cpus=max(os.cpu_count() or 1, num_cpus),
             include_dashboard=False,
             object_store_memory=200_000_000,  # nothing large goes through it

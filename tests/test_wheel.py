@@ -133,14 +133,14 @@ def stranger(wheel, tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     install left in this one's has no effect there.
     """
     place = tmp_path_factory.mktemp("stranger")
-    programs = place / "venv" / "bin"
+    programs = place / "eine Umgebung" / "bin"
     someone = Stranger(place / "Heim ñ", place / "ein leerer Ordner, für Übungen", programs)
     someone.home.mkdir()
     someone.folder.mkdir()
-    venv.create(place / "venv", symlinks=True)
+    venv.create(place / "eine Umgebung", symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", str(programs / "python"), "--quiet"]
     subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], check=True)
-    [packages] = place.glob("venv/lib/python*/site-packages")
+    [packages] = place.glob("eine Umgebung/lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(f"{Path(np.__file__).parent.parent}\n")
     return someone
 

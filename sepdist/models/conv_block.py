@@ -188,13 +188,14 @@ def block_backward(
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether the PATH has a C++ compiler, which `torch.compile` needs; warn once if not."""
+    """Whether `torch.compile` finds a C++ compiler and can link; warn once if not."""
     names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    reason = f"no C++ compiler found ({', '.join(names)})"
     if any(shutil.which(name) for name in names):
-        return True
-    logger.warning(
-        "no C++ compiler found (%s): models run uncompiled, about half as fast", ", ".join(names)
-    )
+        reason = f"torch cannot link in {torch.__file__}, a path with a blank"
+        if torch.__file__.split() == [torch.__file__]:
+            return True
+    logger.warning("%s: models run uncompiled, about half as fast", reason)
     return False
 
 

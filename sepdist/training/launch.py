@@ -330,6 +330,7 @@ def one_line(failure: BaseException) -> str:
         return "its process died"
     kind = type(innermost).__name__
     lines = [line.strip() for line in str(innermost).strip().splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Set TORCH")]  # torch's advice on logs
     if kind in ("WorkerHealthCheckTimeoutError", "WorkerGroupStartupTimeoutError"):
         return lines[0].partition(" Potential causes")[0]
     return lines[-1] if lines else kind

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -154,5 +155,5 @@ def summarise(cfg: TrainConfig, console: Console) -> float | None:
     if best := best_of(committed):
         console.print(f"best validation score {best.score:.3g} at step {best.step}: {best.url}")
     tensorboard = storage.join(cfg.run_dir, "tensorboard")
-    console.print(f"look at it: tensorboard --logdir {tensorboard}")
+    console.print(f"look at it: tensorboard --logdir {shlex.quote(tensorboard)}")
     return best.score if best else None
