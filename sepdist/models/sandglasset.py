@@ -72,10 +72,7 @@ class GlobalAttention(nn.Module):
 
 
 class Sandglasset(nn.Module):
-    """Encoder, blocks of local recurrence and global attention, masks, decoder.
-
-    Block b of `num_blocks` downsamples by 4^min(b, num_blocks - 1 - b).
-    """
+    """Encoder, blocks of local recurrence and global attention, masks, decoder."""
 
     # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)

@@ -107,10 +107,7 @@ def launch(cfg: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
-    """Turn Ctrl-C into KeyboardInterrupt: Ray Train's handler stops the workers and exits.
-
-    The handler from before is restored, because Ray leaves its own in place.
-    """
+    """Turn Ctrl-C into KeyboardInterrupt: Ray Train's handler stops the workers and exits."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -118,7 +115,7 @@ def interrupts() -> Iterator[None]:
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+            signal.signal(signal.SIGINT, handler)  # Ray leaves its own in place
 
 
 def worker_environment(cfg: TrainConfig) -> dict[str, str]:
