@@ -220,7 +220,7 @@ def _mel_filters(num_bands: int) -> Tensor:
 def upsample(wave: Tensor, factor: int) -> Tensor:
     """Band-limited interpolation, [..., T] -> [..., T * factor]; keeps the samples; differentiable.
 
-    A sinc in a Kaiser window: flat to 92 % of the input's Nyquist rate, -80 dB from 108 % on.
+    A sinc in a Kaiser window: flat to 92 % of the input's Nyquist frequency, -80 dB from 108 % on.
     """
     if factor == 1:
         return wave
