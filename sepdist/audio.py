@@ -95,10 +95,7 @@ def rms(wave_T: np.ndarray) -> float:
 
 
 def loudness(wave_T: np.ndarray, rate: int, name: str = "the wave") -> float:
-    """Integrated loudness in LUFS (ITU-R BS.1770-4).
-
-    AudioError if the wave is shorter than 0.4 s or below the gate throughout.
-    """
+    """Integrated loudness in LUFS (ITU-R BS.1770-4); AudioError if too short or below its gate."""
     import pyloudnorm
 
     if wave_T.size < MIN_LOUDNESS_SECONDS * rate:
@@ -108,11 +105,6 @@ def loudness(wave_T: np.ndarray, rate: int, name: str = "the wave") -> float:
     if not np.isfinite(measured):
         raise AudioError(f"{name}: below the loudness gate of -70 LUFS throughout; leave it out")
     return measured
-
-
-def db_to_gain(decibels: float) -> float:
-    """Convert a level difference in dB to an amplitude factor."""
-    return float(10.0 ** (decibels / 20.0))
 
 
 def at_level_of(mixture_T: np.ndarray, wave_T: np.ndarray, max_peak: float = 1.0) -> np.ndarray:

@@ -20,8 +20,7 @@ def connected(
     """Connect to `address`, to RAY_ADDRESS (set by `ray job submit`) or to a Ray started here.
 
     A Ray started here has at least `num_cpus` logical CPUs, so that more workers than cores can
-    share the machine; `verbose` shows its processes' output. An existing connection is reused and
-    stays open.
+    share the machine; `verbose` shows its processes' output. An open connection stays in use.
     """
     import ray
 
@@ -35,9 +34,8 @@ def connected(
         ray.init(address=address, logging_level=logging.WARNING)
     else:
         # Ray protects a local cluster by a token and logs that every time.
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
-            logging.ERROR
-        )
+        chatty = "ray._private.authentication.authentication_token_setup"
+        logging.getLogger(chatty).setLevel(logging.ERROR)
         # Ray starts workers by a shell command, in which it does not quote the path of Python.
         python = shlex.quote(sys.executable)
         ray.init(
@@ -65,11 +63,9 @@ def run_tasks(
     """Run the generator `work` on each of `calls`, one Ray task per call; yield items as they come.
 
     At most `num_workers` tasks run at a time: 0 is none, all runs in this process, and -1 is one
-    per CPU of the cluster. A task whose worker dies is run again, up to three times.
-
-    Raises:
-        ConfigError: `num_gpus` per task are asked for and no node has a GPU.
-        ValueError, OSError: as `work` raised them; OSError too if a worker died every time.
+    per CPU of the cluster. A task whose worker dies is run again, up to three times, after which it
+    is an OSError. ValueError and OSError come through as `work` raised them; ConfigError if
+    `num_gpus` per task are asked for and no node has a GPU.
     """
     if num_workers == 0:
         for call in calls:

@@ -26,8 +26,7 @@ user_folders: list[str] = []
 def compose(name: str, words: Sequence[str], schema: type) -> DictConfig:
     """Compose configs/<name>.yaml, or `schema` where there is none, with the changes KEY=VALUE.
 
-    Raises:
-        ConfigError: a word, key or option is unknown or a value has the wrong type.
+    ConfigError if a word, key or option is unknown or a value has the wrong type.
     """
     import hydra
     from hydra.errors import ConfigCompositionException
@@ -89,10 +88,8 @@ def divide(
 
     A field that is a string takes its value as it stands: Hydra's grammar has no plain paths with
     =, a comma or parentheses, and takes model=... for a file of configs/model/. Other values that
-    the grammar cannot read, such as paths in a corpus, are quoted.
-
-    Raises:
-        ConfigError: there is no such key, or without `sweeps` a list of values to sweep over.
+    the grammar cannot read, such as paths in a corpus, are quoted. ConfigError if there is no such
+    key, or without `sweeps` for a list of values to sweep over.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Quote, QuotedString
@@ -121,11 +118,7 @@ def divide(
 
 
 def key_type(schema: Any, key: str, within: str = "") -> Any:
-    """The type of a nested field; None below a group, whose file says what there is.
-
-    Raises:
-        ConfigError: there is no such field.
-    """
+    """The type of a nested field, None below a group; ConfigError if there is no such field."""
     types = {one.name: one.type for one in dataclasses.fields(schema)}
     head, _, rest = key.partition(".")
     if head not in types:

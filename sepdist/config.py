@@ -35,9 +35,7 @@ class ExtraConfig:
     url: str = MISSING
     num_sources: int = 1
     noise: bool = True
-    weight: float | None = (
-        None  # batches per batch of data.train; None = by size, one pass an epoch
-    )
+    weight: float | None = None  # batches per batch of data.train; null = one pass an epoch
 
 
 @dataclass
@@ -285,11 +283,7 @@ _PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-
 
 
 def parse_plain(text: str | bytes) -> Any:
-    """The values in a stranger's YAML.
-
-    Raises:
-        ConfigError: it is damaged, or has tags, timestamps or aliases.
-    """
+    """A stranger's YAML; ConfigError if it is damaged or has tags, timestamps or aliases."""
     try:
         return yaml.load(text, _PlainLoader)
     except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as error:
@@ -298,11 +292,7 @@ def parse_plain(text: str | bytes) -> Any:
 
 
 def from_yaml(text: str, schema: type[_T]) -> _T:
-    """Read what `to_yaml` wrote and check it against the schema.
-
-    Raises:
-        ConfigError: it holds an interpolation, ${...}, which could read the environment.
-    """
+    """Read what `to_yaml` wrote; ConfigError for a ${reference}: it could read the environment."""
     given = parse_plain(text)
     if not isinstance(given, dict) or "${" in str(given):
         raise ConfigError("a frozen config is a mapping of values, without any ${reference}")

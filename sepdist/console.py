@@ -13,8 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator[Console]:
     """Print OSError, ValueError and `also` as one line and exit 1.
 
-    On Ctrl-C print `stopped` and exit 130. A closed pipe (`sepdist ... | head`) is left to
-    `sepdist.cli.main`.
+    On Ctrl-C print `stopped` and exit 130. A closed pipe is left to `sepdist.cli.main`.
     """
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.WARNING)
@@ -35,10 +34,7 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
 def progress_bar(
     console: Console, description: str, total: float | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on a terminal; yields advance(amount=1, total=None, text="").
-
-    The total may be given later, by `advance`, where it is not known at first.
-    """
+    """Show a progress bar on a terminal; yields advance(amount=1, total=None, text="")."""
     columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns,

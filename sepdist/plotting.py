@@ -25,10 +25,7 @@ COLOURS = (  # the first three as in paper 1
 
 
 def decibel_spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Power in dB relative to the loudest bin, float32 [F, N]; silence is at the floor.
-
-    Hann windows of 32 ms every 8 ms.
-    """
+    """Power in dB below the loudest bin, floored, of Hann windows of 32 ms every 8 ms: [F, N]."""
     import scipy.signal  # late, because few figures are spectrograms
 
     size = max(int(0.032 * rate), 16)

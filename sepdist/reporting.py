@@ -1,4 +1,4 @@
-"""Write a run's metrics, audio and spectrograms; read its metrics back; make CSV files.
+"""Write a run's metrics, audio and spectrograms; read its metrics back; CSV files and versions.
 
     run_dir/metrics.jsonl   one JSON object per `log` call: step, seconds, and the metrics by name
     run_dir/tensorboard/    event files with the same numbers, and with audio and spectrograms
@@ -8,20 +8,23 @@ Names are group/name, with groups loss, train, si_snri, speed, optim, validation
 is written in a local scratch folder and put there as whole files: objects cannot be appended to.
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
+import platform
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sepdist import storage
+from sepdist import __version__, storage
 
 LISTENING_PEAK = 0.9
 UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl without a flush
@@ -65,15 +68,13 @@ class Reporter:
         self._began = self._last_upload = time.monotonic()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one row: `metrics` by "group/name", and the seconds of all attempts of the run.
-
-        A value that is not finite is null in metrics.jsonl, because JSON has no NaN.
-        """
+        """Write one row: `metrics` by "group/name", and the seconds of all attempts of the run."""
         values = {name: float(value) for name, value in metrics.items()}
         wrong = [name for name in values if "/" not in name]
         assert not wrong, f"metrics are named group/name, not {wrong}"
         seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
         row: dict[str, float | None] = {"step": int(step), "seconds": seconds}
+        # JSON has no NaN.
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
@@ -98,10 +99,7 @@ class Reporter:
         self._writer.add_figure(f"{name}/spectrogram", figure, step, close=False)
 
     def flush(self) -> None:
-        """Put all rows and events on disk, or on their way to s3://, for which `close` waits.
-
-        OSError if an upload before this one failed.
-        """
+        """Put all on disk or on its way to s3://; OSError if an earlier upload failed."""
         self._writer.flush()
         if self._pool and self._upload_all() > EVENT_FILE_BYTES:
             self._writer.close()  # the next event opens another file
@@ -181,6 +179,15 @@ def for_listening(wave_T: np.ndarray, name: str = "wave") -> np.ndarray:
         raise ReportingError(f"{name}: {num_wrong} of {wave_T.size} samples are not finite")
     peak = float(np.abs(wave_T).max(initial=0.0))
     return wave_T * np.float32(LISTENING_PEAK / peak) if peak > 0 else wave_T
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those of `packages` that are installed, of sepdist and of Python."""
+    found = {"sepdist": __version__, "python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

@@ -15,7 +15,7 @@ import sepdist
 from sepdist import slots, storage
 from sepdist.config import ConfigError
 from sepdist.inference.separator import Separator
-from sepdist.inference.stitching import SeparationError, Windows
+from sepdist.inference.windows import SeparationError, Windows
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.training.checkpoint import CheckpointError
 from tests.support.exports import voices, write_export

@@ -28,6 +28,7 @@ from sepdist.config import ConfigError
 from tests.support.exports import RATE, voices, write_export
 from tests.support.runs import program
 
+READ_CONFIG = compose.read_config  # before a test replaces it
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "cluster/README.md")]
@@ -206,6 +207,7 @@ class ReadError(Exception):
 def composed(verb: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a program read its config from the words and go no further; ConfigError if it cannot."""
     program_of_verb = importlib.import_module(f"sepdist.cli.{verb}")
+    reader = program_of_verb if hasattr(program_of_verb, "read_config") else compose
     sweeps: list[list[str]] = []
 
     def read(*given: Any) -> None:
@@ -213,14 +215,14 @@ def composed(verb: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -
             given = (*given[:3], lambda words: sweeps.append(list(words)))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                compose.read_config(*given)
+                READ_CONFIG(*given)
         except ConfigError as error:
             raise ReadError from error
         except SystemExit as end:  # after --cfg job, and after a sweep
             assert end.code == 0
         raise ReadError
 
-    monkeypatch.setattr(program_of_verb, "read_config", read)
+    monkeypatch.setattr(reader, "read_config", read)
     monkeypatch.setattr(sys, "argv", [f"sepdist {verb}", *words])
     with pytest.raises(ReadError) as end:
         program_of_verb.main()

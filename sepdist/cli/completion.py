@@ -8,9 +8,9 @@ The script asks `sepdist completion words WORD ...` for what the last of these w
 Where that is nothing, as after output=, the shell completes file names.
 """
 
+import argparse
 import contextlib
 import importlib
-import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ import yaml
 
 from sepdist import composing, config
 from sepdist.cli import VERBS
-from sepdist.cli.compose import OPTIONS, options, use_folders
+from sepdist.cli.compose import option_parser, options, use_folders
 from sepdist.papers.schema import FigureConfig, PipelineConfig
 
 SCHEMAS: dict[str, tuple[str, Any]] = {
@@ -64,19 +64,22 @@ def candidates(words: Sequence[str]) -> list[str]:
     if verb in FIRST and len(given) == 1:
         return list(FIRST[verb])
     if verb == "separate":
-        return separate_candidates(current, before)
-    if verb not in SCHEMAS or before == "--config-dir":
+        parser = importlib.import_module("sepdist.cli.separate")._parser()
+    elif verb in SCHEMAS:
+        parser = option_parser(sweeps=verb == "train")
+    else:
         return []
-    if before == "--cfg":
-        return ["job"]
-    if current.startswith("-"):
-        shown = " ".join(list(OPTIONS)[: 3 if verb == "train" else 2])
-        return ["--help", *re.findall(r"--[\w-]+", shown)]
-    name, schema = SCHEMAS[verb]
-    folders = [one for flag, one in itertools.pairwise(given) if flag == "--config-dir"]
-    folders += [one.partition("=")[2] for one in given if one.startswith("--config-dir=")]
+    known = parser._option_string_actions
+    if before in known and known[before].nargs != 0:
+        return list(known[before].choices or ())
+    if verb == "separate" or current.startswith("-"):
+        return list(known) if current.startswith("-") else []
+    try:
+        folders = parser.parse_known_args(given)[0].config_dir
+    except argparse.ArgumentError:
+        return []
     use_folders([one for one in folders if Path(one).expanduser().is_dir()], [])
-    return key_candidates(name, schema, given)
+    return key_candidates(*SCHEMAS[verb], given)
 
 
 def key_candidates(name: str, schema: Any, given: Sequence[str]) -> list[str]:
@@ -98,11 +101,3 @@ def key_candidates(name: str, schema: Any, given: Sequence[str]) -> list[str]:
     depth = key.count(".") + 1
     cut = [re.match(rf"(?:[^.]*\.){{{depth}}}|.*", one) for one in found]
     return list(dict.fromkeys(one[0] for one in cut if one))
-
-
-def separate_candidates(current: str, before: str) -> list[str]:
-    """The options of separate, which are argparse's, and the choices of the one before."""
-    known = importlib.import_module("sepdist.cli.separate")._parser()._option_string_actions
-    if before in known and known[before].choices:
-        return list(known[before].choices)
-    return list(known) if current.startswith("-") else []

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import pkgutil
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from sepdist import composing, config, slots
 from sepdist.config import ConfigError
+from sepdist.console import user_console
 
 WIDTH = 100
 OPTIONS = {
@@ -32,20 +35,11 @@ def read_config(
 ) -> _T:
     """configs/<name>.yaml with the changes of the command line; --help prints `doc` and the keys.
 
-    With `sweep`, a command line that asks for one runs it instead and exits.
-
-    Raises:
-        ConfigError: a word, key or option is unknown, a value has the wrong type or a mandatory
-            one is missing.
+    With `sweep`, a command line that asks for one runs it instead and exits. ConfigError if a word,
+    key or option is unknown, a value has the wrong type or a mandatory one is missing.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("-cd", "--config-dir", action="append", default=[])
-    parser.add_argument("-c", "--cfg", choices=["job"])
-    if sweep:
-        parser.add_argument("-m", "--multirun", action="store_true")
     try:
-        given, words = parser.parse_known_args()
+        given, words = option_parser(sweep is not None).parse_known_args()
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
     use_folders(given.config_dir, words)
@@ -64,11 +58,38 @@ def read_config(
     return finish(composed, schema)
 
 
+@dataclass(frozen=True)
+class Program:
+    """A verb that reads a config and passes it, with the console, to one function."""
+
+    name: str
+    schema: type[Any]
+    doc: str | None
+    function: str  # MODULE:NAME; imported when the command line is right, as it may import torch
+
+    def __call__(self) -> None:
+        """Run the verb; exit status 1 and one line after an error of the user."""
+        with user_console() as console:
+            cfg = read_config(self.name, self.schema, self.doc)
+            pkgutil.resolve_name(self.function)(cfg, console)
+
+
 def finish(composed: DictConfig, schema: type[_T]) -> _T:
     """Return a composed config as dataclasses, its plug-ins imported."""
     cfg: Any = config.typed(composed, schema)
     slots.use_plugins(getattr(cfg, "plugins", ()))
     return cfg
+
+
+def option_parser(sweeps: bool) -> argparse.ArgumentParser:
+    """The options that may stand among KEY=VALUE words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-cd", "--config-dir", action="append", default=[])
+    parser.add_argument("-c", "--cfg", choices=["job"])
+    if sweeps:
+        parser.add_argument("-m", "--multirun", action="store_true")
+    return parser
 
 
 def use_folders(folders: Sequence[str], words: list[str]) -> None:
@@ -92,7 +113,8 @@ def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -
     for word in words:
         key, equals, option = word.partition("=")
         if key.startswith("-") or not (equals or key.startswith("~")):
-            example = " ".join(next(usages(doc), "").replace("\\\n", "").split())
+            [usage, *_] = re.findall(r"^    sepdist (?:.*\\\n)*.*", doc or "", re.M) or [""]
+            example = " ".join(usage.replace("\\\n", "").split())
             raise ConfigError(f"cannot read {word!r}: give KEY=VALUE, as in: {example}")
         head = re.split(r"[./@]", key.lstrip("+~"))[0]
         if head not in known and head != "hydra":
@@ -121,11 +143,6 @@ def print_yaml(composed: DictConfig) -> None:
         print(OmegaConf.to_yaml(composed), end="")
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).partition("full_key")[0].split())) from error
-
-
-def usages(doc: str | None) -> Iterator[str]:
-    """The commands in a docstring."""
-    return (one[0] for one in re.finditer(r"^    sepdist (?:.*\\\n)*.*", doc or "", re.M))
 
 
 def help_text(

@@ -12,15 +12,9 @@ first, as in paper 2, section 4.1.
     output/scatter.png       predicted over true SI-SNR (paper 2, figure 4)
 """
 
-from sepdist.cli.compose import read_config
+from sepdist.cli.compose import Program
 from sepdist.config import EvaluateConfig
-from sepdist.console import user_console
 
-
-def main() -> None:
-    """Score the SI-SNR estimator and print its correlation and error."""
-    with user_console() as console:
-        cfg = read_config("evaluate", EvaluateConfig, __doc__)
-        from sepdist.inference.estimation import evaluate_estimator
-
-        evaluate_estimator(cfg, console)
+main = Program(
+    "evaluate", EvaluateConfig, __doc__, "sepdist.inference.estimation:evaluate_estimator"
+)

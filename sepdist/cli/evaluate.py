@@ -13,15 +13,7 @@ not depend on the number of workers.
                              the first `num_listening` utterances
 """
 
-from sepdist.cli.compose import read_config
+from sepdist.cli.compose import Program
 from sepdist.config import EvaluateConfig
-from sepdist.console import user_console
 
-
-def main() -> None:
-    """Score the separator and print the table."""
-    with user_console() as console:
-        cfg = read_config("evaluate", EvaluateConfig, __doc__)
-        from sepdist.inference.evaluation import evaluate  # torch, once the command line is right
-
-        evaluate(cfg, console)
+main = Program("evaluate", EvaluateConfig, __doc__, "sepdist.inference.evaluation:evaluate")

@@ -14,15 +14,7 @@ training.checkpoint_every=E, where E is the number of steps of an epoch.
 The objective `fixed_permutations` reads these tables.
 """
 
-from sepdist.cli.compose import read_config
+from sepdist.cli.compose import Program
 from sepdist.config import EvaluateConfig
-from sepdist.console import user_console
 
-
-def main() -> None:
-    """Measure the switch rates and print them."""
-    with user_console() as console:
-        cfg = read_config("evaluate", EvaluateConfig, __doc__)
-        from sepdist.inference.switching import measure_switching
-
-        measure_switching(cfg, console)
+main = Program("evaluate", EvaluateConfig, __doc__, "sepdist.inference.switching:measure_switching")

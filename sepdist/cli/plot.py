@@ -10,18 +10,7 @@ sets. scatter (figure 4): predicted over true SI-SNR, from outputs of `sepdist e
 still be going on; all folders may be on local disk or s3://.
 """
 
-from sepdist.cli.compose import read_config
-from sepdist.config import ConfigError
-from sepdist.console import user_console
+from sepdist.cli.compose import Program
 from sepdist.papers.schema import FigureConfig
 
-
-def main() -> None:
-    """Read the command line and draw."""
-    with user_console() as console:
-        cfg = read_config("plot", FigureConfig, __doc__)
-        if not cfg.runs:
-            raise ConfigError('nothing to draw: give "runs.TITLE=FOLDER", once or more')
-        from sepdist.papers.figures import draw
-
-        draw(cfg, console)
+main = Program("plot", FigureConfig, __doc__, "sepdist.papers.figures:draw")

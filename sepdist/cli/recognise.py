@@ -14,15 +14,7 @@ sample_rate, mixtures too.
                              versions; written last
 """
 
-from sepdist.cli.compose import read_config
+from sepdist.cli.compose import Program
 from sepdist.config import RecogniseConfig
-from sepdist.console import user_console
 
-
-def main() -> None:
-    """Recognise every condition and print the table."""
-    with user_console() as console:
-        cfg = read_config("recognise", RecogniseConfig, __doc__)
-        from sepdist.inference.recognition import recognise
-
-        recognise(cfg, console)
+main = Program("recognise", RecogniseConfig, __doc__, "sepdist.inference.recognition:recognise")

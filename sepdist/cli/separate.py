@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from sepdist import storage
 from sepdist.console import progress_bar, user_console
-from sepdist.inference.stitching import FORMATS, SeparationError, Windows, output_names
+from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names
 
 WINDOW_OPTIONS = {
     "window_seconds": "length of the model's input",

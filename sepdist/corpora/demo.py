@@ -26,7 +26,7 @@ import yaml
 
 from sepdist import audio
 from sepdist.config import ConfigError
-from sepdist.corpora.recipes import MAX_PEAK, NOISE_LUFS, SPEECH_LUFS
+from sepdist.corpora.recipes import NOISE_LUFS, SPEECH_LUFS, guarded_gains
 from sepdist.data.records import Mixture
 from sepdist.seeding import derive, rng
 
@@ -78,10 +78,7 @@ class DemoCorpus:
     """Mixtures of two generated voices and noise, `num_<split>` of them per split.
 
     Each mixture is as long as the shorter of its two utterances ("min" mode), between `min_seconds`
-    and `max_seconds`.
-
-    Raises:
-        ConfigError: eSpeak NG is not installed, or an argument is out of its range.
+    and `max_seconds`. ConfigError if eSpeak NG is not installed.
     """
 
     num_train: int = 1600
@@ -135,14 +132,13 @@ class DemoCorpus:
         spoken = [self._speak(text, voice) for text, voice in zip(texts, voices, strict=True)]
         length = min(len(wave) for wave in spoken)
         random = rng(self.seed, "demo level", split, number)
-        noise = self._noise(random, split, voices, length)
-        waves = {"s1": spoken[0][:length], "s2": spoken[1][:length], "noise": noise}
-        for name, wave in waves.items():
-            lufs = random.uniform(*(NOISE_LUFS if name == "noise" else SPEECH_LUFS))
-            waves[name] = set_loudness(wave.astype(np.float64), lufs, self.sample_rate)
-        peak = np.abs(np.sum(list(waves.values()), axis=0)).max()
-        gain = MAX_PEAK / peak if peak > MAX_PEAK else 1.0
-        return {name: (gain * wave).astype(np.float32) for name, wave in waves.items()}
+        cut = [*(wave[:length] for wave in spoken), self._noise(random, split, voices, length)]
+        waves = [wave.astype(np.float64) for wave in cut]
+        levels = [random.uniform(*bounds) for bounds in (SPEECH_LUFS, SPEECH_LUFS, NOISE_LUFS)]
+        loudnesses = [audio.loudness(wave, self.sample_rate) for wave in waves]
+        gains = guarded_gains(levels, loudnesses, [np.abs(x).max() for x in waves], lambda: waves)
+        scaled = [(g * wave).astype(np.float32) for g, wave in zip(gains, waves, strict=True)]
+        return dict(zip(("s1", "s2", "noise"), scaled, strict=True))
 
     def _speak(self, text: str, voice: Voice) -> np.ndarray:
         """Speak a text, float32 [T], at a rate that keeps it between the bounds in seconds."""
@@ -202,13 +198,6 @@ def draw_text(random: np.random.Generator, split: str, seconds: tuple[float, flo
         tried = [f"{text} {sentence(random, split)}".strip() for _ in range(6)]
         text = min(tried, key=lambda joined: abs(len(joined) - wanted))
     return text
-
-
-def set_loudness(wave: np.ndarray, lufs: float, sample_rate: int) -> np.ndarray:
-    """Scale a float64 wave [T] to `lufs` (ITU-R BS.1770-4), or to peak 0.9 if it would clip."""
-    levelled = wave * audio.db_to_gain(lufs - audio.loudness(wave, sample_rate))
-    peak = np.abs(levelled).max()
-    return levelled * (MAX_PEAK / peak) if peak >= 1.0 else levelled
 
 
 def pink(random: np.random.Generator, length: int) -> np.ndarray:

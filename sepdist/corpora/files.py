@@ -47,11 +47,7 @@ def load(
 
 
 def load_generated(paths: Mapping[str, Path], sample_rate: int) -> dict[str, np.ndarray]:
-    """Load the members of a generated mixture, float32 [T] each.
-
-    Raises:
-        AudioError: a file has another rate or another length than the first.
-    """
+    """Load the members of a mixture, float32 [T]; AudioError unless rates and lengths are equal."""
     members: dict[str, np.ndarray] = {}
     for member, path in paths.items():
         wave, rate = audio.load_channel(path)

@@ -1,7 +1,7 @@
 """LibriSpeech as published: <split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac.
 
 `root` is the unpacked folder (openslr.org/12), or any tree of its shape. Transcripts come from
-<speaker>-<chapter>.trans.txt, the sex of speakers from SPEAKERS.TXT; both may be missing.
+<speaker>-<chapter>.trans.txt, which may be missing.
 """
 
 from collections.abc import Iterator
@@ -44,14 +44,6 @@ def transcripts(folder: Path) -> dict[str, str]:
     return texts
 
 
-def sexes(root: Path) -> dict[str, str]:
-    """Read speaker id -> "F" or "M" from SPEAKERS.TXT; empty if the file is missing."""
-    path = root / "SPEAKERS.TXT"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = [line.split("|") for line in lines if not line.startswith(";")]
-    return {row[0].strip(): row[1].strip() for row in rows if len(row) >= 2}
-
-
 @dataclass
 class LibriSpeech:
     """The corpus below `root`; a split is the name of any of its folders, e.g. train-clean-100."""
@@ -62,14 +54,12 @@ class LibriSpeech:
 
     def records(self, split: str) -> Iterator[Utterance]:
         """Yield the utterances of a split in the order of their paths."""
-        root = Path(self.root).expanduser()
-        sex_of, texts = sexes(root), cache(transcripts)
-        for path in utterance_paths(root, split):
+        texts = cache(transcripts)
+        for path in utterance_paths(Path(self.root).expanduser(), split):
             yield Utterance(
                 id=path.stem,
                 speaker=speaker_of(path),
                 sample_rate=self.sample_rate,
                 load=partial(load, str(path), self.sample_rate),
                 text=texts(path.parent).get(path.stem, ""),
-                sex=sex_of.get(speaker_of(path), ""),
             )

@@ -55,8 +55,7 @@ def extend_noise(noise_T: np.ndarray, rate: int, num_samples: int) -> np.ndarray
     """Cut the noise to `num_samples`, or repeat it up to that length with cross-faded seams.
 
     The fade is the rising half of a one-second Hann window (rate // 2 + 1 samples), as in
-    LibriMix's scripts. Those fail on noise not longer than the fade; here it is faded over half its
-    length.
+    LibriMix's scripts. Those fail on noise not longer than the fade; here half of it is faded.
     """
     size = noise_T.size
     if size >= num_samples:
@@ -213,7 +212,7 @@ def guarded_gains(
     """
     gains = []
     for target, now, peak in zip(targets, loudnesses, peaks, strict=True):
-        gain = audio.db_to_gain(target - now)
+        gain = 10.0 ** ((target - now) / 20.0)
         gains.append(gain if gain * peak < 1.0 else MAX_PEAK / peak)
     # The sum of the peaks bounds the peak of the sum, so most mixtures are not summed.
     if sum(gain * peak for gain, peak in zip(gains, peaks, strict=True)) > MAX_PEAK:
@@ -250,10 +249,7 @@ def _gains(waves: _Waves, measures: Mapping[Path, _Measures], choice: Choice) ->
 
 
 def level(choices: Sequence[Choice], speech_root: Path, noise_root: Path | None) -> list[Recipe]:
-    """Turn drawn mixtures into recipes: measure the files, below the roots, and give them gains.
-
-    Equal choices and files give equal recipes, whatever the number of threads.
-    """
+    """Turn drawn mixtures into recipes with measured gains, equal for any number of threads."""
     waves = _Waves()
     used = list(dict.fromkeys(path for choice in choices for path in choice.sources))
 

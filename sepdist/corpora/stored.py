@@ -20,11 +20,7 @@ open_data = lru_cache(maxsize=4)(Dataset)  # records of a data set share one
 class Stored:
     """The samples of the finished data set at `data`, in the order of its manifest.
 
-    `noise=False` leaves the noise out, as training with `data.noise=false` does.
-
-    Raises:
-        DataError: there is no finished data set.
-        ConfigError: the noise cannot be left out, because only mixtures are stored.
+    `noise=False` leaves the noise out, as `data.noise=false` does; ConfigError for mixtures alone.
     """
 
     def __init__(

@@ -102,8 +102,7 @@ class Wsj0Mix:
     """Either `generated` (with 2speakers/ in it), or `wsj0` (with si_tr_s/), `lists` and `levels`.
 
     `lists` is the folder of mix_2_spk_tr.txt, `levels` the folder (or file) of activlev_*.txt.
-    Splits are tr, cv and tt. An id is the published name with 'p' for '.':
-    40na010x_1p9857_01xo031a_-1p9857.
+    Splits are tr, cv and tt. Ids are published names with 'p': 40na010x_1p9857_01xo031a_-1p9857.
     """
 
     num_speakers: int = 2

@@ -46,10 +46,7 @@ class Crops:
         self.crop_samples = crop_length(crop_seconds, dataset.manifest.sample_rate)
 
     def item(self, position: int, damages: list[Damage]) -> Item:
-        """Return the crop at `position`; a damaged sample gives way to that of the next position.
-
-        Damaged samples are appended to `damages`.
-        """
+        """Return the crop at `position`; a damaged sample gives way to that of the next one."""
         first = len(damages)
         for candidate in range(position, position + 1 + MAX_REPLACEMENTS):
             shard_number, number = self.order.locate(candidate)

@@ -68,8 +68,7 @@ class Dataset:
 
     def full(self, number: int, max_seconds: float) -> Batch:
         """Return sample `number`, in manifest order, as a batch of one cut to `max_seconds`."""
-        item = self.item(number, max_seconds)
-        return collate([item], range(number, number + 1), len(next(iter(item.members.values()))))
+        return collate([self.item(number, max_seconds)], range(number, number + 1))
 
     def item(self, number: int, max_seconds: float) -> Item:
         """Return sample `number`, in manifest order, cut to `max_seconds`."""
@@ -92,18 +91,18 @@ class Dataset:
         return self.cache.open(which), number - (int(self._ends[which - 1]) if which else 0)
 
     def read(self, shard: OpenShard, number: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Read samples [start, stop) of `self.members` of one sample of a shard, float32.
-
-        Damage raises a DataError that names shard, key and byte offset.
-        """
+        """Read samples [start, stop) of `self.members` by `read_sample`; DataError if damaged."""
         if number in shard.damaged:
             raise DataError(shard.damaged[number])
         return read_sample(shard.file, shard.samples[number], self.members, start, stop)
 
 
-def collate(items: Sequence[Item], positions: range, length: int, data_set: str = MAIN) -> Batch:
-    """Make a batch of `length`; shorter items are padded with zeros at the end."""
+def collate(
+    items: Sequence[Item], positions: range, length: int = 0, data_set: str = MAIN
+) -> Batch:
+    """Make a batch of `length`, or of the first item's; shorter ones are padded with zeros."""
     names = list(items[0].members)
+    length = length or len(items[0].members[names[0]])
     waves = np.zeros((len(items), len(names), length), dtype=np.float32)
     for row, item in zip(waves, items, strict=True):
         for padded, name in zip(row, names, strict=True):

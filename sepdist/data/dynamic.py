@@ -7,9 +7,10 @@ Shapes: T samples.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import zip_longest
+from typing import ClassVar
 
 import numpy as np
 
@@ -86,62 +87,50 @@ class _Clips:
         self.dataset.cache.prefetch(numbers)
 
 
+@dataclass(eq=False)
 class DynamicMixing:
     """Mixtures of the first sources of a data set's samples, each of one person: a feed.
 
     Every sample is the first source once an epoch. The other sources, and the noise, have orders of
-    their own; a sample of a speaker already in the mixture is passed over.
-
-    Args:
-        dataset: the utterances, or mixtures of which s1 is used.
-        seed: of all draws.
-        num_sources: speakers per mixture.
-        crop_seconds: length of the crops, drawn for each source; shorter ones are zero-padded.
-        speeds: each source is resampled to one of them, which moves its pitch too.
-        levels: range of loudness in LUFS, of the whole stored utterance rather than the crop.
-        noise: a data set of noises (corpus wham); None mixes without noise.
-        noise_levels: range of the noise's loudness in LUFS.
+    their own; a sample of a speaker already in the mixture is passed over. Levels are in LUFS.
     """
 
-    path_arguments = ("noise",)
+    path_arguments: ClassVar = ("noise",)
+    dataset: Dataset  # utterances, or mixtures of which s1 is used
+    _: KW_ONLY
+    seed: int  # of all draws
+    num_sources: int  # speakers per mixture
+    crop_seconds: float  # a crop is drawn for each source; shorter ones are zero-padded
+    speeds: Sequence[float] = (0.95, 1.0, 1.05)  # each source gets one, which moves its pitch too
+    levels: tuple[float, float] = SPEECH_LUFS  # of the whole stored utterance rather than the crop
+    noise: str | None = None  # a data set of noises (corpus wham)
+    noise_levels: tuple[float, float] = NOISE_LUFS
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        seed: int,
-        num_sources: int,
-        crop_seconds: float,
-        speeds: Sequence[float] = (0.95, 1.0, 1.05),
-        levels: tuple[float, float] = SPEECH_LUFS,
-        noise: str | None = None,
-        noise_levels: tuple[float, float] = NOISE_LUFS,
-    ) -> None:
-        manifest = dataset.manifest
-        if not speeds or min(speeds) <= 0:
+    def __post_init__(self) -> None:
+        manifest, cache = self.dataset.manifest, self.dataset.cache
+        if not self.speeds or min(self.speeds) <= 0:
             raise ValueError(
-                f"speeds={list(speeds)}: give one or more, all above 0; 1 is no change"
+                f"speeds={list(self.speeds)}: give one or more, all above 0; 1 is no change"
             )
-        if "s1" not in manifest.members or manifest.num_speakers < num_sources:
+        if "s1" not in manifest.members or manifest.num_speakers < self.num_sources:
             found = f"{manifest.num_speakers} speakers, the members {', '.join(manifest.members)}"
-            needed = f"mixing needs s1 of {num_sources} different speakers"
-            raise DataError(f"{dataset.url}: has {found}; {needed}")
+            needed = f"mixing needs s1 of {self.num_sources} different speakers"
+            raise DataError(f"{self.dataset.url}: has {found}; {needed}")
         self.num_samples, self.rate = manifest.num_samples, manifest.sample_rate
-        self.crop_samples = crop_length(crop_seconds, self.rate)
-        self.seed, self.speeds, self.levels, self.noise_levels = seed, speeds, levels, noise_levels
-        seeds = [derive(seed, "mixing order", f"s{i + 1}") for i in range(num_sources)]
-        self.voices = _Clips(dataset, seeds)
+        self.crop_samples = crop_length(self.crop_seconds, self.rate)
+        names = [f"s{i + 1}" for i in range(self.num_sources)]
+        self.voices = _Clips(self.dataset, [derive(self.seed, "mixing order", s) for s in names])
         self.noises: _Clips | None = None
-        if noise is not None:
-            folder, gigabytes = str(dataset.cache.folder), dataset.cache.max_bytes / 1e9
-            hiss = Dataset(noise, num_sources=1, cache_dir=folder, cache_gigabytes=gigabytes)
+        if self.noise is not None:
+            folder, gigabytes = str(cache.folder), cache.max_bytes / 1e9
+            hiss = Dataset(self.noise, num_sources=1, cache_dir=folder, cache_gigabytes=gigabytes)
             rate, members = hiss.manifest.sample_rate, hiss.manifest.members
             if members != ("s1",) or rate != self.rate:
                 raise DataError(
-                    f"{noise}: has the members {', '.join(members)} at {rate} Hz; the noise of a "
-                    f"mixing is a data set of s1 alone (corpus=wham) at {self.rate} Hz"
+                    f"{self.noise}: has the members {', '.join(members)} at {rate} Hz; the noise "
+                    f"of a mixing is a data set of s1 alone (corpus=wham) at {self.rate} Hz"
                 )
-            self.noises = _Clips(hiss, [derive(seed, "mixing order", "noise")])
+            self.noises = _Clips(hiss, [derive(self.seed, "mixing order", "noise")])
         self._used = [clips for clips in (self.voices, self.noises) if clips]
 
     def item(self, position: int, damages: list[Damage]) -> Item:

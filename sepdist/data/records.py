@@ -26,7 +26,6 @@ class Utterance:
     sample_rate: int
     load: Callable[[], np.ndarray]
     text: str = ""
-    sex: str = ""
 
 
 @dataclass(frozen=True)

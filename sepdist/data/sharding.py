@@ -40,11 +40,7 @@ class Written:
 
 
 def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
-    """Write what is missing of the data set at `cfg.output`, its manifest last.
-
-    Raises:
-        ConfigError: a value is missing or wrong, or the output holds a data set of other settings.
-    """
+    """Write what is missing of the data set at `cfg.output`; ConfigError if its settings differ."""
     if cfg.corpus is None or not cfg.split:
         missing = "split" if cfg.corpus else "corpus"
         raise ConfigError(f"no value given for {missing} (write needs corpus=... split=...)")

@@ -14,7 +14,7 @@ from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.inference import scoring
 from sepdist.inference.export import load_export
 from sepdist.metrics.si_snr import si_snr
-from sepdist.reporting import to_csv
+from sepdist.reporting import to_csv, versions
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,7 @@ class Prediction:
 
 
 def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
-    """Score the estimator, write the output folder; returns the content of results.json.
-
-    Raises:
-        ConfigError: the data set has no estimates, or model and data do not fit each other.
-    """
+    """Score the estimator and write the output folder; returns the content of results.json."""
     from sepdist.plotting import scatter, to_png  # late: Ray tasks draw nothing
 
     slots.make_paths_absolute(cfg)
@@ -57,7 +53,7 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         "num_mixtures": len(predictions),
         **found,
         "by_estimate": agreement(true.ravel(), predicted.ravel()),
-        "versions": scoring.versions("torch", "numpy"),
+        "versions": versions("torch", "numpy"),
     }
     lcc = "none" if found["lcc"] is None else f"{found['lcc']:.3f}"
     title = f"LCC {lcc}, MAE {found['mae']:.2f} dB"
@@ -84,10 +80,7 @@ def predict(cfg: EvaluateConfig, numbers: Sequence[int]) -> Iterator[Prediction]
 
 
 def agreement(true: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
-    """Pearson's correlation, mean absolute error and mean error in dB.
-
-    The correlation is None where one of the two does not vary.
-    """
+    """Pearson's correlation (None where one does not vary), mean absolute and mean error in dB."""
     varied = len(true) > 1 and true.std() > 0 and predicted.std() > 0
     return {
         "lcc": float(np.corrcoef(true, predicted)[0, 1]) if varied else None,

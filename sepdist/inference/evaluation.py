@@ -8,6 +8,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import fast_bss_eval
@@ -27,7 +28,7 @@ from sepdist.inference.export import Export, load_separator
 from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
-from sepdist.reporting import to_csv
+from sepdist.reporting import to_csv, versions
 
 METRICS = {
     "si_snr_mixture": "SI-SNR of the mixture",
@@ -68,9 +69,7 @@ class Score:
 def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Score the data set, write the output folder, print the table; returns results.json's content.
 
-    Raises:
-        ConfigError: model and data do not fit each other.
-        EvaluationError: an utterance has no finite score.
+    ConfigError if model and data do not fit, EvaluationError if an utterance has no finite score.
     """
     from sepdist.plotting import improvements, to_png  # late: Ray tasks draw nothing
 
@@ -110,11 +109,8 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     """Score estimates against a batch of one mixture.
 
     SI-SNR is of the permutation with the best mean; SDR (BSS Eval, 512 taps) finds its own.
-    Improvements are over the mixture taken as the estimate of each source.
-
-    Raises:
-        EvaluationError: the estimates are of another shape, silent or not finite, or a source is
-            silent.
+    Improvements are over the mixture taken as the estimate of each source. EvaluationError where
+    there is no score (see `check_audible`).
     """
     name = batch.ids[0]
     assert len(batch.ids) == 1 and batch.sources is not None, f"{name}: one mixture with sources"
@@ -125,7 +121,9 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     _, order = best_permutation(pairwise_si_snr(wide_ST[None], sources_ST[None]))
     as_estimates_ST = (mixture_T / mixture_T.std()).expand_as(sources_ST)
     before, after = si_snr(as_estimates_ST, sources_ST), si_snr(wide_ST[order[0]], sources_ST)
-    sdr_before, sdr_after = _sdr(as_estimates_ST, sources_ST), _sdr(wide_ST, sources_ST)
+    sdr = partial(fast_bss_eval.sdr, sources_ST.numpy(), clamp_db=SDR_LIMIT_DB)
+    both = (as_estimates_ST, wide_ST)
+    sdr_before, sdr_after = (float(np.mean(sdr(waves_ST.numpy()))) for waves_ST in both)
     si_snrs = (float(before.mean()), float(after.mean()), float((after - before).mean()))
     values = dict(
         zip(METRICS, (*si_snrs, sdr_before, sdr_after, sdr_after - sdr_before), strict=True)
@@ -158,12 +156,6 @@ def check_audible(name: str, estimates_ST: Tensor, sources_ST: Tensor) -> None:
                 raise EvaluationError(f"{place} holds NaN or infinity; no score")
             if wave.std() == 0:
                 raise EvaluationError(f"{place} is silent; SI-SNR and SDR are undefined")
-
-
-def _sdr(estimates_ST: Tensor, sources_ST: Tensor) -> float:
-    """Mean SDR over the sources in dB, of the best permutation, within +-100 dB."""
-    ratios = fast_bss_eval.sdr(sources_ST.numpy(), estimates_ST.numpy(), clamp_db=SDR_LIMIT_DB)
-    return float(np.mean(ratios))
 
 
 def write_listening(folder: str, estimates_ST: Tensor, batch: Batch, rate: int) -> None:
@@ -215,7 +207,7 @@ def summarise(
             "noise": cfg.noise,
             "max_seconds": cfg.max_seconds,
         },
-        "versions": scoring.versions("torch", "numpy", "fast-bss-eval"),
+        "versions": versions("torch", "numpy", "fast-bss-eval"),
     }
 
 

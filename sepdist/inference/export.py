@@ -34,8 +34,7 @@ class Export:
 def load_export(url: str) -> Export:
     """Build the model that `read_export` finds at `url` and load its weights.
 
-    The model returns the speakers alone: outputs that it was trained with for another purpose are
-    removed (see `speakers_of`).
+    The model returns the speakers alone, without outputs for another purpose (`speakers_of`).
     """
     weights, card, lineage, folder = read_export(url)
     model = build_stored(card["model"], weights, folder)
@@ -52,9 +51,8 @@ def build_stored(node: Mapping[str, Any], weights: Mapping[str, Tensor], folder:
     They are compared on the meta device first, so that no file makes this process run out of
     memory: no more is allocated than the weights take.
 
-    Raises:
-        CheckpointError: the class cannot be built from these arguments, or the weights do not fit.
-        ConfigError: its class is not allowed, for example because its plug-in was not named.
+    CheckpointError if arguments or weights do not fit; ConfigError if the class is not allowed, for
+    example because its plug-in was not named.
     """
     check_arguments(node, folder)
     try:
@@ -72,11 +70,7 @@ def build_stored(node: Mapping[str, Any], weights: Mapping[str, Tensor], folder:
 
 @contextmanager
 def bounded(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Stop a constructor inside that makes far more parameters or modules than `weights` explain.
-
-    Raises:
-        CheckpointError: it makes too many.
-    """
+    """CheckpointError if what is built inside is far larger than `weights`, or has many modules."""
     num_modules = 0
     room = sum(tensor.numel() for tensor in weights.values()) + SLACK
 

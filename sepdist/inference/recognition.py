@@ -23,7 +23,7 @@ from sepdist.inference import scoring
 from sepdist.inference.export import Export, load_export, load_separator
 from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.wer import error_rate, word_errors
-from sepdist.reporting import to_csv
+from sepdist.reporting import to_csv, versions
 
 PACKAGES = ("torch", "numpy", "jiwer", "transformers", "faster-whisper", "ctranslate2")
 
@@ -42,13 +42,10 @@ class Recognition:
 
 
 def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
-    """Recognise every condition, write the output folder, print the table.
+    """Recognise every condition, write the output, print the table; returns results.json's content.
 
-    Returns the content of results.json.
-
-    Raises:
-        ConfigError: model, corpus and recogniser do not fit each other, or one cannot be loaded.
-        ValueError: an utterance has no transcript, or cannot be separated.
+    ConfigError if model, corpus and recogniser do not fit each other, one cannot be loaded, or an
+    utterance has no transcript; EvaluationError if one cannot be separated.
     """
     began = time.monotonic()
     slots.make_paths_absolute(cfg)
@@ -87,10 +84,7 @@ def check_fit(cfg: RecogniseConfig, corpus: Any, export: Export | None) -> None:
 
 
 def plan(cfg: RecogniseConfig, corpus: Any) -> list[tuple[str, Mixture]]:
-    """Every utterance to recognise, with its condition.
-
-    ConfigError if an utterance has no transcript, or a condition no utterances.
-    """
+    """Every utterance with its condition; ConfigError if a transcript or utterances are missing."""
     found: list[tuple[str, Mixture]] = []
     for condition in cfg.conditions:
         records = list(itertools.islice(corpus.records(condition), cfg.limit or None))
@@ -121,9 +115,7 @@ def recognise_one(
 ) -> Recognition:
     """Recognise one mixture and its estimates by `model`, each at the mixture's level."""
     waves, reference = record.load(), record.texts[0]
-    batch = collate(
-        [Item(record.id, record.speakers, waves)], range(1), len(next(iter(waves.values())))
-    )
+    batch = collate([Item(record.id, record.speakers, waves)], range(1))
     mixture_T = batch.mixture[0].numpy()
     estimates: list[np.ndarray] = []
     if model is not None:
@@ -159,7 +151,7 @@ def summarise(
         "limit": cfg.limit,
         "recogniser": cfg.recogniser,
         "model": None if export is None else {"url": export.url, "lineage": export.lineage},
-        "versions": scoring.versions(*PACKAGES),
+        "versions": versions(*PACKAGES),
     }
 
 

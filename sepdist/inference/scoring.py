@@ -4,17 +4,14 @@ Shapes: S sources, T samples.
 """
 
 import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-import sepdist
 from sepdist import storage
 from sepdist.allocator import keep_freed_memory
 from sepdist.cluster import run_tasks
@@ -151,15 +148,6 @@ def _run_partition(
     with single_threaded():
         # A generator expression, because Ray calls `send`, which a zip does not have.
         yield from (pair for pair in zip(numbers, work(cfg, own), strict=True))
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """The versions of those of `packages` that are installed, of sepdist and of Python."""
-    found = {"sepdist": sepdist.__version__, "python": platform.python_version()}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def write_results(

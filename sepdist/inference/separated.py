@@ -31,10 +31,7 @@ class Separated:
     with the best mean SI-SNR) and the level of the mixture, because their own is arbitrary. A
     sample's JSON has the `si_snr` of each stored estimate in dB. On `device` cpu one thread gives
     the same bits everywhere; cuda needs `gpus_per_worker`. `noise=False` leaves the noise out of
-    the mixtures, for separators trained with `data.noise=false`.
-
-    Raises:
-        ConfigError: `data` has no sources.
+    the mixtures, for separators trained with `data.noise=false`. ConfigError without sources.
     """
 
     def __init__(
@@ -66,7 +63,7 @@ def separate(record: Mixture, model: str, device: str) -> Mapping[str, np.ndarra
     members = record.load()
     sources, _, rest = split_members(list(members))
     waves = {name: members[name] for name in (*sources, *rest)}
-    batch = collate([Item(record.id, record.speakers, waves)], range(1), len(members["s1"]))
+    batch = collate([Item(record.id, record.speakers, waves)], range(1))
     assert batch.sources is not None
     place = torch.device(device)
     separator = open_export(model).model.to(place)

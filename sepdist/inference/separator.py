@@ -19,15 +19,8 @@ from torch import Tensor, nn
 
 from sepdist import slots, storage
 from sepdist.inference.export import load_separator
-from sepdist.inference.stitching import (
-    FORMATS,
-    SeparationError,
-    Windows,
-    cut_windows,
-    output_names,
-    overlap_add,
-    resampled,
-)
+from sepdist.inference.stitching import cut_windows, overlap_add, resampled
+from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names
 
 BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99

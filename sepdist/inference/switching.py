@@ -15,7 +15,7 @@ from sepdist.inference import scoring
 from sepdist.inference.export import load_export
 from sepdist.metrics.permutation import best_permutation, permutation_rank
 from sepdist.metrics.si_snr import pairwise_si_snr
-from sepdist.reporting import read_metrics, to_csv
+from sepdist.reporting import read_metrics, to_csv, versions
 from sepdist.training.checkpoint import find_committed, read_file
 
 Permutations = dict[str, int]  # utterance id -> rank of its best permutation
@@ -24,10 +24,8 @@ Permutations = dict[str, int]  # utterance id -> rank of its best permutation
 def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Assign the data set by each checkpoint of the run `cfg.model`.
 
-    Writes a table per checkpoint and switching.json; returns the content of the latter.
-
-    Raises:
-        ConfigError: the run has fewer than two checkpoints, or model and data do not fit.
+    Writes a table per checkpoint and switching.json; returns the content of the latter. ConfigError
+    if the run has fewer than two checkpoints, or model and data do not fit.
     """
     slots.make_paths_absolute(cfg)
     committed = find_committed(storage.join(cfg.model, "checkpoints"))
@@ -59,7 +57,7 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         "data": cfg.data,
         "num_utterances": len(numbers),
         **compare(found, read_metrics(cfg.model), in_training),
-        "versions": scoring.versions("torch", "numpy"),
+        "versions": versions("torch", "numpy"),
     }
     rates = ", ".join(f"{100 * row['rate']:.1f}" for row in results["rates"])
     console.print(f"labels switched, % from checkpoint to checkpoint: {rates}")

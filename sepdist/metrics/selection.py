@@ -10,8 +10,7 @@ from torch import Tensor
 def speakers_of(estimates_BMT: Tensor, num_extra_outputs: int = 0, num_loudest: int = 0) -> Tensor:
     """Drop the last `num_extra_outputs` and keep the `num_loudest` others (0: all), [B, S, T].
 
-    Loudness is energy over the whole signal; of equally loud outputs the first are kept. The order
-    of the outputs does not change.
+    Loudness is energy over the whole signal; the first of equals are kept, the order unchanged.
     """
     kept_BST = estimates_BMT[:, : estimates_BMT.shape[1] - num_extra_outputs]
     if not num_loudest:

@@ -17,11 +17,7 @@ def words(text: str) -> list[str]:
 
 
 def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
-    """Return the minimal number of substitutions, deletions and insertions, and of reference words.
-
-    Raises:
-        ValueError: the reference has no words, or jiwer is not installed.
-    """
+    """Return the numbers of word errors and reference words; ValueError if there are no words."""
     try:
         import jiwer
     except ImportError as error:

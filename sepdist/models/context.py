@@ -18,8 +18,7 @@ from sepdist.models.frames import num_frames
 class ContextModel(nn.Module):
     """A separator with a context network; without frames to hide it is the separator.
 
-    `separator` has `features(mixture_BT)`, [B, frames, num_features], and the frames' `kernel_size`
-    and `stride`.
+    `separator` has `features(mixture_BT)`, [B, frames, num_features], `kernel_size` and `stride`.
     """
 
     parts: ClassVar = {"separator": "model"}

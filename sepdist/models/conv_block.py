@@ -217,11 +217,7 @@ def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any
 
 
 class _BlockFunction(torch.autograd.Function):
-    """The block as one node of the graph.
-
-    x and skip are detached because `torch.compile` would compile again for tensors that do not
-    require gradients.
-    """
+    """The block as one node of the graph."""
 
     @staticmethod
     def forward(
@@ -229,6 +225,7 @@ class _BlockFunction(torch.autograd.Function):
         x: Tensor, skip: Tensor, *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         run = compiled_if(compile, block_forward)
+        # Detached, as torch.compile would compile again for tensors that require no gradients.
         x_next, skip_next, *kept = run(x.detach(), skip.detach(), Weights(*weights), reach, dtype)
         ctx.compile, ctx.reach = compile, reach
         # The parameters themselves: ZeRO-3 frees and refills them between the passes.

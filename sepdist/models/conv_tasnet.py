@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.checks import check_sizes
 from sepdist.models.conv_block import ConvBlock, compiled_if, init_uniform
 from sepdist.models.dual_path import global_norm
-from sepdist.models.frames import decode, encode, init_filterbank
+from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
 
 
 def apply_masks(masks_BNSF: Tensor, encoded_BNF: Tensor) -> Tensor:
@@ -90,11 +89,10 @@ class ConvTasNet(nn.Module):
         """Estimates [B, S, T] of the speakers, in no particular order."""
         encoded_BNF, output_BNF = self._encode(mixture_BT)
         masks_BNSF = output_BNF.unflatten(-1, (self.num_speakers, self.num_filters))
-        masked_BNSF = (
-            compiled_if(self.compiled, apply_masks)(masks_BNSF, encoded_BNF)
-            if self.masking
-            else F.relu(masks_BNSF)
-        )
+        if self.masking:
+            masked_BNSF = compiled_if(self.compiled, apply_masks)(masks_BNSF, encoded_BNF)
+        else:
+            masked_BNSF = F.relu(masks_BNSF)
         return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
 
     def features(self, mixture_BT: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk,
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, split, swapped
-from sepdist.models.frames import decode, encode, init_filterbank
+from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
 
 
 class PathRNN(nn.Module):

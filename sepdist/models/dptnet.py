@@ -14,16 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention
-from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, swapped
-from sepdist.models.frames import decode, encode, init_filterbank
+from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
 
 
 class PathTransformer(nn.Module):
     """Attention, then bi-LSTM, ReLU and linear layer; a residual and a gLN after each (eq. 6 to 9).
 
-    [R, L, F] -> [R, L, F]. As in paper 1's code, each sequence is normalised by itself, not the
-    whole item.
+    [R, L, F] -> [R, L, F]. As in paper 1's code, the norms are over a sequence, not over the item.
     """
 
     def __init__(self, num_features: int, num_heads: int, num_hidden: int) -> None:

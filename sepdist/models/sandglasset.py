@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention, sinusoids
-from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import merge, run_lstm, segment, split, swapped
-from sepdist.models.frames import decode, encode, widen
+from sepdist.models.frames import check_sizes, decode, encode, widen
 
 
 class LocalRecurrence(nn.Module):
@@ -73,10 +72,7 @@ class GlobalAttention(nn.Module):
 
 
 class Sandglasset(nn.Module):
-    """Encoder, blocks of local recurrence and global attention, masks, decoder.
-
-    Block b of `num_blocks` downsamples by 4^min(b, num_blocks - 1 - b).
-    """
+    """Encoder, blocks of local recurrence and global attention, masks, decoder."""
 
     # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("mask_conv",)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sepdist.models.attention import Attention, sinusoids
-from sepdist.models.checks import check_sizes
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, split, swapped
-from sepdist.models.frames import decode, encode, widen
+from sepdist.models.frames import check_sizes, decode, encode, widen
 
 NORM_EPS = 1e-6
 

@@ -9,8 +9,7 @@ Shapes: B batch, S sources, T samples, N frames, F features.
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.checks import check_estimates
-from sepdist.models.frames import EPS, standardise
+from sepdist.models.frames import EPS, check_estimates, standardise
 
 NUM_FEATURES, KERNEL_SIZE = 128, 4
 STRIDES = (1, 2, 2, 2, 2)
@@ -19,8 +18,7 @@ STRIDES = (1, 2, 2, 2, 2)
 class SISNREstimator(nn.Module):
     """Five convolutions with ReLU between them, mean and deviation over time, two linear layers.
 
-    With `clipped`, as published, predictions are ten times a sigmoid, so 0 to 10 dB; otherwise they
-    are unbounded.
+    With `clipped`, as published, predictions are ten times a sigmoid, 0 to 10 dB; else unbounded.
     """
 
     estimates_si_snr = True

@@ -58,10 +58,7 @@ def speech_encoder(
 
     `encoder` holds `model_type` and values of that family's config, which override those of
     `pretrained` or the defaults (the base size). `num_layers` keeps the first Transformer layers
-    only. `freeze` is none, convolutions or encoder.
-
-    Raises:
-        ValueError: an argument is wrong, or `pretrained` cannot be read.
+    only. `freeze` is none, convolutions or encoder. ValueError if `pretrained` cannot be read.
     """
     if freeze not in ("none", "convolutions", "encoder"):
         raise ValueError(f"freeze={freeze!r}: choose none, convolutions or encoder")
@@ -223,8 +220,7 @@ def _mel_filters(num_bands: int) -> Tensor:
 def upsample(wave: Tensor, factor: int) -> Tensor:
     """Band-limited interpolation, [..., T] -> [..., T * factor]; keeps the samples; differentiable.
 
-    A sinc under a Kaiser window: flat to 92 % of the input's Nyquist frequency, images below -80 dB
-    beyond 108 %.
+    A sinc in a Kaiser window: flat to 92 % of the input's Nyquist frequency, -80 dB from 108 % on.
     """
     if factor == 1:
         return wave

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepdist.models.checks import check_estimates
-from sepdist.models.frames import standardise
+from sepdist.models.frames import check_estimates, standardise
 from sepdist.models.speech_encoders import SAMPLE_RATE, speech_encoder, upsample
 
 

@@ -30,9 +30,7 @@ class Objective(Protocol):
     observe: Callable[[Mapping[str, float]], None] = lambda means: None
     state_dict: Callable[[], dict[str, Any]] = dict  # JSON-able state for the checkpoint
     load_state_dict: Callable[[Mapping[str, Any]], None] = lambda state: None
-    lineage: Callable[[], dict[str, Any]] = (
-        dict  # origins of the trained models inside the objective
-    )
+    lineage: Callable[[], dict[str, Any]] = dict  # origins of trained models inside
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss (0-d) and the metrics of one batch.

@@ -16,8 +16,7 @@ class MultiTask:
     """PIT over all outputs but the last on the main data set; SE with the last on `data_set`.
 
     Metrics per item: those of `Separation`, and those of `Enhancement` as `enhancement_si_snr` and
-    `enhancement_si_snri`. Those of the task that a batch does not train are empty. `threshold`
-    applies to both tasks.
+    `enhancement_si_snri`; empty for the task that a batch does not train. `threshold` is of both.
     """
 
     num_extra_outputs = 1

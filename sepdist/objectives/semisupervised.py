@@ -120,9 +120,8 @@ class SemiSupervised:
 
     def observe(self, validation_means: Mapping[str, float]) -> None:
         """Act on the gap of a validation."""
-        true, predicted, gap = (
-            validation_means[name] for name in ("si_snr", "predicted_si_snr", "gap")
-        )
+        names = ("si_snr", "predicted_si_snr", "gap")
+        true, predicted, gap = (validation_means[name] for name in names)
         limit = math.inf if self.max_gap_db is None else self.max_gap_db
         if gap <= limit:
             self.factor = min(1.0, 2 * self.factor)

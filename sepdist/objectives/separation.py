@@ -19,8 +19,7 @@ class Separation:
     """Negative SI-SNR of the best permutation, mean over sources and items, always in fp32.
 
     Items whose loss in dB is below `threshold` count as solved and get no gradient (SepFormer:
-    -30). Metrics per item: `si_snr`, `si_snri` (dB, mean over sources) and `permutation` (its
-    rank).
+    -30). Metrics per item: `si_snr`, `si_snri` (dB, mean over sources), `permutation` (its rank).
     """
 
     def __init__(self, threshold: float | None = None) -> None:

@@ -183,15 +183,12 @@ def table4(mini: bool) -> PipelineConfig:
     """
     stages = table3(mini).stages
     stages |= {f"{name}_wer": StageConfig("recognise", [name]) for name in TABLE4}
-    mixture, separated = (
-        {
-            name: [f"{name}_wer:wer.OV{share}.{what}" for share in (10, 20, 30, 40)]
-            for name in TABLE4
-        }
-        for what in ("mixture", "separated")
-    )
-    rows = [RowConfig("Mixture", mixture["ctn_100"], [9.2, 15.3, 24.4, 32.5])]
-    rows += [RowConfig(stages[one].title, separated[one], TABLE4[one]) for one in TABLE4]
+
+    def cells(name: str, what: str) -> list[str]:
+        return [f"{name}_wer:wer.OV{share}.{what}" for share in (10, 20, 30, 40)]
+
+    rows = [RowConfig("Mixture", cells("ctn_100", "mixture"), [9.2, 15.3, 24.4, 32.5])]
+    rows += [RowConfig(stages[one].title, cells(one, "separated"), TABLE4[one]) for one in TABLE4]
     tables = [TableConfig("Table 4, WER in %", ["10", "20", "30", "40"], rows, digits=1)]
     cfg = pipeline("table4", "Table 4, word error rates on LibriCSS", stages, tables, mini)
     if mini:

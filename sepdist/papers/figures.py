@@ -22,6 +22,8 @@ def draw(cfg: FigureConfig, console: Console) -> None:
     """Read the runs and write the figure to `cfg.output`."""
     if cfg.kind not in FIGURES:
         raise ConfigError(f"kind={cfg.kind!r} of a figure: it is one of {', '.join(FIGURES)}")
+    if not cfg.runs:
+        raise ConfigError('nothing to draw: give "runs.TITLE=FOLDER", once or more')
     read, paint = FIGURES[cfg.kind]
     figure = paint({title: read(folder) for title, folder in cfg.runs.items()}, cfg.title)
     storage.put_bytes(cfg.output, to_png(figure))

@@ -64,9 +64,8 @@ RUNNERS: dict[str, Callable[[Any, Console], Any]] = {
 def run(cfg: PipelineConfig, console: Console) -> None:
     """Run every stage that has not finished, for every seed, then write the tables.
 
-    Raises:
-        ConfigError: a stage does not compose, or a finished one had another config.
-        DataError: a data set is missing.
+    ConfigError if a stage does not compose, or a finished one had another config; DataError if a
+    data set is missing.
     """
     stages = plan(cfg)
     done = [is_done(stage) for stage in stages]
@@ -176,16 +175,12 @@ def used_stages(stage: StageConfig, earlier: dict[str, Stage]) -> list[Stage]:
     if stage.kind not in RUNNERS:
         raise ConfigError(f"kind={stage.kind!r}: it is one of {', '.join(RUNNERS)}")
     least, most = NUM_USED.get(stage.kind, (1, 1))
-    if not set(stage.uses) <= earlier.keys() or not least <= len(stage.uses) <= most:
-        raise ConfigError(
-            f"uses={stage.uses}: a stage of kind {stage.kind} uses {least} to {most} of "
-            f"{list(earlier)}"
-        )
     kinds = KINDS_USED.get(stage.kind, ("train",))
-    if any(earlier[used].kind not in kinds for used in stage.uses):
+    fitting = [name for name, one in earlier.items() if one.kind in kinds]
+    if not set(stage.uses) <= set(fitting) or not least <= len(stage.uses) <= most:
         raise ConfigError(
-            f"uses={stage.uses}: a stage of kind {stage.kind} uses stages of kind "
-            f"{', '.join(kinds)}"
+            f"uses={stage.uses}: a stage of kind {stage.kind} uses {least} to {most} of {fitting} "
+            f"({', '.join(kinds)})"
         )
     return [earlier[used] for used in stage.uses]
 
@@ -256,11 +251,7 @@ def digest(values: dict[str, Any]) -> str:
 
 
 def is_done(stage: Stage) -> bool:
-    """Whether the stage has finished in an earlier start.
-
-    Raises:
-        ConfigError: it has, with another config.
-    """
+    """Whether the stage finished in an earlier start; ConfigError if it did with another config."""
     # A figure takes no time and may have new curves to show, so it is always drawn again.
     if stage.kind == "figure" or not storage.exists(storage.join(stage.folder, MARKER)):
         return False

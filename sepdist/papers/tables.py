@@ -42,10 +42,7 @@ def fill_rows(table: TableConfig, stages: Sequence[Stage]) -> list[dict[str, Any
 def number_of(stage: Stage, path: str) -> float | None:
     """Look up a number such as metrics_db.si_snri.mean in the results of a stage.
 
-    A training stage has steps, minutes and switch_percent, the mean label-switch rate.
-
-    Raises:
-        ConfigError: the results have no such number.
+    A training stage has steps, minutes, switch_percent (mean label switches). ConfigError if none.
     """
     if stage.kind == "train":
         rows = read_metrics(stage.folder)

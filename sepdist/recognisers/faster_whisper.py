@@ -4,6 +4,8 @@ One beam search at temperature 0, so a wave always gives the same text: Whisper'
 higher temperatures are random.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from sepdist import audio
@@ -12,34 +14,32 @@ from sepdist.config import ConfigError
 RATE = 16000
 
 
+@dataclass
 class FasterWhisper:
     """Transcribe with the model in `folder`: a local folder, or a name such as base.en."""
 
-    def __init__(
-        self,
-        folder: str,
-        compute_type: str = "int8",
-        beam_size: int = 5,
-        language: str = "en",
-        num_threads: int = 1,
-        device: str = "cpu",
-    ) -> None:
+    folder: str
+    compute_type: str = "int8"
+    beam_size: int = 5
+    language: str = "en"
+    num_threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
             todo = "run: pip install faster-whisper (the extra `whisper` has it)"
             raise ConfigError(f"recogniser faster_whisper: {error}; {todo}") from error
         try:
-            self.model = WhisperModel(
-                folder, device=device, compute_type=compute_type, cpu_threads=num_threads
-            )
+            options = {"device": self.device, "compute_type": self.compute_type}
+            self.model = WhisperModel(self.folder, cpu_threads=self.num_threads, **options)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"recogniser.folder={folder}: no CTranslate2 Whisper model here or on the hub "
+                f"recogniser.folder={self.folder}: no CTranslate2 Whisper model here or on the hub "
                 f"({' '.join(str(error).split())[:200]}). Pass a folder that holds model.bin, "
                 "config.json, tokenizer.json and vocabulary.json"
             ) from error
-        self.beam_size, self.language = beam_size, language
 
     def __call__(self, wave_T: np.ndarray, sample_rate: int) -> str:
         """Return the text, with Whisper's capitals and punctuation."""

@@ -17,6 +17,10 @@ from sepdist.training.checkpoint import find_committed, read_file
 from sepdist.training.ledger import LedgerError, SegmentRef
 
 
+MAX_POSITIONS = 2**32  # 16 GiB of counts; a stranger's run may claim any number
+MAX_OUTSIDE = 2**20  # positions of one rank and step beyond the end, to list
+
+
 @dataclass
 class Audit:
     """The committed history of a run; positions as [start, stop] ranges."""
@@ -38,12 +42,7 @@ class Audit:
 
 
 def audit(run_dir: str) -> Audit:
-    """Check the committed history of a run.
-
-    Raises:
-        FileNotFoundError: the run has no committed checkpoint.
-        LedgerError: its ledger is incomplete or damaged.
-    """
+    """Check a run's committed history; LedgerError if damaged, FileNotFoundError if absent."""
     committed = find_committed(storage.join(run_dir, "checkpoints"))
     if not committed:
         raise FileNotFoundError(f"{run_dir}: no committed checkpoint, so no history to check")
@@ -52,6 +51,8 @@ def audit(run_dir: str) -> Audit:
     if "ledger" not in state:
         raise LedgerError(f"{newest.url}: names no ledger")
     num_positions = newest.step * state["num_virtual_shards"] * state["micro_batch"]
+    if not 0 <= num_positions <= MAX_POSITIONS:
+        raise LedgerError(f"{newest.url}: {num_positions} positions are more than can be checked")
     fetched = np.zeros(num_positions, dtype=np.int32)  # how often, by position
     outside: list[int] = []
     outcomes: Counter[str] = Counter()
@@ -61,7 +62,7 @@ def audit(run_dir: str) -> Audit:
         world_sizes[len(ranks)] += 1
         for start, stop in itertools.chain.from_iterable(ranks):
             fetched[start:stop] += 1
-            outside.extend(range(max(start, num_positions), stop))
+            outside.extend(range(max(start, num_positions), min(stop, start + MAX_OUTSIDE)))
     lost = np.flatnonzero(fetched == 0).tolist()
     repeated = [*np.flatnonzero(fetched > 1).tolist(), *sorted(outside)]
     return Audit(

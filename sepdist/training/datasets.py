@@ -13,11 +13,7 @@ from sepdist.training.world import World
 
 
 def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
-    """Return the feeds, that of `data.train` first, and the validation set.
-
-    Raises:
-        ConfigError: options contradict each other, or the sample rate of the data is not the run's.
-    """
+    """Return feeds, `data.train`'s first, and the validation set; ConfigError if they misfit."""
     data = cfg.data
     if data.interleave not in INTERLEAVES:
         names = ", ".join(INTERLEAVES)

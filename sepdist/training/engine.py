@@ -56,10 +56,7 @@ class BranchError(RuntimeError):
 
 @dataclass(eq=False)
 class DeepSpeedEngine:
-    """ZeRO stages 0 to 3 on one process group.
-
-    `model` holds its initial weights, the same on every rank.
-    """
+    """ZeRO stages 0 to 3 on one process group; `model` has equal initial weights on every rank."""
 
     model: nn.Module
     objective: Objective
@@ -133,8 +130,7 @@ class DeepSpeedEngine:
     def step(self, batches: list[Batch], norm_limit: float = math.inf) -> StepResult:
         """Make one optimizer step; `batches` are those of this rank's virtual shards; collective.
 
-        A combined gradient that is not finite is not applied, nor, in canonical reduction, one
-        whose norm is above `norm_limit`.
+        A gradient that is not finite, or in canonical reduction above `norm_limit`, is not applied.
         """
         assert len(batches) == len(self.owned), (len(batches), self.owned)
         self.model.train()
@@ -234,8 +230,7 @@ class DeepSpeedEngine:
     def _check_same_branch(self, loss: Tensor) -> None:
         """Raise BranchError if the losses of the ranks reach different parameters; collective.
 
-        ZeRO reduces gradients in the order in which they arrive, so it would silently add up those
-        of different parameters.
+        ZeRO reduces gradients as they arrive, so it would add up those of different parameters.
         """
         used = used_parameters(loss, [p for _, p in self._named])
         num_ranks = sum_over_world(used.double(), self.world).tolist()
@@ -263,10 +258,7 @@ class DeepSpeedEngine:
         return weights | {name: _copy(buffer) for name, buffer in self.model.named_buffers()}
 
     def optimizer_state(self) -> OptimizerState:
-        """Return the optimizer's state by whole parameters on CPU, on the main rank.
-
-        Collective at ZeRO >= 1.
-        """
+        """Its state by whole parameters on CPU, on the main rank; collective at ZeRO >= 1."""
         state = self._torch_optimizer().state
         if not state or (self.zero_stage == 0 and not self.world.is_main):
             return OptimizerState({}, {})

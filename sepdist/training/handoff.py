@@ -22,11 +22,7 @@ from sepdist.training.model_card import parse_card, parse_lineage
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], reinit: Sequence[str] = (), source: str = ""
 ) -> list[str]:
-    """Copy `weights` into `model`, except what is below the `reinit` prefixes; returns its names.
-
-    Raises:
-        CheckpointError: as `check_weights`.
-    """
+    """Copy what `check_weights` accepts into `model`; returns the names below `reinit` prefixes."""
     kept = check_weights(model, weights, reinit, source)
     names = model.state_dict().keys() - kept.keys()
     model.load_state_dict({name: weights[name] for name in names} | kept)
@@ -38,9 +34,8 @@ def check_weights(
 ) -> dict[str, Tensor]:
     """Compare names and shapes; returns what `model` keeps, below the `reinit` prefixes.
 
-    Raises:
-        CheckpointError: any other parameter is missing, unexpected or of another shape, or nothing
-            in the model has such a prefix.
+    CheckpointError if any other parameter is missing, unexpected or of another shape, or nothing
+    in the model has such a prefix.
     """
     own = model.state_dict()
 

@@ -60,9 +60,7 @@ class TrainingFailedError(RuntimeError):
 def launch(cfg: TrainConfig) -> None:
     """Train the run frozen at `cfg.run_dir` in Ray Train workers; returns when it has finished.
 
-    Raises:
-        TrainingFailedError: a worker's error, once the allowed restarts are used up.
-        KeyboardInterrupt: Ctrl-C; the workers have ended.
+    TrainingFailedError once the restarts are used up; KeyboardInterrupt when Ctrl-C has ended it.
     """
     cluster = cfg.cluster
     fewest, most = config.worker_range(cluster)
@@ -109,10 +107,7 @@ def launch(cfg: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
-    """Turn Ctrl-C into KeyboardInterrupt: Ray Train's handler stops the workers and exits.
-
-    The handler from before is restored, because Ray leaves its own in place.
-    """
+    """Turn Ctrl-C into KeyboardInterrupt: Ray Train's handler stops the workers and exits."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -120,7 +115,7 @@ def interrupts() -> Iterator[None]:
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+            signal.signal(signal.SIGINT, handler)  # Ray leaves its own in place
 
 
 def worker_environment(cfg: TrainConfig) -> dict[str, str]:
@@ -200,7 +195,7 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
         if error is not None and error is not self._seen:
             self._seen = error
             self._record("failed", error=root_cause(error))
-        name = state_name(current_state)
+        name = current_state._state_type.state_name
         if name == "RESIZING":
             self._record("resized", workers=current_state.scaling_decision.num_workers)
         elif name == "FINISHED":
@@ -250,8 +245,7 @@ class Recovery(ControllerCallback):
     def after_controller_start(self, train_run_context: Any) -> None:
         """Set the timings, not all of which Ray passes on from the driver, and free stale CPUs.
 
-        A controller that was killed with its driver leaves the CPUs of its workers reserved for up
-        to 180 s.
+        A controller that was killed with its driver leaves its workers' CPUs reserved for 180 s.
         """
         for name, value in TIMINGS.items():
             os.environ.setdefault(name, value)
@@ -270,7 +264,7 @@ class Recovery(ControllerCallback):
 
         Ray's coordinator notices nodes that come and go only every 20 s.
         """
-        name = state_name(current_state)
+        name = current_state._state_type.state_name
         if current_state is previous_state:
             time.sleep(0.5)  # no room for `fewest` workers; Ray would ask again without a pause
         elif name == "RESTARTING":
@@ -304,11 +298,6 @@ def ask_coordinator(method: str, requester: str, **more: Any) -> None:
         ray.get(getattr(actor, method).remote(requester, **more), timeout=5)
     except ray.exceptions.RayError as error:
         logger.warning("Ray's coordinator does not answer, the next group may be small: %s", error)
-
-
-def state_name(state: Any) -> str:
-    """Return the name of a state of Ray Train's controller, such as RUNNING."""
-    return state._state_type.state_name
 
 
 def read_lines(url: str) -> list[str]:

@@ -9,6 +9,7 @@ segments of attempts that died do not count.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -55,13 +56,10 @@ class Ledger:
 
 def as_ranges(numbers: Iterable[int]) -> list[list[int]]:
     """Return runs of consecutive numbers as [start, stop]; a repeated number begins a new run."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and ranges[-1][1] == number:
-            ranges[-1][1] += 1
-        else:
-            ranges.append([number, number + 1])
-    return ranges
+    # In a run of consecutive numbers, number minus place is constant.
+    runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    lists = ([number for _, number in run] for _, run in runs)
+    return [[run[0], run[-1] + 1] for run in lists]
 
 
 def merge(by_rank: list[list[Entry]]) -> list[Entry]:
@@ -90,10 +88,11 @@ def read_history(
 ) -> Iterator[tuple[int, str, list[list[list[int]]]]]:
     """Yield (step, outcome, ranges by rank), beginning with the newest segment.
 
-    Raises:
-        LedgerError: a segment is missing or is not the one that was committed.
+    LedgerError if a segment is missing or is not the one that was committed.
     """
     while newest is not None:
+        if ".." in newest.name:  # of a stranger's run: nothing may lead out of its folder
+            raise LedgerError(f"{run_dir}: {newest.name!r} is no segment of its ledger")
         url = storage.join(run_dir, newest.name)
         try:
             data = storage.read_bytes(url)

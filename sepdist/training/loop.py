@@ -44,9 +44,7 @@ def train(
     Every rank calls `report` with the metrics of each validation (Ray Train's is a barrier), and
     `preempted` each `cluster.preemption_check_steps` steps. `preempted` returns, the same on all
     ranks, whether a node is about to be taken away; then a checkpoint is committed at once.
-
-    Raises:
-        RuntimeError: `training.max_skipped` steps in a row had no usable gradient.
+    RuntimeError if `training.max_skipped` steps in a row had no usable gradient.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
     with contextlib.ExitStack() as stack:

@@ -115,10 +115,7 @@ class Meter:
         self._seconds[kind] += time.monotonic() - began
 
     def read(self, step_seconds_of_audio: float) -> dict[str, float]:
-        """Return the metrics of the steps since the last reading; collective.
-
-        The share of waiting for data is the greatest of all workers, as all wait for that one.
-        """
+        """Return the metrics of the steps since the last reading; collective."""
         results, applied = self._results, [one for one in self._results if one.applied]
         seconds = max(time.monotonic() - self._began - self._seconds["validation"], 1e-9)
         waited = self._stream.seconds_waited - self._data_before
@@ -133,7 +130,7 @@ class Meter:
             "optim/skipped_steps": float(len(results) - len(applied)),
             "speed/steps_per_second": len(results) / seconds,
             "speed/audio_seconds_per_second": len(results) * step_seconds_of_audio / seconds,
-            "speed/data_wait_share": float(data_wait.max()),
+            "speed/data_wait_share": float(data_wait.max()),  # all wait for that worker
             "speed/checkpoint_share": checkpoint / seconds,
             "data/damaged_samples": float(damaged.sum()),
         }

@@ -22,8 +22,7 @@ SAMPLE_RATES = (1000, 384_000)
 def parse_card(data: bytes, folder: str) -> dict[str, Any]:
     """The content of a model.yaml: `model` with `_target_`, `sample_rate` and OUTPUT_RULES.
 
-    Raises:
-        CheckpointError: it is malformed; the message names the file and the value.
+    CheckpointError if it is malformed; the message names the file and the value.
     """
     url = f"{folder}/model.yaml"
     if len(data) > MAX_BYTES:

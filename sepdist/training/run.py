@@ -7,15 +7,15 @@ import platform
 import shlex
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from dataclasses import asdict
 
-import yaml
 from rich.console import Console
 
-from sepdist import __version__, config, slots, storage
+from sepdist import config, slots, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import progress_bar
 from sepdist.objectives.contract import with_defaults
+from sepdist.reporting import versions
 from sepdist.training.checkpoint import best_of, find_committed, read_file
 from sepdist.training.datasets import open_datasets
 from sepdist.training.engine import check_engine_options, refuse_slow_bf16
@@ -28,11 +28,7 @@ FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads")
 
 
 def run(cfg: TrainConfig, console: Console) -> float | None:
-    """Freeze a stage and train it in Ray Train workers; returns its best validation score.
-
-    Raises:
-        TrainingFailedError: a worker's error, once the allowed restarts are used up.
-    """
+    """Freeze a stage and train it in Ray Train workers; returns its best validation score."""
     from sepdist.training import launch
 
     cfg = freeze(cfg, console)
@@ -45,9 +41,7 @@ def run(cfg: TrainConfig, console: Console) -> float | None:
 def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     """Check the config as far as possible without a worker, and write it to run_dir/config.yaml.
 
-    Raises:
-        ConfigError: an object cannot be built, a data set is missing, or run_dir holds a run of
-            another config.
+    ConfigError if an object cannot be built, data is missing, or run_dir holds another run.
     """
     slots.make_paths_absolute(cfg)
     _check_engine(cfg)
@@ -87,24 +81,18 @@ def _check_engine(cfg: TrainConfig) -> None:
 
 def _write(cfg: TrainConfig) -> None:
     """Write config.yaml and environment.json, unless run_dir holds a run of another config."""
-    url, text = storage.join(cfg.run_dir, "config.yaml"), config.to_yaml(cfg)
+    url = storage.join(cfg.run_dir, "config.yaml")
     if storage.exists(url):
-        # Through the dataclasses, so that keys that are younger than the run have their defaults.
-        before = yaml.safe_load(config.to_yaml(config.load_frozen(url)))
-        changed = config.differences(before, yaml.safe_load(text), FREE_TO_CHANGE)
-        if changed:
+        # Read as dataclasses, so that keys that are younger than the run have their defaults.
+        before = asdict(config.load_frozen(url))
+        if changed := config.differences(before, asdict(cfg), FREE_TO_CHANGE):
             raise ConfigError(
                 f"{cfg.run_dir} holds a run of another config: {'; '.join(changed)}. Choose "
                 "another run_dir (or name), or remove the old run"
             )
-    storage.put_bytes(url, text.encode())
-    packages = ("torch", "ray", "deepspeed", "webdataset", "numpy")
-    environment = {name: version(name) for name in packages} | {
-        "sepdist": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-    text = json.dumps(environment, indent=1)
+    storage.put_bytes(url, config.to_yaml(cfg).encode())
+    environment = versions("torch", "ray", "deepspeed", "webdataset", "numpy")
+    text = json.dumps(environment | {"platform": platform.platform()}, indent=1)
     storage.put_bytes(storage.join(cfg.run_dir, "environment.json"), text.encode())
 
 
@@ -159,10 +147,7 @@ def _show(
 
 
 def summarise(cfg: TrainConfig, console: Console) -> float | None:
-    """Print why the run ended early, its best checkpoint, and how to look at it.
-
-    Returns the best score, None if there was no validation.
-    """
+    """Print how the run ended, its best checkpoint, how to look at it; returns the best score."""
     committed = find_committed(storage.join(cfg.run_dir, "checkpoints"))
     state = json.loads(read_file(committed[-1], "state.json")) if committed else {}
     if reason := state.get("objective", {}).get("stop_reason"):

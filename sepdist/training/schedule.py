@@ -16,10 +16,7 @@ LEAST_NORMS = 50  # with fewer there is no limit
 
 @dataclass
 class PlateauSchedule:
-    """Warm-up, then halving on a plateau of the validation score and early stop, as in both papers.
-
-    A higher score is better.
-    """
+    """Warm-up, then halving and early stop on plateaus of a score, the higher the better."""
 
     base_lr: float
     warmup_steps: int

@@ -8,16 +8,10 @@ from torch import nn
 
 from sepdist import seeding, slots
 from sepdist.allocator import keep_freed_memory
-from sepdist.config import TrainConfig
+from sepdist.config import TrainConfig, differences
 from sepdist.metrics.switching import SwitchTracker
 from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
-from sepdist.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    Snapshot,
-    load_newest,
-    load_snapshot,
-)
+from sepdist.training import checkpoint
 from sepdist.training.engine import Engine
 from sepdist.training.handoff import inherit, load_weights
 from sepdist.training.ledger import Ledger, SegmentRef, merge
@@ -93,13 +87,13 @@ class RunState:
         if saved is not None:
             self._load(saved)
 
-    def _agree_on_newest(self) -> Snapshot | None:
+    def _agree_on_newest(self) -> checkpoint.Snapshot | None:
         """Load the checkpoint that the main rank finds: an older attempt may still write one."""
-        saved = load_newest(self._cfg.run_dir) if self._world.is_main else None
+        saved = checkpoint.load_newest(self._cfg.run_dir) if self._world.is_main else None
         url = gather_objects(saved.url if saved else "", self._world)[0]
-        return load_snapshot(url) if url and saved is None else saved
+        return checkpoint.load_snapshot(url) if url and saved is None else saved
 
-    def _fill(self, model: nn.Module, saved: Snapshot | None) -> dict[str, Any]:
+    def _fill(self, model: nn.Module, saved: checkpoint.Snapshot | None) -> dict[str, Any]:
         """Fill `model` from the checkpoint or the parent stage; returns the lineage of the run."""
         cfg = self._cfg
         fresh, parent = inherit(model, cfg.init) if cfg.init.weights else ([], None)
@@ -111,15 +105,11 @@ class RunState:
             load_weights(model, saved.weights, source=source)
         return {"run": cfg.name, "run_dir": cfg.run_dir, "parent": parent, "reinitialised": fresh}
 
-    def _load(self, saved: Snapshot) -> None:
+    def _load(self, saved: checkpoint.Snapshot) -> None:
         """Continue from a checkpoint, whose weights the engine has already."""
-        changes = [
-            f"{name} was {saved.state[name]}, is {value}"
-            for name, value in self._data.items()
-            if saved.state[name] != value
-        ]
-        if changes:
-            raise CheckpointError(
+        before = {name: saved.state[name] for name in self._data}
+        if changes := differences(before, self._data):
+            raise checkpoint.CheckpointError(
                 f"the run's data changed since its checkpoint ({', '.join(changes)}); start "
                 "another run_dir"
             )
@@ -128,7 +118,7 @@ class RunState:
             counter.load_state_dict(saved.state[name])
         self.step, self.segment = saved.step, SegmentRef(**saved.state["ledger"])
 
-    def snapshot(self, score: float | None) -> Snapshot:
+    def snapshot(self, score: float | None) -> checkpoint.Snapshot:
         """Gather what a checkpoint holds; collective, and complete on the main rank only."""
         weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
         self.switches.merge(gather_objects(self.switches.state_dict(), self._world))
@@ -136,12 +126,12 @@ class RunState:
         samples_per_step = self._data["num_virtual_shards"] * self._data["micro_batch"]
         state = self._data | {name: one.state_dict() for name, one in self._counters.items()}
         state |= {"samples_seen": self.step * samples_per_step, "world_size": self._world.size}
-        return Snapshot(self.step, weights, optimizer, state, score, consumed)
+        return checkpoint.Snapshot(self.step, weights, optimizer, state, score, consumed)
 
-    def checkpointer(self) -> Checkpointer:
+    def checkpointer(self) -> checkpoint.Checkpointer:
         """Return the writer of this run's checkpoints."""
         cfg, training = self._cfg, self._cfg.training
-        return Checkpointer(
+        return checkpoint.Checkpointer(
             cfg.run_dir,
             model_node=cfg.model | getattr(self.engine.model, "node_changes", {}),
             sample_rate=cfg.sample_rate,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sepdist.config import ValidationConfig
 from sepdist.data.dataset import Dataset
-from sepdist.metrics.permutation import best_permutation
+from sepdist.metrics.permutation import best_permutation, reorder
 from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import pairwise_si_snr
 from sepdist.objectives.contract import OUTPUT_RULES, Objective
@@ -77,7 +77,7 @@ def listen(
         waves = {"mixture": batch.mixture[0].numpy()}
         if batch.sources is not None and batch.sources.shape == estimates.shape:
             _, order = best_permutation(pairwise_si_snr(estimates, batch.sources))
-            estimates = torch.stack([estimates[0, int(i)] for i in order[0]])[None]
+            estimates = reorder(estimates, order)
             waves |= {f"source {i + 1}": wave.numpy() for i, wave in enumerate(batch.sources[0])}
         waves |= {f"estimate {i + 1}": wave.numpy() for i, wave in enumerate(estimates[0])}
         for name, wave in waves.items():

@@ -9,11 +9,13 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 TIMES_USUAL = 10.0  # a beat may take this many times the 95th percentile of those before
 STDERR = 2  # the descriptor: Ray and pytest replace sys.stderr
 
 
+@dataclass(eq=False)
 class Watchdog:
     """Dump all stacks and exit with status 1 if no `beat` comes for `hang_seconds`.
 
@@ -25,22 +27,18 @@ class Watchdog:
     longer than allowed ends when it continues; its peers have given it up by then.
     """
 
-    def __init__(
-        self,
-        hang_seconds: float,
-        startup_seconds: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.hang_seconds = hang_seconds
-        self.startup_seconds = startup_seconds
-        self._clock = clock
+    hang_seconds: float
+    startup_seconds: float
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self._intervals: deque[float] = deque(maxlen=100)
         self.expect_slow()
 
     def beat(self) -> None:
         """Report progress, and restart the timer (less than 1 ms)."""
         if self._allowed < self.startup_seconds:
-            self._intervals.append(self._clock() - self._last_beat)
+            self._intervals.append(self.clock() - self._last_beat)
         several = len(self._intervals) > 1
         usual = statistics.quantiles(self._intervals, n=20)[-1] if several else 0.0
         self._arm(min(max(self.hang_seconds, TIMES_USUAL * usual), self.startup_seconds))
@@ -54,7 +52,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _arm(self, seconds: float) -> None:
-        self._last_beat = self._clock()
+        self._last_beat = self.clock()
         self._allowed = seconds
         if self.hang_seconds:
             faulthandler.dump_traceback_later(seconds, file=STDERR, exit=True)

@@ -22,10 +22,7 @@ class World:
 
 
 def join_world() -> World:
-    """Join Ray's process group, torchrun's, or one of this process alone.
-
-    The backend is nccl on GPUs and gloo elsewhere.
-    """
+    """Join Ray's process group, torchrun's, or one of this process alone: nccl on GPUs, or gloo."""
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cpu")
     if on_gpu:

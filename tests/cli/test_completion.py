@@ -102,6 +102,7 @@ def test_a_tab_imports_neither_hydra_nor_torch() -> None:
     code = (
         "import sys; from sepdist.cli.completion import candidates\n"
         f"assert candidates({words!r}) and candidates(['pipeline', 'experiment='])\n"
+        "assert candidates(['separate', '--format', ''])\n"
         "print({'hydra', 'torch', 'numpy', 'ray'} & sys.modules.keys())"
     )
     assert program("-c", code).strip() == "set()"

@@ -41,11 +41,6 @@ def speech_root(tmp_path: Path) -> Path:
         (root / "train-clean-100" / speaker / "7" / f"{speaker}-7.trans.txt").write_text(
             "".join(lines)
         )
-    (root / "SPEAKERS.TXT").write_text(
-        ";ID  |SEX| SUBSET           |MINUTES| NAME\n"
-        "19   | F | train-clean-100  | 25.19 | Kara | Shallenberg\n"
-        "26   | M | train-clean-100  | 25.08 | Denny Sayers\n"
-    )
     return root
 
 

@@ -13,14 +13,13 @@ from sepdist.corpora.librispeech import LibriSpeech
 from tests.corpora.conftest import signal, write
 
 
-def test_every_utterance_comes_once_in_order_with_speaker_sex_and_text(speech_root: Path) -> None:
+def test_every_utterance_comes_once_in_order_with_speaker_and_text(speech_root: Path) -> None:
     records = list(LibriSpeech(str(speech_root)).records("train-clean-100"))
     assert [record.id for record in records] == [
         *("103-7-0000", "103-7-0001", "1034-7-0000", "19-7-0000", "19-7-0001", "19-7-0002"),
         "26-7-0000",
     ]
     assert [record.speaker for record in records] == ["103", "103", "1034", "19", "19", "19", "26"]
-    assert [record.sex for record in records] == ["", "", "", "F", "F", "F", "M"]
     assert records[4].text == "WORDS OF 19-7-0001"
     again = LibriSpeech(str(speech_root)).records("train-clean-100")
     assert [record.id for record in again] == [record.id for record in records]
@@ -47,10 +46,10 @@ def test_audio_is_read_as_it_is_or_resampled_by_soxr_and_records_survive_picklin
     assert halved.sample_rate == 8000 and halved.load().dtype == np.float32
 
 
-def test_a_tree_without_transcripts_or_speaker_list_is_read_too(tmp_path: Path) -> None:
+def test_a_tree_without_transcripts_is_read_too(tmp_path: Path) -> None:
     write(tmp_path / "train" / "5" / "1" / "5-1-0.wav", signal(1, 4000))
     (record,) = LibriSpeech(str(tmp_path)).records("train")
-    assert (record.id, record.text, record.sex) == ("5-1-0", "", "")
+    assert (record.id, record.text) == ("5-1-0", "")
 
 
 def test_faults_name_the_file_and_say_what_to_do(speech_root: Path) -> None:

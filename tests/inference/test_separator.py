@@ -20,13 +20,8 @@ import sepdist
 from sepdist import slots, storage
 from sepdist.cli import separate
 from sepdist.inference.separator import Separation, Separator
-from sepdist.inference.stitching import (
-    SeparationError,
-    Windows,
-    cut_windows,
-    overlap_add,
-    resampled,
-)
+from sepdist.inference.stitching import cut_windows, overlap_add, resampled
+from sepdist.inference.windows import SeparationError, Windows
 from tests.support.exports import write_export
 
 ROOT = Path(__file__).parent.parent.parent
