@@ -16,8 +16,7 @@ from sepdist.training import ledger
 from sepdist.training.checkpoint import find_committed, read_file
 from sepdist.training.ledger import LedgerError, SegmentRef
 
-
-MAX_POSITIONS = 2**32  # 16 GiB of counts; a stranger's run may claim any number
+MAX_POSITIONS = 2**30  # 4 GiB of counts; a stranger's run may claim any number
 MAX_OUTSIDE = 2**20  # positions of one rank and step beyond the end, to list
 
 
