@@ -195,7 +195,7 @@ def test_a_stranger_makes_data_trains_evaluates_and_separates(trained) -> None:
     ]
 
 
-@pytest.mark.skipif("load" not in dir(sepdist), reason="sepdist.load is not here yet")
+@pytest.mark.seconds(60)  # as above, so that the two share the fixture
 def test_four_lines_of_python_separate_a_recording(trained) -> None:
     shape = trained.run("python", "-c", FOUR_LINES + "print(voices.shape)")
     assert shape.strip() == "(2, 24000)"
