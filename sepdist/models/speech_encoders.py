@@ -87,7 +87,7 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
         raise ValueError(f"speech encoders need transformers; {todo}") from error
     stored = _read(pretrained, AutoConfig.from_pretrained).to_dict() if pretrained else {}
     family = encoder.get("model_type", stored.get("model_type"))
-    if family not in FAMILIES or stored.get("model_type", family) != family:
+    if family not in list(FAMILIES) or stored.get("model_type", family) != family:
         reason = "give model.pretrained, or this one of"
         if pretrained:
             reason = f"{pretrained} is a {stored['model_type']}"
@@ -105,7 +105,10 @@ def _config(pretrained: str | None, encoder: Mapping[str, Any], num_layers: int 
             raise ValueError(f"model.encoder.{name}={encoder[name]}: must stay {value} here")
     values = stored | dict(encoder) | OFF
     known = {name: value for name, value in values.items() if name in settable}
-    config = AutoConfig.for_model(**known)
+    try:
+        config = AutoConfig.for_model(**known)
+    except Exception as error:  # transformers has errors of its own for values that do not fit
+        raise ValueError(f"model.encoder: {' '.join(str(error).split())}") from error
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(

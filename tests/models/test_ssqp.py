@@ -446,6 +446,8 @@ def test_without_transformers_one_error_says_what_to_install(
         ({"encoder": None}, "model_type=None: give model.pretrained.*whisper"),
         ({"encoder": {"model_type": "bert"}}, "model_type=bert.*wav2vec2"),
         ({"encoder": TINY["hubert"] | {"hiden_size": 8}}, "a hubert has no hiden_size"),
+        ({"encoder": TINY["hubert"] | {"hidden_size": "8"}}, "model.encoder: .*'hidden_size'"),
+        ({"encoder": {"model_type": []}}, "the encoders are wav2vec2"),
         ({"encoder": TINY["hubert"] | {"layerdrop": 0.1}}, "layerdrop=0.1: must stay 0.0"),
         ({"num_layers": 3}, "num_layers=3: this wav2vec2 has 1 to 2"),
         ({"freeze": "all"}, "none, convolutions or encoder"),
