@@ -124,11 +124,25 @@ def test_no_slot_but_the_models_takes_a_model(slot: str) -> None:
         slots.build(slot, MODEL)
 
 
-@pytest.mark.parametrize("target", NAMES[:: len(NAMES) // 60])
-def test_no_function_runs_as_the_value_of_an_argument(target: str) -> None:
-    node = MODEL | {"num_filters": {"_target_": target, "url": "~/mark", "data": "x"}}
-    with pytest.raises(ConfigError, match=r"model\.num_filters: no part may stand here"):
-        slots.build("model", node)
+CLASSES = {
+    "model": MODEL["_target_"],
+    "estimator": MODEL["_target_"],
+    "objective": "sepdist.objectives.separation.Separation",
+    "engine": "sepdist.training.engine.DeepSpeedEngine",
+    "optim": "torch.optim.Adam",
+    "mixing": "sepdist.data.dynamic.DynamicMixing",
+    "corpus": "sepdist.corpora.demo.DemoCorpus",
+    "recogniser": "sepdist.recognisers.transformers_ctc.TransformersCtc",
+}
+
+
+@pytest.mark.parametrize("slot", slots.SLOTS)
+def test_nothing_that_sepdist_contains_runs_as_the_value_of_an_argument(slot: str) -> None:
+    for target in NAMES:
+        inner = {"_target_": target, "url": "~/mark", "data": "x"}
+        for value in (inner, [{"a": inner}]):
+            with pytest.raises(ConfigError, match=rf"{slot}\.x(\.a)?: no part may stand here"):
+                slots.build(slot, {"_target_": CLASSES[slot], "x": value})
 
 
 @pytest.mark.parametrize(
