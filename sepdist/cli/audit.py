@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 from sepdist.cli.compose import read_config
 from sepdist.config import AuditConfig
+from sepdist.console import printable
 
 
 def main() -> int:
@@ -22,12 +23,12 @@ def main() -> int:
         cfg = read_config("audit", AuditConfig, __doc__)
         from sepdist.training.audit import LedgerError, audit, to_text
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     try:
         result = audit(cfg.run_dir)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, LedgerError) else 2
     print(json.dumps(asdict(result)) if cfg.json else to_text(result))
     return 0 if result.sound else 1

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -26,6 +27,10 @@ MODEL = {
 }
 
 
+# A part that writes a file, which nothing may build.
+PUT = {"_target_": "sepdist.storage.put_bytes", "url": "~/mark", "data": "x"}
+
+
 def voices(num_samples: int = 4000, seed: int = 0, num: int = 2) -> np.ndarray:
     waves = 0.1 * np.random.default_rng(seed).standard_normal((num, num_samples))
     return waves.astype(np.float32)
@@ -45,3 +50,13 @@ def write_export(folder: Path, rate: int = RATE) -> nn.Module:
     (folder / "model.yaml").write_text(yaml.safe_dump({"model": MODEL, "sample_rate": rate}))
     (folder / "lineage.json").write_text(json.dumps({"run": "toy", "step": 12}))
     return model
+
+
+def stranger(folder: Path, card: Any) -> Path:
+    """An export with sound weights and the model.yaml `card`."""
+    write_export(folder)
+    if isinstance(card, dict):
+        card = yaml.safe_dump({"sample_rate": 8000} | card)
+    data = card if isinstance(card, bytes) else card.encode()
+    (folder / "model.yaml").write_bytes(data)
+    return folder
