@@ -46,8 +46,8 @@ STRANGERS = {
     "tensorboard": "another project's reader",
 }
 STUB = """#!{bash}
-printf '%s\\x1f' "${{0##*/}}" "$@" >> "$NOTED"
-printf '\\x1e' >> "$NOTED"
+printf -v call '%s\\x1f' "${{0##*/}}" "$@"
+printf '%s\\x1e' "$call" >> "$NOTED"
 """
 VARIABLES = {"DATA_ROOT": "s3://bucket/data", "SPEECH": "/data/speech", "NOISE": "/data/noise"}
 # Commands of the pages that need no data and take seconds: these are run.
