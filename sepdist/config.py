@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sepdist import storage
 
 _T = TypeVar("_T")
+RETIRED = (("training", "max_failed_checkpoints"),)  # keys of older frozen configs, by section
 
 
 class ConfigError(ValueError):
@@ -101,7 +102,7 @@ class TrainingConfig:
     keep_last: int = 2  # newest checkpoints to keep
     keep_best: bool = True  # keep the one with the best validation score too
     keep_every: int = 0  # keep every checkpoint whose step is a multiple of this; 0 = none
-    max_failed_checkpoints: int = 3  # failed saves in a row that the run tolerates
+    storage_patience_seconds: float = 600.0  # for which storage may be away, or a disk full
     early_stop_patience: int = 30  # validations without improvement; 0 = never
     spike_factor: float = 100.0  # skip norms above this many medians; 0 = only if not finite
     max_skipped: int = 20  # skipped steps in a row at which the run ends with an error
@@ -119,6 +120,7 @@ class ClusterConfig:
     max_failures: int = 5  # in a row without a new checkpoint; not preemptions; -1 = no limit
     elastic_check_seconds: float = 60.0  # how often an elastic run looks for more workers
     preemption_check_steps: int = 10  # steps between two checks for a preemption notice
+    stop_seconds: float = 100.0  # after Ctrl-C or SIGTERM, to end the step and commit it
     collective_timeout_seconds: int = 600  # after which an all-reduce fails
     hang_seconds: float = 30.0  # a worker without progress ends itself; more if slow; 0 = never
     startup_seconds: float = 600.0  # the same for the first step, validations and checkpoints
@@ -296,6 +298,9 @@ def from_yaml(text: str, schema: type[_T]) -> _T:
     given = parse_plain(text)
     if not isinstance(given, dict) or "${" in str(given):
         raise ConfigError("a frozen config is a mapping of values, without any ${reference}")
+    for section, key in RETIRED:
+        if isinstance(given.get(section), dict):
+            given[section].pop(key, None)
     merged = OmegaConf.merge(OmegaConf.structured(schema), given)
     assert isinstance(merged, DictConfig)
     return typed(merged, schema)
@@ -316,9 +321,14 @@ def differences(before: Any, after: Any, free: tuple[str, ...] = (), name: str =
 
 
 def load_frozen(url: str) -> TrainConfig:
-    """Read a run's frozen config; ConfigError if another version of sepdist wrote it."""
+    """Read a run's frozen config; ConfigError if another version of sepdist wrote it.
+
+    The run_dir is where the file lies, wherever it was moved or copied.
+    """
     try:
-        return from_yaml(storage.read_bytes(url).decode(), TrainConfig)
+        cfg = from_yaml(storage.read_bytes(url).decode(), TrainConfig)
+        cfg.run_dir = storage.absolute(url).rpartition("/")[0]
+        return cfg
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(

@@ -1,7 +1,9 @@
 """The console of the programs, on stderr: one-line errors, exit statuses and the progress bar."""
 
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,25 +11,60 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class Stopped(KeyboardInterrupt):
+    """The signal `number` (SIGTERM, SIGHUP) stopped the program, as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def signals_to(handler: Callable[[int], object], *more: signal.Signals) -> Iterator[None]:
+    """Call `handler` with the number of each SIGINT, SIGTERM, SIGHUP or one of `more` inside.
+
+    A signal that the caller ignores, as nohup does with SIGHUP, stays ignored. Outside the main
+    thread, where Python allows no handlers, nothing changes.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *more)
+        before = {number: signal.getsignal(number) for number in numbers}
+    heard = {number for number, old in before.items() if old is not signal.SIG_IGN}
+    for number in heard:
+        signal.signal(number, lambda number, _: handler(number))
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
+
+
 @contextmanager
 def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator[Console]:
     """Print OSError, ValueError and `also` as one line and exit 1.
 
-    On Ctrl-C print `stopped` and exit 130. A closed pipe is left to `sepdist.cli.main`.
+    On Ctrl-C print `stopped` and exit 130, on SIGTERM 143. A closed pipe is left to
+    `sepdist.cli.main`.
     """
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.WARNING)
     try:
         yield console
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if stopped:
             console.print(f"stopped; {stopped}")
-        sys.exit(130)
+        sys.exit(exit_status(error))
     except BrokenPipeError:
         raise
     except (OSError, ValueError, also) as error:
         console.print(f"error: {printable(str(error))}")
         sys.exit(1)
+
+
+def exit_status(error: KeyboardInterrupt) -> int:
+    """Return the status of a program that a signal ended, as a shell reports it."""
+    return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ num_workers=N, N Ray tasks write at once, in the cluster of RAY_ADDRESS or else 
 After an interruption the same command keeps the finished shards and makes the same bytes.
 """
 
-import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,6 @@ def write(cfg: ShardConfig, console: Console) -> None:
     from sepdist.data.sharding import write_data_set
     from sepdist.data.shards import MANIFEST
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop acts as Ctrl-C
     todo = "The same command continues; finished shards are kept"
     with user_console(stopped=f"{cfg.output} is not finished and has no {MANIFEST}. {todo}"):
         written = write_data_set(cfg, console)

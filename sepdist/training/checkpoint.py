@@ -14,8 +14,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
@@ -25,6 +28,7 @@ import yaml
 from torch import Tensor
 
 from sepdist import storage
+from sepdist.patience import Patience
 from sepdist.training.ledger import Entry, SegmentRef, put_segment
 
 logger = logging.getLogger(__name__)
@@ -71,11 +75,11 @@ class Committed:
 
 @dataclass
 class Checkpointer:
-    """Writes snapshots in the background, at most one at a time, on the main rank.
+    """Writes snapshots in the background, one at a time and in order, on the main rank.
 
-    If storage fails for longer than its retries last, the run goes on without that checkpoint, up
-    to `max_failed` times in a row; `num_failed` counts them all. For the last checkpoint of a run a
-    failure is always an error.
+    If storage fails the run goes on without that checkpoint, until all writes have failed for
+    `patience_seconds`; `num_failed` counts the checkpoints that were given up. For the last
+    checkpoint of a run a failure is always an error.
     """
 
     run_dir: str
@@ -87,52 +91,63 @@ class Checkpointer:
     keep_last: int
     keep_best: bool
     keep_every: int = 0
-    max_failed: int = 3
+    patience_seconds: float = 600.0
     previous: SegmentRef | None = None  # the ledger segment of the newest commit
     num_failed: int = 0
 
     def __post_init__(self) -> None:
         self.folder = storage.join(self.run_dir, "checkpoints")
         self._consumed: list[Entry] = []  # since the newest commit
-        self._failed_in_a_row = 0
+        self._patience = Patience(self.patience_seconds, "checkpoint")
+        self._failure: OSError | None = None  # of the last write, if it is tolerated
+        self._fatal: Exception | None = None
         self._unfinished: list[str] = []  # folders of saves that failed
         self._newest: Committed | None = None  # of those written here
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._lock = threading.Lock()
+        self._next: tuple[Snapshot, Future[None] | None] | None = None
         self._pending: Future[None] | None = None
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Start writing a snapshot, after waiting for the one before.
+    def save(self, snapshot: Snapshot, after: Future[None] | None = None) -> None:
+        """Write a snapshot in the background, and commit it when `after` has succeeded.
+
+        While storage fails it takes the place of one that waits to be written, so that there are
+        never more than two.
 
         Raises:
-            StorageError: more than `max_failed` snapshots in a row could not be written.
+            StorageError: nothing could be written for `patience_seconds`.
         """
-        self.settle()
-        self._pending = self._pool.submit(self._write, snapshot)
+        if self._fatal:
+            raise self._fatal
+        with self._lock:
+            if self._next is None:
+                self._pending = self._pool.submit(self._write_next)
+            else:
+                given_up = self._next[0]
+                self.num_failed += 1
+                logger.warning("the checkpoint of step %d gives way to a newer one", given_up.step)
+                snapshot.ledger = given_up.ledger + snapshot.ledger
+            self._next = snapshot, after
 
-    def settle(self) -> None:
-        """Wait until the last snapshot is committed, or has failed and is tolerated.
+    def settle(self, *, also_failing: bool = False) -> None:
+        """Wait until the snapshots are committed or have failed, or while storage does not fail.
 
         Raises:
-            StorageError: more than `max_failed` snapshots in a row could not be written.
+            StorageError: nothing could be written for `patience_seconds`.
         """
-        try:
-            self.wait()
-        except OSError as error:
-            self.num_failed += 1
-            self._failed_in_a_row += 1
-            since = "" if self._newest is None else f", none since step {self._newest.step}"
-            what = f"{error} (checkpoint not written, {self._failed_in_a_row} in a row{since})"
-            allowed = f"{self.max_failed} in a row are allowed"
-            if self._failed_in_a_row > self.max_failed:
-                raise storage.StorageError(f"{what}; {allowed}, the run ends") from error
-            logger.warning("%s; the run goes on, %s", what, allowed)
+        while self._pending and not self._pending.done():
+            if storage.failing() and not also_failing:
+                return
+            futures.wait([self._pending], timeout=0.2)
+        if self._fatal:
+            raise self._fatal
 
     def wait(self) -> None:
         """Wait until the last snapshot is committed; raises the error of its writer."""
         if self._pending is not None:
             self._pending.result()
-            self._pending = None
-            self._failed_in_a_row = 0
+            if self._failure:
+                raise self._failure
 
     def close(self) -> None:
         """Wait for the last snapshot, read it back to check it, and end the writer."""
@@ -143,7 +158,25 @@ class Checkpointer:
         finally:
             self._pool.shutdown()
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write_next(self) -> None:
+        with self._lock:
+            assert self._next
+            (snapshot, after), self._next = self._next, None
+        began = time.monotonic()
+        try:
+            try:
+                self._write(snapshot, after)
+                self._failure = None
+                self._patience.succeeded()
+            except OSError as error:
+                self.num_failed += 1
+                self._failure = error
+                self._patience.failed(error, began)
+        except Exception as error:
+            self._fatal = error
+            raise
+
+    def _write(self, snapshot: Snapshot, after: Future[None] | None) -> None:
         # A unique name, because another attempt may write the same step.
         name = f"step-{snapshot.step:09d}-{uuid.uuid4().hex[:8]}"
         url = storage.join(self.folder, name)
@@ -160,6 +193,8 @@ class Checkpointer:
         try:
             for name, data in contents.items():
                 storage.put_bytes(storage.join(url, name), data)
+            if after:
+                after.result()
             data = json.dumps(commit).encode()
             storage.put_bytes(storage.join(url, COMMIT), data, create_only=True)
         except OSError:

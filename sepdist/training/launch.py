@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -29,8 +29,10 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError
 
 from sepdist import config, slots, storage
 from sepdist.cluster import connected
-from sepdist.config import TrainConfig
+from sepdist.config import ConfigError, TrainConfig
+from sepdist.console import Stopped, signals_to
 from sepdist.training.checkpoint import find_committed
+from sepdist.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +59,13 @@ class TrainingFailedError(RuntimeError):
     """The workers failed more than `cluster.max_failures` times; says the last one's own error."""
 
 
-def launch(cfg: TrainConfig) -> None:
+def launch(
+    cfg: TrainConfig, request: StopRequest, say: Callable[[str], object] = logger.warning
+) -> None:
     """Train the run frozen at `cfg.run_dir` in Ray Train workers; returns when it has finished.
 
-    TrainingFailedError once the restarts are used up; KeyboardInterrupt when Ctrl-C has ended it.
+    TrainingFailedError once the restarts are used up; Stopped after a signal that `request`
+    handles. `say` gets what the user should know meanwhile.
     """
     cluster = cfg.cluster
     fewest, most = config.worker_range(cluster)
@@ -79,11 +84,13 @@ def launch(cfg: TrainConfig) -> None:
     recovery = Recovery(cfg.run_dir, cluster.max_failures, elastic=fewest < most)
     needed = math.ceil(most * cluster.cpus_per_worker)
     with connected(needed, address=cluster.address, verbose=cluster.verbose):
+        flag = start_flag()
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
                 "config": storage.join(cfg.run_dir, "config.yaml"),
                 "plugins": slots.named_plugins(),
+                "stop": flag,
             },
             scaling_config=scaling,
             torch_config=TorchConfig(
@@ -98,24 +105,95 @@ def launch(cfg: TrainConfig) -> None:
                 callbacks=[EventLog(cfg.run_dir), recovery],  # type: ignore[list-item]
             ),
         )
-        try:
-            with interrupts():
-                trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise TrainingFailedError(root_cause(error)) from error
+        with stopping(trainer, flag, request, cluster.stop_seconds, say):
+            trainer.fit()
+
+
+def start_flag() -> Any:
+    """Start the actor by which the workers are asked to stop, on the driver's node."""
+    here = ray.get_runtime_context().get_node_id()
+    options = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})
+    return cast(Any, options)(StopFlag).remote()
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[None]:
-    """Turn Ctrl-C into KeyboardInterrupt: Ray Train's handler stops the workers and exits."""
-    handler = signal.getsignal(signal.SIGINT)
+def stopping(
+    trainer: Any, flag: Any, request: StopRequest, seconds: float, say: Callable[[str], object]
+) -> Iterator[None]:
+    """Answer signals while `trainer` runs.
+
+    The first has its workers commit a checkpoint, the second, or the end of `seconds`, ends the run
+    at once. Ray Train's own handler knows Ctrl-C only and ends with status 0.
+    """
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append
+
+    def ask() -> None:
+        flag.ask.remote()
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        name = signal.Signals(request.number).name
+        say(f"{name}: committing a checkpoint, for {seconds:g} s at most; again ends at once")
+
+    request.first = ask
     try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
+        with signals_to(request.heard, signal.SIGALRM):
+            yield
+        if request.number and ray.get(flag.stopped.remote()):
+            raise Stopped(request.number)
+    except ray.train.TrainingFailedError as error:
+        if request.number:  # the signal may have reached the workers too
+            raise Stopped(request.number) from None
+        raise TrainingFailedError(root_cause(error)) from error
+    except (KeyboardInterrupt, ConfigError):
+        with contextlib.suppress(ray.exceptions.RayError):
+            for controller in controllers:
+                ray.get(controller.abort.remote(), timeout=5)
+        raise
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # Ray leaves its own in place
+        request.first = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class StopFlag:
+    """An actor that knows whether a run was asked to stop, and whether it has."""
+
+    def __init__(self) -> None:
+        self._asked = self._stopped = False
+
+    def ask(self) -> None:
+        """Ask the workers to stop."""
+        self._asked = True
+
+    def asked(self) -> bool:
+        """Return whether the workers are asked to stop."""
+        return self._asked
+
+    def confirm(self) -> None:
+        """Say that the workers have committed a checkpoint and stopped."""
+        self._stopped = True
+
+    def stopped(self) -> bool:
+        """Return whether the workers have stopped before the end of the run."""
+        return self._stopped
+
+
+def stop_request(flag: Any) -> Callable[[], bool]:
+    """Return a function that says whether the driver asked to stop, which a thread looks after."""
+    asked = threading.Event()
+
+    def watch() -> None:
+        while not asked.is_set():
+            try:
+                if ray.get(flag.asked.remote(), timeout=10):
+                    asked.set()
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:  # the driver is gone, and this worker soon
+                return
+            time.sleep(1.0)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return asked.is_set
 
 
 def worker_environment(cfg: TrainConfig) -> dict[str, str]:
@@ -145,7 +223,11 @@ def train_worker(arguments: dict[str, Any]) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     slots.use_plugins(arguments["plugins"])
     cfg = config.load_frozen(arguments["config"])
-    loop.train(cfg, world, report=ray.train.report, preempted=preemption_notice())
+    flag = arguments["stop"]
+    asked = stop_request(flag) if world.is_main else lambda: False
+    finished = loop.train(cfg, world, ray.train.report, preemption_notice(), asked)
+    if not finished and world.is_main:
+        ray.get(flag.confirm.remote())
 
 
 def preemption_notice() -> Callable[[], bool]:

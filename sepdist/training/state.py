@@ -140,6 +140,6 @@ class RunState:
             keep_last=training.keep_last,
             keep_best=training.keep_best,
             keep_every=training.keep_every,
-            max_failed=training.max_failed_checkpoints,
+            patience_seconds=training.storage_patience_seconds,
             previous=self.segment,
         )
