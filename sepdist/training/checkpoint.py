@@ -109,16 +109,15 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(self, snapshot: Snapshot, after: Future[None] | None = None) -> None:
-        """Write a snapshot in the background, and commit it when `after` has succeeded.
+        """Write a snapshot in the background after the one before; commit it after `after`.
 
-        While storage fails it takes the place of one that waits to be written, so that there are
-        never more than two.
+        While storage fails it does not wait, but takes the place of one that does, so that there
+        are never more than two.
 
         Raises:
             StorageError: nothing could be written for `patience_seconds`.
         """
-        if self._fatal:
-            raise self._fatal
+        self.settle()
         with self._lock:
             if self._next is None:
                 self._pending = self._pool.submit(self._write_next)
@@ -176,7 +175,7 @@ class Checkpointer:
             self._fatal = error
             raise
 
-    def _write(self, snapshot: Snapshot, after: Future[None] | None) -> None:
+    def _write(self, snapshot: Snapshot, after: Future[None] | None = None) -> None:
         # A unique name, because another attempt may write the same step.
         name = f"step-{snapshot.step:09d}-{uuid.uuid4().hex[:8]}"
         url = storage.join(self.folder, name)
