@@ -26,6 +26,22 @@ _TOKEN = {
     "InvalidToken": "renew AWS_SESSION_TOKEN, or unset it if the key has none",
 }
 _PROXIES = "HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
+_WITHOUT_ANSWER = {  # by a pattern of the error's name
+    "NoCred|PartialCred": "needs a key; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "Prox": f"is behind a proxy that gives no way{{tried}}; check {_PROXIES}",
+    "Credential|Token|SSO|Login|Profile|Config|FileNotFound": "needs a key, and there is none "
+    "({kind}); check AWS_PROFILE, the files of ~/.aws and the programs that they name",
+    "Timeout": "gave no answer within {timeout:g} s{tried}; check AWS_ENDPOINT_URL and the "
+    "network, or raise SEPDIST_STORAGE_TIMEOUT_SECONDS",
+    "SSL": "has no TLS that is trusted here{tried}; set http:// or https:// in AWS_ENDPOINT_URL as "
+    "the server does, or AWS_CA_BUNDLE to the file of its authority",
+    "EndpointConnection": "cannot be reached{tried} (refused, or no such host); check "
+    "AWS_ENDPOINT_URL and that the service runs",
+    "Parser|^HTTPClientError": f"does not answer as S3 does{{tried}} ({{kind}}); check "
+    f"AWS_ENDPOINT_URL and {_PROXIES}",
+    "Connection|Client|Incomplete": "broke off the connection{tried} ({kind}); check the network",
+    "": "failed ({kind}); check AWS_ENDPOINT_URL, AWS_REGION and the url",
+}
 
 
 class StorageError(OSError):
@@ -34,13 +50,10 @@ class StorageError(OSError):
 
 def seconds_of(variable: str, default: float) -> float:
     """Return the number of seconds in an environment variable, `default` if it is not set."""
-    given = os.environ.get(variable) or str(default)
-    try:
-        if (seconds := float(given)) >= 0:
-            return seconds
-    except ValueError:
-        pass
-    raise ValueError(f"{variable}={given}: give a number of seconds")
+    given = os.environ.get(variable, "")
+    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)?", given):
+        raise ValueError(f"{variable}={given}: give a number of seconds")
+    return float(given or default)
 
 
 def _timeout_seconds() -> float:
@@ -65,16 +78,12 @@ def endpoint() -> str:
 
 # The connection.
 
-_lock = threading.Lock()
 _generation = 0  # of credentials
-
-
-def _unlock_in_child() -> None:
-    global _lock
-    _lock = threading.Lock()  # another thread of the parent may hold the old one
-
-
-os.register_at_fork(after_in_child=_unlock_in_child)
+_lock = threading.Lock()
+# A child must not inherit it while another thread connects.
+os.register_at_fork(
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
 
 
 def _filesystem() -> Any:
@@ -118,53 +127,40 @@ def _run(make: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
     raise AssertionError("unreachable")
 
 
-def request(method: str, **arguments: Any) -> Any:
-    """Make one request; s3fs bounds the wait for an answer, but not that to send the body."""
+def request(method: str, most: int = 2**62, **arguments: Any) -> Any:
+    """Make one request; the `Body` of an answer is bytes, `most` of it if it is over twice that.
+
+    s3fs bounds the wait for an answer, but not the time to send a body.
+    """
     seconds = _timeout_seconds() + len(arguments.get("Body", b"")) / MIN_UPLOAD_BYTES_PER_SECOND
 
     async def bounded(filesystem: Any) -> Any:
         try:
             answer = await asyncio.wait_for(filesystem._call_s3(method, **arguments), seconds)
         except OSError as error:
-            if method == "head_object" and _answer(error)[1] in (
-                400,
-                401,
-                403,
-            ):  # without a reason: no body
+            if method == "head_object" and _answer(error)[1] in (400, 401, 403):
+                # The answer to a HEAD cannot say why.
                 (await filesystem._call_s3("get_object", **arguments))["Body"].close()
             raise
-        return _checked(answer)
+        _check(answer["ResponseMetadata"].get("HTTPHeaders", {}))
+        if "Body" in answer:
+            async with answer["Body"] as body:
+                length, data = answer["ContentLength"], bytearray()
+                wanted = most if length > 2 * most else length + 1  # 1 more: checks the length
+                while len(data) < wanted and (block := await body.read(wanted - len(data))):
+                    data += block
+            answer["Body"] = bytes(data)
+        return answer
 
     return _run(bounded)
 
 
-def get(most: int, **where: Any) -> tuple[bytes, dict[str, Any]]:
-    """Read an object, or the first `most` bytes of one of more than twice that; and the answer."""
-
-    async def read(filesystem: Any) -> tuple[bytes, dict[str, Any]]:
-        answer = await filesystem._call_s3("get_object", **where)
-        async with _checked(answer)["Body"] as body:
-            length = answer["ContentLength"]
-            if length <= 2 * most:
-                return await body.read(), answer
-            blocks, missing = [], most
-            while missing and (block := await body.read(missing)):
-                blocks.append(block)
-                missing -= len(block)
-            return b"".join(blocks), answer
-
-    found: tuple[bytes, dict[str, Any]] = _run(read)
-    return found
-
-
-def _checked(answer: Any) -> Any:
-    """Refuse the web page of a proxy or of another server, which has the status of a success."""
+def _check(headers: dict[str, str]) -> None:
+    """Refuse the web page of a proxy or of another server, whose status is that of a success."""
     from botocore.parsers import ResponseParserError
 
-    headers = answer["ResponseMetadata"].get("HTTPHeaders", {})
     if "etag" not in headers and headers.get("content-type", "").startswith("text/html"):
         raise ResponseParserError("a web page")
-    return answer
 
 
 # What an error means.
@@ -212,7 +208,7 @@ def explain(url: str, action: str, error: BaseException, tried: str) -> Exceptio
         what = f"answered {status} with a web page; {todo}"
     elif code == "NoSuchBucket":
         what = "has no such bucket; create it or correct the url"
-    elif status == 404 or (not status and isinstance(error, FileNotFoundError)):
+    elif status == 404:
         return FileNotFoundError(f"{url}: no such object at {endpoint()} ({code or 404})")
     elif status == 412 and action == "read":
         what = "says that the object was replaced while it was read; read it again"
@@ -226,10 +222,10 @@ def explain(url: str, action: str, error: BaseException, tried: str) -> Exceptio
         busy = "the service is busy or failing, try again later"
         todo = busy if is_transient(error) else "check the url"
         what = f"answered {status} {code}{tried}; {todo}"
-    elif isinstance(error, OSError) and error.errno is not None:
-        return error  # of the local file, which `storage` names
     else:
-        what = _without_answer(error, tried)
+        text = next(v for k, v in _WITHOUT_ANSWER.items() if re.search(k, type(error).__name__))
+        kind = type(getattr(error, "kwargs", {}).get("error") or error).__name__
+        what = text.format(kind=kind, tried=tried, timeout=_timeout_seconds())
     return StorageError(f"cannot {action} {url}: {endpoint()} {what}")
 
 
@@ -241,30 +237,3 @@ def _refusal(code: str, status: int, headers: dict[str, str]) -> str:
         return f"refused the signature ({code or status}); {clocks}, set this machine's"
     todo = f"check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and {RIGHTS}"
     return f"rejected the key ({code or status}); {_TOKEN.get(code, todo)}"
-
-
-def _without_answer(error: BaseException, tried: str) -> str:
-    from botocore import exceptions as boto
-    from botocore.parsers import ResponseParserError
-
-    kind, reason = type(error).__name__, getattr(error, "kwargs", {}).get("error")
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
-        return "needs a key; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if re.search("Credential|Token|SSO|Login|Profile|Config", kind):
-        return f"needs a key, and there is none ({kind}); check AWS_PROFILE and the files of ~/.aws"
-    if isinstance(error, boto.ReadTimeoutError | boto.ConnectTimeoutError | TimeoutError):
-        todo = "check AWS_ENDPOINT_URL and the network, or raise SEPDIST_STORAGE_TIMEOUT_SECONDS"
-        return f"gave no answer within {_timeout_seconds():g} s{tried}; {todo}"
-    if isinstance(error, boto.SSLError):
-        todo = "check http:// or https:// in AWS_ENDPOINT_URL, or set AWS_CA_BUNDLE"
-        return f"has no TLS that is trusted here{tried} ({reason}); {todo}"
-    if isinstance(error, boto.ProxyConnectionError):
-        return f"is behind a proxy that lets nothing through{tried}; check {_PROXIES}"
-    if isinstance(error, boto.EndpointConnectionError):
-        todo = "check AWS_ENDPOINT_URL and that the service runs"
-        return f"cannot be reached{tried} (refused, or no such host); {todo}"
-    if isinstance(error, ResponseParserError) or type(error) is boto.HTTPClientError:
-        return f"does not answer as S3 does{tried}; check AWS_ENDPOINT_URL and {_PROXIES}"
-    if is_transient(error):
-        return f"broke off the connection{tried} ({kind}); check the network"
-    return f"failed ({kind}); check AWS_ENDPOINT_URL, AWS_REGION and the url"

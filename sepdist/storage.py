@@ -51,8 +51,6 @@ _HINTS = {
     errno.EROFS: "; choose a folder that can be written",
     errno.EISDIR: "; a file is wanted here",
 }
-
-
 _everywhere: float | None = None  # the patience of this process
 _here: ContextVar[float | None] = ContextVar("patience", default=None)  # of this thread
 _warned: dict[str, float] = {}  # place -> time of the last warning
@@ -100,9 +98,6 @@ def absolute(url: str | Path) -> str:
 
 def same_place(url: str | Path, other: str | Path) -> bool:
     """Whether two urls are one file or folder, however they are spelled or linked."""
-    with contextlib.suppress(OSError):
-        if not (is_remote(url) or is_remote(other)):
-            return os.path.samefile(_path(url), _path(other)) or absolute(url) == absolute(other)
     return absolute(url) == absolute(other)
 
 
@@ -342,11 +337,10 @@ def _where(url: str | Path) -> dict[str, str]:
 
 
 def _call(url: str | Path, action: str, method: str, **arguments: Any) -> Any:
-    return _retry(url, action, lambda: _request(method, **arguments))
+    def judge(error: Exception, tried: str) -> tuple[Exception, bool]:
+        return s3.explain(str(url), action, error, tried), s3.is_transient(error)
 
-
-def _request(method: str, **arguments: Any) -> Any:
-    return s3.request(method, **arguments)
+    return _persist(s3.endpoint(), lambda: s3.request(method, **arguments), judge)
 
 
 def _list_page(url: str | Path, **arguments: Any) -> tuple[list[str], str | None]:
@@ -371,15 +365,16 @@ def _delete_objects(url: str | Path, bucket: str, keys: list[str]) -> None:
 def _blocks(url: str | Path) -> Iterator[bytes]:
     """Yield the content of an object, a large one in parts that are fetched at the same time."""
     where = _where(url)
-    block, answer = _retry(url, "read", lambda: s3.get(**where, most=PART_BYTES))
-    yield block
-    length, same = answer["ContentLength"], {**where, "IfMatch": answer["ETag"]}
+    first = _call(url, "read", "get_object", **where, most=PART_BYTES)
+    yield first["Body"]
+    length, where["IfMatch"] = first["ContentLength"], first["ETag"]
 
     def part(start: int) -> bytes:
-        wanted = f"bytes={start}-{min(start + PART_BYTES, length) - 1}"
-        return _retry(url, "read", lambda: s3.get(**same, Range=wanted, most=PART_BYTES))[0]
+        part = f"bytes={start}-{min(start + PART_BYTES, length) - 1}"
+        body: bytes = _call(url, "read", "get_object", **where, Range=part)["Body"]
+        return body
 
-    starts = iter(range(len(block), length, PART_BYTES))
+    starts = iter(range(len(first["Body"]), length, PART_BYTES))
     with _pool("download") as pool:
         while some := list(itertools.islice(starts, NUM_PARTS_AT_ONCE)):
             yield from pool.map(part, some)
@@ -387,8 +382,7 @@ def _blocks(url: str | Path) -> Iterator[bytes]:
 
 def _pool(name: str) -> ThreadPoolExecutor:
     """Return threads as patient as this one."""
-    patience = (_here.get(),)
-    return ThreadPoolExecutor(NUM_PARTS_AT_ONCE, f"{name}", _here.set, patience)
+    return ThreadPoolExecutor(NUM_PARTS_AT_ONCE, name, _here.set, (_here.get(),))
 
 
 def _put_object(
@@ -433,22 +427,7 @@ def _put_object(
         raise
 
 
-def _retry(url: str | Path, action: str, function: Callable[[], _T]) -> _T:
-    def judge(error: Exception, tried: str) -> tuple[Exception, bool]:
-        # Without the cause: botocore's do not survive pickling and may carry headers.
-        return s3.explain(str(url), action, error, tried), s3.is_transient(error)
-
-    return _persist(s3.endpoint(), function, judge)
-
-
 # Patience.
-
-
-def _patience_seconds() -> float:
-    if (chosen := _here.get()) is not None:
-        return chosen
-    default = PATIENCE_SECONDS if _everywhere is None else _everywhere
-    return s3.seconds_of("SEPDIST_STORAGE_PATIENCE_SECONDS", default)
 
 
 def _persist(
@@ -460,7 +439,10 @@ def _persist(
 
     `judge(error, tried)` returns the error to raise, and whether the fault may pass.
     """
-    seconds, wait, first = _patience_seconds(), FIRST_WAIT_SECONDS, 0.0
+    seconds, wait, first = _here.get(), FIRST_WAIT_SECONDS, 0.0
+    if seconds is None:
+        default = PATIENCE_SECONDS if _everywhere is None else _everywhere
+        seconds = s3.seconds_of("SEPDIST_STORAGE_PATIENCE_SECONDS", default)
     for attempt in itertools.count(1):
         try:
             result = function()
@@ -471,6 +453,7 @@ def _persist(
             explained, may_pass = judge(error, tried)
             left = first + seconds - now
             if not may_pass or left <= 0:
+                # Not from `error`: botocore's do not survive pickling and may carry headers.
                 raise explained from explained.__cause__
             if now - _warned.get(place, -math.inf) >= WARNING_SECONDS:
                 _warned[place] = now
