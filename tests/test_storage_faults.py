@@ -38,7 +38,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "2")
+    monkeypatch.setenv("SEPDIST_STORAGE_PATIENCE_SECONDS", "0.02")
     monkeypatch.setenv("SEPDIST_STORAGE_TIMEOUT_SECONDS", "2")
 
 
@@ -144,7 +144,6 @@ def test_a_server_that_restarts_in_the_middle_of_a_save_costs_nothing(
     through: Callable[..., FaultyProxy],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "30")
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.5)
     outage = Outage(s3_env, 2, "PUT")
     through(outage)
@@ -315,7 +314,6 @@ def test_the_loader_goes_on_through_a_restart_of_the_server(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "30")
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.5)
     url, wanted = data_set
     outage = Outage(s3_env, 8, "GET")
@@ -326,7 +324,7 @@ def test_the_loader_goes_on_through_a_restart_of_the_server(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("503", "answered 503 SlowDown after 2 attempts; the service is busy"),
+        ("503", "answered 503 SlowDown after 2 attempts in 0 s; the service is busy"),
         ("reset", "check the network"),
         ("delay:9", "no answer within 2 s"),
     ],

@@ -155,7 +155,7 @@ def test_prefetched_shards_are_there_before_they_are_opened(
 def test_a_prefetch_that_fails_is_not_repeated_and_open_tries_again(
     remote: str, proxy: FaultyProxy, cache_of: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "1")
+    monkeypatch.setenv("SEPDIST_STORAGE_PATIENCE_SECONDS", "0")
     cache = cache_of(remote)
     proxy.fault = lambda _, first_line: "503" if ".tar" in first_line else ""
     for _ in range(5):
