@@ -19,6 +19,7 @@ import math
 import os
 import random
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ MAX_PARTS = 10_000  # of one S3 upload
 FIRST_WAIT_SECONDS = 0.5  # before the second try; doubles from try to try
 MAX_WAIT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0  # of a process that has not chosen another
+FAILING_SECONDS = 5.0  # a shorter fault holds up a checkpoint rather than costing it
 WARNING_SECONDS = 60.0  # between two warnings of one place that is waited for
 REMOVAL_TRIES = 10  # of a folder that other processes change meanwhile
 TEMP_SUFFIX = ".sepdist-tmp"  # of unfinished files, which are never listed
@@ -54,6 +56,7 @@ _HINTS = {
 _everywhere: float | None = None  # the patience of this process
 _here: ContextVar[float | None] = ContextVar("patience", default=None)  # of this thread
 _warned: dict[str, float] = {}  # place -> time of the last warning
+_waiting: dict[int, float] = {}  # threads that wait for a fault to pass -> since when
 
 
 @contextlib.contextmanager
@@ -71,6 +74,11 @@ def patient(seconds: float, *, whole_process: bool = False) -> Iterator[None]:
     finally:
         _here.reset(token)
         _everywhere = before
+
+
+def failing() -> bool:
+    """Whether a call of this process has waited for FAILING_SECONDS for a fault to pass."""
+    return any(time.monotonic() - since > FAILING_SECONDS for since in [*_waiting.values()])
 
 
 def is_remote(url: str | Path) -> bool:
@@ -443,25 +451,29 @@ def _persist(
     if seconds is None:
         default = PATIENCE_SECONDS if _everywhere is None else _everywhere
         seconds = s3.seconds_of("SEPDIST_STORAGE_PATIENCE_SECONDS", default)
-    for attempt in itertools.count(1):
-        try:
-            result = function()
-        except Exception as error:
-            now = time.monotonic()
-            first = first or now
-            tried = f" after {attempt} attempts in {now - first:.0f} s" if attempt > 1 else ""
-            explained, may_pass = judge(error, tried)
-            left = first + seconds - now
-            if not may_pass or left <= 0:
-                # Not from `error`: botocore's do not survive pickling and may carry headers.
-                raise explained from explained.__cause__
-            if now - _warned.get(place, -math.inf) >= WARNING_SECONDS:
-                _warned[place] = now
-                logger.warning("%s; trying again for %.0f s", explained, left)
-            time.sleep(min(left, wait * random.SystemRandom().uniform(0.5, 1.0)))
-            wait = min(2 * wait, MAX_WAIT_SECONDS)
-        else:
-            if first and time.monotonic() - first > WARNING_SECONDS and _warned.pop(place, 0):
-                logger.warning("%s: goes on after %.0f s", place, time.monotonic() - first)
-            return result
+    try:
+        for attempt in itertools.count(1):
+            try:
+                result = function()
+            except Exception as error:
+                now = time.monotonic()
+                first = first or now
+                tried = f" after {attempt} attempts in {now - first:.0f} s" if attempt > 1 else ""
+                explained, may_pass = judge(error, tried)
+                left = first + seconds - now
+                if not may_pass or left <= 0:
+                    # Not from `error`: botocore's do not survive pickling and may carry headers.
+                    raise explained from explained.__cause__
+                if now - _warned.get(place, -math.inf) >= WARNING_SECONDS:
+                    _warned[place] = now
+                    logger.warning("%s; trying again for %.0f s", explained, left)
+                _waiting[threading.get_ident()] = first
+                time.sleep(min(left, wait * random.SystemRandom().uniform(0.5, 1.0)))
+                wait = min(2 * wait, MAX_WAIT_SECONDS)
+            else:
+                if first and time.monotonic() - first > WARNING_SECONDS and _warned.pop(place, 0):
+                    logger.warning("%s: goes on after %.0f s", place, time.monotonic() - first)
+                return result
+    finally:
+        _waiting.pop(threading.get_ident(), None)
     raise AssertionError("unreachable")

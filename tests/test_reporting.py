@@ -256,7 +256,7 @@ def test_a_store_that_is_away_for_too_long_is_one_clear_error(
     reporter.log(1, {"loss/total": 1.0})
     objects.fail = True
     settled(reporter)
-    with pytest.raises(storage.StorageError, match=r"store is gone \(metrics not written .*run ends"):
+    with pytest.raises(storage.StorageError, match=r"gone \(metrics not written .*run ends"):
         reporter.flush()
     objects.fail = False
     reporter.close()

@@ -1,4 +1,4 @@
-"""A run that is told to stop commits the step that all ranks agree on, and goes on with its bits."""
+"""A run that is told to stop commits a step that all ranks agree on, and keeps its bits."""
 
 import os
 import signal
