@@ -316,12 +316,17 @@ def differences(before: Any, after: Any, free: tuple[str, ...] = (), name: str =
 
 
 def load_frozen(url: str) -> TrainConfig:
-    """Read a run's frozen config; ConfigError if another version of sepdist wrote it."""
+    """Read a run's frozen config, its `run_dir` the folder where it lies.
+
+    ConfigError if another version of sepdist wrote it.
+    """
     try:
-        return from_yaml(storage.read_bytes(url).decode(), TrainConfig)
+        cfg = from_yaml(storage.read_bytes(url).decode(), TrainConfig)
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"{url} was written by another version of sepdist ({reason}): the run cannot go on; "
             "start another run_dir, with init.weights set to this one to keep its weights"
         ) from error
+    cfg.run_dir = storage.absolute(url).rpartition("/")[0]  # wherever the run was moved
+    return cfg

@@ -16,7 +16,7 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,7 +55,7 @@ class Reporter:
         rows = read_metrics(self._run_dir)
         self.kept = [row for row in rows if row["step"] <= resume_step]
         self._seconds_before = max((row["seconds"] for row in self.kept), default=0.0)
-        text = "".join(json.dumps(row) + "\n" for row in self.kept)
+        text = "".join(to_json(row) + "\n" for row in self.kept)
         if rows != self.kept or not self._scratch:
             storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text.encode())
         self._metrics = self._folder / "metrics.jsonl"
@@ -73,10 +73,8 @@ class Reporter:
         wrong = [name for name in values if "/" not in name]
         assert not wrong, f"metrics are named group/name, not {wrong}"
         seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
-        row: dict[str, float | None] = {"step": int(step), "seconds": seconds}
-        # JSON has no NaN.
-        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        row = {"step": int(step), "seconds": seconds} | values
+        self._file.write(to_json(row) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
@@ -179,6 +177,22 @@ def for_listening(wave_T: np.ndarray, name: str = "wave") -> np.ndarray:
         raise ReportingError(f"{name}: {num_wrong} of {wave_T.size} samples are not finite")
     peak = float(np.abs(wave_T).max(initial=0.0))
     return wave_T * np.float32(LISTENING_PEAK / peak) if peak > 0 else wave_T
+
+
+def to_json(value: Any, mark: Callable[[float], Any] = lambda number: None, **options: Any) -> str:
+    """JSON text of plain values; numbers that are not finite, which JSON lacks, become `mark`'s."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_with_marks(value, mark), allow_nan=False, **options)
+
+
+def _with_marks(value: Any, mark: Callable[[float], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_marks(inner, mark) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_marks(inner, mark) for inner in value]
+    return mark(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions(*packages: str) -> dict[str, str]:

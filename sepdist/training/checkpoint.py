@@ -11,11 +11,13 @@ export (sepdist/inference/export.py).
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
@@ -25,6 +27,7 @@ import yaml
 from torch import Tensor
 
 from sepdist import storage
+from sepdist.reporting import to_json
 from sepdist.training.ledger import Entry, SegmentRef, put_segment
 
 logger = logging.getLogger(__name__)
@@ -32,10 +35,18 @@ logger = logging.getLogger(__name__)
 COMMIT = "COMMIT"
 COLLECTED = b'{"collected": true}'  # a COMMIT that keeps another writer from putting its own
 FORMAT = 1  # of COMMIT
+_MARK = "not_finite"  # of a number that JSON cannot hold
+# Errors of one file or folder; any other may mean that storage is away, which is no damage.
+_UNREADABLE = {errno.EIO, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EBADMSG}
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class TornError(CheckpointError):
+    """A writer that was thought dead committed a folder whose first files had been collected."""
 
 
 @dataclass
@@ -57,6 +68,7 @@ class Snapshot:
     score: float | None = None  # validation score, higher is better; None if there was none
     ledger: list[Entry] = field(default_factory=list)  # of all ranks, since the snapshot before
     url: str = ""  # where it was read from
+    lineage: Mapping[str, Any] = field(default_factory=dict)  # as it was read
 
 
 @dataclass(frozen=True)
@@ -154,13 +166,16 @@ class Checkpointer:
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for name, data in contents.items()
         }
-        commit: dict[str, Any] = {"format": FORMAT, "step": snapshot.step, "score": snapshot.score}
+        score = snapshot.score
+        commit: dict[str, Any] = {"format": FORMAT, "step": snapshot.step, "score": score}
+        if score is not None and not math.isfinite(score):
+            commit |= {"score": None, _MARK: str(score)}
         commit["files"] = files
         commit["sha256"] = _digest(commit)
         try:
             for name, data in contents.items():
                 storage.put_bytes(storage.join(url, name), data)
-            data = json.dumps(commit).encode()
+            data = to_json(commit).encode()
             storage.put_bytes(storage.join(url, COMMIT), data, create_only=True)
         except OSError:
             self._unfinished.append(url)
@@ -168,7 +183,7 @@ class Checkpointer:
                 with contextlib.suppress(OSError):
                     storage.remove(url)
             raise
-        self._newest = Committed(url, snapshot.step, snapshot.score, files)
+        self._newest = Committed(url, snapshot.step, commit["score"], files)
         self.previous, self._consumed = ledger, []
         try:
             self._prune(self._newest)
@@ -190,9 +205,9 @@ class Checkpointer:
         return {
             "model.safetensors": weights,
             "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
-            "state.json": json.dumps(state).encode(),
+            "state.json": to_json(state, lambda number: {_MARK: str(number)}).encode(),
             "model.yaml": yaml.safe_dump(card, sort_keys=False).encode(),
-            "lineage.json": json.dumps(lineage, indent=1).encode(),
+            "lineage.json": to_json(lineage, indent=1).encode(),
         }
 
     def _prune(self, written: Committed) -> None:
@@ -222,6 +237,17 @@ class Checkpointer:
             storage.remove(url)
 
 
+@contextlib.contextmanager
+def _unreadable_is_damage() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if cause.errno not in _UNREADABLE:
+            raise
+        raise CheckpointError(str(error)) from error
+
+
 def _digest(commit: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
 
@@ -233,7 +259,8 @@ def parse_commit(url: str) -> Committed:
         CheckpointError: it is damaged or of a later sepdist.
         FileNotFoundError: there is none, or the folder is being removed.
     """
-    raw = storage.read_bytes(storage.join(url, COMMIT))
+    with _unreadable_is_damage():
+        raw = storage.read_bytes(storage.join(url, COMMIT))
     if raw == COLLECTED:
         raise FileNotFoundError(f"{url}: is being removed, it was never finished")
     try:
@@ -244,14 +271,7 @@ def parse_commit(url: str) -> Committed:
         score = None if commit["score"] is None else float(commit["score"])
         one = Committed(url, int(commit["step"]), score, files)
         _ = [(file["bytes"], file["sha256"]) for file in files.values()]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except _MALFORMED as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{url}/{COMMIT} is damaged ({reason})") from None
     if its_format != FORMAT:
@@ -262,19 +282,23 @@ def parse_commit(url: str) -> Committed:
 
 
 def _read_commit(url: str) -> Committed | None:
-    """Return `parse_commit`, or None if the checkpoint is unfinished, collected, or lacks files."""
-    names = storage.list_names(url)  # before COMMIT is read: a removal takes COMMIT first
+    """Return `parse_commit`, or None if the checkpoint is unfinished or collected.
+
+    CheckpointError if it is damaged or lacks files.
+    """
+    with _unreadable_is_damage():
+        names = storage.list_names(url)  # before COMMIT is read: a removal takes COMMIT first
     if COMMIT not in names:
         return None
     try:
         one = parse_commit(url)
     except FileNotFoundError:
         return None
-    missing = ", ".join(sorted(set(one.files) - set(names)))
-    if missing:
-        # An attempt that was thought dead committed a folder whose first files had been collected.
-        logger.warning("%s: ignored, it is committed but %s is missing", url, missing)
-        return None
+    if missing := sorted(set(one.files) - set(names)):
+        kind = TornError if "model.safetensors" in missing else CheckpointError  # put first
+        raise kind(f"{url}: it is committed, but {', '.join(missing)} is missing")
+    if f"/step-{one.step:09d}-" not in url:
+        raise CheckpointError(f"{url}/{COMMIT} is damaged (it is of step {one.step})")
     return one
 
 
@@ -288,9 +312,11 @@ def _scan(folder: str) -> tuple[list[Committed], list[str], list[CheckpointError
         try:
             one = _read_commit(url)
         except CheckpointError as error:
-            logger.warning("%s; the checkpoint is ignored, and stays until you remove it", error)
+            logger.warning("%s; the checkpoint is ignored", error)
             damaged.append(error)
-            continue
+            one = None
+            if not isinstance(error, TornError):
+                continue
         if one is None:
             unfinished.append(url)
         else:
@@ -307,8 +333,8 @@ def find_committed(folder: str) -> list[Committed]:
 
 
 def best_of(committed: Sequence[Committed]) -> Committed | None:
-    """Return the one with the highest score, the latest of equals; None without scores."""
-    scored = [one for one in committed if one.score is not None]
+    """Return the one with the highest finite score, the latest of equals; None without scores."""
+    scored = [one for one in committed if one.score is not None and math.isfinite(one.score)]
     return max(scored, key=lambda one: (one.score, one.step), default=None)
 
 
@@ -316,7 +342,8 @@ def read_file(one: Committed, name: str) -> bytes:
     """Read a file of a checkpoint and check it against COMMIT."""
     try:
         expected = one.files[name]
-        data = storage.read_bytes(storage.join(one.url, name))
+        with _unreadable_is_damage():
+            data = storage.read_bytes(storage.join(one.url, name))
     except (KeyError, FileNotFoundError) as error:
         raise CheckpointError(f"{one.url}: {name} is missing") from error
     if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
@@ -363,7 +390,7 @@ def load_newest(run_dir: str) -> Snapshot | None:
     if damaged:
         raise CheckpointError(
             f"{folder}: no checkpoint is whole: {'; '.join(map(str, damaged))}; restore one of "
-            "them, or remove the folder to start from the beginning"
+            "them, or choose another run_dir to start from the beginning"
         )
     return None
 
@@ -377,19 +404,25 @@ def load_snapshot(url: str) -> Snapshot:
 
 
 def _load(one: Committed) -> Snapshot:
-    state = json.loads(read_file(one, "state.json"))
-    tensors = safetensors.torch.load(read_file(one, "optimizer.safetensors"))
-    weights = safetensors.torch.load(read_file(one, "model.safetensors"))
+    # All files, also those that a resume does not need: the run's result must be usable later.
+    contents = {name: read_file(one, name) for name in one.files}
+    state = json.loads(
+        contents["state.json"],
+        object_hook=lambda node: float(node[_MARK]) if node.keys() == {_MARK} else node,
+    )
+    tensors = safetensors.torch.load(contents["optimizer.safetensors"])
+    weights = safetensors.torch.load(contents["model.safetensors"])
     optimizer = OptimizerState(tensors, state["optimizer_scalars"])
-    return Snapshot(one.step, weights, optimizer, state, one.score, url=one.url)
+    lineage = json.loads(contents["lineage.json"])
+    return Snapshot(one.step, weights, optimizer, state, one.score, url=one.url, lineage=lineage)
 
 
 def collect_orphans(run_dir: str) -> list[str]:
     """Remove uncommitted folders that earlier attempts left; returns their names.
 
     To be called before writing starts. A writer that is still alive fails, because no folder can be
-    committed and collected at once. What cannot be removed stays, with a warning, as do folders
-    with a damaged COMMIT.
+    committed and collected at once. What cannot be removed stays, with a warning, as do
+    damaged checkpoints.
     """
     _, unfinished, _ = _scan(storage.join(run_dir, "checkpoints"))
     collected = []
@@ -398,8 +431,9 @@ def collect_orphans(run_dir: str) -> list[str]:
             # It exists if an earlier collection was interrupted, or files are missing.
             with contextlib.suppress(FileExistsError):
                 storage.put_bytes(storage.join(url, COMMIT), COLLECTED, create_only=True)
-            if _read_commit(url) is not None:
-                continue  # its writer was alive, and came first
+            with contextlib.suppress(TornError):
+                if _read_commit(url) is not None:
+                    continue  # its writer was alive, and came first
             for name in storage.list_names(url):
                 if name != COMMIT:  # the last to go: while it is there nobody can commit
                     storage.remove(storage.join(url, name))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from sepdist import config, slots, storage
+from sepdist import config, slots
 from sepdist.config import TrainConfig
 from sepdist.data.records import MAIN, Batch
 from sepdist.data.stream import TrainStream
@@ -44,7 +44,8 @@ def train(
     Every rank calls `report` with the metrics of each validation (Ray Train's is a barrier), and
     `preempted` each `cluster.preemption_check_steps` steps. `preempted` returns, the same on all
     ranks, whether a node is about to be taken away; then a checkpoint is committed at once.
-    RuntimeError if `training.max_skipped` steps in a row had no usable gradient.
+    RuntimeError if `training.max_skipped` steps in a row had no usable gradient, and at the end if
+    no validation had a finite score.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
     with contextlib.ExitStack() as stack:
@@ -141,6 +142,7 @@ def train(
                 if leaving:
                     gather_objects(None, world)  # nobody leaves before it is committed
             watchdog.beat()
+    schedule.check_end()
     logger.info("finished")
 
 
@@ -190,7 +192,6 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     slots.use_plugins(arguments.plugins)
     cfg = config.load_frozen(arguments.config)
-    cfg.run_dir = storage.absolute(arguments.config).rpartition("/")[0]  # wherever it was moved
     train(cfg, join_world())
 
 

@@ -15,7 +15,7 @@ from sepdist import config, slots, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import progress_bar
 from sepdist.objectives.contract import with_defaults
-from sepdist.reporting import versions
+from sepdist.reporting import to_json, versions
 from sepdist.training.checkpoint import best_of, find_committed, read_file
 from sepdist.training.datasets import open_datasets
 from sepdist.training.engine import check_engine_options, refuse_slow_bf16
@@ -92,7 +92,7 @@ def _write(cfg: TrainConfig) -> None:
             )
     storage.put_bytes(url, config.to_yaml(cfg).encode())
     environment = versions("torch", "ray", "deepspeed", "webdataset", "numpy")
-    text = json.dumps(environment | {"platform": platform.platform()}, indent=1)
+    text = to_json(environment | {"platform": platform.platform()}, indent=1)
     storage.put_bytes(storage.join(cfg.run_dir, "environment.json"), text.encode())
 
 
