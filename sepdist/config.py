@@ -316,10 +316,7 @@ def differences(before: Any, after: Any, free: tuple[str, ...] = (), name: str =
 
 
 def load_frozen(url: str) -> TrainConfig:
-    """Read a run's frozen config, its `run_dir` the folder where it lies.
-
-    ConfigError if another version of sepdist wrote it.
-    """
+    """Read a run's frozen config; `run_dir` is where it lies. ConfigError if of another version."""
     try:
         cfg = from_yaml(storage.read_bytes(url).decode(), TrainConfig)
     except OmegaConfBaseException as error:

@@ -12,7 +12,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import platform
 import tempfile
 import time
@@ -184,15 +183,8 @@ def to_json(value: Any, mark: Callable[[float], Any] = lambda number: None, **op
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
-        return json.dumps(_with_marks(value, mark), allow_nan=False, **options)
-
-
-def _with_marks(value: Any, mark: Callable[[float], Any]) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _with_marks(inner, mark) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_with_marks(inner, mark) for inner in value]
-    return mark(value) if isinstance(value, float) and not math.isfinite(value) else value
+        plain = json.loads(json.dumps(value), parse_constant=lambda name: mark(float(name)))
+        return json.dumps(plain, allow_nan=False, **options)
 
 
 def versions(*packages: str) -> dict[str, str]:

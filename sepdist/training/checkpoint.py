@@ -113,11 +113,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Start writing a snapshot, after waiting for the one before.
-
-        Raises:
-            StorageError: more than `max_failed` snapshots in a row could not be written.
-        """
+        """Start writing a snapshot, after `settle` for the one before."""
         self.settle()
         self._pending = self._pool.submit(self._write, snapshot)
 
@@ -219,8 +215,8 @@ class Checkpointer:
         committed = find_committed(self.folder)
         if written.url not in {one.url for one in committed}:
             raise CheckpointError(
-                f"{written.url} was removed by another attempt of this run: this one ends; to keep "
-                "both, give them different run_dirs"
+                f"{written.url} was removed by another attempt of this run, or cannot be read: this "
+                "one ends; to keep both, give them different run_dirs"
             )
         earlier = [one for one in committed if one.step <= written.step and one.url != written.url]
         keep = {written.url} | {one.url for one in [*earlier, written][-self.keep_last :]}
@@ -242,8 +238,7 @@ def _unreadable_is_damage() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        if cause.errno not in _UNREADABLE:
+        if getattr(error.__cause__, "errno", error.errno) not in _UNREADABLE:
             raise
         raise CheckpointError(str(error)) from error
 
@@ -282,10 +277,7 @@ def parse_commit(url: str) -> Committed:
 
 
 def _read_commit(url: str) -> Committed | None:
-    """Return `parse_commit`, or None if the checkpoint is unfinished or collected.
-
-    CheckpointError if it is damaged or lacks files.
-    """
+    """Return `parse_commit`; None if unfinished or collected, CheckpointError if damaged."""
     with _unreadable_is_damage():
         names = storage.list_names(url)  # before COMMIT is read: a removal takes COMMIT first
     if COMMIT not in names:
@@ -404,7 +396,7 @@ def load_snapshot(url: str) -> Snapshot:
 
 
 def _load(one: Committed) -> Snapshot:
-    # All files, also those that a resume does not need: the run's result must be usable later.
+    # All files, also those that only an evaluation reads.
     contents = {name: read_file(one, name) for name in one.files}
     state = json.loads(
         contents["state.json"],
@@ -421,8 +413,7 @@ def collect_orphans(run_dir: str) -> list[str]:
     """Remove uncommitted folders that earlier attempts left; returns their names.
 
     To be called before writing starts. A writer that is still alive fails, because no folder can be
-    committed and collected at once. What cannot be removed stays, with a warning, as do
-    damaged checkpoints.
+    committed and collected at once. What cannot be removed stays, with a warning.
     """
     _, unfinished, _ = _scan(storage.join(run_dir, "checkpoints"))
     collected = []

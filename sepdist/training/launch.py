@@ -286,8 +286,7 @@ class Recovery(ControllerCallback):
             newest = self._newest_step
         self._in_a_row = self._in_a_row + 1 if newest <= self._newest_step else 1
         self._newest_step = max(newest, self._newest_step)
-        hopeless = NO_SCORE in root_cause(error)  # the run is at its end, and restarts end so too
-        if hopeless or 0 <= self._max_failures < self._in_a_row:
+        if NO_SCORE in root_cause(error) or 0 <= self._max_failures < self._in_a_row:
             raise TrainingFailedError(root_cause(error))
 
 

@@ -88,7 +88,7 @@ def _write(cfg: TrainConfig) -> None:
         if changed := config.differences(before, asdict(cfg), FREE_TO_CHANGE):
             raise ConfigError(
                 f"{cfg.run_dir} holds a run of another config: {'; '.join(changed)}. Choose "
-                "another run_dir (or name), or remove the old run"
+                "another run_dir (or name)"
             )
     storage.put_bytes(url, config.to_yaml(cfg).encode())
     environment = versions("torch", "ray", "deepspeed", "webdataset", "numpy")

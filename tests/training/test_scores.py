@@ -189,5 +189,5 @@ def test_sepdist_train_ends_such_a_run_with_status_1_and_one_line_at_once(
     assert "finite score" in error and "lower optim.lr=1e+25" in error
     assert "Traceback" not in printed
     events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").open()]
-    assert events == ["started", "failed"]
+    assert events.count("started") == 1, "a restart would end as this one did"
     assert unfinished(run_dir)[-1]["step"] == 4
