@@ -321,17 +321,14 @@ def differences(before: Any, after: Any, free: tuple[str, ...] = (), name: str =
 
 
 def load_frozen(url: str) -> TrainConfig:
-    """Read a run's frozen config; ConfigError if another version of sepdist wrote it.
-
-    The run_dir is where the file lies, wherever it was moved or copied.
-    """
+    """Read a run's frozen config; `run_dir` is where it lies. ConfigError if of another version."""
     try:
         cfg = from_yaml(storage.read_bytes(url).decode(), TrainConfig)
-        cfg.run_dir = storage.absolute(url).rpartition("/")[0]
-        return cfg
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"{url} was written by another version of sepdist ({reason}): the run cannot go on; "
             "start another run_dir, with init.weights set to this one to keep its weights"
         ) from error
+    cfg.run_dir = storage.absolute(url).rpartition("/")[0]  # wherever the run was moved
+    return cfg

@@ -13,14 +13,13 @@ import csv
 import io
 import json
 import logging
-import math
 import os
 import platform
 import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,7 +66,7 @@ class Reporter:
         rows = read_metrics(self._run_dir)
         self.kept = [row for row in rows if row["step"] <= resume_step]
         self._seconds_before = max((row["seconds"] for row in self.kept), default=0.0)
-        text = "".join(json.dumps(row) + "\n" for row in self.kept)
+        text = "".join(to_json(row) + "\n" for row in self.kept)
         if rows != self.kept or not self._scratch:
             storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text.encode())
         self._metrics = self._folder / "metrics.jsonl"
@@ -92,10 +91,8 @@ class Reporter:
         wrong = [name for name in values if "/" not in name]
         assert not wrong, f"metrics are named group/name, not {wrong}"
         seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
-        row: dict[str, float | None] = {"step": int(step), "seconds": seconds}
-        # JSON has no NaN.
-        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._add(self._metrics, (json.dumps(row, allow_nan=False) + "\n").encode())
+        row = {"step": int(step), "seconds": seconds} | values
+        self._add(self._metrics, (to_json(row) + "\n").encode())
         self._add_events(step, [summary.scalar(name, value) for name, value in values.items()])
         self._write()
         if self._pool and time.monotonic() - self._last_upload > UPLOAD_SECONDS:
@@ -264,6 +261,15 @@ def for_listening(wave_T: np.ndarray, name: str = "wave") -> np.ndarray:
         raise ReportingError(f"{name}: {num_wrong} of {wave_T.size} samples are not finite")
     peak = float(np.abs(wave_T).max(initial=0.0))
     return wave_T * np.float32(LISTENING_PEAK / peak) if peak > 0 else wave_T
+
+
+def to_json(value: Any, mark: Callable[[float], Any] = lambda number: None, **options: Any) -> str:
+    """JSON text of plain values; numbers that are not finite, which JSON lacks, become `mark`'s."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        plain = json.loads(json.dumps(value), parse_constant=lambda name: mark(float(name)))
+        return json.dumps(plain, allow_nan=False, **options)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -117,7 +117,8 @@ def encode(record: Utterance | Mixture, waves: Mapping[str, np.ndarray]) -> dict
     }
     if isinstance(record, Mixture) and record.metadata is not None:
         metadata |= record.metadata(waves)
-    files = {"json": json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode()}
+    text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    files = {"json": text.encode()}
     for member, wave in waves.items():
         stream = io.BytesIO()
         soundfile.write(stream, wave, record.sample_rate, format="FLAC", subtype="PCM_16")

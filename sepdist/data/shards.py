@@ -129,7 +129,7 @@ def write_shard(
     with _local_copy(output_url, name) as stored:
         if _sha256_of(stored) != index["sha256"]:
             raise DataError(f"{url}: reads back other bytes than were written; use other disks")
-    text = json.dumps(index, indent=1, ensure_ascii=False).encode()
+    text = json.dumps(index, indent=1, ensure_ascii=False, allow_nan=False).encode()
     storage.put_bytes(_index_url(output_url, name), text)
     return _info(index, text)
 
@@ -145,7 +145,7 @@ def write_manifest(
         raise DataError(f"{output_url}: no shards to finish a data set of")
     manifest = _describe(output_url, corpus, split, sample_rate, infos)
     url = storage.join(output_url, MANIFEST)
-    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
+    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False).encode()
     with contextlib.suppress(FileExistsError):
         storage.put_bytes(url, text, create_only=True)
     found = read_manifest(output_url)

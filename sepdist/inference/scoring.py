@@ -3,7 +3,6 @@
 Shapes: S sources, T samples.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from sepdist.data.dataset import Dataset
 from sepdist.data.records import Batch
 from sepdist.data.shards import Manifest
 from sepdist.inference.export import Export, load_export
+from sepdist.reporting import to_json
 
 NO_LIMIT_SECONDS = 1e6
 _Cfg = TypeVar("_Cfg", EvaluateConfig, RecogniseConfig)
@@ -154,6 +154,6 @@ def write_results(
     console: Console, output: str, files: dict[str, bytes], results: Any, name: str = "results.json"
 ) -> None:
     """Write `files` to the output folder, and `results` as JSON last, which marks them complete."""
-    for file, data in (files | {name: json.dumps(results, indent=1).encode()}).items():
+    for file, data in (files | {name: to_json(results, indent=1).encode()}).items():
         storage.put_bytes(storage.join(output, file), data)
     console.print(f"results: {storage.join(output, name)}")

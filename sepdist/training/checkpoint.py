@@ -11,13 +11,15 @@ export (sepdist/inference/export.py).
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import math
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from sepdist import storage
 from sepdist.patience import Patience
+from sepdist.reporting import to_json
 from sepdist.training.ledger import Entry, SegmentRef, put_segment
 
 logger = logging.getLogger(__name__)
@@ -36,10 +39,18 @@ logger = logging.getLogger(__name__)
 COMMIT = "COMMIT"
 COLLECTED = b'{"collected": true}'  # a COMMIT that keeps another writer from putting its own
 FORMAT = 1  # of COMMIT
+_MARK = "not_finite"  # of a number that JSON cannot hold
+# Errors of one file or folder; any other may mean that storage is away, which is no damage.
+_UNREADABLE = {errno.EIO, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EBADMSG}
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class TornError(CheckpointError):
+    """A writer that was thought dead committed a folder whose first files had been collected."""
 
 
 @dataclass
@@ -61,6 +72,7 @@ class Snapshot:
     score: float | None = None  # validation score, higher is better; None if there was none
     ledger: list[Entry] = field(default_factory=list)  # of all ranks, since the snapshot before
     url: str = ""  # where it was read from
+    lineage: Mapping[str, Any] = field(default_factory=dict)  # as it was read
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,10 @@ class Checkpointer:
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for name, data in contents.items()
         }
-        commit: dict[str, Any] = {"format": FORMAT, "step": snapshot.step, "score": snapshot.score}
+        score = snapshot.score
+        commit: dict[str, Any] = {"format": FORMAT, "step": snapshot.step, "score": score}
+        if score is not None and not math.isfinite(score):
+            commit |= {"score": None, _MARK: str(score)}
         commit["files"] = files
         commit["sha256"] = _digest(commit)
         try:
@@ -194,7 +209,8 @@ class Checkpointer:
                 storage.put_bytes(storage.join(url, name), data)
             if after:
                 after.result()
-            data = json.dumps(commit).encode()
+            data = to_json(commit).encode()
+            data = to_json(commit).encode()
             storage.put_bytes(storage.join(url, COMMIT), data, create_only=True)
         except OSError:
             self._unfinished.append(url)
@@ -202,7 +218,7 @@ class Checkpointer:
                 with contextlib.suppress(OSError):
                     storage.remove(url)
             raise
-        self._newest = Committed(url, snapshot.step, snapshot.score, files)
+        self._newest = Committed(url, snapshot.step, commit["score"], files)
         self.previous, self._consumed = ledger, []
         try:
             self._prune(self._newest)
@@ -224,9 +240,9 @@ class Checkpointer:
         return {
             "model.safetensors": weights,
             "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
-            "state.json": json.dumps(state).encode(),
+            "state.json": to_json(state, lambda number: {_MARK: str(number)}).encode(),
             "model.yaml": yaml.safe_dump(card, sort_keys=False).encode(),
-            "lineage.json": json.dumps(lineage, indent=1).encode(),
+            "lineage.json": to_json(lineage, indent=1).encode(),
         }
 
     def _prune(self, written: Committed) -> None:
@@ -238,8 +254,8 @@ class Checkpointer:
         committed = find_committed(self.folder)
         if written.url not in {one.url for one in committed}:
             raise CheckpointError(
-                f"{written.url} was removed by another attempt of this run: this one ends; to keep "
-                "both, give them different run_dirs"
+                f"{written.url} was removed by another attempt of this run, or cannot be read: "
+                "this one ends; to keep both, give them different run_dirs"
             )
         earlier = [one for one in committed if one.step <= written.step and one.url != written.url]
         keep = {written.url} | {one.url for one in [*earlier, written][-self.keep_last :]}
@@ -256,6 +272,16 @@ class Checkpointer:
             storage.remove(url)
 
 
+@contextlib.contextmanager
+def _unreadable_is_damage() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if getattr(error.__cause__, "errno", error.errno) not in _UNREADABLE:
+            raise
+        raise CheckpointError(str(error)) from error
+
+
 def _digest(commit: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
 
@@ -267,7 +293,8 @@ def parse_commit(url: str) -> Committed:
         CheckpointError: it is damaged or of a later sepdist.
         FileNotFoundError: there is none, or the folder is being removed.
     """
-    raw = storage.read_bytes(storage.join(url, COMMIT))
+    with _unreadable_is_damage():
+        raw = storage.read_bytes(storage.join(url, COMMIT))
     if raw == COLLECTED:
         raise FileNotFoundError(f"{url}: is being removed, it was never finished")
     try:
@@ -278,14 +305,7 @@ def parse_commit(url: str) -> Committed:
         score = None if commit["score"] is None else float(commit["score"])
         one = Committed(url, int(commit["step"]), score, files)
         _ = [(file["bytes"], file["sha256"]) for file in files.values()]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except _MALFORMED as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{url}/{COMMIT} is damaged ({reason})") from None
     if its_format != FORMAT:
@@ -296,19 +316,20 @@ def parse_commit(url: str) -> Committed:
 
 
 def _read_commit(url: str) -> Committed | None:
-    """Return `parse_commit`, or None if the checkpoint is unfinished, collected, or lacks files."""
-    names = storage.list_names(url)  # before COMMIT is read: a removal takes COMMIT first
+    """Return `parse_commit`; None if unfinished or collected, CheckpointError if damaged."""
+    with _unreadable_is_damage():
+        names = storage.list_names(url)  # before COMMIT is read: a removal takes COMMIT first
     if COMMIT not in names:
         return None
     try:
         one = parse_commit(url)
     except FileNotFoundError:
         return None
-    missing = ", ".join(sorted(set(one.files) - set(names)))
-    if missing:
-        # An attempt that was thought dead committed a folder whose first files had been collected.
-        logger.warning("%s: ignored, it is committed but %s is missing", url, missing)
-        return None
+    if missing := sorted(set(one.files) - set(names)):
+        kind = TornError if "model.safetensors" in missing else CheckpointError  # put first
+        raise kind(f"{url}: it is committed, but {', '.join(missing)} is missing")
+    if f"/step-{one.step:09d}-" not in url:
+        raise CheckpointError(f"{url}/{COMMIT} is damaged (it is of step {one.step})")
     return one
 
 
@@ -322,9 +343,11 @@ def _scan(folder: str) -> tuple[list[Committed], list[str], list[CheckpointError
         try:
             one = _read_commit(url)
         except CheckpointError as error:
-            logger.warning("%s; the checkpoint is ignored, and stays until you remove it", error)
+            logger.warning("%s; the checkpoint is ignored", error)
             damaged.append(error)
-            continue
+            one = None
+            if not isinstance(error, TornError):
+                continue
         if one is None:
             unfinished.append(url)
         else:
@@ -341,8 +364,8 @@ def find_committed(folder: str) -> list[Committed]:
 
 
 def best_of(committed: Sequence[Committed]) -> Committed | None:
-    """Return the one with the highest score, the latest of equals; None without scores."""
-    scored = [one for one in committed if one.score is not None]
+    """Return the one with the highest finite score, the latest of equals; None without scores."""
+    scored = [one for one in committed if one.score is not None and math.isfinite(one.score)]
     return max(scored, key=lambda one: (one.score, one.step), default=None)
 
 
@@ -350,7 +373,8 @@ def read_file(one: Committed, name: str) -> bytes:
     """Read a file of a checkpoint and check it against COMMIT."""
     try:
         expected = one.files[name]
-        data = storage.read_bytes(storage.join(one.url, name))
+        with _unreadable_is_damage():
+            data = storage.read_bytes(storage.join(one.url, name))
     except (KeyError, FileNotFoundError) as error:
         raise CheckpointError(f"{one.url}: {name} is missing") from error
     if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
@@ -397,7 +421,7 @@ def load_newest(run_dir: str) -> Snapshot | None:
     if damaged:
         raise CheckpointError(
             f"{folder}: no checkpoint is whole: {'; '.join(map(str, damaged))}; restore one of "
-            "them, or remove the folder to start from the beginning"
+            "them, or choose another run_dir to start from the beginning"
         )
     return None
 
@@ -411,19 +435,24 @@ def load_snapshot(url: str) -> Snapshot:
 
 
 def _load(one: Committed) -> Snapshot:
-    state = json.loads(read_file(one, "state.json"))
-    tensors = safetensors.torch.load(read_file(one, "optimizer.safetensors"))
-    weights = safetensors.torch.load(read_file(one, "model.safetensors"))
+    # All files, also those that only an evaluation reads.
+    contents = {name: read_file(one, name) for name in one.files}
+    state = json.loads(
+        contents["state.json"],
+        object_hook=lambda node: float(node[_MARK]) if node.keys() == {_MARK} else node,
+    )
+    tensors = safetensors.torch.load(contents["optimizer.safetensors"])
+    weights = safetensors.torch.load(contents["model.safetensors"])
     optimizer = OptimizerState(tensors, state["optimizer_scalars"])
-    return Snapshot(one.step, weights, optimizer, state, one.score, url=one.url)
+    lineage = json.loads(contents["lineage.json"])
+    return Snapshot(one.step, weights, optimizer, state, one.score, url=one.url, lineage=lineage)
 
 
 def collect_orphans(run_dir: str) -> list[str]:
     """Remove uncommitted folders that earlier attempts left; returns their names.
 
     To be called before writing starts. A writer that is still alive fails, because no folder can be
-    committed and collected at once. What cannot be removed stays, with a warning, as do folders
-    with a damaged COMMIT.
+    committed and collected at once. What cannot be removed stays, with a warning.
     """
     _, unfinished, _ = _scan(storage.join(run_dir, "checkpoints"))
     collected = []
@@ -432,8 +461,9 @@ def collect_orphans(run_dir: str) -> list[str]:
             # It exists if an earlier collection was interrupted, or files are missing.
             with contextlib.suppress(FileExistsError):
                 storage.put_bytes(storage.join(url, COMMIT), COLLECTED, create_only=True)
-            if _read_commit(url) is not None:
-                continue  # its writer was alive, and came first
+            with contextlib.suppress(TornError):
+                if _read_commit(url) is not None:
+                    continue  # its writer was alive, and came first
             for name in storage.list_names(url):
                 if name != COMMIT:  # the last to go: while it is there nobody can commit
                     storage.remove(storage.join(url, name))

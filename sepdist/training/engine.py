@@ -85,6 +85,7 @@ class DeepSpeedEngine:
         self.canonical = self.reduction == "canonical"
         self.owned = owned_virtual_shards(num_shards, world.rank, world.size)
         self.model.to(world.device)
+        autocast = {"enabled": self.precision == "bf16", "dtype": "bfloat16"}
         self._initialize(
             {
                 "train_micro_batch_size_per_gpu": self.micro_batch,
@@ -92,6 +93,8 @@ class DeepSpeedEngine:
                 "gradient_clipping": 0.0 if self.canonical else self.clip_norm,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**62,
+                # DeepSpeed's forward ends any other autocast; gradients are reduced in fp32.
+                "torch_autocast": autocast | {"lower_precision_safe_modules": []},
                 "zero_optimization": {
                     "stage": self.zero_stage,
                     # The defaults, 5e8, cost 2 GB per worker, and 14 times the time on CPU.

@@ -9,7 +9,6 @@ use private hooks of Ray Train, so Ray is pinned to a minor version.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -31,7 +30,9 @@ from sepdist import config, slots, storage
 from sepdist.cluster import connected
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import Stopped, signals_to
+from sepdist.reporting import to_json
 from sepdist.training.checkpoint import find_committed
+from sepdist.training.schedule import NO_SCORE
 from sepdist.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -294,7 +295,7 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
     def _record(self, event: str, **more: Any) -> None:
         values = {"time": round(time.time(), 3), "event": event, "workers": self._workers} | more
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="events")
-        self._last = self._pool.submit(self._write, json.dumps(values) + "\n")
+        self._last = self._pool.submit(self._write, to_json(values) + "\n")
 
     def _write(self, line: str) -> None:
         self._unwritten.append(line)
@@ -367,7 +368,7 @@ class Recovery(ControllerCallback):
             newest = self._newest_step
         self._in_a_row = self._in_a_row + 1 if newest <= self._newest_step else 1
         self._newest_step = max(newest, self._newest_step)
-        if 0 <= self._max_failures < self._in_a_row:
+        if NO_SCORE in root_cause(error) or 0 <= self._max_failures < self._in_a_row:
             raise TrainingFailedError(root_cause(error))
 
 

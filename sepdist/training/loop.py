@@ -51,7 +51,8 @@ def train(
     ranks, whether a node is about to be taken away; then a checkpoint is committed at once.
     `stopping`, called at each step, returns whether this rank was asked to stop; once one was, all
     commit a checkpoint of the same step and return False; otherwise the result is True.
-    RuntimeError if `training.max_skipped` steps in a row had no usable gradient.
+    RuntimeError if `training.max_skipped` steps in a row had no usable gradient, and at the end if
+    no validation had a finite score.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
     stopped = False
@@ -154,6 +155,8 @@ def train(
             if stopped:
                 break
         watchdog.close()  # what follows waits for storage only, as long as it is patient
+    if not stopped:
+        schedule.check_end()
     logger.info("stopped at step %d" if stopped else "finished at step %d", state.step)
     return not stopped
 

@@ -19,6 +19,7 @@ import torch
 
 from sepdist import storage
 from sepdist.data.stream import TrainStream
+from sepdist.reporting import to_json
 from sepdist.training.engine import StepResult
 from sepdist.training.world import World, sum_over_world
 
@@ -66,7 +67,7 @@ class Goodput:
 
     def note(self, now: float) -> str:
         """Return what the next attempt needs if this one dies."""
-        return json.dumps({"time": now, "seconds": self.seconds})
+        return to_json({"time": now, "seconds": self.seconds})
 
 
 def continue_goodput(run_dir: str, rows: Sequence[Mapping[str, Any]]) -> Goodput:

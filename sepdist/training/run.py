@@ -16,7 +16,7 @@ from sepdist import config, slots, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import progress_bar, signals_to
 from sepdist.objectives.contract import with_defaults
-from sepdist.reporting import versions
+from sepdist.reporting import to_json, versions
 from sepdist.training.checkpoint import best_of, find_committed, read_file
 from sepdist.training.datasets import open_datasets
 from sepdist.training.engine import check_engine_options, refuse_slow_bf16
@@ -108,7 +108,7 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
     storage.put_bytes(url, config.to_yaml(cfg).encode())
     environment = versions("torch", "ray", "deepspeed", "webdataset", "numpy")
     contents = environment | {"platform": platform.platform(), "data": digests}
-    storage.put_bytes(environment_url, json.dumps(contents, indent=1).encode())
+    storage.put_bytes(environment_url, to_json(contents, indent=1).encode())
 
 
 def _without_places(cfg: dict[str, Any]) -> dict[str, Any]:
