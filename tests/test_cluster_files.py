@@ -1,9 +1,13 @@
 """The files of cluster/, checked as far as possible without a cluster."""
 
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +54,67 @@ def test_the_folder_holds_the_files_that_these_tests_check() -> None:
         "README.md",
         "Dockerfile",
         "runtime_env.yaml",
+        "keep-ray.sh",
         "slurm/train.sbatch",
     }
     assert found == checked
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """keep-ray.sh with a `ray` that runs the given lines of shell and writes down its calls."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*lines: str) -> subprocess.Popen[str]:
+        ray = tmp_path / "bin" / "ray"
+        ray.parent.mkdir()
+        calls = shlex.quote(str(tmp_path / "calls"))
+        ray.write_text("\n".join(["#!/bin/bash", f'echo "$@" >> {calls}', *lines, ""]))
+        ray.chmod(0o755)
+        path = f"{ray.parent}:{os.environ['PATH']}"
+        running.append(
+            subprocess.Popen(
+                ["bash", str(CLUSTER / "keep-ray.sh"), "--address=h:6379", "--num-cpus=2"],
+                env={**os.environ, "PATH": path, "KEEP_RAY_SECONDS": "0.05"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def calls_of_ray(folder: Path, count: int) -> list[str]:
+    for _ in range(400):
+        found = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+        if len(found) >= count:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{found}, not {count} calls")
+
+
+@pytest.mark.parametrize("ending", ["exit 1", "exit 0", "kill -KILL $$"])
+def test_ray_that_ended_on_a_host_is_started_again_and_again(kept, tmp_path, ending) -> None:
+    process = kept(ending)
+    assert set(calls_of_ray(tmp_path, 3)) == {"start --block --address=h:6379 --num-cpus=2"}
+    assert process.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_ray_and_ends_its_keeper_for_good(kept, tmp_path, number) -> None:
+    drained = shlex.quote(str(tmp_path / "drained"))
+    process = kept(
+        f"trap 'sleep 0.3; echo yes > {drained}; exit 0' TERM", "while true; do sleep 0.05; done"
+    )
+    calls_of_ray(tmp_path, 1)
+    time.sleep(0.2)  # until the trap of the stub is set
+    process.send_signal(number)
+    assert process.wait(20) == 0 and (tmp_path / "drained").read_text() == "yes\n"
+    assert len(calls_of_ray(tmp_path, 1)) == 1
 
 
 @pytest.mark.parametrize("name", RAY_LAUNCHER)
