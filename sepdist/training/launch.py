@@ -9,26 +9,34 @@ use private hooks of Ray Train, so Ray is pinned to a minor version.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
+import re
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError
+from ray.util.metrics import Counter, Gauge
 
 from sepdist import config, slots, storage
-from sepdist.cluster import connected
+from sepdist.cluster import check_room, connected
 from sepdist.config import TrainConfig
 from sepdist.training.checkpoint import find_committed
 
@@ -76,10 +84,13 @@ def launch(cfg: TrainConfig) -> None:
         use_gpu=cluster.use_gpu,
         resources_per_worker=resources,
     )
-    recovery = Recovery(cfg.run_dir, cluster.max_failures, elastic=fewest < most)
+    recovery = Recovery(cfg.run_dir, elastic=fewest < most)
     needed = math.ceil(most * cluster.cpus_per_worker)
     with connected(needed, address=cluster.address, verbose=cluster.verbose):
-        trainer = TorchTrainer(
+        values = f"cluster.num_workers={cluster.num_workers}, cluster.use_gpu={cluster.use_gpu}, "
+        values += f"cluster.cpus_per_worker={cluster.cpus_per_worker:g}"
+        check_room(fewest, resources, values)
+        trainer = Trainer(
             train_worker,
             train_loop_config={
                 "config": storage.join(cfg.run_dir, "config.yaml"),
@@ -93,16 +104,27 @@ def launch(cfg: TrainConfig) -> None:
             run_config=RunConfig(  # type: ignore[call-arg]
                 name="ray",
                 storage_path=cfg.run_dir,
-                failure_config=FailureConfig(max_failures=-1),  # Recovery counts them
+                failure_config=FailureConfig(),  # replaced by Patience
                 worker_runtime_env={"env_vars": worker_environment(cfg)},
-                callbacks=[EventLog(cfg.run_dir), recovery],  # type: ignore[list-item]
+                callbacks=[EventLog(cfg.run_dir, cfg.name), recovery],  # type: ignore[list-item]
             ),
         )
+        trainer.failure_policy = Patience(cfg.run_dir, cluster.max_failures)
         try:
             with interrupts():
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainingFailedError(root_cause(error)) from error
+
+
+class Trainer(TorchTrainer):
+    """Ray's trainer with a failure policy of our own."""
+
+    failure_policy: FailurePolicy
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        parts["failure_policy"] = self.failure_policy
+        return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -145,7 +167,33 @@ def train_worker(arguments: dict[str, Any]) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     slots.use_plugins(arguments["plugins"])
     cfg = config.load_frozen(arguments["config"])
-    loop.train(cfg, world, report=ray.train.report, preempted=preemption_notice())
+    publish_row = functools.partial(publish, cfg.name)
+    loop.train(cfg, world, ray.train.report, preemption_notice(), publish_row)
+
+
+def use_ray_network() -> None:
+    """Let gloo and NCCL use the interface with Ray's address of this host, unless told another.
+
+    gloo's own choice is the address of the host's name, which Debian and Ubuntu set to 127.0.1.1.
+    """
+    found = {one[4][0] for one in socket.getaddrinfo(ray.util.get_node_ip_address(), None)}
+    for name, addresses in psutil.net_if_addrs().items():
+        if found & {one.address.partition("%")[0] for one in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # eth1 would mean eth10, too
+            return
+
+
+def publish(run: str, metrics: Mapping[str, float]) -> None:
+    """Export metrics by Ray, loss/total as ray_sepdist_loss_total with the tag `run`, and so on."""
+    for name, value in metrics.items():
+        gauge(name).set(value, {"run": run})
+
+
+@functools.cache
+def gauge(name: str) -> Gauge:
+    """Return the one gauge of a metric of metrics.jsonl."""
+    return Gauge("sepdist_" + re.sub(r"\W", "_", name), name, ("run",))
 
 
 def preemption_notice() -> Callable[[], bool]:
@@ -171,11 +219,13 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
     Each line is an object with `time` (Unix seconds), `event` ("started", "failed", "resized" or
     "finished"), `workers` (their number; of "resized" the new one) and, for "failed", `error`. A
     later start of the run continues the file. It is rewritten whole in a thread of its own, so that
-    a storage outage never delays a recovery; events not written go out with the next one.
+    a storage outage never delays a recovery; events not written go out with the next one. Failures
+    count in Ray's metric sepdist_restarts.
     """
 
-    def __init__(self, run_dir: str) -> None:
+    def __init__(self, run_dir: str, run: str = "") -> None:
         self._url = storage.join(run_dir, "events.jsonl")
+        self._run = run
         self._written: list[str] | None = None
         self._unwritten: list[str] = []
         self._workers = 0
@@ -192,8 +242,9 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
         """Record a failure, a resize or the end of the run."""
         cause = getattr(current_state, "next_state", current_state)
         error = getattr(cause, "training_failed_error", None)
-        if error is not None and error is not self._seen:
+        if error is not None and error is not self._seen and not no_room(error):
             self._seen = error
+            Counter("sepdist_restarts", "failures", ("run",)).inc(1.0, {"run": self._run})
             self._record("failed", error=root_cause(error))
         name = current_state._state_type.state_name
         if name == "RESIZING":
@@ -226,20 +277,12 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
         self._written, self._unwritten = self._written + self._unwritten, []
 
 
-class Recovery(ControllerCallback):
-    """Makes Ray Train's controller recover quickly, and give up if the run makes no progress.
+class Recovery(WorkerGroupCallback, ControllerCallback):
+    """Makes Ray Train's controller recover quickly, and workers find each other."""
 
-    A new checkpoint resets the count of failures. So a run of weeks survives any number of faults,
-    and an error that repeats ends it after `max_failures` restarts.
-    """
-
-    def __init__(self, run_dir: str, max_failures: int, *, elastic: bool) -> None:
-        self._checkpoints = storage.join(run_dir, "checkpoints")
+    def __init__(self, run_dir: str, *, elastic: bool) -> None:
         self._requester_url = storage.join(run_dir, "ray", "requester")
-        self._max_failures = max_failures
         self._elastic = elastic
-        self._in_a_row = 0
-        self._newest_step = -1
         self._requester = ""
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -249,6 +292,8 @@ class Recovery(ControllerCallback):
         """
         for name, value in TIMINGS.items():
             os.environ.setdefault(name, value)
+        # It logs each error with its traceback; Patience says it in one line.
+        logging.getLogger(TrainController.__module__).setLevel(logging.CRITICAL)
         self._requester = f"train-{train_run_context.run_id}"
         try:
             for requester in read_lines(self._requester_url):
@@ -259,25 +304,53 @@ class Recovery(ControllerCallback):
                 "a killed driver's reservation may delay this run by three minutes: %s", error
             )
 
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        """Let the workers' process group, which starts next, use the network that Ray uses."""
+        ray.get([worker.execute_async(use_ray_network) for worker in workers])
+        return {}
+
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Count a failure; before an elastic group is sized, have Ray look at the cluster.
+        """Before an elastic group is sized, have Ray look at the cluster.
 
         Ray's coordinator notices nodes that come and go only every 20 s.
         """
         name = current_state._state_type.state_name
         if current_state is previous_state:
             time.sleep(0.5)  # no room for `fewest` workers; Ray would ask again without a pause
-        elif name == "RESTARTING":
-            self._count(current_state.training_failed_error)
         if self._elastic and name in ("RESTARTING", "RESCHEDULING"):
             ask_coordinator("get_reserved_resources", self._requester, recompute=True)
 
-    def _count(self, error: BaseException) -> None:
+
+class Patience(FailurePolicy):
+    """Lets Ray Train's controller start the workers again, and give up without progress.
+
+    A failure is an error of running workers and one while they start. A new checkpoint resets the
+    count. So a run of weeks survives any number of faults, and an error that repeats ends it after
+    `max_failures` restarts. Preemptions and waiting for room do not count.
+    """
+
+    def __init__(self, run_dir: str, max_failures: int) -> None:
+        super().__init__(FailureConfig())  # type: ignore[arg-type]
+        self._checkpoints = storage.join(run_dir, "checkpoints")
+        self._max_failures = max_failures
+        self._in_a_row = 0
+        self._newest_step = -1
+        self._waiting = False
+
+    def make_decision(self, training_failed_error: BaseException) -> FailureDecision:
+        """Count the failure and decide."""
+        error = training_failed_error
+        if no_room(error):
+            if not self._waiting:
+                logger.warning("waiting for room in the cluster: %s", root_cause(error))
+            self._waiting = True
+            return FailureDecision.RETRY
+        self._waiting = False
         failures = getattr(error, "worker_failures", {}).values()
         deaths = [getattr(one, "health_check_failure", one) for one in failures]
         preempted = any(getattr(one, "preempted", False) for one in deaths)
         if preempted or isinstance(error, PreemptionError):
-            return
+            return FailureDecision.RETRY
         try:
             newest = max((one.step for one in find_committed(self._checkpoints)), default=-1)
         except OSError as trouble:
@@ -285,8 +358,14 @@ class Recovery(ControllerCallback):
             newest = self._newest_step
         self._in_a_row = self._in_a_row + 1 if newest <= self._newest_step else 1
         self._newest_step = max(newest, self._newest_step)
-        if 0 <= self._max_failures < self._in_a_row:
-            raise TrainingFailedError(root_cause(error))
+        logger.warning("failure %d in a row: %s", self._in_a_row, root_cause(error))
+        give_up = 0 <= self._max_failures < self._in_a_row
+        return FailureDecision.RAISE if give_up else FailureDecision.RETRY
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Whether a group of workers did not start because the cluster had no room for it."""
+    return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 def ask_coordinator(method: str, requester: str, **more: Any) -> None:

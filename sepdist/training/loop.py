@@ -38,12 +38,14 @@ def train(
     world: World,
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
     preempted: Callable[[], bool] = lambda: False,
+    publish: Callable[[Mapping[str, float]], None] = lambda metrics: None,
 ) -> None:
     """Train until `training.max_steps` or early stop, from the run's newest checkpoint if any.
 
     Every rank calls `report` with the metrics of each validation (Ray Train's is a barrier), and
     `preempted` each `cluster.preemption_check_steps` steps. `preempted` returns, the same on all
-    ranks, whether a node is about to be taken away; then a checkpoint is committed at once.
+    ranks, whether a node is about to be taken away; then a checkpoint is committed at once. The
+    main rank calls `publish` with the metrics of each row that it writes.
     RuntimeError if `training.max_skipped` steps in a row had no usable gradient.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
@@ -72,6 +74,7 @@ def train(
         def log(metrics: Mapping[str, float]) -> None:
             if reporter and metrics:
                 reporter.log(state.step, metrics)
+                publish(metrics)
 
         # 4. The loop.
         last = cfg.training.max_steps
