@@ -22,8 +22,8 @@ def connected(
     """Connect to `address`, to RAY_ADDRESS (set by `ray job submit`) or to a Ray started here.
 
     A Ray started here has at least `num_cpus` logical CPUs, so that more workers than cores can
-    share the machine; `verbose` shows its processes' output. An open connection stays in use.
-    OSError if Ray does not answer, twice.
+    share the machine; `verbose` shows its processes' output. An open connection stays in use. If
+    Ray does not answer, twice, it is an OSError.
     """
     import ray
 
@@ -87,8 +87,8 @@ def check_room(workers: int, each: Mapping[str, float], setting: str) -> int:
     if room < workers:
         needs = ", ".join(f"{v:g} {k}" for k, v in each.items() if v)
         has = ", ".join(f"{sum(one.get(k, 0) for one in nodes):g} {k}" for k in each)
-        text = f"{setting}: each worker needs {needs} of one node, and this Ray (nodes: "
-        text += f"{len(nodes)}, {has}) has room for {room} of {workers}"
+        text = f"{setting}: each worker needs {needs}; Ray has {has} on {len(nodes)} node(s), "
+        text += f"room for {room} of {workers}"
         if worker._global_node.is_head():  # type: ignore[attr-defined]
             raise ConfigError(text)
         logger.warning("%s; waiting until nodes join (Ctrl-C ends it)", text)

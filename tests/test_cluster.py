@@ -50,10 +50,14 @@ def test_there_is_room_for_the_workers_that_fit_on_single_nodes(cluster, nodes, 
 @pytest.mark.parametrize(
     ("nodes", "each", "says"),
     [
-        ([FOUR_CPUS], {"CPU": 1.0}, r"needs 1 CPU .* \(nodes: 1, 4 CPU\) has room for 4 of 16"),
-        ([FOUR_CPUS], {"CPU": 8.0}, r"needs 8 CPU .* has room for 0 of 16"),
-        ([FOUR_CPUS, GPU_NODE], {"CPU": 1.0, "GPU": 1.0}, r"2, 12 CPU, 2 GPU\) has room for 2 of"),
-        ([], {"CPU": 1.0}, r"\(nodes: 0, 0 CPU\) has room for 0 of 16"),
+        ([FOUR_CPUS], {"CPU": 1.0}, r"needs 1 CPU; Ray has 4 CPU on 1 .* room for 4 of 16"),
+        ([FOUR_CPUS], {"CPU": 8.0}, r"needs 8 CPU; .* room for 0 of 16"),
+        (
+            [FOUR_CPUS, GPU_NODE],
+            {"CPU": 1.0, "GPU": 1.0},
+            r"has 12 CPU, 2 GPU on 2 .* room for 2 of",
+        ),
+        ([], {"CPU": 1.0}, r"has 0 CPU on 0 .* room for 0 of 16"),
     ],
 )
 def test_too_little_room_is_an_error_in_a_ray_started_here_and_said_of_one_that_may_grow(
@@ -119,9 +123,9 @@ def test_a_ray_that_does_not_answer_is_asked_once_more(
 def test_a_ray_that_never_answers_is_an_error_of_one_line(attempts, error, monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     attempts(error, error)
-    with pytest.raises(OSError, match=r"Ray at '10.0.0.1:6379' did not answer: ") as raised:
-        with connected(2):
-            pass
+    says = r"Ray at '10.0.0.1:6379' did not answer: "
+    with pytest.raises(OSError, match=says) as raised, connected(2):
+        pass
     assert "\n" not in str(raised.value) and str(error).split()[0] in str(raised.value)
 
 

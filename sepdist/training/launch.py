@@ -9,7 +9,6 @@ use private hooks of Ray Train, so Ray is pinned to a minor version.
 """
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -21,17 +20,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any
 
 import psutil
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError
 from ray.util.metrics import Counter, Gauge
 
@@ -57,6 +58,7 @@ TIMINGS = {
 # An elastic group that does not get the room it was promised asks again after this time, because
 # the promise may predate the loss of a node. A group of fixed size keeps Ray's 60 s.
 ELASTIC_START_SECONDS = "10"
+gauge = cache(Gauge)  # one for each name
 # gloo's errors for a peer that died.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 
@@ -87,10 +89,9 @@ def launch(cfg: TrainConfig) -> None:
     recovery = Recovery(cfg.run_dir, elastic=fewest < most)
     needed = math.ceil(most * cluster.cpus_per_worker)
     with connected(needed, address=cluster.address, verbose=cluster.verbose):
-        values = f"cluster.num_workers={cluster.num_workers}, cluster.use_gpu={cluster.use_gpu}, "
-        values += f"cluster.cpus_per_worker={cluster.cpus_per_worker:g}"
-        check_room(fewest, resources, values)
-        trainer = Trainer(
+        cpus = f"cluster.cpus_per_worker={cluster.cpus_per_worker:g}"
+        check_room(fewest, resources, f"cluster.num_workers={cluster.num_workers}, {cpus}")
+        trainer = TorchTrainer(
             train_worker,
             train_loop_config={
                 "config": storage.join(cfg.run_dir, "config.yaml"),
@@ -104,27 +105,18 @@ def launch(cfg: TrainConfig) -> None:
             run_config=RunConfig(  # type: ignore[call-arg]
                 name="ray",
                 storage_path=cfg.run_dir,
-                failure_config=FailureConfig(),  # replaced by Patience
                 worker_runtime_env={"env_vars": worker_environment(cfg)},
                 callbacks=[EventLog(cfg.run_dir, cfg.name), recovery],  # type: ignore[list-item]
             ),
         )
-        trainer.failure_policy = Patience(cfg.run_dir, cluster.max_failures)
+        run: Callable[..., Any] = trainer._initialize_and_run_controller  # type: ignore[attr-defined]
+        policy = {"failure_policy": Patience(cfg.run_dir, cluster.max_failures)}  # no option of Ray
+        vars(trainer)[run.__name__] = lambda **parts: run(**(parts | policy))
         try:
             with interrupts():
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainingFailedError(root_cause(error)) from error
-
-
-class Trainer(TorchTrainer):
-    """Ray's trainer with a failure policy of our own."""
-
-    failure_policy: FailurePolicy
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        parts["failure_policy"] = self.failure_policy
-        return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -167,8 +159,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     slots.use_plugins(arguments["plugins"])
     cfg = config.load_frozen(arguments["config"])
-    publish_row = functools.partial(publish, cfg.name)
-    loop.train(cfg, world, ray.train.report, preemption_notice(), publish_row)
+    loop.train(cfg, world, ray.train.report, preemption_notice(), partial(publish, cfg.name))
 
 
 def use_ray_network() -> None:
@@ -187,13 +178,7 @@ def use_ray_network() -> None:
 def publish(run: str, metrics: Mapping[str, float]) -> None:
     """Export metrics by Ray, loss/total as ray_sepdist_loss_total with the tag `run`, and so on."""
     for name, value in metrics.items():
-        gauge(name).set(value, {"run": run})
-
-
-@functools.cache
-def gauge(name: str) -> Gauge:
-    """Return the one gauge of a metric of metrics.jsonl."""
-    return Gauge("sepdist_" + re.sub(r"\W", "_", name), name, ("run",))
+        gauge("sepdist_" + re.sub(r"\W", "_", name), name, ("run",)).set(value, {"run": run})
 
 
 def preemption_notice() -> Callable[[], bool]:
@@ -219,8 +204,7 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
     Each line is an object with `time` (Unix seconds), `event` ("started", "failed", "resized" or
     "finished"), `workers` (their number; of "resized" the new one) and, for "failed", `error`. A
     later start of the run continues the file. It is rewritten whole in a thread of its own, so that
-    a storage outage never delays a recovery; events not written go out with the next one. Failures
-    count in Ray's metric sepdist_restarts.
+    a storage outage never delays a recovery; events not written go out with the next one.
     """
 
     def __init__(self, run_dir: str, run: str = "") -> None:
@@ -277,8 +261,24 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
         self._written, self._unwritten = self._written + self._unwritten, []
 
 
-class Recovery(WorkerGroupCallback, ControllerCallback):
-    """Makes Ray Train's controller recover quickly, and workers find each other."""
+class Group(WorkerGroup):
+    """Ray's workers, which use Ray's network and leave none behind when they fail to start."""
+
+    def _init_train_context(self, workers: Any, sync_actor: Any) -> None:
+        ray.get([worker.execute_async(use_ray_network) for worker in workers])
+        super()._init_train_context(workers, sync_actor)
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():  # else Ray has removed them
+                self.get_worker_group_state().shutdown()
+            raise
+
+
+class Recovery(ControllerCallback):
+    """Makes Ray Train's controller recover quickly."""
 
     def __init__(self, run_dir: str, *, elastic: bool) -> None:
         self._requester_url = storage.join(run_dir, "ray", "requester")
@@ -292,6 +292,7 @@ class Recovery(WorkerGroupCallback, ControllerCallback):
         """
         for name, value in TIMINGS.items():
             os.environ.setdefault(name, value)
+        TrainController.worker_group_cls = Group
         # It logs each error with its traceback; Patience says it in one line.
         logging.getLogger(TrainController.__module__).setLevel(logging.CRITICAL)
         self._requester = f"train-{train_run_context.run_id}"
@@ -303,11 +304,6 @@ class Recovery(WorkerGroupCallback, ControllerCallback):
             logger.warning(
                 "a killed driver's reservation may delay this run by three minutes: %s", error
             )
-
-    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        """Let the workers' process group, which starts next, use the network that Ray uses."""
-        ray.get([worker.execute_async(use_ray_network) for worker in workers])
-        return {}
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Before an elastic group is sized, have Ray look at the cluster.
@@ -330,7 +326,6 @@ class Patience(FailurePolicy):
     """
 
     def __init__(self, run_dir: str, max_failures: int) -> None:
-        super().__init__(FailureConfig())  # type: ignore[arg-type]
         self._checkpoints = storage.join(run_dir, "checkpoints")
         self._max_failures = max_failures
         self._in_a_row = 0
@@ -340,16 +335,13 @@ class Patience(FailurePolicy):
     def make_decision(self, training_failed_error: BaseException) -> FailureDecision:
         """Count the failure and decide."""
         error = training_failed_error
-        if no_room(error):
-            if not self._waiting:
-                logger.warning("waiting for room in the cluster: %s", root_cause(error))
-            self._waiting = True
-            return FailureDecision.RETRY
-        self._waiting = False
+        known, self._waiting = self._waiting, no_room(error)
+        if self._waiting and not known:
+            logger.warning("waiting for room in the cluster: %s", root_cause(error))
         failures = getattr(error, "worker_failures", {}).values()
         deaths = [getattr(one, "health_check_failure", one) for one in failures]
         preempted = any(getattr(one, "preempted", False) for one in deaths)
-        if preempted or isinstance(error, PreemptionError):
+        if self._waiting or preempted or isinstance(error, PreemptionError):
             return FailureDecision.RETRY
         try:
             newest = max((one.step for one in find_committed(self._checkpoints)), default=-1)
