@@ -23,7 +23,7 @@ def connected(
 
     A Ray started here has at least `num_cpus` logical CPUs, so that more workers than cores can
     share the machine; `verbose` shows its processes' output. An open connection stays in use. If
-    Ray does not answer, twice, it is an OSError.
+    Ray does not answer, three times, it is an OSError.
     """
     import ray
 
@@ -57,19 +57,18 @@ def connected(
         ray.shutdown()
 
 
-def _start(**options: Any) -> None:
+def _start(**options: Any) -> Any:
     import ray
 
-    for attempt in (1, 2):
+    for attempt in (1, 2, 3):
         try:
-            ray.init(**options)
-            return
+            return ray.init(**options)
         except Exception as error:  # of a start-up time-out Ray raises no narrower class
             ray.shutdown()
             where, text = options["address"], " ".join(str(error).split()) or type(error).__name__
-            if attempt == 2:
+            if attempt == 3:
                 raise OSError(f"Ray at {where!r} did not answer: {text}") from error
-            logger.warning("Ray at %r did not answer, trying once more: %s", where, text)
+            logger.warning("Ray at %r did not answer, trying again: %s", where, text)
 
 
 def check_room(workers: int, each: Mapping[str, float], setting: str) -> int:

@@ -107,7 +107,7 @@ TIMED_OUT = Exception("The current node timed out during startup. This\ncould ha
 @pytest.mark.parametrize(
     "error", [TIMED_OUT, RuntimeError("a raylet\ndied"), ConnectionError("refused"), ValueError()]
 )
-def test_a_ray_that_does_not_answer_is_asked_once_more(
+def test_a_ray_that_does_not_answer_is_asked_again(
     attempts, caplog, address, error, monkeypatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -116,13 +116,13 @@ def test_a_ray_that_does_not_answer_is_asked_once_more(
         asked = list(calls)
     assert [call.get("address") for call in asked] == [address or "local", None, address or "local"]
     [record] = caplog.records
-    assert "trying once more" in record.message and "\n" not in record.message
+    assert "trying again" in record.message and "\n" not in record.message
 
 
 @pytest.mark.parametrize("error", [TIMED_OUT, RuntimeError("no raylet"), PermissionError("tmp")])
 def test_a_ray_that_never_answers_is_an_error_of_one_line(attempts, error, monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    attempts(error, error)
+    attempts(error, error, error)
     says = r"Ray at '10.0.0.1:6379' did not answer: "
     with pytest.raises(OSError, match=says) as raised, connected(2):
         pass

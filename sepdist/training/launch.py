@@ -74,8 +74,7 @@ def launch(cfg: TrainConfig) -> None:
     """
     cluster = cfg.cluster
     fewest, most = config.worker_range(cluster)
-    for name, value in TIMINGS.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(TIMINGS | os.environ)
     if fewest < most:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_SECONDS)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
@@ -109,8 +108,8 @@ def launch(cfg: TrainConfig) -> None:
                 callbacks=[EventLog(cfg.run_dir, cfg.name), recovery],  # type: ignore[list-item]
             ),
         )
-        run: Callable[..., Any] = trainer._initialize_and_run_controller  # type: ignore[attr-defined]
         policy = {"failure_policy": Patience(cfg.run_dir, cluster.max_failures)}  # no option of Ray
+        run = trainer._initialize_and_run_controller  # type: ignore[attr-defined]
         vars(trainer)[run.__name__] = lambda **parts: run(**(parts | policy))
         try:
             with interrupts():
@@ -290,8 +289,7 @@ class Recovery(ControllerCallback):
 
         A controller that was killed with its driver leaves its workers' CPUs reserved for 180 s.
         """
-        for name, value in TIMINGS.items():
-            os.environ.setdefault(name, value)
+        os.environ.update(TIMINGS | os.environ)
         TrainController.worker_group_cls = Group
         # It logs each error with its traceback; Patience says it in one line.
         logging.getLogger(TrainController.__module__).setLevel(logging.CRITICAL)
@@ -328,20 +326,17 @@ class Patience(FailurePolicy):
     def __init__(self, run_dir: str, max_failures: int) -> None:
         self._checkpoints = storage.join(run_dir, "checkpoints")
         self._max_failures = max_failures
-        self._in_a_row = 0
-        self._newest_step = -1
-        self._waiting = False
+        self._in_a_row, self._newest_step, self._waiting = 0, -1, False
 
     def make_decision(self, training_failed_error: BaseException) -> FailureDecision:
         """Count the failure and decide."""
-        error = training_failed_error
-        known, self._waiting = self._waiting, no_room(error)
+        known, self._waiting = self._waiting, no_room(training_failed_error)
         if self._waiting and not known:
-            logger.warning("waiting for room in the cluster: %s", root_cause(error))
-        failures = getattr(error, "worker_failures", {}).values()
+            logger.warning("waiting for room in the cluster: %s", root_cause(training_failed_error))
+        failures = getattr(training_failed_error, "worker_failures", {}).values()
         deaths = [getattr(one, "health_check_failure", one) for one in failures]
         preempted = any(getattr(one, "preempted", False) for one in deaths)
-        if self._waiting or preempted or isinstance(error, PreemptionError):
+        if self._waiting or preempted or isinstance(training_failed_error, PreemptionError):
             return FailureDecision.RETRY
         try:
             newest = max((one.step for one in find_committed(self._checkpoints)), default=-1)
@@ -350,7 +345,7 @@ class Patience(FailurePolicy):
             newest = self._newest_step
         self._in_a_row = self._in_a_row + 1 if newest <= self._newest_step else 1
         self._newest_step = max(newest, self._newest_step)
-        logger.warning("failure %d in a row: %s", self._in_a_row, root_cause(error))
+        logger.warning("failure %d in a row: %s", self._in_a_row, root_cause(training_failed_error))
         give_up = 0 <= self._max_failures < self._in_a_row
         return FailureDecision.RAISE if give_up else FailureDecision.RETRY
 
