@@ -43,6 +43,7 @@ def train(
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
     preempted: Callable[[], bool] = lambda: False,
     stopping: Callable[[], bool] = lambda: False,
+    publish: Callable[[Mapping[str, float]], None] = lambda metrics: None,
 ) -> bool:
     """Train until `training.max_steps` or early stop, from the run's newest checkpoint if any.
 
@@ -50,7 +51,8 @@ def train(
     `preempted` each `cluster.preemption_check_steps` steps. `preempted` returns, the same on all
     ranks, whether a node is about to be taken away; then a checkpoint is committed at once.
     `stopping`, called at each step, returns whether this rank was asked to stop; once one was, all
-    commit a checkpoint of the same step and return False; otherwise the result is True.
+    commit a checkpoint of the same step and return False; otherwise the result is True. The main
+    rank calls `publish` with the metrics of each row that it writes.
     RuntimeError if `training.max_skipped` steps in a row had no usable gradient, and at the end if
     no validation had a finite score.
     """
@@ -83,6 +85,7 @@ def train(
         def log(metrics: Mapping[str, float]) -> None:
             if reporter and metrics:
                 reporter.log(state.step, metrics)
+                publish(metrics)
 
         # 4. The loop.
         last = cfg.training.max_steps

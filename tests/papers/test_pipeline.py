@@ -4,8 +4,6 @@ import contextlib
 import csv
 import json
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,14 +164,6 @@ def test_an_interrupted_pipeline_goes_on_at_its_stage(
     pipeline.run(cfg, Console(quiet=True))
     names = ["figure.png" if name == "figure" else name for name in cfg.stages]
     assert calls == ["se", "ptft", *names[1:], *names]
-
-
-def test_ctrl_c_while_ray_trains_is_a_keyboard_interrupt_and_rays_handler_goes() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), launch.interrupts():
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray Train does
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_each_seed_trains_with_its_own(tiny_data, tmp_path: Path) -> None:
