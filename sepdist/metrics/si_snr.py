@@ -10,6 +10,8 @@ Shapes: B batch, S sources, T samples.
 import torch
 from torch import Tensor
 
+from sepdist.audio import SILENCE
+
 
 def si_snr(estimates: Tensor, sources: Tensor, eps: float = 1e-8) -> Tensor:
     """SI-SNR in dB over the last axis, [..., T] and [..., T] -> [...]; leading axes broadcast."""
@@ -27,6 +29,22 @@ def si_snr(estimates: Tensor, sources: Tensor, eps: float = 1e-8) -> Tensor:
 def pairwise_si_snr(estimates_BST: Tensor, sources_BST: Tensor) -> Tensor:
     """SI-SNR [B, S, S] in dB of each estimate (axis 1) against each source (axis 2)."""
     return si_snr(estimates_BST.unsqueeze(2), sources_BST.unsqueeze(1))
+
+
+def silent_sources(sources: Tensor) -> Tensor:
+    """Tell which sources have no SI-SNR, [..., T] -> bool [...]; one that holds NaN is not silent.
+
+    Their samples lie within one 16-bit step of each other: all zero, or a constant offset, which
+    SI-SNR removes.
+    """
+    return sources.amax(-1) - sources.amin(-1) < 2 * SILENCE
+
+
+def mean_audible(values: Tensor, silent: Tensor) -> Tensor:
+    """Mean over the last axis of the values that are not `silent`; 0 where all are."""
+    num_audible = (~silent).sum(-1).clamp_min(1).to(values.dtype)
+    # A factor, exactly 1 without silence, so that the bits are those of a plain mean.
+    return values.masked_fill(silent, 0.0).mean(-1) * (values.shape[-1] / num_audible)
 
 
 def _centred(x: Tensor) -> Tensor:
