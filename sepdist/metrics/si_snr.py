@@ -2,7 +2,8 @@
 
 The mean over time is removed first and 1e-8 guards every division and the logarithm, as in
 published systems: a silent source gives -80 dB and a perfect estimate about 80 dB plus its energy
-in dB, never NaN.
+in dB, never NaN. Those -80 dB mean nothing, so means leave silent sources out; Wisdom et al.,
+"What's All the FUSS About Free Universal Sound Separation Data?", 2021, score them apart too.
 
 Shapes: B batch, S sources, T samples.
 """
@@ -34,17 +35,17 @@ def pairwise_si_snr(estimates_BST: Tensor, sources_BST: Tensor) -> Tensor:
 def silent_sources(sources: Tensor) -> Tensor:
     """Tell which sources have no SI-SNR, [..., T] -> bool [...]; one that holds NaN is not silent.
 
-    Their samples lie within one 16-bit step of each other: all zero, or a constant offset, which
-    SI-SNR removes.
+    Their samples, zeros or a constant, lie within one 16-bit step of each other.
     """
     return sources.amax(-1) - sources.amin(-1) < 2 * SILENCE
 
 
-def mean_audible(values: Tensor, silent: Tensor) -> Tensor:
-    """Mean over the last axis of the values that are not `silent`; 0 where all are."""
-    num_audible = (~silent).sum(-1).clamp_min(1).to(values.dtype)
+def mean_audible(values_BS: Tensor, silent_BS: Tensor) -> Tensor:
+    """Mean over the audible sources of each item, [K]; items that have none are left out."""
+    num_audible_B = (~silent_BS).sum(-1).clamp_min(1).to(values_BS.dtype)
     # A factor, exactly 1 without silence, so that the bits are those of a plain mean.
-    return values.masked_fill(silent, 0.0).mean(-1) * (values.shape[-1] / num_audible)
+    means_B = values_BS.masked_fill(silent_BS, 0.0).mean(-1) * (silent_BS.shape[-1] / num_audible_B)
+    return means_B[~silent_BS.all(-1)]
 
 
 def _centred(x: Tensor) -> Tensor:
