@@ -46,8 +46,7 @@ class TrainStream:
 
     `feeds` are the data sets by name, the main one first; a set with a weight w gives w batches per
     batch of the main one, any other set one pass per epoch. `interleave` is described at `Blend`.
-    `seconds_waited` counts the time the consumer had to wait for data, `num_silent` the sources
-    without a sound in the crops.
+    `seconds_waited` is how long the consumer waited for data, `num_silent` counts silent sources.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ Item 0 of a batch has a sound in every source, item 1 not in its second, item 2 
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -158,9 +159,8 @@ def test_other_objectives_have_the_scores_of_separation(name: str, tmp_path: Pat
 def test_enhancement_scores_the_items_whose_voice_sounds() -> None:
     batch = batch_with()
     estimates = estimates_of(batch)[:, 1:]
-    after, before = scores(
-        dataclasses.replace(batch, sources=batch.sources[:, :1]), estimates, False
-    )
+    first = dataclasses.replace(batch, sources=batch.sources[:, :1])
+    after, before = scores(first, estimates, swapped=False)
     _, metrics = Enhancement()(Fixed(estimates), batch)
     np.testing.assert_allclose(metrics["si_snr"], means(after), atol=2e-3)
     gains = np.subtract(means(after), means(before))
@@ -227,9 +227,8 @@ def test_mixit_takes_a_silent_source_for_one_of_its_silences() -> None:
         for j, source in enumerate(waves[item]):
             if source.any():
                 table[:, j] = [decibels(source - output, source) for output in outputs[item]]
-        from itertools import permutations
-
-        totals = [sum(table[i, j] for j, i in enumerate(order)) for order in permutations(range(4))]
+        orders = itertools.permutations(range(4))
+        totals = [sum(table[i, j] for j, i in enumerate(order)) for order in orders]
         expected.append(min(totals) / 4)
     assert float(loss.detach()) == pytest.approx(np.mean(expected), abs=1e-3)
     _, separation = Separation()(Fixed(estimates[:, :2]), batch)
