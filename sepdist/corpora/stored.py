@@ -55,6 +55,7 @@ class Stored:
                 sample_rate=self.sample_rate,
                 load=partial(load, self.options, number),
                 metadata=partial(texts, self.options, number),
+                may_be_silent=True,
             )
 
 

@@ -81,7 +81,10 @@ def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
     num_speakers = len(people(record)[0])
     if sources and num_speakers != len(sources):
         raise DataError(f"{what}: names {num_speakers} speakers and has {len(sources)} sources")
-    stored = {name: _to_int16(waves[name], f"{what}, {name}") for name in names}
+    may = isinstance(record, Mixture) and record.may_be_silent
+    stored = {name: _to_int16(waves[name], f"{what}, {name}", may_be_silent=may) for name in names}
+    if not any(stored[name].any() for name in sources or rest):
+        raise DataError(f"{what}: all its sources are silent; leave it out")
     lengths = {name: len(wave) for name, wave in stored.items()}
     if len(set(lengths.values())) > 1:
         todo = "cut or pad them in the corpus"
@@ -89,15 +92,16 @@ def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
     return stored
 
 
-def _to_int16(wave_T: np.ndarray, what: str) -> np.ndarray:
+def _to_int16(wave_T: np.ndarray, what: str, may_be_silent: bool) -> np.ndarray:
     if not isinstance(wave_T, np.ndarray) or wave_T.ndim != 1 or wave_T.dtype.kind != "f":
         found = f"{getattr(wave_T, 'dtype', type(wave_T).__name__)} {list(np.shape(wave_T))}"
         raise DataError(f"{what}: is {found}, not a one-dimensional array of floats")
     try:
         audio.check(wave_T, what)
     except audio.AudioError as error:
-        raise DataError(str(error)) from error
-    peak = float(np.max(np.abs(wave_T)))
+        if not (may_be_silent and np.max(np.abs(wave_T), initial=0) < audio.SILENCE):
+            raise DataError(str(error)) from error
+    peak = float(np.max(np.abs(wave_T), initial=0))
     if peak > 1.0:
         raise DataError(f"{what}: outside [-1, 1], its peak is {peak:.4g}; scale it in the corpus")
     # Not by libsndfile, which multiplies by 32767 and divides by 32768: 16-bit audio would change.
@@ -115,6 +119,9 @@ def encode(record: Utterance | Mixture, waves: Mapping[str, np.ndarray]) -> dict
         "num_samples": len(next(iter(waves.values()))),
         "sample_rate": record.sample_rate,
     }
+    may = isinstance(record, Mixture) and record.may_be_silent
+    if silent := [name for name, wave in waves.items() if may and not wave.any()]:
+        metadata["silent"] = silent
     if isinstance(record, Mixture) and record.metadata is not None:
         metadata |= record.metadata(waves)
     text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)

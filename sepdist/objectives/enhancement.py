@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sepdist.data.records import Batch
-from sepdist.metrics.si_snr import si_snr
+from sepdist.metrics.si_snr import mean_audible, si_snr, silent_sources
 from sepdist.objectives.contract import Metrics, check_outputs, sources_of
 from sepdist.objectives.separation import mean_above
 
@@ -30,7 +30,9 @@ class Enhancement:
         estimates_BST = model(batch.mixture)
         check_outputs(estimates_BST, clean_BST, "set num_speakers=1")
         with torch.autocast(batch.mixture.device.type, enabled=False):
-            scores_B = si_snr(estimates_BST.float(), clean_BST).squeeze(1)
-            loss = mean_above(-scores_B, self.threshold)
-            before_B = si_snr(batch.mixture.unsqueeze(1), clean_BST).squeeze(1)
-        return loss, {"si_snr": scores_B.detach(), "si_snri": scores_B.detach() - before_B}
+            scores_BS = si_snr(estimates_BST.float(), clean_BST)
+            loss = mean_above(-scores_BS.squeeze(1), self.threshold)
+            before_BS = si_snr(batch.mixture.unsqueeze(1), clean_BST)
+        scores_K = mean_audible(scores_BS.detach(), silent_sources(clean_BST))
+        before_K = mean_audible(before_BS, silent_sources(clean_BST))
+        return loss, {"si_snr": scores_K, "si_snri": scores_K - before_K}
