@@ -6,8 +6,10 @@ corpora or shards. SciPy and pyloudnorm take seconds to import and are imported 
 Shapes: T samples, C channels.
 """
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -16,6 +18,17 @@ import soxr
 SUFFIXES = (".flac", ".wav")
 SILENCE = 2.0**-15  # one step of 16-bit audio: a wave with a lower peak would be stored as zeros
 MIN_LOUDNESS_SECONDS = 0.4  # one gating block of ITU-R BS.1770
+# Containers of chunks by their first bytes: where the first chunk lies, the head of a chunk (name,
+# length), and what the length is padded to.
+_CHUNKS = {
+    b"RIFF": (12, "<4sI", 2),
+    b"RIFX": (12, ">4sI", 2),
+    b"RF64": (12, "<4sI", 2),
+    b"FORM": (12, ">4sI", 2),  # AIFF, AIFC, 8SVX, 16SV
+    b"caff": (8, ">4sQ", 1),
+    b"riff": (40, "<16sQ", 8),  # W64, whose lengths count the head
+}
+_PAGE_BYTES = 65307  # of the largest page of Ogg
 
 
 class AudioError(ValueError):
@@ -29,11 +42,62 @@ def load_channel(path: str | Path, stop: int = -1) -> tuple[np.ndarray, int]:
     """
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
+    check_container(path)
     try:
         wave_TC, rate = soundfile.read(str(path), stop, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: cannot be decoded ({error}); fetch the file again") from error
     return check(np.ascontiguousarray(wave_TC[:, 0]), str(path)), int(rate)
+
+
+def check_container(path: str | Path) -> None:
+    """AudioError if a file is shorter than its header declares, or declares no samples but has some.
+
+    Read are a few heads of chunks of WAV (RIFF, RIFX, RF64, W64), AIFF, CAF, 8SVX and AU files, and
+    the last page of Ogg files, which has to be marked as the last. Lengths that a program writes
+    when it does not know better are no declaration (0x7ffff000 to 0x80000000, 0xfffff000 and
+    more). Other formats declare nothing here; FLAC's frames are counted when they are decoded.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        if (magic := file.read(4)) == b"OggS":
+            file.seek(-min(size, _PAGE_BYTES), 2)
+            tail = file.read()
+            page = tail[max(0, tail.rfind(b"OggS")) :]
+            whole = len(page) > 26 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
+            if not whole or not page[5] & 4:
+                raise AudioError(f"{path}: cut short, its last page is missing; fetch it again")
+            return
+        start, length = _samples_place(file, magic, size)
+    if length > size - start and not 0x7FFFF000 <= length <= 0x80000000 and length < 0xFFFFF000:
+        raise AudioError(
+            f"{path}: cut short, its header declares {length} bytes of samples and {size - start} "
+            "are there; fetch the file again"
+        )
+
+
+def _samples_place(file: BinaryIO, magic: bytes, size: int) -> tuple[int, int]:
+    """Return where the samples start and how many bytes the header declares; (0, 0) if unknown."""
+    if magic in (b".snd", b"dns."):
+        head = file.read(8).ljust(8, b"\0")
+        return struct.unpack(">2I" if magic == b".snd" else "<2I", head)
+    place, head, align = _CHUNKS.get(magic, (size, "", 1))
+    long_length = None  # of RF64, whose "data" does not say it
+    while place < size:
+        file.seek(place)
+        start = place + struct.calcsize(head)
+        if len(found := file.read(start - place)) < start - place:
+            break
+        name, length = struct.unpack(head, found)
+        if magic == b"riff":
+            length = max(0, length - len(found))
+        if name == b"ds64":
+            long_length = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
+        if name[:4] in (b"data", b"SSND", b"BODY"):
+            return start, length if long_length is None else long_length
+        place = start + length + -length % align
+    return 0, 0
 
 
 def duration_seconds(path: str | Path) -> float:
