@@ -5,8 +5,8 @@ Shapes: S sources, T samples.
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from sepdist.inference import scoring
 from sepdist.inference.export import Export, load_export, load_separator
 from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.wer import error_rate, word_errors
-from sepdist.reporting import to_csv, versions
+from sepdist.reporting import versions
 
 PACKAGES = ("torch", "numpy", "jiwer", "transformers", "faster-whisper", "ctranslate2")
 
@@ -44,27 +44,35 @@ class Recognition:
 def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
     """Recognise every condition, write the output, print the table; returns results.json's content.
 
-    ConfigError if model, corpus and recogniser do not fit each other, one cannot be loaded, or an
-    utterance has no transcript; EvaluationError if one cannot be separated.
+    ConfigError if model, corpus and recogniser do not fit each other, one cannot be loaded, or no
+    utterance has a transcript; EvaluationError, when the rest is written, if more than
+    `max_unscored` utterances cannot be recognised.
     """
     began = time.monotonic()
     slots.make_paths_absolute(cfg)
     corpus = slots.build("corpus", cfg.corpus)
     export = load_separator(cfg.model) if cfg.model else None
     check_fit(cfg, corpus, export)
-    rows = scoring.run_on_data_set(recognise_each, cfg, plan(cfg, corpus), console)
-    results = summarise(cfg, export, rows)
+    items = plan(cfg, corpus)
+    names = [{"condition": condition, "id": record.id} for condition, record in items]
+    found, unscored = scoring.run_on_data_set(reader, cfg, items, names, columns, console)
+    results = summarise(cfg, export, list(found.values())) | unscored
+    for one in results["unscored"]:
+        counts = results["counts"][one["condition"]]
+        counts["unscored"] = counts.get("unscored", 0) + 1
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
-    names = ["mixture", *(f"output_{i}" for i in range(1, len(rows[0].texts)))]
-    header = ["condition", "id", "length_seconds", "num_words", "reference"]
-    header += itertools.chain(*((f"{name}_errors", name) for name in names))
-    cells = [
-        (*astuple(row)[:5], *itertools.chain(*zip(row.errors, row.texts, strict=True)))
-        for row in rows
-    ]
     print_table(console, cfg, results)
-    scoring.write_results(console, cfg.output, {"utterances.csv": to_csv(header, cells)}, results)
+    scoring.write_results(console, cfg, {}, results)
     return results
+
+
+def columns(row: Recognition) -> dict[str, Any]:
+    """The columns of utterances.csv, with the errors of each text before it."""
+    cells = {name: getattr(row, name) for name in ("length_seconds", "num_words", "reference")}
+    for i, (errors, text) in enumerate(zip(row.errors, row.texts, strict=True)):
+        name = f"output_{i}" if i else "mixture"
+        cells |= {f"{name}_errors": errors, name: text}
+    return cells
 
 
 def check_fit(cfg: RecogniseConfig, corpus: Any, export: Export | None) -> None:
@@ -90,31 +98,27 @@ def plan(cfg: RecogniseConfig, corpus: Any) -> list[tuple[str, Mixture]]:
         records = list(itertools.islice(corpus.records(condition), cfg.limit or None))
         if not records:
             raise ConfigError(f"corpus {corpus.name} has no utterances in condition {condition!r}")
-        for record in records:
-            if not isinstance(record, Mixture) or not record.texts or not record.texts[0]:
-                raise ConfigError(
-                    f"corpus {corpus.name}, {record.id}: needs a mixture with a transcript"
-                )
-            found.append((condition, record))
+        if not any(isinstance(one, Mixture) and one.texts and one.texts[0] for one in records):
+            raise ConfigError(
+                f"corpus {corpus.name}, {records[0].id}: needs a mixture with a transcript"
+            )
+        found += [(condition, record) for record in records]
     return found
 
 
-def recognise_each(
-    cfg: RecogniseConfig, utterances: Sequence[tuple[str, Mixture]]
-) -> Iterator[Recognition]:
-    """Recognise each utterance, given as (condition, record)."""
+def reader(cfg: RecogniseConfig) -> Callable[[tuple[str, Mixture]], Recognition]:
+    """A function that recognises an utterance, given as (condition, record)."""
     device = scoring.device_of(cfg)
     recogniser = slots.build("recogniser", cfg.recogniser, device=str(device))
     model = load_export(cfg.model).model.to(device) if cfg.model else None
-    for condition, record in utterances:
-        yield recognise_one(condition, record, recogniser, model, device)
+    return lambda item: recognise_one(*item, recogniser, model, device)
 
 
 def recognise_one(
     condition: str, record: Mixture, recogniser: Any, model: nn.Module | None, device: torch.device
 ) -> Recognition:
     """Recognise one mixture and its estimates by `model`, each at the mixture's level."""
-    waves, reference = record.load(), record.texts[0]
+    waves, reference = record.load(), record.texts[0] if record.texts else ""
     batch = collate([Item(record.id, record.speakers, waves)], range(1))
     mixture_T = batch.mixture[0].numpy()
     estimates: list[np.ndarray] = []
@@ -133,7 +137,7 @@ def summarise(
     cfg: RecogniseConfig, export: Export | None, rows: Sequence[Recognition]
 ) -> dict[str, Any]:
     """The content of results.json, without the time that the recognition took."""
-    wer: dict[str, dict[str, float]] = {}
+    wer: dict[str, dict[str, float | None]] = {}
     counts: dict[str, dict[str, int]] = {}
     for condition in cfg.conditions:
         own = [row for row in rows if row.condition == condition]
@@ -141,7 +145,9 @@ def summarise(
         errors = {"mixture": [row.errors[0] for row in own]}
         if export is not None:  # LibriCSS counts the output with the fewest errors
             errors["separated"] = [min(row.errors[1:]) for row in own]
-        wer[condition] = {name: error_rate(values, num_words) for name, values in errors.items()}
+        wer[condition] = {
+            name: error_rate(values, num_words) if own else None for name, values in errors.items()
+        }
         counts[condition] = {"utterances": len(own), "words": sum(num_words)}
         counts[condition] |= {f"{name}_errors": sum(values) for name, values in errors.items()}
     return {
@@ -161,7 +167,11 @@ def print_table(console: Console, cfg: RecogniseConfig, results: Mapping[str, An
     title = f"WER in %, by {results['recogniser']['_target_'].rpartition('.')[2]}"
     table = Table("", *cfg.conditions, title=title, title_justify="left")
     for name in wer[cfg.conditions[0]]:
-        table.add_row(name, *(f"{wer[condition][name]:.1f}" for condition in cfg.conditions))
+        rates = [wer[condition][name] for condition in cfg.conditions]
+        table.add_row(name, *("none" if rate is None else f"{rate:.1f}" for rate in rates))
     words = [str(counts[condition]["words"]) for condition in cfg.conditions]
     table.add_row("words", *words, style="dim")
+    missing = [counts[condition].get("unscored", 0) for condition in cfg.conditions]
+    if any(missing):
+        table.add_row("not recognised", *map(str, missing))
     console.print(table)

@@ -2,8 +2,9 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,16 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
             f"{cfg.model} has {len(checkpoints)} checkpoint(s), a switch rate needs two: train with"
             " training.keep_every and training.checkpoint_every set to the steps of an epoch"
         )
-    _, numbers = scoring.check_data(cfg, load_export(checkpoints[-1].url))
+    manifest, numbers = scoring.check_data(cfg, load_export(checkpoints[-1].url))
+    ids = scoring.ids_of(cfg, manifest)
     items = [(one.url, number) for one in checkpoints for number in numbers]
-    ranked = scoring.run_on_data_set(assign, cfg, items, console, "switching.json")
-    found = {
-        one.step: dict(itertools.islice(ranked, k * len(numbers), (k + 1) * len(numbers)))
-        for k, one in enumerate(checkpoints)
-    }
+    names = [{"step": one.step} | ids[number] for one in checkpoints for number in numbers]
+    ranked, unscored = scoring.run_on_data_set(
+        assigner, cfg, items, names, lambda rank: {"permutation": rank}, console, "switching.json"
+    )
+    found: dict[int, Permutations] = {one.step: {} for one in checkpoints}
+    for item, rank in ranked.items():
+        found[names[item]["step"]][names[item]["id"]] = rank
     tables = {
         f"step-{step:09d}.csv": to_csv(("id", "permutation"), sorted(permutations.items()))
         for step, permutations in found.items()
@@ -55,24 +59,28 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     results = {
         "run": cfg.model,
         "data": cfg.data,
-        "num_utterances": len(numbers),
+        "num_utterances": len({names[item]["id"] for item in ranked}),
         **compare(found, read_metrics(cfg.model), in_training),
         "versions": versions("torch", "numpy"),
-    }
-    rates = ", ".join(f"{100 * row['rate']:.1f}" for row in results["rates"])
+    } | unscored
+    rates = ", ".join(f"{100 * (row['rate'] or 0):.1f}" for row in results["rates"])
     console.print(f"labels switched, % from checkpoint to checkpoint: {rates}")
-    scoring.write_results(console, cfg.output, tables, results, "switching.json")
+    scoring.write_results(console, cfg, tables, results, "switching.json")
     return results
 
 
-def assign(cfg: EvaluateConfig, items: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """The id and the rank of the best permutation for each (checkpoint, number of a mixture)."""
-    for url, group in itertools.groupby(items, key=lambda item: item[0]):
-        numbers = [number for _, number in group]
-        for batch, estimates_ST in scoring.separate_mixtures(replace(cfg, model=url), numbers):
-            assert batch.sources is not None
-            _, order_BS = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))
-            yield batch.ids[0], int(permutation_rank(order_BS))
+def assigner(cfg: EvaluateConfig) -> Callable[[tuple[str, int]], int]:
+    """A function that gives the rank of the best permutation for (checkpoint, mixture)."""
+    opened = lru_cache(maxsize=1)(lambda url: scoring.mixture_separator(replace(cfg, model=url)))
+
+    def assign(item: tuple[str, int]) -> int:
+        estimates_ST, batch = opened(item[0])(item[1])
+        assert batch.sources is not None
+        scoring.check_audible(batch.ids[0], estimates_ST, batch.sources[0])
+        _, order_BS = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))
+        return int(permutation_rank(order_BS))
+
+    return assign
 
 
 def compare(
