@@ -6,8 +6,10 @@ corpora or shards. SciPy and pyloudnorm take seconds to import and are imported 
 Shapes: T samples, C channels.
 """
 
+import re
 import struct
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +31,9 @@ _CHUNKS = {
     b"riff": (40, "<16sQ", 8),  # W64, whose lengths count the head
 }
 _PAGE_BYTES = 65307  # of the largest page of Ogg
+_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # of MPEG-1 layer III
+_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # of MPEG-2 and 2.5
+_MP3_TAGS = (b"TAG", b"APETAGEX", b"LYRICS")  # may follow the last frame
 
 
 class AudioError(ValueError):
@@ -40,40 +45,42 @@ def load_channel(path: str | Path, stop: int = -1) -> tuple[np.ndarray, int]:
 
     `stop` is the number of samples to read (-1: all).
     """
-    if not Path(path).is_file():
-        raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
-    check_container(path)
-    try:
-        wave_TC, rate = soundfile.read(str(path), stop, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: cannot be decoded ({error}); fetch the file again") from error
-    return check(np.ascontiguousarray(wave_TC[:, 0]), str(path)), int(rate)
+    with open_sound(path) as sound:
+        try:
+            wave_TC = sound.read(stop, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{path}: cannot be decoded ({error}); fetch it again") from error
+        if (size := len(wave_TC)) < sound.frames and size != stop:
+            raise AudioError(
+                f"{path}: cut short, {size} of {sound.frames} samples decode; fetch it again"
+            )
+        return check(np.ascontiguousarray(wave_TC[:, 0]), str(path)), sound.samplerate
 
 
 def check_container(path: str | Path) -> None:
-    """AudioError if a file is shorter than its header declares, or declares no samples but has some.
+    """AudioError unless the samples that a file's header declares are there.
 
-    Read are a few heads of chunks of WAV (RIFF, RIFX, RF64, W64), AIFF, CAF, 8SVX and AU files, and
+    Read are a few heads of chunks of WAV (RIFF, RIFX, RF64, W64), AIFF, CAF, SVX and AU files, and
     the last page of Ogg files, which has to be marked as the last. Lengths that a program writes
-    when it does not know better are no declaration (0x7ffff000 to 0x80000000, 0xfffff000 and
-    more). Other formats declare nothing here; FLAC's frames are counted when they are decoded.
+    when it does not know better declare nothing (0x7ffff000 to 0x80000000, 0xfffff000 and more).
+    Other formats pass; `open_sound` looks at MP3 files, and the decoder at FLAC.
     """
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         if (magic := file.read(4)) == b"OggS":
             file.seek(-min(size, _PAGE_BYTES), 2)
-            tail = file.read()
-            page = tail[max(0, tail.rfind(b"OggS")) :]
+            page = b"OggS" + file.read().rpartition(b"OggS")[2]
             whole = len(page) > 26 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
             if not whole or not page[5] & 4:
                 raise AudioError(f"{path}: cut short, its last page is missing; fetch it again")
             return
         start, length = _samples_place(file, magic, size)
-    if length > size - start and not 0x7FFFF000 <= length <= 0x80000000 and length < 0xFFFFF000:
+    there = size - start
+    if length > there and not 0x7FFFF000 <= length <= 0x80000000 and length < 0xFFFFF000:
         raise AudioError(
-            f"{path}: cut short, its header declares {length} bytes of samples and {size - start} "
-            "are there; fetch the file again"
+            f"{path}: cut short, its header declares {length} bytes of samples and {there} are "
+            "there; fetch the file again"
         )
 
 
@@ -100,12 +107,72 @@ def _samples_place(file: BinaryIO, magic: bytes, size: int) -> tuple[int, int]:
     return 0, 0
 
 
+def open_sound(path: str | Path) -> soundfile.SoundFile:
+    """Open an audio file whose `frames` can be relied on; AudioError names what is wrong.
+
+    The container is checked. An MP3 file without a frame count that is true (libsndfile guesses it
+    from the bit rate of the first frame) is decoded with one, from memory.
+    """
+    if not Path(path).is_file():
+        raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
+    check_container(path)
+    try:
+        sound = soundfile.SoundFile(str(path))
+        if sound.format == "MP3" and (counted := _count_mp3(path)):
+            sound.close()
+            sound = soundfile.SoundFile(BytesIO(counted))
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: cannot be decoded ({error}); fetch the file again") from error
+    if sound.frames > 2**48:
+        raise AudioError(f"{path}: its header does not declare its length; convert it, to WAV say")
+    return sound
+
+
+def _mp3_frame_bytes(head: int) -> int:
+    """Length of the MPEG layer III frame with this 4-byte header; 0 if it is not one."""
+    version, kbits, rate = head >> 19 & 3, head >> 12 & 15, head >> 10 & 3
+    if head >> 21 != 0x7FF or head >> 17 & 3 != 1 or version == 1 or kbits in (0, 15) or rate == 3:
+        return 0
+    hertz = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    slots, table = (144000, _KBITS) if version == 3 else (72000, _LOW_KBITS)
+    return slots * table[kbits - 1] // hertz + (head >> 9 & 1)
+
+
+def _count_mp3(path: str | Path) -> bytes:
+    """Return an MP3 file behind a Xing header with its true number of frames; b"" if it has one.
+
+    AudioError if the file has fewer frames than its own header says, or stops within a frame.
+    """
+    data, places, at = Path(path).read_bytes(), list[int](), 0
+    while at < len(data):
+        if data.startswith(b"ID3", at):
+            at += 10 + sum(byte << 7 * i for i, byte in enumerate(data[at + 9 : at + 5 : -1]))
+        elif length := _mp3_frame_bytes(int.from_bytes(data[at : at + 4])):
+            places.append(at)
+            at += length
+        else:
+            break
+    if not places:  # another layer of MPEG
+        return b""
+    first, rest = data[places[0] : places[0] + 200], data[at : at + 8].strip(b"\0")
+    found = re.match(rb".{13,38}?(?:Xing|Info)...(.)(....)", first, re.DOTALL)
+    declared = int.from_bytes(found[2]) if found and found[1][0] & 1 else 0
+    count = len(places) - bool(found)
+    if at > len(data) or declared > count + 1 or (rest and not rest.startswith(_MP3_TAGS)):
+        raise AudioError(f"{path}: cut short or damaged after {count} MP3 frames; fetch it again")
+    if declared == count:
+        return b""
+    # The highest bit rate, so that the header fits; no checksum, no padding.
+    head = int.from_bytes(first[:4]) & ~0xF200 | 0x1E000
+    side = (17, 9) if head >> 19 & 3 != 3 else (32, 17)
+    xing = head.to_bytes(4) + bytes(side[head >> 6 & 3 == 3]) + b"Xing\0\0\0\1" + count.to_bytes(4)
+    return xing.ljust(_mp3_frame_bytes(head), b"\0") + data[places[bool(found)] :]
+
+
 def duration_seconds(path: str | Path) -> float:
     """Read a file's duration from its header, without decoding it."""
-    try:
-        return float(soundfile.info(str(path)).duration)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: cannot be read ({error}); fetch the file again") from error
+    with open_sound(path) as sound:
+        return sound.frames / sound.samplerate
 
 
 def check(wave_T: np.ndarray, name: str) -> np.ndarray:
