@@ -262,16 +262,9 @@ def _open(path: Path, name: str) -> soundfile.SoundFile:
     if not path.is_file():  # opening a pipe may wait for ever
         raise SeparationError(f"{name} is a folder, pipe or device; give a file of audio")
     try:
-        audio.check_container(path)
-        # A descriptor, because soundfile takes *.raw to have no header, whatever it has.
-        return soundfile.SoundFile(os.open(path, os.O_RDONLY))
+        return audio.open_sound(path)
     except audio.AudioError as error:
         raise SeparationError(str(error).replace(str(path), name)) from error
-    except soundfile.LibsndfileError as error:
-        todo = "; raw samples need a header first" if path.suffix.lower() == ".raw" else ""
-        raise SeparationError(
-            f"{name} is not readable audio ({error.error_string}){todo}"
-        ) from error
     except OSError as error:
         raise storage.disk_error(name, "read", error) from error
 

@@ -90,16 +90,16 @@ def floats(value: float, kind: str = "f4") -> bytes:
 
 
 MALFORMED = {
-    "no-header.raw": (pcm(), "not readable audio (Format not recognised.); raw samples"),
-    "text.wav": (b"this is no audio\n" * 90, "not readable audio"),
-    "nothing.wav": (b"", "not readable audio"),
+    "no-header.raw": (pcm(), "cannot be decoded (Format not recognised.)"),
+    "text.wav": (b"this is no audio\n" * 90, "cannot be decoded"),
+    "nothing.wav": (b"", "cannot be decoded"),
     "no-samples.wav": (wav()[:44][:-4] + bytes(4), "is empty: it has no samples"),
     "half.wav": (wav()[:900], "cut short"),
     "2-GHz.wav": (wav(rate=2_000_000_000), "2000000000 Hz; a sample rate is whole, from 1000 up"),
     "1-Hz.wav": (wav(rate=1), "1 Hz; a sample rate is whole, from 1000 up to 768000"),
     "8-kHz-in-kHz.wav": (wav(rate=8), "8 Hz; a sample rate"),
-    "0-Hz.wav": (wav(rate=0), "not readable audio"),
-    "0-channels.wav": (wav(channels=0), "not readable audio"),
+    "0-Hz.wav": (wav(rate=0), "cannot be decoded"),
+    "0-channels.wav": (wav(channels=0), "cannot be decoded"),
     "nan.wav": (floats(np.nan), "NaN or infinity 0.0000 s from its start"),
     "infinite.wav": (floats(-np.inf), "NaN or infinity"),
     "huge.wav": (floats(3e38), "value above 1e+15"),
