@@ -51,6 +51,6 @@ def progress_bar(
         yield advance
 
 
-def printable(text: str) -> str:
+def printable(text: str, allowed: str = "\n") -> str:
     """Text with escapes for characters of strangers' files that could drive a terminal."""
-    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
+    return "".join(one if one.isprintable() or one in allowed else repr(one)[1:-1] for one in text)

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePosixPath
 
-from sepdist import storage
 from sepdist.audio import find_files
 from sepdist.console import printable, progress_bar, user_console
 from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names, output_stems
@@ -42,7 +41,7 @@ def main() -> int:
     with user_console(stopped="nothing is left of the unfinished recording") as console:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
-        stems = output_stems(itertools.chain(*map(_files_of, given.recordings)))
+        stems = output_stems([*itertools.chain(*map(_files_of, given.recordings))])
         _check_names(stems, given.output, given.format)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
@@ -54,14 +53,14 @@ def main() -> int:
         separate = partial(separator.file, output_folder=given.output, file_format=given.format)
         for recording, stem in stems.items():
             try:
-                with progress_bar(console, _shown(PurePosixPath(recording).name)) as advance:
+                with progress_bar(console, printable(PurePosixPath(recording).name, "")) as advance:
                     result = separate(recording, stem=stem, progress=advance)
             except (ValueError, OSError) as error:
-                failed.append(_shown(str(error)))
+                failed.append(printable(str(error), ""))
                 console.print(f"error: {failed[-1]}")
                 continue
             for warning in result.warnings:
-                console.print(f"warning: {_shown(warning)}")
+                console.print(f"warning: {printable(warning, '')}")
             print("\n".join(result.outputs))
         if len(stems) > 1:
             counts = f"{len(stems) - len(failed)} separated, {len(failed)} failed"
@@ -73,10 +72,6 @@ def _files_of(name: str) -> list[str]:
     """The audio files below a local folder, or `name` itself."""
     folder = os.path.expanduser(name)
     return [str(path) for path in find_files(folder)] if os.path.isdir(folder) else [name]
-
-
-def _shown(text: str) -> str:
-    return printable(text).replace("\n", "\\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,15 +98,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_names(stems: Mapping[str, str], output: str, file_format: str) -> None:
     """Refuse outputs that would replace a recording."""
-    places = {_real(one) for one in stems}
+    places = {os.path.realpath(os.path.expanduser(one)) for one in stems}
     for recording, stem in stems.items():
         for name in output_names(stem, 8, file_format):
-            if _real(storage.join(output, name)) in places:
+            if os.path.realpath(os.path.join(os.path.expanduser(output), name)) in places:
                 raise SeparationError(
                     f"an output of {recording} would replace the recording {name}: "
                     "use another --output"
                 )
-
-
-def _real(name: str) -> str:
-    return os.path.realpath(os.path.expanduser(name))

@@ -21,13 +21,12 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
 
     slots.make_paths_absolute(cfg)
     export = load_export(cfg.model)
-    manifest, numbers = scoring.check_data(cfg, export)
+    manifest, numbers, names = scoring.check_data(cfg, export)
     if "e1" not in manifest.members:
         raise ConfigError(
             f"{cfg.data} has {', '.join(manifest.members)}, no estimates; "
             "write it with corpus=separated"
         )
-    names = scoring.ids_of(cfg, manifest)
     by_number, unscored = scoring.run_on_data_set(predictor, cfg, numbers, names, columns, console)
     true, predicted = np.stack([*by_number.values()], axis=1)
     found = agreement(true.mean(1), predicted.mean(1))
@@ -55,11 +54,11 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
 
 def predictor(cfg: EvaluateConfig) -> Callable[[int], np.ndarray]:
     """A function that gives SI-SNR in dB of a mixture's estimates: [2, S], true and predicted."""
-    device, read = scoring.device_of(cfg), scoring.mixture_reader(cfg)
+    device, dataset = scoring.device_of(cfg), scoring.open_dataset(cfg)
     model = load_export(cfg.model).model.to(device)
 
     def predict(number: int) -> np.ndarray:
-        batch = read(number)
+        batch = dataset.full(number, cfg.max_seconds or scoring.NO_LIMIT_SECONDS)
         assert batch.sources is not None and batch.estimates is not None
         scoring.check_audible(batch.ids[0], batch.estimates[0], batch.sources[0])
         true = si_snr(batch.estimates.double(), batch.sources.double())[0]

@@ -76,8 +76,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     slots.make_paths_absolute(cfg)
     began = time.monotonic()
     export = load_separator(cfg.model)
-    manifest, numbers = scoring.check_data(cfg, export)
-    names = scoring.ids_of(cfg, manifest)
+    manifest, numbers, names = scoring.check_data(cfg, export)
     found, unscored = scoring.run_on_data_set(scorer, cfg, numbers, names, vars, console)
     with scoring.single_threaded():
         separate = scoring.mixture_separator(cfg)

@@ -4,9 +4,10 @@ Shapes: S sources, T samples.
 """
 
 import itertools
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,19 +29,6 @@ from sepdist.reporting import versions
 PACKAGES = ("torch", "numpy", "jiwer", "transformers", "faster-whisper", "ctranslate2")
 
 
-@dataclass(frozen=True)
-class Recognition:
-    """The texts recognised in one utterance: of the mixture first, then of each estimate."""
-
-    condition: str
-    id: str
-    length_seconds: float
-    num_words: int
-    reference: str
-    texts: tuple[str, ...]
-    errors: tuple[int, ...]  # word errors of each text
-
-
 def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
     """Recognise every condition, write the output, print the table; returns results.json's content.
 
@@ -55,24 +43,12 @@ def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
     check_fit(cfg, corpus, export)
     items = plan(cfg, corpus)
     names = [{"condition": condition, "id": record.id} for condition, record in items]
-    found, unscored = scoring.run_on_data_set(reader, cfg, items, names, columns, console)
+    found, unscored = scoring.run_on_data_set(reader, cfg, items, names, dict, console)
     results = summarise(cfg, export, list(found.values())) | unscored
-    for one in results["unscored"]:
-        counts = results["counts"][one["condition"]]
-        counts["unscored"] = counts.get("unscored", 0) + 1
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
     print_table(console, cfg, results)
     scoring.write_results(console, cfg, {}, results)
     return results
-
-
-def columns(row: Recognition) -> dict[str, Any]:
-    """The columns of utterances.csv, with the errors of each text before it."""
-    cells = {name: getattr(row, name) for name in ("length_seconds", "num_words", "reference")}
-    for i, (errors, text) in enumerate(zip(row.errors, row.texts, strict=True)):
-        name = f"output_{i}" if i else "mixture"
-        cells |= {f"{name}_errors": errors, name: text}
-    return cells
 
 
 def check_fit(cfg: RecogniseConfig, corpus: Any, export: Export | None) -> None:
@@ -106,7 +82,7 @@ def plan(cfg: RecogniseConfig, corpus: Any) -> list[tuple[str, Mixture]]:
     return found
 
 
-def reader(cfg: RecogniseConfig) -> Callable[[tuple[str, Mixture]], Recognition]:
+def reader(cfg: RecogniseConfig) -> Callable[[tuple[str, Mixture]], dict[str, Any]]:
     """A function that recognises an utterance, given as (condition, record)."""
     device = scoring.device_of(cfg)
     recogniser = slots.build("recogniser", cfg.recogniser, device=str(device))
@@ -116,35 +92,44 @@ def reader(cfg: RecogniseConfig) -> Callable[[tuple[str, Mixture]], Recognition]
 
 def recognise_one(
     condition: str, record: Mixture, recogniser: Any, model: nn.Module | None, device: torch.device
-) -> Recognition:
-    """Recognise one mixture and its estimates by `model`, each at the mixture's level."""
+) -> dict[str, Any]:
+    """Recognise one mixture and its estimates by `model`, each at the mixture's level.
+
+    Returns a line of utterances.csv, with word errors and text of the mixture and of each output.
+    """
     waves, reference = record.load(), record.texts[0] if record.texts else ""
     batch = collate([Item(record.id, record.speakers, waves)], range(1))
     mixture_T = batch.mixture[0].numpy()
-    estimates: list[np.ndarray] = []
+    named = {"mixture": mixture_T}
     if model is not None:
         estimates_ST = scoring.separate_batch(model, batch, device).numpy()
         if not np.isfinite(estimates_ST).all():
             raise EvaluationError(f"{record.id}: the model's estimates hold NaN or infinity")
-        estimates = [audio.at_level_of(mixture_T, wave_T) for wave_T in estimates_ST]
-    texts = tuple(recogniser(wave_T, record.sample_rate) for wave_T in (mixture_T, *estimates))
-    errors, num_words = zip(*(word_errors(reference, text) for text in texts), strict=True)
-    seconds = mixture_T.size / record.sample_rate
-    return Recognition(condition, record.id, seconds, num_words[0], reference, texts, errors)
+        for number, wave_T in enumerate(estimates_ST, start=1):
+            named[f"output_{number}"] = audio.at_level_of(mixture_T, wave_T)
+    row: dict[str, Any] = {"condition": condition, "id": record.id}
+    row |= {"length_seconds": mixture_T.size / record.sample_rate, "num_words": 0}
+    row |= {"reference": reference}
+    for name, wave_T in named.items():
+        text = recogniser(wave_T, record.sample_rate)
+        row[f"{name}_errors"], row["num_words"] = word_errors(reference, text)
+        row[name] = text
+    return row
 
 
 def summarise(
-    cfg: RecogniseConfig, export: Export | None, rows: Sequence[Recognition]
+    cfg: RecogniseConfig, export: Export | None, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The content of results.json, without the time that the recognition took."""
     wer: dict[str, dict[str, float | None]] = {}
     counts: dict[str, dict[str, int]] = {}
     for condition in cfg.conditions:
-        own = [row for row in rows if row.condition == condition]
-        num_words = [row.num_words for row in own]
-        errors = {"mixture": [row.errors[0] for row in own]}
+        own = [row for row in rows if row["condition"] == condition]
+        num_words = [row["num_words"] for row in own]
+        errors = {"mixture": [row["mixture_errors"] for row in own]}
         if export is not None:  # LibriCSS counts the output with the fewest errors
-            errors["separated"] = [min(row.errors[1:]) for row in own]
+            kind = re.compile(r"output_\d+_errors")
+            errors["separated"] = [min(row[key] for key in row if kind.match(key)) for row in own]
         wer[condition] = {
             name: error_rate(values, num_words) if own else None for name, values in errors.items()
         }
@@ -171,7 +156,6 @@ def print_table(console: Console, cfg: RecogniseConfig, results: Mapping[str, An
         table.add_row(name, *("none" if rate is None else f"{rate:.1f}" for rate in rates))
     words = [str(counts[condition]["words"]) for condition in cfg.conditions]
     table.add_row("words", *words, style="dim")
-    missing = [counts[condition].get("unscored", 0) for condition in cfg.conditions]
-    if any(missing):
-        table.add_row("not recognised", *map(str, missing))
+    if missing := Counter(one["condition"] for one in results["unscored"]):
+        table.add_row("not recognised", *(str(missing[one]) for one in cfg.conditions))
     console.print(table)

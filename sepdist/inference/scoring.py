@@ -27,7 +27,6 @@ from sepdist.reporting import to_csv
 
 NO_LIMIT_SECONDS = 1e6
 SAVE_SECONDS = 60.0  # between two writes of the table of utterances so far
-NUM_SHOWN = 5  # reasons that are printed; utterances.csv has all
 _Cfg = TypeVar("_Cfg", EvaluateConfig, RecogniseConfig)
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -58,8 +57,11 @@ def open_dataset(cfg: EvaluateConfig) -> Dataset:
     )
 
 
-def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range]:
-    """The manifest and the numbers of the mixtures to score; ConfigError if the model misfits."""
+def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range, list[dict[str, Any]]]:
+    """The manifest, the numbers of the mixtures to score, and the `id` of every mixture.
+
+    ConfigError if the model misfits.
+    """
     check_workers(cfg)
     manifest = open_dataset(cfg).manifest
     if export.sample_rate != manifest.sample_rate:
@@ -71,24 +73,14 @@ def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range]:
         raise ConfigError(
             "num_sources=1 without noise: the mixture is the source itself; pass noise=true"
         )
-    return manifest, range(min(cfg.num_mixtures or manifest.num_samples, manifest.num_samples))
-
-
-def ids_of(cfg: EvaluateConfig, manifest: Manifest) -> list[dict[str, Any]]:
-    """The `id` of every sample of `cfg.data`; its number where the index cannot be read."""
     ids: list[str] = []
     for shard in manifest.shards:
         try:
             ids += [sample.key for sample in read_index(cfg.data, shard)]
-        except (DataError, FileNotFoundError):
+        except (DataError, FileNotFoundError):  # of an index: each of its mixtures will fail
             ids += [f"number {len(ids) + i}" for i in range(shard.num_samples)]
-    return [{"id": one} for one in ids]
-
-
-def mixture_reader(cfg: EvaluateConfig) -> Callable[[int], Batch]:
-    """A function that reads a mixture, whole or cut to `max_seconds`, as a batch of one."""
-    dataset = open_dataset(cfg)
-    return lambda number: dataset.full(number, cfg.max_seconds or NO_LIMIT_SECONDS)
+    numbers = range(min(cfg.num_mixtures or manifest.num_samples, manifest.num_samples))
+    return manifest, numbers, [{"id": one} for one in ids]
 
 
 def check_audible(name: str, estimates_ST: Tensor, sources_ST: Tensor) -> None:
@@ -100,11 +92,10 @@ def check_audible(name: str, estimates_ST: Tensor, sources_ST: Tensor) -> None:
         )
     for kind, waves in (("source", sources_ST), ("estimate", estimates_ST)):
         for number, wave in enumerate(waves.double(), start=1):
-            place = f"{name}: {kind} {number}"
-            if not torch.isfinite(wave).all():
-                raise EvaluationError(f"{place} holds NaN or infinity; no score")
-            if (wave == wave[0]).all():
-                raise EvaluationError(f"{place} is silent; SI-SNR and SDR are undefined")
+            finite = bool(torch.isfinite(wave).all())
+            if not finite or (wave == wave[0]).all():
+                what = "is silent" if finite else "holds NaN or infinity"
+                raise EvaluationError(f"{name}: {kind} {number} {what}; no SI-SNR is defined")
 
 
 def device_of(cfg: EvaluateConfig | RecogniseConfig) -> torch.device:
@@ -125,11 +116,11 @@ def separate_batch(model: nn.Module, batch: Batch, device: torch.device) -> Tens
 
 def mixture_separator(cfg: EvaluateConfig) -> Callable[[int], tuple[Tensor, Batch]]:
     """A function that gives the separator's estimates [S, T] of a mixture, and its batch of one."""
-    device, read = device_of(cfg), mixture_reader(cfg)
+    device, dataset = device_of(cfg), open_dataset(cfg)
     model = load_export(cfg.model).model.to(device)
 
     def separate(number: int) -> tuple[Tensor, Batch]:
-        batch = read(number)
+        batch = dataset.full(number, cfg.max_seconds or NO_LIMIT_SECONDS)
         return separate_batch(model, batch, device), batch
 
     return separate
@@ -161,8 +152,8 @@ def run_on_data_set(
     With `num_workers` above 0 each partition is a Ray task, which opens model and data itself, so
     that only items and results cross the network. An earlier file `results_name` is removed first:
     it must not stand next to half of the new ones. A line of utterances.csv is an item's `names`,
-    the `row` of its result and the reason where it has none; the file is written once a minute and
-    when the work ends in any way. EvaluationError if all failed.
+    the `row` of its result, and the reason if it failed; the file is written once a minute and when
+    the work ends, in any way. EvaluationError if all failed.
     """
     storage.remove(storage.join(cfg.output, results_name))
     num_partitions = max(1, min(cfg.num_workers, len(items)))
@@ -229,10 +220,8 @@ def write_results(
         storage.put_bytes(storage.join(cfg.output, file), data)
     console.print(f"results: {storage.join(cfg.output, name)}")
     unscored = results["unscored"]
-    for one in unscored[:NUM_SHOWN]:
-        console.print(f"no score: {one['reason']}")
-    if 0 <= cfg.max_unscored < len(unscored):
-        raise EvaluationError(
-            f"{len(unscored)} without a score are left out of all results, see utterances.csv; "
-            f"max_unscored={len(unscored)} accepts them"
-        )
+    if unscored:
+        left_out = f"{len(unscored)} have no score and are in no mean (see utterances.csv)"
+        console.print(f"{left_out}; the first: {unscored[0]['reason']}")
+        if 0 <= cfg.max_unscored < len(unscored):
+            raise EvaluationError(f"{left_out}; max_unscored={len(unscored)} accepts them")

@@ -104,18 +104,19 @@ class Separator:
         Raises:
             SeparationError: the recording is no file of audio, empty, cut short or holds NaN, or
                 the model gives NaN.
-            OSError: it is not there or cannot be read, or the outputs cannot be written.
+            OSError: the recording cannot be read, or an output not be written.
         """
-        recording, output_folder = os.fsdecode(recording), os.fsdecode(output_folder)
+        given = (recording, output_folder)
+        recording, output_folder = (os.path.expanduser(os.fsdecode(one)) for one in given)
         if file_format not in FORMATS:
             raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
-        local = None if storage.is_remote(output_folder) else _local_path(output_folder)
+        local = None if storage.is_remote(output_folder) else Path(output_folder)
         if local:
             local.mkdir(parents=True, exist_ok=True)
         # Unfinished files lie in the output folder, where finishing one is a rename.
         with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
             work = Path(folder)
-            path, scratch = _local_path(recording), work / "estimates.f32"
+            path, scratch = Path(os.path.abspath(recording)), work / "estimates.f32"
             if storage.is_remote(recording):
                 path = work / "recording"
                 storage.fetch_file(recording, path)
@@ -252,11 +253,6 @@ def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
         return np.atleast_2d(array).T.astype(np.float32)
 
 
-def _local_path(name: str) -> Path:
-    """Absolute, as libsndfile takes "-" for the standard input."""
-    return Path(os.path.abspath(os.path.expanduser(name)))
-
-
 def _open(path: Path, name: str) -> soundfile.SoundFile:
     storage.size(path)  # its errors name the file and say what to do
     if not path.is_file():  # opening a pipe may wait for ever
@@ -295,9 +291,7 @@ def _mono_blocks(blocks: Iterable[np.ndarray], rate: float, name: str) -> Iterat
         finite = (np.abs(block) < MAX_VALUE).all(axis=1)
         if not finite.all():
             place = f"{(done + int(np.argmin(finite))) / rate:.4f} s from its start"
-            raise SeparationError(
-                f"{name} has a value above {MAX_VALUE:g}, NaN or infinity {place}"
-            )
+            raise SeparationError(f"{name} has a huge value, NaN or infinity {place}")
         done += len(block)
         yield block.mean(axis=1)[None]
 
@@ -365,16 +359,12 @@ def _write_audio(paths: list[Path], scratch: Path, gains: np.ndarray, rate: int)
 
 def _publish(files: Mapping[Path, str]) -> None:
     """Move finished files to the outputs; if that is interrupted, none is left without the rest."""
-    done: list[str] = []
-    try:
+    with ExitStack() as undo:
         for path, output in files.items():
             if storage.is_remote(output):
                 storage.put_file(path, output)
             else:
                 Path(output).parent.mkdir(parents=True, exist_ok=True)
                 path.replace(output)
-            done.append(output)
-    except BaseException:
-        for output in done:
-            storage.remove(output)
-        raise
+            undo.callback(storage.remove, output)
+        undo.pop_all()

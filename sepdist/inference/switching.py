@@ -37,8 +37,7 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
             f"{cfg.model} has {len(checkpoints)} checkpoint(s), a switch rate needs two: train with"
             " training.keep_every and training.checkpoint_every set to the steps of an epoch"
         )
-    manifest, numbers = scoring.check_data(cfg, load_export(checkpoints[-1].url))
-    ids = scoring.ids_of(cfg, manifest)
+    _, numbers, ids = scoring.check_data(cfg, load_export(checkpoints[-1].url))
     items = [(one.url, number) for one in checkpoints for number in numbers]
     names = [{"step": one.step} | ids[number] for one in checkpoints for number in numbers]
     ranked, unscored = scoring.run_on_data_set(
@@ -63,7 +62,8 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         **compare(found, read_metrics(cfg.model), in_training),
         "versions": versions("torch", "numpy"),
     } | unscored
-    rates = ", ".join(f"{100 * (row['rate'] or 0):.1f}" for row in results["rates"])
+    known = [row["rate"] for row in results["rates"] if row["rate"] is not None]
+    rates = ", ".join(f"{100 * rate:.1f}" for rate in known)
     console.print(f"labels switched, % from checkpoint to checkpoint: {rates}")
     scoring.write_results(console, cfg, tables, results, "switching.json")
     return results
@@ -99,25 +99,23 @@ def compare(
     rows = []
     for before, after in itertools.pairwise(steps):
         online = [row["switching/rate"] for row in measured if before < row["step"] <= after]
-        rate = 1 - share_equal(by_step[before], by_step[after])
+        same = share_equal(by_step[before], by_step[after])
+        rate = None if same is None else 1 - same
         mean = float(np.mean(online)) if online else None
         rows.append({"from": before, "to": after, "rate": rate, "online": mean})
-    pairs = np.array([(row["rate"], row["online"]) for row in rows if row["online"] is not None])
-    same = [
-        share_equal(by_step[step], in_training[step])
-        for step in steps
-        if by_step[step].keys() & in_training[step].keys()
-    ]
+    pairs = np.array([(row["rate"], row["online"]) for row in rows if None not in row.values()])
+    shares = [share_equal(by_step[step], in_training[step]) for step in steps]
+    equal = [share for share in shares if share is not None]
     varied = len(pairs) > 2 and (pairs.std(0) > 0).all()
     agreement = {
         "mean_difference": float((pairs[:, 0] - pairs[:, 1]).mean()) if len(pairs) else None,
         "correlation": float(np.corrcoef(pairs.T)[0, 1]) if varied else None,
-        "equal_permutations": float(np.mean(same)) if same else None,
+        "equal_permutations": float(np.mean(equal)) if equal else None,
     }
     return {"rates": rows, "agreement": agreement}
 
 
-def share_equal(first: Permutations, second: Permutations) -> float:
-    """The share of the utterances in both that have equal permutations."""
+def share_equal(first: Permutations, second: Permutations) -> float | None:
+    """The share of the utterances in both that have equal permutations; None without any."""
     both = first.keys() & second.keys()
-    return sum(first[id_] == second[id_] for id_ in both) / len(both)
+    return sum(first[id_] == second[id_] for id_ in both) / len(both) if both else None

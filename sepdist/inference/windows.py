@@ -1,9 +1,8 @@
 """Options of a separation and the names of its outputs; without NumPy, so that TAB is fast."""
 
-import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -32,23 +31,22 @@ class Windows:
             raise SeparationError(f"a batch has at least one window, not {self.batch_size}")
 
 
-def output_stems(recordings: Iterable[str]) -> dict[str, str]:
-    """The stem of each recording's outputs; one that is named twice is there once.
+def output_stems(recordings: Sequence[str]) -> dict[str, str]:
+    """The stem of each recording's outputs; a recording that is named twice is there once.
 
-    It is the stem of the recording, with as many of its folders as tell it from the others:
-    a/talk.wav and b/talk.wav have a/talk and b/talk. Where only suffixes differ, they are kept.
+    Recordings of one stem have their paths below the folder that is common to all: a/talk.wav and
+    b/talk.wav have a/talk and b/talk. Where these are equal too, the suffix is kept.
     """
-    found = {os.path.abspath(os.path.expanduser(one)): one for one in recordings}
-    candidates = {}
-    for place, name in found.items():
-        *folders, last = PurePosixPath(place).parts
-        ends = dict.fromkeys((PurePosixPath(last).stem, last))
-        starts = [folders[depth:] for depth in range(len(folders), 0, -1)]
-        candidates[name] = ["/".join([*start, end]) for end in ends for start in starts]
-    counts = Counter(itertools.chain(*candidates.values()))
+    places = (f"/{one}" if "://" in one else os.path.expanduser(one) for one in recordings)
+    names = {os.path.abspath(place): one for place, one in zip(places, recordings, strict=True)}
+    common, candidates = os.path.commonpath(map(os.path.dirname, names)), {}
+    for place, name in names.items():
+        relative = os.path.relpath(place, common)
+        candidates[name] = (PurePosixPath(place).stem, os.path.splitext(relative)[0], relative)
+    counts = Counter(one for own in candidates.values() for one in set(own))
     return {
-        name: next((one for one in own if counts[one] == 1), f"{own[0]}#{number}")
-        for number, (name, own) in enumerate(candidates.items())
+        name: next((one for one in own if counts[one] == 1), own[-1])
+        for name, own in candidates.items()
     }
 
 

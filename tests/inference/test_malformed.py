@@ -102,8 +102,8 @@ MALFORMED = {
     "0-channels.wav": (wav(channels=0), "cannot be decoded"),
     "nan.wav": (floats(np.nan), "NaN or infinity 0.0000 s from its start"),
     "infinite.wav": (floats(-np.inf), "NaN or infinity"),
-    "huge.wav": (floats(3e38), "value above 1e+15"),
-    "double.wav": (floats(1e300, "f8"), "value above 1e+15"),
+    "huge.wav": (floats(3e38), "has a huge value"),
+    "double.wav": (floats(1e300, "f8"), "has a huge value"),
 }
 ODD_BUT_SOUND = {
     "300-channels.wav": wav(pcm(300 * 9), channels=300),
@@ -166,7 +166,7 @@ def test_recordings_of_one_name_have_outputs_in_their_folders(separate, tmp_path
         name.parent.mkdir(parents=True, exist_ok=True)
         name.write_bytes(wav())
     status, found, said = separate(*map(str, names), str(names[0]))
-    stems = ["b/talk", "c", "x/a/talk", "y/a/talk"]
+    stems = ["c", "x/a/talk", "y/a/talk", "y/b/talk"]
     assert (status, said) == (0, "4 separated, 0 failed\n")
     assert found == [f"{stem}_s{i}.wav" for stem in stems for i in (1, 2)]
     # A folder stands for the recordings below it.
@@ -179,13 +179,14 @@ def test_recordings_of_one_name_have_outputs_in_their_folders(separate, tmp_path
         (["talk.wav"], ["talk"]),
         (["/x/a.wav", "/y/a.wav"], ["x/a", "y/a"]),
         (["/x/a.wav", "/x/a.flac"], ["a.wav", "a.flac"]),
-        (["/x/a.wav", "/x/a.flac", "/y/a.wav"], ["x/a.wav", "a.flac", "y/a"]),
-        (["/x/1/a.wav", "/y/1/a.wav", "/y/2/a.wav"], ["x/1/a", "y/1/a", "2/a"]),
-        (["s3://b/x/a.wav", "s3://b/y/a.wav", "/x/b.wav"], ["x/a", "y/a", "b"]),
+        (["/x/a.wav", "/x/a.flac", "/y/a.wav"], ["x/a.wav", "x/a.flac", "y/a"]),
+        (["/x/1/a.wav", "/y/1/a.wav", "/y/2/a.wav"], ["x/1/a", "y/1/a", "y/2/a"]),
+        (["s3://b/x/a.wav", "s3://b/y/a.wav", "s3://b/c.wav"], ["x/a", "y/a", "c"]),
+        (["s3://b/x/a.wav", "/y/a.wav", "/x/b.wav"], ["s3:/b/x/a", "y/a", "b"]),
         (["a.wav", "./a.wav", "x/../a.wav"], ["a"]),
     ],
 )
-def test_a_stem_has_as_many_folders_as_tell_it_from_the_others(recordings, stems) -> None:
+def test_recordings_of_one_stem_keep_their_paths_below_a_common_folder(recordings, stems) -> None:
     assert [*output_stems(recordings).values()] == stems
 
 

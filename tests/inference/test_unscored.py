@@ -122,7 +122,8 @@ def test_the_scores_of_the_others_are_those_of_each_alone_and_means_are_theirs(
     listening = sorted(path.name for path in (tmp_path / "out" / "listening").iterdir())
     assert listening == ["0", "5"]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "3 of 12 utterances" in shown and "no score: m1: source 2 is silent" in shown
+    assert "3 of 12 utterances" in shown and "9 have no score" in shown
+    assert "the first: m1: source 2 is silent" in shown
 
 
 @pytest.mark.parametrize(("allowed", "status"), [(0, 1), (8, 1), (9, 0), (-1, 0)])
@@ -130,7 +131,7 @@ def test_the_exit_status_is_by_how_many_may_be_without_a_score(
     evaluate, tmp_path: Path, allowed: int, status: int
 ) -> None:
     if status:
-        with pytest.raises(EvaluationError, match=r"^9 without a score.*max_unscored=9"):
+        with pytest.raises(EvaluationError, match=r"^9 have no score.*max_unscored=9"):
             evaluate(max_unscored=allowed)
     else:
         evaluate(max_unscored=allowed)
@@ -204,7 +205,7 @@ def test_the_program_names_the_option_and_ctrl_c_has_status_130(
     words = [f"data={data}", f"output={tmp_path / 'out'}", "model=x", "num_workers=0"]
     words += [f"max_seconds={LENGTH / RATE}", "num_listening=0"]
     assert run_verb(program, *words) == 1
-    assert "error: 9 without a score" in (shown := capsys.readouterr().err)
+    assert "error: 9 have no score" in (shown := capsys.readouterr().err)
     assert "Traceback" not in shown
     assert run_verb(program, *words, "max_unscored=9") == 0
 
