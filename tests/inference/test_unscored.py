@@ -99,8 +99,10 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 def test_the_scores_of_the_others_are_those_of_each_alone_and_means_are_theirs(
-    evaluate, data: str, tmp_path: Path, console: Console
+    evaluate, data: str, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    listening: list[str] = []
+    monkeypatch.setattr(evaluation, "write_listening", lambda url, *_: listening.append(url[-1]))
     results = evaluate(num_listening=2)
     dataset, alone = Dataset(data, num_sources=2), {}
     for number in (0, 5, 7):
@@ -119,23 +121,27 @@ def test_the_scores_of_the_others_are_those_of_each_alone_and_means_are_theirs(
     assert (results["num_utterances"], results["num_unscored"]) == (3, 9)
     assert [one["id"] for one in results["unscored"]] == [*REASONS]
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-    listening = sorted(path.name for path in (tmp_path / "out" / "listening").iterdir())
     assert listening == ["0", "5"]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "3 of 12 utterances" in shown and "9 have no score" in shown
     assert "the first: m1: source 2 is silent" in shown
 
 
-@pytest.mark.parametrize(("allowed", "status"), [(0, 1), (8, 1), (9, 0), (-1, 0)])
-def test_the_exit_status_is_by_how_many_may_be_without_a_score(
-    evaluate, tmp_path: Path, allowed: int, status: int
+@pytest.mark.parametrize(("allowed", "fails"), [(0, True), (1, True), (2, False), (-1, False)])
+def test_more_utterances_without_a_score_than_allowed_are_an_error_after_all_is_written(
+    tmp_path: Path, console: Console, allowed: int, fails: bool
 ) -> None:
-    if status:
-        with pytest.raises(EvaluationError, match=r"^9 have no score.*max_unscored=9"):
-            evaluate(max_unscored=allowed)
+    cfg = EvaluateConfig("x", "x", str(tmp_path), max_unscored=allowed)
+    results = {"unscored": [{"id": name, "reason": f"{name} is silent"} for name in "ab"]}
+    try:
+        scoring.write_results(console, cfg, {"x.png": b"x"}, results)
+    except EvaluationError as error:
+        assert fails and "2 have no score" in str(error) and "max_unscored=2" in str(error)
     else:
-        evaluate(max_unscored=allowed)
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["num_utterances"] == 3
+        assert not fails
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "x.png").read_bytes() == b"x"
+    assert "the first: a is silent" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_no_score_at_all_is_an_error_with_a_table_of_reasons(
