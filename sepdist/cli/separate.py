@@ -9,11 +9,13 @@ the correlation of the estimates on the overlap carries the order of the speaker
 next. Each output then gets the gain that brings the sum of all outputs closest to the recording;
 if one would clip, all are scaled down together. The outputs <stem>_s1.wav, ... are mono 16-bit, at
 the recording's rate and of its length to the sample, and appear only when they are complete.
+A folder stands for all recordings below it. Recordings of one stem keep their folders: a/x.wav and
+b/x.wav become a/x_s1.wav, ... and b/x_s1.wav, ... One that cannot be separated is named and left
+out, and the exit status is 1.
 """
 
 import argparse
 import io
-import itertools
 import os
 import sys
 from collections.abc import Mapping
@@ -41,7 +43,7 @@ def main() -> int:
     with user_console(stopped="nothing is left of the unfinished recording") as console:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
-        stems = output_stems([*itertools.chain(*map(_files_of, given.recordings))])
+        stems = output_stems([one for name in given.recordings for one in _files_of(name)])
         _check_names(stems, given.output, given.format)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory

@@ -27,8 +27,8 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
             f"{cfg.data} has {', '.join(manifest.members)}, no estimates; "
             "write it with corpus=separated"
         )
-    by_number, unscored = scoring.run_on_data_set(predictor, cfg, numbers, names, columns, console)
-    true, predicted = np.stack([*by_number.values()], axis=1)
+    rows, unscored = scoring.run_on_data_set(predictor, cfg, numbers, names, console)
+    true, predicted = np.split(np.array([[*one.values()] for one in rows.values()]), 2, axis=1)
     found = agreement(true.mean(1), predicted.mean(1))
     results: dict[str, Any] = {
         "model": {"url": cfg.model, "lineage": export.lineage},
@@ -52,12 +52,12 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     return results
 
 
-def predictor(cfg: EvaluateConfig) -> Callable[[int], np.ndarray]:
-    """A function that gives SI-SNR in dB of a mixture's estimates: [2, S], true and predicted."""
+def predictor(cfg: EvaluateConfig) -> Callable[[int], dict[str, float]]:
+    """A function that gives SI-SNR in dB of a mixture's estimates: true_1, ..., predicted_1, ..."""
     device, dataset = scoring.device_of(cfg), scoring.open_dataset(cfg)
     model = load_export(cfg.model).model.to(device)
 
-    def predict(number: int) -> np.ndarray:
+    def predict(number: int) -> dict[str, float]:
         batch = dataset.full(number, cfg.max_seconds or scoring.NO_LIMIT_SECONDS)
         assert batch.sources is not None and batch.estimates is not None
         scoring.check_audible(batch.ids[0], batch.estimates[0], batch.sources[0])
@@ -66,15 +66,10 @@ def predictor(cfg: EvaluateConfig) -> Callable[[int], np.ndarray]:
             predicted = model(batch.mixture.to(device), batch.estimates.to(device))[0].float().cpu()
         if not predicted.isfinite().all():
             raise scoring.EvaluationError(f"{batch.ids[0]}: the estimator predicts NaN or infinity")
-        return torch.stack([true, predicted.double()]).numpy()
+        named = {"true": true.tolist(), "predicted": predicted.tolist()}
+        return {f"{one}_{i}": x for one, all_ in named.items() for i, x in enumerate(all_, 1)}
 
     return predict
-
-
-def columns(both: np.ndarray) -> dict[str, float]:
-    """The columns true_1, ..., predicted_1, ... of utterances.csv."""
-    named = zip(("true", "predicted"), both.tolist(), strict=True)
-    return {f"{name}_{i}": value for name, values in named for i, value in enumerate(values, 1)}
 
 
 def agreement(true: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:

@@ -43,7 +43,7 @@ STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
     "min": np.min,
     "max": np.max,
 }
-SDR_TAPS = 512  # of the filter that BSS Eval allows
+SDR_TAPS = 512  # of the filter that BSS Eval allows, fast_bss_eval's default
 SDR_LIMIT_DB = 100.0  # a perfect estimate has an infinite SDR
 
 
@@ -77,7 +77,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     began = time.monotonic()
     export = load_separator(cfg.model)
     manifest, numbers, names = scoring.check_data(cfg, export)
-    found, unscored = scoring.run_on_data_set(scorer, cfg, numbers, names, vars, console)
+    found, unscored = scoring.run_on_data_set(scorer, cfg, numbers, names, console)
     with scoring.single_threaded():
         separate = scoring.mixture_separator(cfg)
         for number in list(found)[: cfg.num_listening]:
@@ -119,9 +119,7 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     _, order = best_permutation(pairwise_si_snr(wide_ST[None], sources_ST[None]))
     as_estimates_ST = (mixture_T / mixture_T.std()).expand_as(sources_ST)
     before, after = si_snr(as_estimates_ST, sources_ST), si_snr(wide_ST[order[0]], sources_ST)
-    sdr = partial(
-        fast_bss_eval.sdr, sources_ST.numpy(), filter_length=SDR_TAPS, clamp_db=SDR_LIMIT_DB
-    )
+    sdr = partial(fast_bss_eval.sdr, sources_ST.numpy(), clamp_db=SDR_LIMIT_DB)
     both = (as_estimates_ST, wide_ST)
     sdr_before, sdr_after = (float(np.mean(sdr(waves_ST.numpy()))) for waves_ST in both)
     si_snrs = (float(before.mean()), float(after.mean()), float((after - before).mean()))

@@ -43,7 +43,7 @@ def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
     check_fit(cfg, corpus, export)
     items = plan(cfg, corpus)
     names = [{"condition": condition, "id": record.id} for condition, record in items]
-    found, unscored = scoring.run_on_data_set(reader, cfg, items, names, dict, console)
+    found, unscored = scoring.run_on_data_set(reader, cfg, items, names, console)
     results = summarise(cfg, export, list(found.values())) | unscored
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
     print_table(console, cfg, results)

@@ -143,7 +143,6 @@ def run_on_data_set(
     cfg: _Cfg,
     items: Sequence[_Item],
     names: Sequence[Mapping[str, Any]],
-    row: Callable[[_Result], Mapping[str, Any]],
     console: Console,
     results_name: str = "results.json",
 ) -> tuple[dict[int, _Result], dict[str, Any]]:
@@ -152,8 +151,8 @@ def run_on_data_set(
     With `num_workers` above 0 each partition is a Ray task, which opens model and data itself, so
     that only items and results cross the network. An earlier file `results_name` is removed first:
     it must not stand next to half of the new ones. A line of utterances.csv is an item's `names`,
-    the `row` of its result, and the reason if it failed; the file is written once a minute and when
-    the work ends, in any way. EvaluationError if all failed.
+    its result (a dict, or an object's attributes), and the reason if it failed; the file is written
+    once a minute and when the work ends, in any way. EvaluationError if all failed.
     """
     storage.remove(storage.join(cfg.output, results_name))
     num_partitions = max(1, min(cfg.num_workers, len(items)))
@@ -175,7 +174,7 @@ def run_on_data_set(
         with progress_bar(console, "scoring", len(items)) as advance:
             for number, result, reason in found:
                 results |= {} if reason else {number: result}
-                own = {} if reason else row(result)
+                own = {} if reason else result if isinstance(result, dict) else vars(result)
                 rows[number] = {**names[number], **own, "reason": reason}
                 advance()
                 saved = save() if time.monotonic() > saved + SAVE_SECONDS else saved

@@ -25,7 +25,6 @@ from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_
 BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99
 MIN_RATE, MAX_RATE = 1000, 768_000  # Hz; a smaller number is probably in kHz
-MAX_VALUE = 1e15  # of a sample; the squares of larger ones exceed float32
 
 
 @dataclass
@@ -288,7 +287,7 @@ def _mono_blocks(blocks: Iterable[np.ndarray], rate: float, name: str) -> Iterat
     """The mean of the channels of blocks [n, C], as blocks [1, n]."""
     done = 0
     for block in blocks:
-        finite = (np.abs(block) < MAX_VALUE).all(axis=1)
+        finite = (np.abs(block) < 1e15).all(axis=1)  # squares of more may exceed float32
         if not finite.all():
             place = f"{(done + int(np.argmin(finite))) / rate:.4f} s from its start"
             raise SeparationError(f"{name} has a huge value, NaN or infinity {place}")

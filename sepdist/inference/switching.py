@@ -41,11 +41,11 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     items = [(one.url, number) for one in checkpoints for number in numbers]
     names = [{"step": one.step} | ids[number] for one in checkpoints for number in numbers]
     ranked, unscored = scoring.run_on_data_set(
-        assigner, cfg, items, names, lambda rank: {"permutation": rank}, console, "switching.json"
+        assigner, cfg, items, names, console, "switching.json"
     )
     found: dict[int, Permutations] = {one.step: {} for one in checkpoints}
-    for item, rank in ranked.items():
-        found[names[item]["step"]][names[item]["id"]] = rank
+    for item, assigned in ranked.items():
+        found[names[item]["step"]][names[item]["id"]] = assigned["permutation"]
     tables = {
         f"step-{step:09d}.csv": to_csv(("id", "permutation"), sorted(permutations.items()))
         for step, permutations in found.items()
@@ -69,16 +69,16 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     return results
 
 
-def assigner(cfg: EvaluateConfig) -> Callable[[tuple[str, int]], int]:
-    """A function that gives the rank of the best permutation for (checkpoint, mixture)."""
+def assigner(cfg: EvaluateConfig) -> Callable[[tuple[str, int]], dict[str, int]]:
+    """A function that gives the rank of the best `permutation` for (checkpoint, mixture)."""
     opened = lru_cache(maxsize=1)(lambda url: scoring.mixture_separator(replace(cfg, model=url)))
 
-    def assign(item: tuple[str, int]) -> int:
+    def assign(item: tuple[str, int]) -> dict[str, int]:
         estimates_ST, batch = opened(item[0])(item[1])
         assert batch.sources is not None
         scoring.check_audible(batch.ids[0], estimates_ST, batch.sources[0])
         _, order_BS = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))
-        return int(permutation_rank(order_BS))
+        return {"permutation": int(permutation_rank(order_BS))}
 
     return assign
 
