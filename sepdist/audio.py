@@ -6,6 +6,7 @@ corpora or shards. SciPy and pyloudnorm take seconds to import and are imported 
 Shapes: T samples, C channels.
 """
 
+import os
 import re
 import struct
 from collections.abc import Sequence
@@ -117,12 +118,14 @@ def open_sound(path: str | Path) -> soundfile.SoundFile:
         raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
     check_container(path)
     try:
-        sound = soundfile.SoundFile(str(path))
+        # Not by its name: *.raw would have no header, and not every name is UTF-8.
+        sound = soundfile.SoundFile(os.open(path, os.O_RDONLY))
         if sound.format == "MP3" and (counted := _count_mp3(path)):
             sound.close()
             sound = soundfile.SoundFile(BytesIO(counted))
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: cannot be decoded ({error}); fetch the file again") from error
+        reason = error.error_string
+        raise AudioError(f"{path}: cannot be decoded ({reason}); fetch the file again") from error
     if sound.frames > 2**48:
         raise AudioError(f"{path}: its header does not declare its length; convert it, to WAV say")
     return sound

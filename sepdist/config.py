@@ -180,6 +180,7 @@ class EvaluateConfig:
     num_mixtures: int = 0  # score only the first mixtures; 0 = all
     max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
     num_listening: int = 3  # mixtures to save as audio and spectrograms
+    max_unscored: int = 0  # utterances without a score at which the exit status is 0; -1 = any
     num_workers: int = 1  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker
     cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
@@ -200,6 +201,7 @@ class RecogniseConfig:
     recogniser: Any = MISSING
     output: str = MISSING  # folder or s3:// prefix for results.json and utterances.csv
     limit: int = 0  # only the first utterances of each condition; 0 = all
+    max_unscored: int = 0  # utterances not recognised at which the exit status is 0; -1 = any
     num_workers: int = 1  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker, for separator and recogniser
     plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use

@@ -72,15 +72,15 @@ def progress_bar(
     console: Console, description: str, total: float | None = None
 ) -> Iterator[Callable[..., None]]:
     """Show a progress bar on a terminal; yields advance(amount=1, total=None, text="")."""
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    title = TextColumn("{task.description}", markup=False)  # as it is, with any braces
     with Progress(
-        *columns,
+        *(title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
         TextColumn("{task.fields[text]}"),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("", total=total, text="")
+        task = progress.add_task(description, total=total, text="")
 
         def advance(amount: float = 1, total: float | None = None, text: str = "") -> None:
             progress.update(task, advance=amount, total=total, text=text)
@@ -88,6 +88,6 @@ def progress_bar(
         yield advance
 
 
-def printable(text: str) -> str:
+def printable(text: str, allowed: str = "\n") -> str:
     """Text with escapes for characters of strangers' files that could drive a terminal."""
-    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
+    return "".join(one if one.isprintable() or one in allowed else repr(one)[1:-1] for one in text)

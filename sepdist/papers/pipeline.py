@@ -45,7 +45,7 @@ _T = TypeVar("_T")
 # Differences in these do not change the result of a finished stage.
 FREE_TO_CHANGE = (
     *("cache", "cluster", "corpus.cache", "data.cache", "data.num_threads", "data.prefetch"),
-    *("data_root", "engine.zero", "gpus_per_worker", "num_workers", "use_gpu"),
+    *("data_root", "engine.zero", "gpus_per_worker", "max_unscored", "num_workers", "use_gpu"),
 )
 # How many earlier stages a kind uses at least and at most (others: exactly one), and their kinds.
 NUM_USED = {"train": (0, 1), "shards": (0, 0), "recognise": (0, 1), "figure": (1, math.inf)}
