@@ -163,6 +163,7 @@ class ShardConfig:
     limit: int = 0  # use only the first records; 0 = all
     subset: list[float] = field(default_factory=lambda: [0.0, 1.0])  # fractions of a fixed shuffle
     mixtures_only: bool = False  # store mixtures without their sources, as unlabelled data
+    on_error: str = "fail"  # at records that cannot be stored; "skip" leaves them out
     gpus_per_worker: float = 0.0  # for corpus=separated with corpus.device=cuda
     plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
 

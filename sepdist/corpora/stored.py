@@ -45,6 +45,10 @@ class Stored:
             "cache_gigabytes": cache_gigabytes,
         }
 
+    def identity(self) -> str:
+        """Identify the audio behind the records."""
+        return self.manifest.digest()
+
     def records(self, split: str) -> Iterator[Mixture]:
         """Yield every sample, its audio and texts to be read later; `split` has no effect."""
         indexes = (read_index(self.url, shard) for shard in self.manifest.shards)

@@ -27,6 +27,10 @@ class DataError(ValueError):
     """A record, a shard or a data set is invalid; the message names it and says what to do."""
 
 
+# What `load` raises where the record is bad, rather than the storage.
+BAD = (ValueError, soundfile.LibsndfileError, FileNotFoundError, PermissionError)
+
+
 def people(record: Utterance | Mixture) -> tuple[list[str], list[str]]:
     """Speakers and texts of a record, without loading its audio."""
     if isinstance(record, Utterance):
@@ -42,25 +46,25 @@ def split_members(members: Sequence[str]) -> tuple[list[str], list[str], list[st
     return sources, estimates, [name for name in members if name not in numbered]
 
 
-def check_ids(records: Sequence[Utterance | Mixture]) -> None:
-    """Raise DataError unless the records fit in one data set: valid unique ids, one rate."""
-    seen = set[str]()
-    for record in records:
-        what = f"record {record.id!r}"
+def misfits(records: Sequence[Utterance | Mixture]) -> dict[int, str]:
+    """Say by number why records do not fit in one data set: valid unique ids, one rate."""
+    seen, found = set[str](), dict[int, str]()
+    for number, record in enumerate(records):
         if not _ID.fullmatch(record.id):
-            raise DataError(
-                f"{what}: an id is not empty and has no '.', '/' or control character, because a "
+            found[number] = (
+                "an id is not empty and has no '.', '/' or control character, because a "
                 "WebDataset key ends at the first dot; rename it in the corpus"
             )
-        if len(f"{record.id}.noise.flac".encode()) > _MAX_NAME_BYTES:
+        elif len(f"{record.id}.noise.flac".encode()) > _MAX_NAME_BYTES:
             limit = f"a file name in a tar has at most {_MAX_NAME_BYTES} bytes"
-            raise DataError(f"{what}: the id is too long, {limit}")
-        if record.id in seen:
-            raise DataError(f"{what}: occurs twice; ids are unique in a data set")
-        if record.sample_rate != records[0].sample_rate:
+            found[number] = f"the id is too long, {limit}"
+        elif record.id in seen:
+            found[number] = "occurs twice; ids are unique in a data set"
+        elif record.sample_rate != records[0].sample_rate:
             rates = f"{record.sample_rate} Hz after records of {records[0].sample_rate} Hz"
-            raise DataError(f"{what}: {rates}; set one sample_rate in the corpus")
+            found[number] = f"{rates}; set one sample_rate in the corpus"
         seen.add(record.id)
+    return {number: f"record {records[number].id!r}: {why}" for number, why in found.items()}
 
 
 def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
