@@ -21,6 +21,7 @@ FOUNDATIONS = (
     "config",
     "console",
     "object_storage",
+    "patience",
     "plotting",
     "reporting",
     "seeding",
