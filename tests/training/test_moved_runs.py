@@ -1,12 +1,16 @@
 """A run is where its config lies: moved, renamed or copied, it goes on there and nowhere else."""
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sepdist import config, storage
+from sepdist.config import ConfigError
 from sepdist.training.audit import audit
+from sepdist.training.run import freeze
 from tests.support.runs import final_hash, frozen, loop, program, train_arguments
 
 FRESH = ("init.weights=null", "init.reinit=[]", "cluster.num_workers=1")
@@ -103,3 +107,28 @@ def test_sepdist_train_goes_on_in_the_copy_that_it_is_given(
     assert f"at step 4: {copy}" in printed or f"{copy}/checkpoints" in printed
     assert contents(base) == before
     assert audit(str(copy)).steps == 4 and audit(str(base)).steps == 2
+
+
+def test_a_data_set_is_what_its_digest_says_wherever_it_lies(
+    tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    extra = f"data.extra=[{{name: more, url: {tiny_data['train']}, num_sources: 2}}]"
+    cfg = config.load_frozen(frozen(tiny_data, tmp_path / "composed", extra))
+    cfg.run_dir = str(tmp_path / "run")
+    freeze(cfg, Console(quiet=True))
+    for split, folder in tiny_data.items():
+        shutil.copytree(folder, tmp_path / "elsewhere" / split)
+    places = {name: f"{tmp_path}/elsewhere/{name}" for name in ("train", "dev")}
+    cfg.data.train, cfg.data.validation = places["train"], places["dev"]
+    cfg.data.extra[0].url = places["train"]
+    freeze(cfg, Console(quiet=True))
+    assert config.load_frozen(f"{cfg.run_dir}/config.yaml").data.train == places["train"]
+    for change, name in (("train", "main"), ("validation", "validation"), ("extra", "more")):
+        wrong = deepcopy(cfg)
+        if change == "extra":
+            wrong.data.extra[0].url = places["dev"]
+        else:
+            setattr(wrong.data, change, places["dev" if change == "train" else "train"])
+        with pytest.raises(ConfigError, match=rf"another config: data\.digests\.{name} was "):
+            freeze(wrong, Console(quiet=True))
+    assert config.load_frozen(f"{cfg.run_dir}/config.yaml").data.train == places["train"]
