@@ -37,7 +37,7 @@ _WITHOUT_ANSWER = {  # by a pattern of the error's name
     "the server does, or AWS_CA_BUNDLE to the file of its authority",
     "EndpointConnection": "cannot be reached{tried} (refused, or no such host); check "
     "AWS_ENDPOINT_URL and that the service runs",
-    "Parser|^HTTPClientError": f"does not answer as S3 does{{tried}} ({{kind}}); check "
+    "Parser|^HTTPClientError|Recursion": f"does not answer as S3 does{{tried}} ({{kind}}); check "
     f"AWS_ENDPOINT_URL and {_PROXIES}",
     "Connection|Client|Incomplete": "broke off the connection{tried} ({kind}); check the network",
     "": "failed ({kind}); check AWS_ENDPOINT_URL, AWS_REGION and the url",
@@ -86,11 +86,11 @@ os.register_at_fork(
 )
 
 
-def _filesystem() -> Any:
+def _filesystem(generation: int) -> Any:
     """Return this process's s3fs for the current AWS_* variables; a forked child gets its own."""
     variables = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
     with _lock:  # threads share one
-        return _connect(os.getpid(), _timeout_seconds(), hash(variables), _generation)
+        return _connect(os.getpid(), _timeout_seconds(), hash(variables), generation)
 
 
 @lru_cache(maxsize=4)
@@ -114,13 +114,13 @@ def _run(make: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
     from fsspec.asyn import sync
 
     global _generation
-    for used in (_generation, None):
-        filesystem = _filesystem()
+    for last in (False, True):
+        filesystem = _filesystem(used := _generation)
         try:
             return sync(filesystem.loop, make, filesystem)
         except Exception as error:
             code, status, _ = _answer(error)
-            if used is None or not (status in (401, 403) or code in _TOKEN):
+            if last or not (status in (401, 403) or code in _TOKEN):
                 raise
         with _lock:
             _generation = max(_generation, used + 1)  # by one, however many threads were refused
@@ -202,10 +202,10 @@ def is_transient(error: BaseException) -> bool:
 def explain(url: str, action: str, error: BaseException, tried: str) -> Exception:
     """Build the exception to raise: FileNotFoundError, FileExistsError or StorageError."""
     code, status, headers = _answer(error)
-    page = code == str(status) and "text/html" in headers.get("content-type", "")
-    if page and status < 500 and not (status == 404 and action == "look at"):  # a HEAD's says less
+    page = code in ("", str(status)) and "text/html" in headers.get("content-type", "")
+    if page and not (status == 404 and action == "look at"):  # the answer to a HEAD says less
         todo = f"a proxy or another server is there; check {_PROXIES} and AWS_ENDPOINT_URL"
-        what = f"answered {status} with a web page; {todo}"
+        what = f"answered {status} with a web page{tried}; {todo}"
     elif code == "NoSuchBucket":
         what = "has no such bucket; create it or correct the url"
     elif status == 404:
