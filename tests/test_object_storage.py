@@ -4,6 +4,7 @@ The server is a few lines here, because a real one cannot be told to refuse, or 
 """
 
 import email.utils
+import functools
 import json
 import re
 import socket
@@ -16,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import pytest
 
 from sepdist import object_storage, storage
@@ -23,6 +25,7 @@ from sepdist.storage import StorageError
 from tests.support.s3server import ADMIN, READ_ONLY, S3Server
 
 URL = "s3://bucket/x"
+LOADER = functools.cache(botocore.session.create_loader)  # parses its files once: 0.1 s each time
 
 
 class Store(ThreadingHTTPServer):
@@ -87,6 +90,7 @@ class Handler(BaseHTTPRequestHandler):
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """A store, whose key this process takes from `tmp_path/credentials`, which says "old"."""
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(botocore.session, "create_loader", LOADER)
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE"):
         monkeypatch.delenv(f"AWS_{name}", raising=False)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
