@@ -10,7 +10,6 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from typing import Any
 
@@ -37,7 +36,7 @@ _WITHOUT_ANSWER = {  # by a pattern of the error's name
     "the server does, or AWS_CA_BUNDLE to the file of its authority",
     "EndpointConnection": "cannot be reached{tried} (refused, or no such host); check "
     "AWS_ENDPOINT_URL and that the service runs",
-    "Parser|^HTTPClientError": f"does not answer as S3 does{{tried}} ({{kind}}); check "
+    "Parser|^HTTPClientError|Recursion": f"does not answer as S3 does{{tried}} ({{kind}}); check "
     f"AWS_ENDPOINT_URL and {_PROXIES}",
     "Connection|Client|Incomplete": "broke off the connection{tried} ({kind}); check the network",
     "": "failed ({kind}); check AWS_ENDPOINT_URL, AWS_REGION and the url",
@@ -86,13 +85,6 @@ os.register_at_fork(
 )
 
 
-def _filesystem() -> Any:
-    """Return this process's s3fs for the current AWS_* variables; a forked child gets its own."""
-    variables = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
-    with _lock:  # threads share one
-        return _connect(os.getpid(), _timeout_seconds(), hash(variables), _generation)
-
-
 @lru_cache(maxsize=4)
 def _connect(pid: int, timeout_seconds: float, variables: int, generation: int) -> Any:
     import s3fs
@@ -109,58 +101,53 @@ def _connect(pid: int, timeout_seconds: float, variables: int, generation: int) 
     return filesystem
 
 
-def _run(make: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
-    """Run `make(filesystem)`, and once more with fresh credentials if these are refused."""
+def request(method: str, most: int = 2**62, **arguments: Any) -> Any:
+    """Make one request; the `Body` of an answer is bytes, `most` of it if it is over twice that.
+
+    The process, and each child that it forks, has one s3fs for its current AWS_* variables.
+    """
     from fsspec.asyn import sync
 
     global _generation
-    for used in (_generation, None):
-        filesystem = _filesystem()
+    variables = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+    for last in (False, True):
+        with _lock:  # threads share a connection
+            used = _generation
+            filesystem = _connect(os.getpid(), _timeout_seconds(), hash(variables), used)
         try:
-            return sync(filesystem.loop, make, filesystem)
+            return sync(filesystem.loop, _send, filesystem, method, most, arguments)
         except Exception as error:
             code, status, _ = _answer(error)
-            if used is None or not (status in (401, 403) or code in _TOKEN):
+            if last or not (status in (401, 403) or code in _TOKEN):
                 raise
         with _lock:
             _generation = max(_generation, used + 1)  # by one, however many threads were refused
     raise AssertionError("unreachable")
 
 
-def request(method: str, most: int = 2**62, **arguments: Any) -> Any:
-    """Make one request; the `Body` of an answer is bytes, `most` of it if it is over twice that.
-
-    s3fs bounds the wait for an answer, but not the time to send a body.
-    """
-    seconds = _timeout_seconds() + len(arguments.get("Body", b"")) / MIN_UPLOAD_BYTES_PER_SECOND
-
-    async def bounded(filesystem: Any) -> Any:
-        try:
-            answer = await asyncio.wait_for(filesystem._call_s3(method, **arguments), seconds)
-        except OSError as error:
-            if method == "head_object" and _answer(error)[1] in (400, 401, 403):
-                # The answer to a HEAD cannot say why.
-                (await filesystem._call_s3("get_object", **arguments))["Body"].close()
-            raise
-        _check(answer["ResponseMetadata"].get("HTTPHeaders", {}))
-        if "Body" in answer:
-            async with answer["Body"] as body:
-                length, data = answer["ContentLength"], bytearray()
-                wanted = most if length > 2 * most else length + 1  # 1 more: checks the length
-                while len(data) < wanted and (block := await body.read(wanted - len(data))):
-                    data += block
-            answer["Body"] = bytes(data)
-        return answer
-
-    return _run(bounded)
-
-
-def _check(headers: dict[str, str]) -> None:
-    """Refuse the web page of a proxy or of another server, whose status is that of a success."""
+async def _send(filesystem: Any, method: str, most: int, arguments: dict[str, Any]) -> Any:
     from botocore.parsers import ResponseParserError
 
+    # s3fs bounds the wait for an answer, but not the time to send a body.
+    seconds = _timeout_seconds() + len(arguments.get("Body", b"")) / MIN_UPLOAD_BYTES_PER_SECOND
+    try:
+        answer = await asyncio.wait_for(filesystem._call_s3(method, **arguments), seconds)
+    except OSError as error:
+        if method == "head_object" and _answer(error)[1] in (400, 401, 403):
+            # The answer to a HEAD cannot say why.
+            (await filesystem._call_s3("get_object", **arguments))["Body"].close()
+        raise
+    headers = answer["ResponseMetadata"].get("HTTPHeaders", {})
     if "etag" not in headers and headers.get("content-type", "").startswith("text/html"):
-        raise ResponseParserError("a web page")
+        raise ResponseParserError("the web page of a proxy or of another server")
+    if "Body" in answer:
+        async with answer["Body"] as body:
+            length, data = answer["ContentLength"], bytearray()
+            wanted = most if length > 2 * most else length + 1  # 1 more: checks the length
+            while len(data) < wanted and (block := await body.read(wanted - len(data))):
+                data += block
+        answer["Body"] = bytes(data)
+    return answer
 
 
 # What an error means.
@@ -176,15 +163,6 @@ def _answer(error: BaseException) -> tuple[str, int, dict[str, str]]:
     return code, int(about.get("HTTPStatusCode", 0)), about.get("HTTPHeaders", {})
 
 
-def _is_untrusted(error: BaseException) -> bool:
-    """Whether TLS failed for good: an unknown certificate, or a port without TLS."""
-    from botocore.exceptions import SSLError
-
-    return isinstance(error, SSLError) and bool(
-        re.search("certificate|wrong_version_number", str(error), re.IGNORECASE)
-    )
-
-
 def is_transient(error: BaseException) -> bool:
     """Whether the request may succeed later: no answer, a broken one, or one that says so."""
     import aiohttp
@@ -196,16 +174,20 @@ def is_transient(error: BaseException) -> bool:
         return status >= 500 or status == 429 or code in _TRANSIENT
     no_answer = (boto.HTTPClientError, boto.ConnectionError, ConnectionError, TimeoutError)
     broken_answer = (boto.IncompleteReadError, aiohttp.ClientError, ResponseParserError)
-    return isinstance(error, no_answer + broken_answer) and not _is_untrusted(error)
+    # An unknown certificate, or a port without TLS.
+    lasting = re.search("(?i)certificate|wrong_version", str(error))
+    if isinstance(error, boto.SSLError) and lasting:
+        return False
+    return isinstance(error, no_answer + broken_answer)
 
 
 def explain(url: str, action: str, error: BaseException, tried: str) -> Exception:
     """Build the exception to raise: FileNotFoundError, FileExistsError or StorageError."""
     code, status, headers = _answer(error)
-    page = code == str(status) and "text/html" in headers.get("content-type", "")
-    if page and status < 500 and not (status == 404 and action == "look at"):  # a HEAD's says less
+    page = code in ("", str(status)) and "text/html" in headers.get("content-type", "")
+    if page and not (status == 404 and action == "look at"):  # the answer to a HEAD says less
         todo = f"a proxy or another server is there; check {_PROXIES} and AWS_ENDPOINT_URL"
-        what = f"answered {status} with a web page; {todo}"
+        what = f"answered {status} with a web page{tried}; {todo}"
     elif code == "NoSuchBucket":
         what = "has no such bucket; create it or correct the url"
     elif status == 404:

@@ -101,7 +101,7 @@ def absolute(url: str | Path) -> str:
     """Return the one spelling of a place; a local path absolute, as workers run elsewhere."""
     if not is_remote(url):
         return str(_path(url).resolve())
-    return join("s3://", *filter(None, _split(url, whole_bucket=True)))
+    return "s3://" + "/".join(_split(url, whole_bucket=True)).rstrip("/")
 
 
 def same_place(url: str | Path, other: str | Path) -> bool:
@@ -326,7 +326,12 @@ def _publish(temp: Path, target: Path, create_only: bool) -> None:
         os.link(temp, target)  # atomic, and unlike a rename refuses to replace
     else:
         os.replace(temp, target)
-    _flush(target.parent)
+    try:
+        _flush(target.parent)
+    except OSError:
+        if create_only:
+            target.unlink()  # else the next attempt would take it for another's
+        raise
 
 
 # Object storage.

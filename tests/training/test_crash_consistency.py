@@ -222,7 +222,7 @@ def shared_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         botocore.session, "create_loader", functools.cache(botocore.session.create_loader)
     )
-    storage._connect.cache_clear()
+    object_storage._connect.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["kill", "kill-half", "kill-after"])
