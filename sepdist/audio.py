@@ -6,35 +6,33 @@ corpora or shards. SciPy and pyloudnorm take seconds to import and are imported 
 Shapes: T samples, C channels.
 """
 
+import itertools
+import logging
 import os
 import re
-import struct
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
-SUFFIXES = (".flac", ".wav")
+logger = logging.getLogger(__name__)
+READABLE = re.compile(r"\.(wav|flac|aif[cf]?|aiff|au|caf|mp3|og[ag]|opus|rf64|snd|sph|w64)")
+UNREADABLE = re.compile(r"\.(3gp|aac|amr|ape|m4a|mka|mp4|shn|webm|wma|wv[12]?)")
 SILENCE = 2.0**-15  # one step of 16-bit audio: a wave with a lower peak would be stored as zeros
 MIN_LOUDNESS_SECONDS = 0.4  # one gating block of ITU-R BS.1770
-# Containers of chunks by their first bytes: where the first chunk lies, the head of a chunk (name,
-# length), and what the length is padded to.
-_CHUNKS = {
-    b"RIFF": (12, "<4sI", 2),
-    b"RIFX": (12, ">4sI", 2),
-    b"RF64": (12, "<4sI", 2),
-    b"FORM": (12, ">4sI", 2),  # AIFF, AIFC, 8SVX, 16SV
-    b"caff": (8, ">4sQ", 1),
-    b"riff": (40, "<16sQ", 8),  # W64, whose lengths count the head
-}
-_PAGE_BYTES = 65307  # of the largest page of Ogg
-_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # of MPEG-1 layer III
-_LOW_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # of MPEG-2 and 2.5
-_MP3_TAGS = (b"TAG", b"APETAGEX", b"LYRICS")  # may follow the last frame
+MAX_OVERSHOOT = 2.0  # highest peak that resampling or a lossy codec gives full scale (`clip`)
+# What libsndfile logs of a header that declares more than the file has: (declared, there).
+_SHORT = re.compile(
+    r"(?:\b(?:data|SSND|BODY|riff|Riff size|Data Size) *:|Data length) (\d+) \(?should be (\d+)"
+    r"|[Ss]eems to be (?:a )?truncated"
+)
+_XING = re.compile(rb"(\xff[\xe2-\xff]..\0{9,34})(?:Xing|Info)", re.DOTALL)
+
+_clipped = itertools.count(1)
 
 
 class AudioError(ValueError):
@@ -48,7 +46,7 @@ def load_channel(path: str | Path, stop: int = -1) -> tuple[np.ndarray, int]:
     """
     with open_sound(path) as sound:
         try:
-            wave_TC = sound.read(stop, dtype="float32", always_2d=True)
+            wave_TC = sound.read(sound.frames if stop < 0 else stop, "float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{path}: cannot be decoded ({error}); fetch it again") from error
         if (size := len(wave_TC)) < sound.frames and size != stop:
@@ -58,130 +56,98 @@ def load_channel(path: str | Path, stop: int = -1) -> tuple[np.ndarray, int]:
         return check(np.ascontiguousarray(wave_TC[:, 0]), str(path)), sound.samplerate
 
 
-def check_container(path: str | Path) -> None:
-    """AudioError unless the samples that a file's header declares are there.
-
-    Read are a few heads of chunks of WAV (RIFF, RIFX, RF64, W64), AIFF, CAF, SVX and AU files, and
-    the last page of Ogg files, which has to be marked as the last. Lengths that a program writes
-    when it does not know better declare nothing (0x7ffff000 to 0x80000000, 0xfffff000 and more).
-    Other formats pass; `open_sound` looks at MP3 files, and the decoder at FLAC.
-    """
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        if (magic := file.read(4)) == b"OggS":
-            file.seek(-min(size, _PAGE_BYTES), 2)
-            page = b"OggS" + file.read().rpartition(b"OggS")[2]
-            whole = len(page) > 26 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
-            if not whole or not page[5] & 4:
-                raise AudioError(f"{path}: cut short, its last page is missing; fetch it again")
-            return
-        start, length = _samples_place(file, magic, size)
-    there = size - start
-    if length > there and not 0x7FFFF000 <= length <= 0x80000000 and length < 0xFFFFF000:
-        raise AudioError(
-            f"{path}: cut short, its header declares {length} bytes of samples and {there} are "
-            "there; fetch the file again"
-        )
-
-
-def _samples_place(file: BinaryIO, magic: bytes, size: int) -> tuple[int, int]:
-    """Return where the samples start and how many bytes the header declares; (0, 0) if unknown."""
-    if magic in (b".snd", b"dns."):
-        head = file.read(8).ljust(8, b"\0")
-        return struct.unpack(">2I" if magic == b".snd" else "<2I", head)
-    place, head, align = _CHUNKS.get(magic, (size, "", 1))
-    long_length = None  # of RF64, whose "data" does not say it
-    while place < size:
-        file.seek(place)
-        start = place + struct.calcsize(head)
-        if len(found := file.read(start - place)) < start - place:
-            break
-        name, length = struct.unpack(head, found)
-        if magic == b"riff":
-            length = max(0, length - len(found))
-        if name == b"ds64":
-            long_length = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
-        if name[:4] in (b"data", b"SSND", b"BODY"):
-            return start, length if long_length is None else long_length
-        place = start + length + -length % align
-    return 0, 0
-
-
 def open_sound(path: str | Path) -> soundfile.SoundFile:
-    """Open an audio file whose `frames` can be relied on; AudioError names what is wrong.
+    """Open an audio file; its `frames` are those that can be decoded if the file is whole.
 
-    The container is checked. An MP3 file without a frame count that is true (libsndfile guesses it
-    from the bit rate of the first frame) is decoded with one, from memory.
+    AudioError for a file that cannot be opened, that is cut short (`_is_cut`) or whose header
+    declares no length. MP3 files are decoded to the end to count them.
     """
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
-    check_container(path)
     try:
         # Not by its name: *.raw would have no header, and not every name is UTF-8.
         sound = soundfile.SoundFile(os.open(path, os.O_RDONLY))
-        if sound.format == "MP3" and (counted := _count_mp3(path)):
-            sound.close()
-            sound = soundfile.SoundFile(BytesIO(counted))
+        if sound.format == "MP3":
+            sound = _counted_mp3(path, sound)
     except soundfile.LibsndfileError as error:
         reason = error.error_string
         raise AudioError(f"{path}: cannot be decoded ({reason}); fetch the file again") from error
+    if _is_cut(path, sound):
+        raise AudioError(f"{path}: cut short, its header declares more; fetch the file again")
     if sound.frames > 2**48:
-        raise AudioError(f"{path}: its header does not declare its length; convert it, to WAV say")
+        raise AudioError(f"{path}: its header declares no length; convert it, to WAV for example")
     return sound
 
 
-def _mp3_frame_bytes(head: int) -> int:
-    """Length of the MPEG layer III frame with this 4-byte header; 0 if it is not one."""
-    version, kbits, rate = head >> 19 & 3, head >> 12 & 15, head >> 10 & 3
-    if head >> 21 != 0x7FF or head >> 17 & 3 != 1 or version == 1 or kbits in (0, 15) or rate == 3:
-        return 0
-    hertz = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
-    slots, table = (144000, _KBITS) if version == 3 else (72000, _LOW_KBITS)
-    return slots * table[kbits - 1] // hertz + (head >> 9 & 1)
+def check_container(path: str | Path) -> None:
+    """Raise what `open_sound` raises."""
+    open_sound(path).close()
 
 
-def _count_mp3(path: str | Path) -> bytes:
-    """Return an MP3 file behind a Xing header with its true number of frames; b"" if it has one.
+def _is_cut(path: str | Path, sound: soundfile.SoundFile) -> bool:
+    """Whether a header declares more samples than the file has, or an Ogg stream has no last page.
 
-    AudioError if the file has fewer frames than its own header says, or stops within a frame.
+    Headers of WAV (RF64, W64), AIFF, AU, CAF, SVX, WVE, VOC, MAT4 and NIST SPHERE files. Lengths of
+    0x7ffff000 to 0x80000000 and from 0xfffff000 declare nothing: their program could not go back.
     """
-    data, places, at = Path(path).read_bytes(), list[int](), 0
-    while at < len(data):
-        if data.startswith(b"ID3", at):
-            at += 10 + sum(byte << 7 * i for i, byte in enumerate(data[at + 9 : at + 5 : -1]))
-        elif length := _mp3_frame_bytes(int.from_bytes(data[at : at + 4])):
-            places.append(at)
-            at += length
-        else:
-            break
-    if not places:  # another layer of MPEG
-        return b""
-    first, rest = data[places[0] : places[0] + 200], data[at : at + 8].strip(b"\0")
-    found = re.match(rb".{13,38}?(?:Xing|Info)...(.)(....)", first, re.DOTALL)
-    declared = int.from_bytes(found[2]) if found and found[1][0] & 1 else 0
-    count = len(places) - bool(found)
-    if at > len(data) or declared > count + 1 or (rest and not rest.startswith(_MP3_TAGS)):
-        raise AudioError(f"{path}: cut short or damaged after {count} MP3 frames; fetch it again")
-    if declared == count:
-        return b""
-    # The highest bit rate, so that the header fits; no checksum, no padding.
-    head = int.from_bytes(first[:4]) & ~0xF200 | 0x1E000
-    side = (17, 9) if head >> 19 & 3 != 3 else (32, 17)
-    xing = head.to_bytes(4) + bytes(side[head >> 6 & 3 == 3]) + b"Xing\0\0\0\1" + count.to_bytes(4)
-    return xing.ljust(_mp3_frame_bytes(head), b"\0") + data[places[bool(found)] :]
+    for declared, there in _SHORT.findall(sound.extra_info):
+        unknown = 0x7FFFF000 <= int(declared or 0) <= 0x80000000 or int(declared or 0) >= 0xFFFFF000
+        if not declared or (int(declared) > int(there) and not unknown):
+            return True
+    with open(path, "rb") as file:
+        if sound.format == "NIST":
+            found = re.search(rb"sample_count -i (\d+)", file.read(1024))
+            return found is not None and int(found[1]) > sound.frames
+        if sound.format == "OGG":
+            file.seek(max(0, file.seek(0, 2) - 2**16))  # no page is longer
+            page = file.read().rpartition(b"OggS")[2].ljust(23, b"\0")
+            return not page[1] & 4 or len(page) < 23 + page[22] + sum(page[23 : 23 + page[22]])
+    return False
+
+
+class _Endless(BytesIO):
+    """Bytes that claim to go on, so that libsndfile's guess of an MP3's length is far too long."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        at_end = (offset, whence) == (0, 2)
+        return super().seek(2**40) if at_end else super().seek(offset, whence)
+
+
+def _counted_mp3(path: str | Path, sound: soundfile.SoundFile) -> soundfile.SoundFile:
+    """Return `sound`, or one with all samples where its Xing header is missing or counts too few.
+
+    Without that header libsndfile guesses the length from the first frame's bit rate.
+    """
+    data = Path(path).read_bytes()
+    bare = _XING.sub(rb"\1\0\0\0\0", data, count=1)
+    whole, count = soundfile.SoundFile(_Endless(bare)), 0
+    while size := len(whole.read(2**16)):
+        count += size
+    if bare != data and count < sound.frames + 4 * 1152:  # that much is trimmed by some encoders
+        return sound
+    whole.seek(0)
+    whole._info.frames = count
+    return whole
 
 
 def duration_seconds(path: str | Path) -> float:
-    """Read a file's duration from its header, without decoding it."""
+    """Read a file's duration from its header; only MP3 is decoded."""
     with open_sound(path) as sound:
         return sound.frames / sound.samplerate
 
 
 def check(wave_T: np.ndarray, name: str) -> np.ndarray:
-    """Return the wave; AudioError naming it if it is empty, not finite or silent."""
+    """Return the wave; AudioError naming it if it is empty, not finite, silent or at another scale.
+
+    Full scale is 1. Between its samples a wave is higher: by 3 dB for a sine at a quarter of the
+    rate (ITU-R BS.1770-4, annex 2), by 5 dB for noise clipped hard (through the resamplers here).
+    So 6 dB above full scale are allowed, `MAX_OVERSHOOT`.
+    """
     if wave_T.size == 0:
-        raise AudioError(f"{name}: empty, it has no samples; fetch the file again or leave it out")
+        raise AudioError(
+            f"{name}: empty, it has no samples; fetch the file again or leave it out (a recorder "
+            "that was killed leaves a header to repair: ffmpeg -ignore_length 1 -i IN OUT)"
+        )
     peak = float(np.max(np.abs(wave_T)))
     if not np.isfinite(peak):
         at = int(np.argmin(np.isfinite(wave_T)))
@@ -192,7 +158,22 @@ def check(wave_T: np.ndarray, name: str) -> np.ndarray:
         raise AudioError(
             f"{name}: silent, its peak {peak:.2g} is below one 16-bit step; leave it out"
         )
+    if peak > MAX_OVERSHOOT:
+        raise AudioError(
+            f"{name}: outside [-1, 1], its peak is {peak:.4g}; lower its gain, or "
+            "divide floats at the scale of 16-bit integers by 32768"
+        )
     return wave_T
+
+
+def clip(wave_T: np.ndarray, name: str) -> np.ndarray:
+    """Clip the overshoot that `check` allows, float32; logs the 1st, 10th, 100th, ... such wave."""
+    if (peak := float(np.max(np.abs(wave_T)))) > 1.0:
+        number = next(_clipped)
+        if str(number).strip("0") == "1":
+            logger.warning("%s: clipped, its peak is %.4g (%d clipped so far)", name, peak, number)
+        check(wave_T, name)
+    return np.clip(wave_T, -1.0, 1.0).astype(np.float32, copy=False)
 
 
 def require_rate(rate: int, wanted: int, name: str, *, exactly: bool = False) -> None:
@@ -262,7 +243,11 @@ def peak_of_sum(waves: Sequence[np.ndarray], gains: Sequence[float]) -> float:
 
 
 def find_files(folder: str | Path) -> list[Path]:
-    """Every .wav and .flac file below a local folder, sorted by path; AudioError if none."""
+    """Every audio file below a local folder, sorted by path; AudioError if none.
+
+    Links to folders are followed. Left out, counted and logged are hidden files, formats that
+    libsndfile does not read, and compressed copies beside a .wav or .flac file of the same name.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         siblings = sorted(path.name for path in folder.parent.glob("*/"))
@@ -270,9 +255,33 @@ def find_files(folder: str | Path) -> list[Path]:
         raise AudioError(
             f"{folder}: no such folder (its parent holds {there}); check the root and the split"
         )
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found, left_out = list[Path](), Counter[str]()
+    for path in sorted(_walk(folder)):
+        suffix = path.suffix.lower()
+        if UNREADABLE.fullmatch(suffix):
+            left_out[f"{suffix} (cannot be decoded here)"] += 1
+        elif READABLE.fullmatch(suffix):
+            beside = {path.with_suffix(".wav"), path.with_suffix(".flac")}
+            if any(part.startswith(".") for part in path.relative_to(folder).parts):
+                left_out["hidden (._*)"] += 1
+            elif path not in beside and any(other.is_file() for other in beside):
+                left_out[f"{suffix} beside the same in .wav or .flac"] += 1
+            else:
+                found.append(path)
+    if left_out:
+        counts = ", ".join(f"{count} {what}" for what, count in left_out.items())
+        logger.warning("%s: %d audio files are read; left out: %s", folder, len(found), counts)
     if not found:
-        raise AudioError(
-            f"{folder}: no {' or '.join(SUFFIXES)} file below it; check the root and the split"
-        )
+        known = READABLE.pattern
+        raise AudioError(f"{folder}: no audio file ({known}) below it; check the root and split")
     return found
+
+
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the files below a folder, also through links, except into folders that hold them."""
+    here = above | {os.path.realpath(folder)}
+    for entry in os.scandir(folder):
+        if not entry.is_dir():
+            yield Path(entry.path)
+        elif os.path.realpath(entry.path) not in here:
+            yield from _walk(Path(entry.path), here)

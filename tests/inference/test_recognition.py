@@ -210,7 +210,7 @@ def test_what_cannot_be_recognised_is_in_no_rate_and_named(work: Path, console: 
     root = work / "libricss"
     texts = {0: "ONE TWO THREE FOUR ONE", 1: "...", 2: "ONE", 3: "TWO TWO"}
     meeting = meeting_name(20, 2)
-    spoken = {i: (text, speak("RED" if text == "..." else text)) for i, text in texts.items()}
+    spoken = {i: (text, speak("RED RED" if text == "..." else text)) for i, text in texts.items()}
     write_meeting(root, "OV20", meeting, spoken)
     [broken] = (root / "OV20").rglob("utterance_3.wav")
     broken.write_bytes(broken.read_bytes()[:3000])
