@@ -32,10 +32,8 @@ def describe(records: Sequence[Utterance | Mixture], identity: str = "") -> dict
         for record in records:
             stream.truncate(stream.seek(0))
             pickler.dump((record.load, getattr(record, "metadata", None)))
-            digest = hashlib.sha256(stream.getvalue()).hexdigest()
-            made_of[record.id] = {"hash of the arguments of load": digest[:16]} | dict(
-                pickler.named_files()
-            )
+            digest = hashlib.sha256(stream.getvalue()).hexdigest()[:16]
+            made_of[record.id] = {"hash of load's arguments": digest} | pickler.named_files()
     except (pickle.PicklingError, AttributeError, TypeError, RecursionError):
         return None
     code = {name: _code(name) for name in sorted(pickler.modules)}
@@ -54,7 +52,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> bytes | None:
         """Replace strings and sets by bytes, whatever objects are shared or how they are sorted."""
         if isinstance(value, FunctionType | type):
-            self.modules.add(value.__module__)
+            self.modules.add(str(value.__module__))
         if isinstance(value, str | Path):
             self._texts.append(os.path.expanduser(value))
             return str(value).encode(errors="backslashreplace")

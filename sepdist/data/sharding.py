@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = "source.yaml"
 SKIPPED = "skipped.jsonl"
-MAX_SHOWN = 50  # lines about bad records, or about changed inputs
+MAX_SHOWN = 50  # bad records
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
         require_same_inputs(cfg, corpus, {shard.name for shard in manifest.shards})
         return Written(manifest, len(manifest.shards), time.monotonic() - start)
     calls, bad = plan(cfg, corpus)
-    require_none(cfg, bad)
+    require_none(bad, cfg.on_error == "skip" and bool(calls))
     check_source(cfg, claim=True)
     outcomes: list[Outcome] = []
     title = f"{corpus.name} {cfg.split}"
@@ -76,12 +76,13 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
             outcomes.append(outcome)
             advance()
     bad += sorted(line for outcome in outcomes for line in outcome.bad)  # tasks have any order
-    require_none(cfg, bad)
     infos = [one.shard for one in outcomes if one.shard and one.shard.num_samples]
+    require_none(bad, cfg.on_error == "skip" and bool(infos))
     infos.sort(key=lambda info: info.name)
-    if bad:
+    place = storage.join(cfg.output, SKIPPED)
+    if bad or storage.exists(place):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad)
-        storage.put_bytes(storage.join(cfg.output, SKIPPED), text.encode())
+        storage.put_bytes(place, text.encode())
     manifest = shards.write_manifest(cfg.output, corpus.name, cfg.split, corpus.sample_rate, infos)
     return Written(manifest, sum(one.kept for one in outcomes), time.monotonic() - start)
 
@@ -108,9 +109,9 @@ def plan(cfg: ShardConfig, corpus: Any) -> tuple[list[tuple[Any, ...]], list[str
     return calls, list(bad.values())
 
 
-def require_none(cfg: ShardConfig, bad: list[str]) -> None:
+def require_none(bad: list[str], skip: bool) -> None:
     """Raise DataError that lists the records that cannot be stored, unless they are left out."""
-    if bad and cfg.on_error == "fail":
+    if bad and not skip:
         todo = "on_error=skip leaves such records out"
         title = [f"{len(bad)} records cannot be stored ({todo}):"] * (len(bad) > 1)
         more = [f"and {len(bad) - MAX_SHOWN} more"] * (len(bad) > MAX_SHOWN)

@@ -176,8 +176,7 @@ def write_manifest(
         raise DataError(f"{output_url}: no shards to finish a data set of")
     manifest = _describe(output_url, corpus, split, sample_rate, infos)
     url = storage.join(output_url, MANIFEST)
-    content = asdict(manifest) | {"digest": manifest.digest()}
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    text = _text(manifest, digest=manifest.digest())
     with contextlib.suppress(FileExistsError):
         storage.put_bytes(url, text, create_only=True)
     found = read_manifest(output_url)
@@ -190,6 +189,10 @@ def write_manifest(
 def _fingerprint(records: Sequence[Utterance | Mixture]) -> str:
     identity = [[record.id, record.sample_rate, *people(record)] for record in records]
     return hashlib.sha256(_canonical([FORMAT_VERSION, identity])).hexdigest()
+
+
+def _text(manifest: Manifest, **more: str) -> bytes:
+    return json.dumps(asdict(manifest) | more, indent=1, ensure_ascii=False).encode()
 
 
 def read_inputs(url: str | Path, name: str) -> dict[str, Any]:
@@ -396,6 +399,10 @@ def verify(url: str | Path) -> list[str]:
         manifest = read_manifest(url)
     except DataError as error:
         return [str(error)]
+    place = storage.join(url, MANIFEST)
+    texts = _text(manifest, digest=manifest.digest()), _text(manifest)  # of older versions
+    if storage.read_bytes(place) not in texts:
+        return [f"{place}: is not as it was written; restore it"]
     return [problem for shard in manifest.shards for problem in _verify_shard(url, manifest, shard)]
 
 
