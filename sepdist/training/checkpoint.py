@@ -215,8 +215,8 @@ class Checkpointer:
         committed = find_committed(self.folder)
         if written.url not in {one.url for one in committed}:
             raise CheckpointError(
-                f"{written.url} was removed by another attempt of this run, or cannot be read: this "
-                "one ends; to keep both, give them different run_dirs"
+                f"{written.url} was removed by another attempt of this run, or cannot be read: "
+                "this one ends; to keep both, give them different run_dirs"
             )
         earlier = [one for one in committed if one.step <= written.step and one.url != written.url]
         keep = {written.url} | {one.url for one in [*earlier, written][-self.keep_last :]}

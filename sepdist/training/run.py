@@ -57,7 +57,7 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
             f"objective {cfg.objective['_target_']} needs data.extra with the name "
             f"{', '.join(sorted(absent))}"
         )
-    if cfg.init.weights:
+    if cfg.init.weights and not find_committed(storage.join(cfg.run_dir, "checkpoints")):
         fresh, parent = inherit(model, cfg.init)
         names = ", ".join(fresh) or "none"
         console.print(f"weights from {parent['url']}; re-initialised: {names}")
