@@ -333,5 +333,5 @@ def load_frozen(url: str) -> TrainConfig:
             f"{url} was written by another version of sepdist ({reason}): the run cannot go on; "
             "start another run_dir, with init.weights set to this one to keep its weights"
         ) from error
-    cfg.run_dir = storage.absolute(url).rpartition("/")[0]  # wherever the run was moved
+    cfg.run_dir = storage.absolute(url.rpartition("/")[0] or ".")  # wherever the run was moved
     return cfg

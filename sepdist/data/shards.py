@@ -158,7 +158,7 @@ def try_shard(
         if _sha256_of(stored) != index["sha256"]:
             raise DataError(f"{url}: reads back other bytes than were written; use other disks")
     if made_of is not None:
-        text = json.dumps(made_of | {"bad": bad}, ensure_ascii=False).encode()
+        text = json.dumps(made_of | {"bad": bad}, ensure_ascii=False, allow_nan=False).encode()
         storage.put_bytes(_index_url(output_url, name, ".inputs"), text)
     text = json.dumps(index, indent=1, ensure_ascii=False, allow_nan=False).encode()
     storage.put_bytes(_index_url(output_url, name), text)
@@ -192,7 +192,7 @@ def _fingerprint(records: Sequence[Utterance | Mixture]) -> str:
 
 
 def _text(manifest: Manifest, **more: str) -> bytes:
-    return json.dumps(asdict(manifest) | more, indent=1, ensure_ascii=False).encode()
+    return json.dumps(asdict(manifest) | more, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
 def read_inputs(url: str | Path, name: str) -> dict[str, Any]:
@@ -497,4 +497,4 @@ def _sha256_of(path: Path) -> str:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -10,7 +10,9 @@ from rich.console import Console
 from sepdist import config, storage
 from sepdist.config import ConfigError
 from sepdist.training.audit import audit
+from sepdist.training.checkpoint import CheckpointError
 from sepdist.training.run import freeze
+from tests.support.checkpoints import save, snapshot
 from tests.support.runs import final_hash, frozen, loop, program, train_arguments
 
 FRESH = ("init.weights=null", "init.reinit=[]", "cluster.num_workers=1")
@@ -40,6 +42,11 @@ def test_the_run_dir_of_a_frozen_config_is_the_folder_where_it_lies(
     assert config.load_frozen(f"{place}/config.yaml").run_dir == str(folder.resolve())
     (tmp_path / "link").symlink_to(folder)
     assert config.load_frozen("link/config.yaml").run_dir == str(folder.resolve())
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "config.yaml").symlink_to(folder / "config.yaml")
+    assert config.load_frozen("linked/config.yaml").run_dir == str(tmp_path / "linked")
+    monkeypatch.chdir(folder)
+    assert config.load_frozen("config.yaml").run_dir == str(folder.resolve())
 
 
 def test_the_run_dir_of_a_frozen_config_in_a_bucket_is_its_prefix(
@@ -47,6 +54,16 @@ def test_the_run_dir_of_a_frozen_config_in_a_bucket_is_its_prefix(
 ) -> None:
     monkeypatch.setattr(storage, "read_bytes", lambda url: config_text.encode())
     assert config.load_frozen("s3://other/moved/config.yaml").run_dir == "s3://other/moved"
+
+
+def test_a_start_looks_for_the_parent_stage_only_until_there_is_a_checkpoint(
+    tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    path = frozen(tiny_data, tmp_path / "run", f"init.weights={tmp_path}/gone")
+    with pytest.raises(CheckpointError, match="gone"):
+        freeze(config.load_frozen(path), Console(quiet=True))
+    save(tmp_path / "run", snapshot(1))
+    freeze(config.load_frozen(path), Console(quiet=True))
 
 
 @pytest.mark.slow
