@@ -192,7 +192,9 @@ def _fingerprint(records: Sequence[Utterance | Mixture]) -> str:
 
 
 def _text(manifest: Manifest, **more: str) -> bytes:
-    return json.dumps(asdict(manifest) | more, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        asdict(manifest) | more, indent=1, ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def read_inputs(url: str | Path, name: str) -> dict[str, Any]:
@@ -497,4 +499,6 @@ def _sha256_of(path: Path) -> str:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
