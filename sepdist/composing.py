@@ -4,20 +4,22 @@ Only drivers need this: workers read the config that theirs has frozen.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
 import json
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sepdist.config import ConfigError, config_dir
+from sepdist.config import ConfigError, allowed, config_dir, one_line
 
 # Of the user: folders laid out like configs/, or Hydra's file:// and pkg://. They come before it.
 user_folders: list[str] = []
@@ -31,7 +33,7 @@ def compose(name: str, words: Sequence[str], schema: type) -> DictConfig:
     import hydra
     from hydra.errors import ConfigCompositionException
 
-    literals, overrides = divide(words, schema)
+    literals, overrides, doubtful = divide(words, schema)
     with hydra_open(name, schema):
         try:
             composed = hydra.compose(name, overrides=overrides)
@@ -40,12 +42,30 @@ def compose(name: str, words: Sequence[str], schema: type) -> DictConfig:
             others = [one for one in overrides if not found or not one.startswith(f"{found[1]}=")]
             if not found or len(others) == len(overrides):
                 raise
-            known = OmegaConf.select(hydra.compose(name, overrides=others), found[2]) or ()
-            names = [str(one) for one in known if one != "_target_"]
-            message = f"no key {found[1]!r}: there are {', '.join(names)}"
+            known = OmegaConf.select(hydra.compose(name, overrides=others), found[2])
+            names = [str(one) for one in known if one != "_target_"] if _is_node(known) else []
+            if found[1].rpartition(".")[2] in names:
+                raise
+            message = f"no key {found[1]!r}: there are {', '.join(names) or 'none below it'}"
             raise ConfigError(message) from error
+        if doubtful:
+            without = [one for one in overrides if bare(one) not in doubtful]
+            plain = hydra.compose(name, overrides=without)
+            for key, message in doubtful.items():
+                before = OmegaConf.select(plain, key, throw_on_resolution_failure=False)
+                if _is_node(before) or isinstance(before, int | float):
+                    raise ConfigError(message)
         set_literals(composed, literals)
     return composed
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, DictConfig | ListConfig)
+
+
+def bare(word: str) -> str:
+    """The key of KEY=VALUE without the + or ~ before it."""
+    return word.partition("=")[0].lstrip("+~")
 
 
 @contextlib.contextmanager
@@ -62,9 +82,20 @@ def hydra_open(name: str, schema: type) -> Iterator[None]:
         with initialize_config_dir(config_dir(), version_base="1.3"):
             yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
-        lines = [str(one).split("full_key")[0] for one in (error, error.__cause__) if one]
-        shown = " ".join(lines).split("Config search path")[0]
-        raise ConfigError(" ".join(shown.split())) from error
+        raise ConfigError(_explain(error, schema)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"a YAML file of the folders of configs is not UTF-8: {error}") from error
+
+
+def _explain(error: Exception, schema: type) -> str:
+    """An error of Hydra's in one line; for a value of the wrong type, what its key takes."""
+    _, merging, word = str(error).partition("\n")[0].rpartition("Error merging override ")
+    if merging and error.__cause__ and (field := key_field(schema, bare(word))):
+        return f"{word}: give {allowed(field)}"
+    lines = [one_line(one) for one in (error, error.__cause__) if one]
+    return re.sub(
+        r"Error merging override |\w+ raised while composing config: ", "", " ".join(lines)
+    )
 
 
 @functools.cache
@@ -83,57 +114,86 @@ def _let_hydra_see_user_folders() -> None:
 
 def divide(
     words: Sequence[str], schema: type, sweeps: bool = False
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, str], list[str], dict[str, str]]:
     """Divide KEY=VALUE words into literal values and overrides in Hydra's grammar.
 
     A field that is a string takes its value as it stands: Hydra's grammar has no plain paths with
     =, a comma or parentheses, and takes model=... for a file of configs/model/. Other values that
-    the grammar cannot read, such as paths in a corpus, are quoted. ConfigError if there is no such
-    key, or without `sweeps` for a list of values to sweep over.
+    the grammar cannot read, such as paths in a corpus, are quoted. The third result has, by key,
+    the error to raise for one of these whose key takes no text. ConfigError if there is no such
+    key.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Quote, QuotedString
-    from hydra.errors import OverrideParseException
 
     literals: dict[str, str] = {}
     overrides: list[str] = []
+    doubtful: dict[str, str] = {}
     for word in words:
         key, _, value = word.partition("=")
-        is_text = key_type(schema, key.lstrip("+~")) in (str, str | None)
-        parsed = None
-        with contextlib.suppress(OverrideParseException):
-            [parsed] = OverridesParser.create().parse_overrides([word])
+        name, field = bare(word), key_field(schema, bare(word))
+        parsed, wrong = parse(word)
+        literals.pop(name, None)  # the last word of a key counts, for all sweepers too
+        doubtful.pop(name, None)
         is_sweep = parsed is not None and parsed.is_sweep_override()
-        literals.pop(key, None)  # the last word of a key counts, for all sweepers too
         overrides = [one for one in overrides if not one.startswith(f"{key}=")]
-        if is_text and key[0] not in "+~" and not (sweeps and is_sweep):
-            literals[key] = value
+        if _is_text(field) and key[0] != "~" and not (sweeps and is_sweep):
+            overrides = [one for one in overrides if bare(one) != name]
+            literals[name] = value
             continue
-        if is_sweep and not sweeps and "/" not in value:
-            raise ConfigError(f"{word}: a sweep over several values is for sepdist train -m")
-        if not parsed or (is_sweep and not sweeps):
+        if field is None and word.endswith("="):
+            raise ConfigError(f"{word}: it is empty; give a value, or null")
+        if is_sweep and not sweeps:
+            wrong = f"{word}: a sweep over several values is for sepdist train -m"
+        if wrong:
+            if "." not in name or (field and field.type is not Any):
+                raise ConfigError(wrong)
+            doubtful[name] = wrong
             word = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+            if parse(word)[1]:
+                raise ConfigError(wrong)
         overrides.append(word)
-    return literals, overrides
+    return literals, overrides, doubtful
 
 
-def key_type(schema: Any, key: str, within: str = "") -> Any:
-    """The type of a nested field, None below a group; ConfigError if there is no such field."""
-    types = {one.name: one.type for one in dataclasses.fields(schema)}
+def parse(word: str) -> tuple[Any, str]:
+    """Hydra's override of a word or, if it cannot be read, None and the reason with its place."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_rule(word, "override"), ""
+    except (HydraException, RecursionError) as error:
+        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        [place] = [one["column"] for one in frames if "column" in one][-1:] or [len(word)]
+        at = f"character {place + 1}, {word[place]!r}" if place < len(word) else "its end"
+        return None, f"cannot read {word!r} from {at} on; put quotes inside it around a text"
+
+
+def key_field(schema: Any, key: str, within: str = "") -> dataclasses.Field | None:
+    """The nested field `key`, None within a part; ConfigError if there is no such field.
+
+    A list or mapping stands for its values: its field has their type.
+    """
+    known = {one.name: one for one in dataclasses.fields(schema)}
     head, _, rest = key.partition(".")
-    if head not in types:
+    if head not in known:
         if not within:  # a group, which the command has checked, or a key of hydra's
             return None
-        raise ConfigError(f"no key {within + key!r}: there are {', '.join(types)}")
-    found = types[head]
-    if rest and dataclasses.is_dataclass(found):
-        return key_type(found, rest, f"{within}{head}.")
-    if rest and get_origin(found) is dict:
-        value, (name, _, inner) = get_args(found)[1], rest.partition(".")
-        if dataclasses.is_dataclass(value) and inner:
-            return key_type(value, inner, f"{within}{head}.{name}.")
-        return value if value is str else None
+        raise ConfigError(f"no key {within + key!r}: there are {', '.join(known)}")
+    found: Any = known[head]
+    if rest and dataclasses.is_dataclass(found.type):
+        return key_field(found.type, rest, f"{within}{head}.")
+    if rest and get_origin(found.type) in (dict, list):
+        found, (name, _, inner) = copy.copy(found), rest.partition(".")
+        found.type = get_args(found.type)[-1]
+        if dataclasses.is_dataclass(found.type) and inner:
+            return key_field(found.type, inner, f"{within}{head}.{name}.")
+        return found
     return None if rest else found
+
+
+def _is_text(field: dataclasses.Field | None) -> bool:
+    return field is not None and field.type in (str, str | None)
 
 
 def set_literals(composed: DictConfig, literals: Mapping[str, str]) -> None:
@@ -143,10 +203,14 @@ def set_literals(composed: DictConfig, literals: Mapping[str, str]) -> None:
             value = text[1:-1] if re.fullmatch(r"'[^']*'|\"[^\"]*\"", text) else text
             head, _, name = key.partition(".")
             node = composed[head] if name else None
-            if isinstance(node, DictConfig) and node._metadata.element_type is str:
-                node[name] = value
-            else:
-                OmegaConf.update(composed, key, None if text == "null" else value)
+            try:
+                if isinstance(node, DictConfig) and node._metadata.element_type is str:
+                    node[name] = value
+                else:
+                    OmegaConf.update(composed, key, None if text == "null" else value)
+            except OmegaConfBaseException as error:
+                hint = " (a plain ${ is written \\${)" if "${" in text else ""
+                raise ConfigError(f"{key}={text}: {one_line(error)}{hint}") from error
 
 
 def keys(name: str, schema: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -7,11 +7,13 @@ run_dir/config.yaml.
 """
 
 import dataclasses
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -23,8 +25,19 @@ _T = TypeVar("_T")
 RETIRED = (("training", "max_failed_checkpoints"),)  # keys of older frozen configs, by section
 
 
+MOST = 2**31 - 1  # of a number, where its field names no other range
+SEEDS = (0, 2**63 - 1)
+MANY = 65_536  # workers, threads, samples of a batch
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
 class ConfigError(ValueError):
     """The configuration names something that does not exist, is not allowed or does not fit."""
+
+
+def number(default: Any, least: float, most: float = MOST) -> Any:
+    """A field for a number from `least` to `most`; one without this takes 0 to MOST."""
+    return field(default=default, metadata={"range": (least, most)})
 
 
 @dataclass
@@ -34,9 +47,11 @@ class ExtraConfig:
     path_arguments: ClassVar = ("url",)
     name: str = MISSING  # Batch.data_set of its batches
     url: str = MISSING
-    num_sources: int = 1
+    num_sources: int = number(1, 1, 16)
     noise: bool = True
-    weight: float | None = None  # batches per batch of data.train; null = one pass an epoch
+    weight: float | None = number(
+        None, 1e-6, 1e6
+    )  # batches per batch of data.train; null = one pass
 
 
 @dataclass
@@ -46,18 +61,18 @@ class DataConfig:
     path_arguments: ClassVar = ("train", "validation", "cache_dir")
     train: str = MISSING  # folder or s3:// prefix that holds a manifest.json
     validation: str = MISSING  # the same, to validate on
-    num_sources: int = 2  # how many of s1, s2, ... enter the mixture and are targets
+    num_sources: int = number(2, 1, 16)  # of s1, s2, ..., in the mixture and targets
     noise: bool = False  # whether the mixture includes each sample's noise
     mixing: Any = None  # a configs/mixing node that mixes data.train anew; null = as stored
     extra: list[ExtraConfig] = field(default_factory=list)  # for objectives with several tasks
     interleave: str = "drawn"  # order of the data sets' batches: drawn (permuted) | even
-    crop_seconds: float = 3.0  # length of a training example
-    num_virtual_shards: int = 4  # V: fixes data order and reduction; 1 to V workers can run it
-    micro_batch: int = 2  # samples per virtual shard; the global batch is V * micro_batch
+    crop_seconds: float = number(3.0, 0.001, 3600)  # length of a training example
+    num_virtual_shards: int = number(4, 1, MANY)  # V: fixes the order of data; 1 to V workers
+    micro_batch: int = number(2, 1, MANY)  # samples per virtual shard; a step has V times as many
     cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
     cache_gigabytes: float = 50.0  # most that they take
-    num_threads: int = 1  # decoding threads per worker
-    prefetch_steps: int = 4  # steps whose batches are read ahead
+    num_threads: int = number(1, 1, 1024)  # decoding threads per worker
+    prefetch_steps: int = number(4, 0, MANY)  # steps whose batches are read ahead
     max_damaged: int = 0  # damaged samples to replace by the next position before the run stops
 
 
@@ -66,9 +81,9 @@ class ValidationConfig:
     """Validation on full-length mixtures, the same ones in the same order each time."""
 
     num_mixtures: int = 200  # the first ones of the validation set; 0 = all
-    every_steps: int = 500  # steps from one validation to the next
+    every_steps: int = number(500, 1)  # steps from one validation to the next
     num_listening: int = 3  # mixtures whose audio and spectrograms go to TensorBoard
-    max_seconds: float = 30.0  # longer mixtures are cut, to bound memory
+    max_seconds: float = number(30.0, 0.001)  # longer mixtures are cut, to bound memory
 
 
 @dataclass
@@ -76,7 +91,7 @@ class ScheduleConfig:
     """Warm-up, then a smaller learning rate at each plateau of the validation score."""
 
     warmup_steps: int = 0  # in which the learning rate rises linearly
-    factor: float = 0.5  # of the learning rate at a plateau
+    factor: float = number(0.5, 0, 1)  # of the learning rate at a plateau
     patience: int = 5  # validations without improvement before the rate is multiplied by `factor`
     min_lr: float = 1e-6  # the plateaus stop here
     decay_steps: int = 0  # the last steps before max_steps, in which the rate falls linearly to 0
@@ -96,10 +111,10 @@ class InitConfig:
 class TrainingConfig:
     """Length of training, logging, checkpoints and skipped steps."""
 
-    max_steps: int = MISSING  # length of the run
-    log_every: int = 20  # steps
-    checkpoint_every: int = 500  # steps
-    keep_last: int = 2  # newest checkpoints to keep
+    max_steps: int = number(MISSING, 1)  # length of the run
+    log_every: int = number(20, 1)  # steps
+    checkpoint_every: int = number(500, 1)  # steps
+    keep_last: int = number(2, 1)  # newest checkpoints to keep
     keep_best: bool = True  # keep the one with the best validation score too
     keep_every: int = 0  # keep every checkpoint whose step is a multiple of this; 0 = none
     storage_patience_seconds: float = 600.0  # for which storage may be away, or a disk full
@@ -114,14 +129,14 @@ class ClusterConfig:
 
     num_workers: Any = 1  # a number, or [min, max] for an elastic run
     use_gpu: bool = False  # one GPU per worker
-    cpus_per_worker: float = 1.0  # logical CPUs that Ray reserves
-    threads_per_worker: int = 1  # of torch
+    cpus_per_worker: float = number(1.0, 0, MANY)  # logical CPUs that Ray reserves
+    threads_per_worker: int = number(1, 1, 1024)  # of torch
     address: str | None = None  # null: the cluster of the Ray job, else a local Ray
-    max_failures: int = 5  # in a row without a new checkpoint; not preemptions; -1 = no limit
-    elastic_check_seconds: float = 60.0  # how often an elastic run looks for more workers
-    preemption_check_steps: int = 10  # steps between two checks for a preemption notice
-    stop_seconds: float = 100.0  # after Ctrl-C or SIGTERM, to end the step and commit it
-    collective_timeout_seconds: int = 600  # after which an all-reduce fails
+    max_failures: int = number(5, -1)  # without a new checkpoint, preemptions apart; -1 = any
+    elastic_check_seconds: float = number(60.0, 0.1)  # between two looks for more workers
+    preemption_check_steps: int = number(10, 1)  # steps between looks for a notice
+    stop_seconds: float = number(100.0, 0.1)  # after a signal, to end the step and commit it
+    collective_timeout_seconds: int = number(600, 1)  # after which an all-reduce fails
     hang_seconds: float = 30.0  # a worker without progress ends itself; more if slow; 0 = never
     startup_seconds: float = 600.0  # the same for the first step, validations and checkpoints
     verbose: bool = False  # show the output of a local Ray's processes
@@ -134,10 +149,10 @@ class TrainConfig:
     path_arguments: ClassVar = ("run_dir",)
     name: str = MISSING  # the run's identity; never derived from the time
     run_dir: str = MISSING  # folder or s3:// prefix of its logs and checkpoints
-    seed: int = 0  # of all that is random in the run
+    seed: int = number(0, *SEEDS)  # of all that is random in the run
     data_root: str = "data"  # folder or s3:// prefix below which experiments name their data sets
-    sample_rate: int = 8000  # Hz
-    num_speakers: int = 2  # outputs of the model
+    sample_rate: int = number(8000, 1, 384_000)  # Hz
+    num_speakers: int = number(2, 1, 64)  # outputs of the model
     model: Any = MISSING
     objective: Any = MISSING
     engine: Any = MISSING
@@ -155,16 +170,17 @@ class TrainConfig:
 class ShardConfig:
     """`configs/shard.yaml`: sepdist shard and stages of kind `shards`."""
 
+    path_arguments: ClassVar = ("output",)
     corpus: Any = None
     split: str = ""  # of the corpus, such as train
     output: str = MISSING  # folder or s3:// prefix of the data set to write, verify or describe
-    samples_per_shard: int = 200  # mixtures or utterances in a file
-    num_workers: int = 0  # Ray tasks; 0 = in this process, -1 = one per CPU of the cluster
+    samples_per_shard: int = number(200, 1)  # mixtures or utterances in a file
+    num_workers: int = number(0, -1, MANY)  # Ray tasks; 0 = in this process, -1 = all CPUs
     limit: int = 0  # use only the first records; 0 = all
     subset: list[float] = field(default_factory=lambda: [0.0, 1.0])  # fractions of a fixed shuffle
     mixtures_only: bool = False  # store mixtures without their sources, as unlabelled data
     on_error: str = "fail"  # at records that cannot be stored; "skip" leaves them out
-    gpus_per_worker: float = 0.0  # for corpus=separated with corpus.device=cuda
+    gpus_per_worker: float = number(0.0, 0, 1024)  # for corpus=separated with corpus.device=cuda
     plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
 
 
@@ -176,13 +192,13 @@ class EvaluateConfig:
     model: str = MISSING  # a run_dir (its best checkpoint is taken) or an export folder
     data: str = MISSING  # folder or s3:// prefix of the test set
     output: str = MISSING  # folder or s3:// prefix for results.json, utterances.csv, ...
-    num_sources: int = 2  # of a mixture, s1, s2, ...
+    num_sources: int = number(2, 1, 16)  # of a mixture, s1, s2, ...
     noise: bool = False  # whether the mixture includes each sample's noise
     num_mixtures: int = 0  # score only the first mixtures; 0 = all
     max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
     num_listening: int = 3  # mixtures to save as audio and spectrograms
-    max_unscored: int = 0  # utterances without a score at which the exit status is 0; -1 = any
-    num_workers: int = 1  # Ray tasks; 0 = in this process
+    max_unscored: int = number(0, -1)  # utterances without a score at exit status 0; -1 = any
+    num_workers: int = number(1, 0, MANY)  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker
     cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
     cache_gigabytes: float = 50.0  # most that they take
@@ -202,8 +218,8 @@ class RecogniseConfig:
     recogniser: Any = MISSING
     output: str = MISSING  # folder or s3:// prefix for results.json and utterances.csv
     limit: int = 0  # only the first utterances of each condition; 0 = all
-    max_unscored: int = 0  # utterances not recognised at which the exit status is 0; -1 = any
-    num_workers: int = 1  # Ray tasks; 0 = in this process
+    max_unscored: int = number(0, -1)  # utterances not recognised at exit status 0; -1 = any
+    num_workers: int = number(1, 0, MANY)  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker, for separator and recogniser
     plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
 
@@ -221,10 +237,10 @@ def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
     """Return the least and the greatest number of workers that `cluster.num_workers` allows."""
     value = cluster.num_workers
     pair = value if isinstance(value, list | tuple) else [value, value]
-    if [type(one) for one in pair] != [int, int] or not 1 <= pair[0] <= pair[1]:
+    if [type(one) for one in pair] != [int, int] or not 1 <= pair[0] <= pair[1] <= MANY:
         raise ConfigError(
-            f"cluster.num_workers={value!r}: give a number of workers from 1 up, or [min, max] "
-            "with 1 <= min <= max"
+            f"cluster.num_workers={value!r}: give a number of workers from 1 up to "
+            f"{MANY}, or [min, max] with 1 <= min <= max"
         )
     return pair[0], pair[1]
 
@@ -247,9 +263,67 @@ def typed(composed: DictConfig, schema: type[_T]) -> _T:
     try:
         result = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).partition("full_key")[0].split())) from error
+        raise ConfigError(one_line(error)) from error
     assert isinstance(result, schema), type(result)
+    check(result)
     return result
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error of Hydra or OmegaConf in one line, after the key that it is about."""
+    text, _, rest = str(error).partition("full_key:")
+    key = rest.partition("\n")[0].strip()
+    text = " ".join(re.split("Config search path|See https:|To append to", text)[0].split())
+    return text if key in text else f"{key}: {text}"
+
+
+def check(value: Any, key: str = "", owner: dataclasses.Field | None = None) -> None:
+    """Raise ConfigError for a number out of range, an empty text or an impossible folder within.
+
+    `owner` is the field that holds `value`. Numbers of parts are only required to be finite.
+    """
+    if dataclasses.is_dataclass(value):
+        if isinstance(value, ClusterConfig):
+            worker_range(value)
+        for one in dataclasses.fields(value):
+            name, inner = f"{key}.{one.name}".lstrip("."), getattr(value, one.name)
+            check(inner, name, one)
+            if inner and one.name in getattr(value, "path_arguments", ()):
+                check(inner, name)  # a path, as those of parts may be
+                if storage.absolute(inner) == "/":
+                    raise ConfigError(f"{name}={inner}: it is the root of all files; give a folder")
+    elif isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for index, inner in items:
+            check(inner, f"{key}.{index}", None if isinstance(value, Mapping) else owner)
+    elif isinstance(value, str):
+        if owner and owner.default != "" and owner.type in (str, str | None) and not value.strip():
+            raise ConfigError(f"{key}={value}: it is empty")
+        if not owner and value.startswith("~") and os.path.expanduser(value) == value:
+            raise ConfigError(f"{key}={value}: there is no such home; ./~ begins a plain name")
+    elif isinstance(value, int | float):
+        least, most = number_range(owner)
+        if not (least <= value <= most and math.isfinite(value)):
+            takes = allowed(owner) if owner and least > -math.inf else "a finite number"
+            raise ConfigError(f"{key}={value}: give {takes}")
+
+
+def number_range(owner: dataclasses.Field | None) -> tuple[float, float]:
+    """Return the least and the greatest number that a field takes."""
+    if owner is None or not {int, float} & {owner.type, *get_args(owner.type)}:
+        return -math.inf, math.inf
+    return owner.metadata.get("range", (0, MOST))
+
+
+def allowed(owner: dataclasses.Field) -> str:
+    """What a field of a config takes, such as "a whole number from 1 to 9"."""
+    types: tuple[Any, ...] = (owner.type, *get_args(owner.type))
+    outer = get_origin(owner.type)
+    text = next((text for kind, text in KINDS.items() if kind in types), "a mapping {a: b}")
+    if text.endswith("number"):
+        text += " from {} to {}".format(*number_range(owner))
+    text = f"a list [a,b], each {text}" if outer is list else text
+    return text + (", or null" if type(None) in types else "")
 
 
 def missing_keys(node: Any, name: str = "") -> list[str]:

@@ -170,7 +170,11 @@ def build(slot: str, node: Any, **runtime: Any) -> Any:
         if not fits(arguments[name], hint):
             wanted = getattr(hint, "__name__", hint) if isinstance(hint, type) else hint
             raise ConfigError(f"{slot}.{name}={arguments[name]!r}: it must be of type {wanted}")
-    return target(**arguments | runtime)
+    try:
+        return target(**arguments | runtime)
+    except (TypeError, RuntimeError, ArithmeticError, MemoryError) as error:  # of wrong values
+        reason = " ".join(str(error).split("\n")[:1]) or type(error).__name__
+        raise ConfigError(f"{slot}: {node['_target_']} cannot be built: {reason}") from error
 
 
 def _refuse_parts(name: str, value: Any) -> None:

@@ -205,7 +205,7 @@ def remove(url: str | Path) -> None:
 
 
 def _path(url: str | Path) -> Path:
-    return Path(url).expanduser()
+    return Path(os.path.expanduser(url))
 
 
 @contextlib.contextmanager

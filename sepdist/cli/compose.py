@@ -6,12 +6,13 @@ import pkgutil
 import re
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from sepdist import composing, config, slots
@@ -46,7 +47,7 @@ def read_config(
     if given.help:
         print(help_text(name, schema, doc, list(OPTIONS.items())[: 3 if sweep else 2]))
         sys.exit(0)
-    check(name, schema, doc, words)
+    words = check(name, schema, doc, words)
     asked = any(re.match(r"hydra([/.]sweeper|\.mode=M)", word) for word in words)
     if sweep and (asked or given.multirun):
         sweep(words)
@@ -106,23 +107,41 @@ def use_folders(folders: Sequence[str], words: list[str]) -> None:
         composing.user_folders.append(url if url.startswith("pkg://") else f"file://{folder}")
 
 
-def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -> None:
-    """Raise ConfigError for a word that is no change of a known key or names no option."""
+def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -> list[str]:
+    """Return the words to compose; ConfigError if one changes no known key or names no option."""
     groups = composing.groups(name)
     known = [*dict.fromkeys([*(one.name for one in dataclasses.fields(schema)), *groups])]
+    checked = []
     for word in words:
+        if any(unicodedata.category(one) == "Cc" for one in word):
+            raise ConfigError(f"cannot read {word!r}: it has a line break or a control character")
         key, equals, option = word.partition("=")
         if key.startswith("-") or not (equals or key.startswith("~")):
             [usage, *_] = re.findall(r"^    sepdist (?:.*\\\n)*.*", doc or "", re.M) or [""]
             example = " ".join(usage.replace("\\\n", "").split())
             raise ConfigError(f"cannot read {word!r}: give KEY=VALUE, as in: {example}")
-        head = re.split(r"[./@]", key.lstrip("+~"))[0]
+        bare = composing.bare(word)
+        head = re.split(r"[./@]", bare)[0]
         if head not in known and head != "hydra":
             raise ConfigError(f"no key {key!r}: there are {', '.join(known)}")
-        if key in groups and composing.key_type(schema, key) in (None, Any):
-            there = options(name, key)
-            if option not in (*there, "null") and re.fullmatch(r"[\w/.-]+", option):
-                raise ConfigError(f"no {key} {option!r}: there are {', '.join(there)}")
+        field = composing.key_field(schema, bare)
+        if key.startswith("~") and bare not in groups and field and field.type is not Any:
+            raise ConfigError(f"{word}: only a part or a key of one can be removed")
+        if bare not in groups:
+            checked.append(word)
+            continue
+        there = options(name, bare)
+        chosen = option.strip("[]") if bare == "experiment" else option
+        for one in chosen.split(",") if equals and not re.match(r"\w*[{(]", option) else ():
+            if one.strip(" '\"") not in (*there, "null"):
+                raise ConfigError(f"no {bare} {one!r}: there are {', '.join(there)}")
+        if equals and option != "null":
+            checked.append(f"{bare}={option}")
+        elif field and field.default == MISSING:
+            raise ConfigError(f"{word}: it is needed; there are {', '.join(there)}")
+        elif groups[bare] or bare == "mixing":
+            checked.append(f"~{bare}")
+    return checked
 
 
 def options(name: str, group: str) -> list[str]:
@@ -142,7 +161,7 @@ def print_yaml(composed: DictConfig) -> None:
     except InterpolationToMissingValueError:
         print(OmegaConf.to_yaml(composed), end="")
     except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).partition("full_key")[0].split())) from error
+        raise ConfigError(config.one_line(error)) from error
 
 
 def help_text(

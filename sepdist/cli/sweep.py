@@ -27,7 +27,7 @@ def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    literals, overrides = composing.divide(words, TrainConfig, sweeps=True)
+    literals, overrides, _ = composing.divide(words, TrainConfig, sweeps=True)
     if "hydra/sweeper=optuna" in overrides:  # its own default is to minimise
         overrides = ["hydra.sweeper.direction=maximize", *overrides]
     parsed = OverridesParser.create().parse_overrides(overrides)

@@ -53,8 +53,6 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
         raise ConfigError(f"no value given for {missing} (write needs corpus=... split=...)")
     if "/" in cfg.split or "\\" in cfg.split:
         raise ConfigError(f"split={cfg.split}: shards are named after it, so it has no slash")
-    if cfg.samples_per_shard < 1 or cfg.num_workers < -1 or cfg.limit < 0:
-        raise ConfigError("needs samples_per_shard >= 1, num_workers >= -1 and limit >= 0")
     if len(cfg.subset) != 2 or not 0 <= cfg.subset[0] < cfg.subset[1] <= 1:
         raise ConfigError(f"subset={cfg.subset}: give two numbers with 0 <= first < last <= 1")
     if cfg.on_error not in ("fail", "skip"):

@@ -58,8 +58,6 @@ def check_fit(cfg: RecogniseConfig, corpus: Any, export: Export | None) -> None:
         raise ConfigError(
             f"conditions={list(cfg.conditions)}: name at least one split of the corpus, each once"
         )
-    if cfg.limit < 0:
-        raise ConfigError(f"limit={cfg.limit}: give 0 (all) or a number of utterances")
     if export is not None and export.sample_rate != corpus.sample_rate:
         raise ConfigError(
             f"{cfg.model} works at {export.sample_rate} Hz, the corpus at {corpus.sample_rate} Hz: "

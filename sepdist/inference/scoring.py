@@ -36,11 +36,7 @@ class EvaluationError(ValueError):
 
 
 def check_workers(cfg: EvaluateConfig | RecogniseConfig) -> None:
-    """Refuse a negative number of workers, or a GPU where there is none."""
-    if cfg.num_workers < 0:
-        raise ConfigError(
-            f"num_workers={cfg.num_workers}: give 0 (in this process) or the number of Ray tasks"
-        )
+    """Refuse a GPU where there is none."""
     if cfg.use_gpu and cfg.num_workers == 0 and not torch.cuda.is_available():
         raise ConfigError("use_gpu=true, but this machine has no GPU that torch can use")
 

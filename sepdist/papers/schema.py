@@ -1,9 +1,11 @@
 """The schema of a pipeline: its stages and its tables."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
+
+from sepdist.config import SEEDS, number
 
 
 @dataclass
@@ -39,13 +41,14 @@ class TableConfig:
     title: str = ""
     columns: list[str] = field(default_factory=list)
     rows: list[RowConfig] = field(default_factory=list)
-    digits: int = 2
+    digits: int = number(2, 0, 17)
 
 
 @dataclass
 class PipelineConfig:
     """`configs/pipeline.yaml`: sepdist pipeline."""
 
+    path_arguments: ClassVar = ("output", "data_root")
     name: str = MISSING
     title: str = ""
     output: str = MISSING  # folder or s3:// prefix
@@ -54,7 +57,7 @@ class PipelineConfig:
     vars: dict[str, Any] = field(default_factory=dict)  # values that stages refer to as ${vars.x}
     results: str = "table"  # name of the result files, for pipelines that share an output
     scale: str = ""  # a file of configs/scale, for all training stages
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"range": SEEDS})
     stages: dict[str, StageConfig] = field(default_factory=dict)  # in the order in which they run
     overrides: dict[str, list[str]] = field(default_factory=dict)  # key=value for a kind of stages
     tables: list[TableConfig] = field(default_factory=list)
@@ -65,6 +68,7 @@ class PipelineConfig:
 class FigureConfig:
     """The keys of sepdist plot and of a stage of kind figure."""
 
+    path_arguments: ClassVar = ("output",)
     runs: dict[str, str] = field(default_factory=dict)  # runs.TITLE=FOLDER: what to draw, in order
     output: str = MISSING  # the PNG file, local or s3://
     title: str = ""  # of the figure

@@ -24,10 +24,6 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
             raise ConfigError(
                 f"data.extra: two data sets are named {one.name!r} ({MAIN!r} is that of data.train)"
             )
-        if one.weight is not None and one.weight <= 0:
-            raise ConfigError(
-                f"data.extra: weight={one.weight} of {one.name!r}: it must be positive, or null"
-            )
         seed = seeding.derive(cfg.seed, "data set", one.name)
         dataset = _open(cfg, one.url, one.num_sources, one.noise)
         feeds[one.name] = Crops(dataset, seed=seed, crop_seconds=data.crop_seconds)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from sepdist import config, slots, storage
@@ -51,9 +52,9 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     """
     slots.make_paths_absolute(cfg)
     _check_engine(cfg)
-    if cfg.cluster.preemption_check_steps < 1:
-        steps = cfg.cluster.preemption_check_steps
-        raise ConfigError(f"cluster.preemption_check_steps={steps}: it must be at least 1")
+    if "lr" not in cfg.optim:
+        raise ConfigError("no value given for optim.lr (pass optim.lr=... on the command line)")
+    slots.build("optim", cfg.optim, params=[torch.nn.Parameter(torch.zeros(1))])
     objective = with_defaults(slots.build("objective", cfg.objective))
     model = slots.build("model", cfg.model)
     objective.check_model(model)
