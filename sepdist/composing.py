@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sepdist.config import ConfigError, allowed, config_dir, one_line
@@ -34,33 +34,28 @@ def compose(name: str, words: Sequence[str], schema: type) -> DictConfig:
     from hydra.errors import ConfigCompositionException
 
     literals, overrides, doubtful = divide(words, schema)
+
+    def before(key: str, changed: str) -> Any:
+        others = [one for one in overrides if bare(one) != changed]
+        return OmegaConf.select(hydra.compose(name, overrides=others), key)
+
     with hydra_open(name, schema):
+        for key, wrong in doubtful.items():
+            if isinstance(before(key, key), int | float | Container):
+                raise ConfigError(wrong)
         try:
             composed = hydra.compose(name, overrides=overrides)
         except ConfigCompositionException as error:
-            found = re.match(r"Could not override '((.+)\.[^.]+?)'", str(error))
-            others = [one for one in overrides if not found or not one.startswith(f"{found[1]}=")]
-            if not found or len(others) == len(overrides):
+            if not (found := re.match(r"Could not override '((.+)\.(.+?))'", str(error))):
                 raise
-            known = OmegaConf.select(hydra.compose(name, overrides=others), found[2])
-            names = [str(one) for one in known if one != "_target_"] if _is_node(known) else []
-            if found[1].rpartition(".")[2] in names:
+            known = before(found[2], found[1])
+            names = [str(one) for one in known] if isinstance(known, DictConfig) else []
+            if found[3] in names:  # an error within its value
                 raise
-            message = f"no key {found[1]!r}: there are {', '.join(names) or 'none below it'}"
-            raise ConfigError(message) from error
-        if doubtful:
-            without = [one for one in overrides if bare(one) not in doubtful]
-            plain = hydra.compose(name, overrides=without)
-            for key, message in doubtful.items():
-                before = OmegaConf.select(plain, key, throw_on_resolution_failure=False)
-                if _is_node(before) or isinstance(before, int | float):
-                    raise ConfigError(message)
+            there = ", ".join(one for one in names if one != "_target_") or "none below it"
+            raise ConfigError(f"no key {found[1]!r}: there are {there}") from error
         set_literals(composed, literals)
     return composed
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, DictConfig | ListConfig)
 
 
 def bare(word: str) -> str:
@@ -92,10 +87,8 @@ def _explain(error: Exception, schema: type) -> str:
     _, merging, word = str(error).partition("\n")[0].rpartition("Error merging override ")
     if merging and error.__cause__ and (field := key_field(schema, bare(word))):
         return f"{word}: give {allowed(field)}"
-    lines = [one_line(one) for one in (error, error.__cause__) if one]
-    return re.sub(
-        r"Error merging override |\w+ raised while composing config: ", "", " ".join(lines)
-    )
+    text = " ".join(one_line(one) for one in (error, error.__cause__) if one)
+    return re.sub(r"Error merging override |\w+ raised while composing config: ", "", text)
 
 
 @functools.cache
@@ -119,9 +112,8 @@ def divide(
 
     A field that is a string takes its value as it stands: Hydra's grammar has no plain paths with
     =, a comma or parentheses, and takes model=... for a file of configs/model/. Other values that
-    the grammar cannot read, such as paths in a corpus, are quoted. The third result has, by key,
-    the error to raise for one of these whose key takes no text. ConfigError if there is no such
-    key.
+    the grammar cannot read, such as paths in a corpus, are quoted; the third result has, by key,
+    the error to raise if it takes no text. ConfigError if there is no such key.
     """
     from hydra.core.override_parser.types import Quote, QuotedString
 
@@ -136,7 +128,8 @@ def divide(
         doubtful.pop(name, None)
         is_sweep = parsed is not None and parsed.is_sweep_override()
         overrides = [one for one in overrides if not one.startswith(f"{key}=")]
-        if _is_text(field) and key[0] != "~" and not (sweeps and is_sweep):
+        is_text = field and field.type in (str, str | None)
+        if is_text and key[0] != "~" and not (sweeps and is_sweep):
             overrides = [one for one in overrides if bare(one) != name]
             literals[name] = value
             continue
@@ -192,10 +185,6 @@ def key_field(schema: Any, key: str, within: str = "") -> dataclasses.Field | No
     return None if rest else found
 
 
-def _is_text(field: dataclasses.Field | None) -> bool:
-    return field is not None and field.type in (str, str | None)
-
-
 def set_literals(composed: DictConfig, literals: Mapping[str, str]) -> None:
     """Set string fields; in a mapping of strings all that follows the first dot is one key."""
     with open_dict(composed):
@@ -203,14 +192,10 @@ def set_literals(composed: DictConfig, literals: Mapping[str, str]) -> None:
             value = text[1:-1] if re.fullmatch(r"'[^']*'|\"[^\"]*\"", text) else text
             head, _, name = key.partition(".")
             node = composed[head] if name else None
-            try:
-                if isinstance(node, DictConfig) and node._metadata.element_type is str:
-                    node[name] = value
-                else:
-                    OmegaConf.update(composed, key, None if text == "null" else value)
-            except OmegaConfBaseException as error:
-                hint = " (a plain ${ is written \\${)" if "${" in text else ""
-                raise ConfigError(f"{key}={text}: {one_line(error)}{hint}") from error
+            if isinstance(node, DictConfig) and node._metadata.element_type is str:
+                node[name] = value
+            else:
+                OmegaConf.update(composed, key, None if text == "null" else value)
 
 
 def keys(name: str, schema: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:

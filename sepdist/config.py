@@ -49,9 +49,7 @@ class ExtraConfig:
     url: str = MISSING
     num_sources: int = number(1, 1, 16)
     noise: bool = True
-    weight: float | None = number(
-        None, 1e-6, 1e6
-    )  # batches per batch of data.train; null = one pass
+    weight: float | None = number(None, 1e-6, 1e6)  # per batch of data.train; null = one pass
 
 
 @dataclass

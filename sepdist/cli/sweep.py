@@ -21,7 +21,7 @@ _MAX_NAME_BYTES = 150
 def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]) -> str:
     """Train each run of the sweep that the words of a command line describe; returns a table.
 
-    A failed run ends the sweep. The same command goes on where it ended.
+    A run whose training fails has no score; other errors end the sweep. The same command goes on.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
@@ -44,7 +44,14 @@ def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]
         if swept:
             folder = folder_name(swept)
             cfg.run_dir, cfg.name = storage.join(cfg.run_dir, folder), f"{cfg.name},{folder}"
-        score = train(cfg)
+        try:
+            score = train(cfg)
+        except SystemExit as error:  # after a message
+            from sepdist.training.launch import TrainingFailedError
+
+            if not isinstance(error.__context__, TrainingFailedError):
+                raise
+            score = None
         runs.append((" ".join(swept), -math.inf if score is None else score, cfg.run_dir))
         return runs[-1][1]
 
