@@ -122,5 +122,10 @@ def history(run_dir: object) -> dict[int, float]:
 
 
 def final_hash(run_dir: object) -> str:
-    newest = find_committed(storage.join(str(run_dir), "checkpoints"))[-1]
-    return newest.files["model.safetensors"]["sha256"]
+    return final_files(run_dir)[0]
+
+
+def final_files(run_dir: object) -> tuple[str, str]:
+    """The sha256 of the weights and of the optimizer state in the newest checkpoint."""
+    files = find_committed(storage.join(str(run_dir), "checkpoints"))[-1].files
+    return files["model.safetensors"]["sha256"], files["optimizer.safetensors"]["sha256"]
