@@ -18,9 +18,9 @@ one before:
     sigterm:all       SIGTERM to every process of every host; all is started again
     rotate:20         hosts' credentials files are rewritten; 20 s later the old key is refused
 
-A step is slowed down to half a second, so that faults fall into steps. Prints a table on stderr and
-one JSON line. The exit status is 1 unless losses, weights and optimizer state are, to the bit, those
-of a single process that was left alone, and the audit finds that every position was consumed
+A step is slowed down to half a second, so that faults fall into steps. Prints a table on stderr
+and one JSON line. The exit status is 1 unless losses, weights and optimizer state are, to the bit,
+those of a single process that was left alone, and the audit finds that every position was consumed
 exactly once. Standstill is the longest time without a step from the fault to the recovery.
 """
 
@@ -40,7 +40,7 @@ from sepdist.training.audit import audit
 from tests.support.disturb import left_alone
 from tests.support.lab.hosts import BUCKET, Lab, why_not_here
 from tests.support.lab.training import RUN_DIR, HostsRun, events_between, longest_gap, redone
-from tests.support.runs import final_files, history
+from tests.support.runs import final_files, history, upload
 
 FAULTS = (
     "delay:20-100 loss:1 loss:5 worker-cut:10 worker-cut:60 head-cut:10 head-cut:60 s3-killed:30 "
@@ -108,11 +108,11 @@ class Faults:
     def rotate(self, value: str) -> None:
         self.num_keys += 1
         new = f"access{self.num_keys}", f"secret-{self.num_keys}-0123456789"
-        self.lab.s3.allow(self.lab.key, new)
+        self.lab.s3.allow(self.lab.s3.key, new)
         self.lab.set_key(new)
         time.sleep(float(value))
         self.lab.s3.allow(new)
-        os.environ.update(self.lab.as_operator())
+        os.environ.update(self.lab.s3.environment())
 
     def _impair(self, seconds: float, *names: str, **impairments: Any) -> None:
         for name in names:
@@ -183,17 +183,6 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def upload(lab: Lab, data: dict[str, str]) -> dict[str, str]:
-    """Copy the data sets to the lab's bucket; returns their urls there."""
-    os.environ.update(lab.as_operator())
-    urls = {split: f"s3://{BUCKET}/data/{split}" for split in data}
-    for split, folder in data.items():
-        for path in (one for one in Path(folder).rglob("*") if one.is_file()):
-            name = storage.join(urls[split], *path.relative_to(folder).parts)
-            storage.put_bytes(name, path.read_bytes())
-    return urls
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.chaos_hosts",
@@ -222,7 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = final_files(folder / "alone")
         began = time.monotonic()
         lab = Lab(folder / "lab", given.hosts, given.own_names)
-        run = HostsRun(lab, upload(lab, data), settings=SETTINGS, steps=given.steps)
+        os.environ.update(lab.s3.environment())  # this process looks at the bucket too
+        urls = upload(data, f"s3://{BUCKET}/data")
+        run = HostsRun(lab, urls, settings=SETTINGS, steps=given.steps)
         try:
             for host in lab.workers:
                 run.start_ray(host)

@@ -96,6 +96,16 @@ def frozen(
     return str(path)
 
 
+def upload(data: dict[str, str], prefix: str) -> dict[str, str]:
+    """Copy data sets to object storage; returns their urls there, by split."""
+    urls = {split: storage.join(prefix, split) for split in data}
+    for split, folder in data.items():
+        for path in (one for one in Path(folder).rglob("*") if one.is_file()):
+            name = storage.join(urls[split], *path.relative_to(folder).parts)
+            storage.put_bytes(name, path.read_bytes())
+    return urls
+
+
 def loop(path: str) -> None:
     """Run the training loop on a frozen config, in one process without Ray.
 

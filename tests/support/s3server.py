@@ -70,7 +70,10 @@ class S3Server:
         self.ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
 
     def allow(self, *keys: tuple[str, str]) -> None:
-        """Let these keys, and no others, read and write; `client` uses the last."""
+        """Let these keys, and no others, read and write; `client` uses the last.
+
+        A server that runs reads them again within a moment, in which it goes by those of before.
+        """
         self.key = keys[-1]
         rights = ["Admin", "Read", "Write", "List", "Tagging"]
         identities = [
@@ -84,6 +87,21 @@ class S3Server:
     @property
     def endpoint(self) -> str:
         return f"http://{self.address}:{self.ports['s3']}"
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which boto3, s3fs, Ray and TensorBoard find it, as a user sets them."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.key[0],
+            "AWS_SECRET_ACCESS_KEY": self.key[1],
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+            "NO_PROXY": self.address,
+            "no_proxy": self.address,
+        }
 
     def _arguments(self) -> list[str]:
         ports, root = self.ports, self.root

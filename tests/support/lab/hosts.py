@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,24 +192,18 @@ class Lab:
         return [host for name, host in self.hosts.items() if name != "s3"]
 
     def set_key(self, key: tuple[str, str]) -> None:
-        """Rewrite every host's credentials file, and what this process uses."""
+        """Rewrite every host's credentials file."""
         text = f"[default]\naws_access_key_id = {key[0]}\naws_secret_access_key = {key[1]}\n"
         for host in self.workers:
             beside = host.credentials.with_suffix(".new")
             beside.write_text(text)
             beside.replace(host.credentials)
-        self.key = key
 
     def aws(self) -> dict[str, str]:
-        """Where the S3 server is, without the key."""
-        region = {"AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
-        none = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null"}
-        return {"AWS_ENDPOINT_URL": self.s3.endpoint, "NO_PROXY": "*", **region, **none}
-
-    def as_operator(self) -> Mapping[str, str]:
-        """The environment in which this process reaches the bucket."""
-        id_, secret = self.key
-        return self.aws() | {"AWS_ACCESS_KEY_ID": id_, "AWS_SECRET_ACCESS_KEY": secret}
+        """The variables by which hosts find the S3 server; the key is in their files."""
+        keep = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE")
+        keep += ("AWS_EC2_METADATA_DISABLED", "NO_PROXY", "no_proxy")
+        return {name: value for name, value in self.s3.environment().items() if name in keep}
 
     def close(self) -> None:
         self._stack.close()

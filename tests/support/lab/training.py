@@ -1,5 +1,6 @@
-"""A training run on the hosts of a lab: a Ray of all hosts, the command on h0, its run_dir on S3."""
+"""A training run on the hosts of a lab: a Ray of all, the command on h0, the run_dir on S3."""
 
+import itertools
 import json
 import secrets
 import signal
@@ -140,7 +141,7 @@ def longest_gap(steps: Sequence[tuple[float, int]], begin: float, stop: float) -
     """The longest time without a step that overlaps [begin, stop], from the step before it on."""
     before = [at for at, _ in steps if at <= begin][-1:] or [begin]
     times = [*before, *(at for at, _ in steps if begin < at < stop), stop]
-    return max(later - at for at, later in zip(times, times[1:], strict=False))
+    return max(later - at for at, later in itertools.pairwise(times))
 
 
 def redone(steps: Sequence[tuple[float, int]], begin: float, stop: float) -> int:
