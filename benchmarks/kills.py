@@ -29,7 +29,7 @@ from benchmarks.chaos_hosts import say
 from sepdist import storage
 from sepdist.training.audit import audit
 from tests.support.disturb import FRESH, left_alone, train_workers
-from tests.support.lab.hosts import BUCKET, end
+from tests.support.lab.hosts import BUCKET, SITE, end
 from tests.support.runs import (
     ROOT,
     TINY,
@@ -42,7 +42,6 @@ from tests.support.runs import (
 from tests.support.s3server import S3Server
 
 RUN_DIR = f"s3://{BUCKET}/run"
-SITE = ROOT / "tests" / "support" / "lab" / "site"
 SETTINGS = [*TINY, "validation.every_steps=50", "training.checkpoint_every=5"]
 START_SECONDS = 300.0
 

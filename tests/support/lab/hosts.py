@@ -24,6 +24,7 @@ from tests.support.runs import ROOT
 from tests.support.s3server import ADMIN, S3Server, die_with_parent
 
 BUCKET = "lab"
+SITE = Path(__file__).parent / "site"  # on PYTHONPATH, it slows steps down
 
 
 def why_not_here() -> str:
@@ -139,7 +140,7 @@ class Host:
         own = {
             "HOME": str(self.folder / "home"),
             "AWS_SHARED_CREDENTIALS_FILE": str(self.credentials),
-            "PYTHONPATH": f"{Path(__file__).parent / 'site'}:{ROOT}",
+            "PYTHONPATH": f"{SITE}:{ROOT}",
             "OMP_NUM_THREADS": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
         }

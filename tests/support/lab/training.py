@@ -146,7 +146,7 @@ def longest_gap(steps: Sequence[tuple[float, int]], begin: float, stop: float) -
 
 def redone(steps: Sequence[tuple[float, int]], begin: float, stop: float) -> int:
     """The steps made again in [begin, stop], because the run went back to a checkpoint."""
-    newest, count = max((number for at, number in steps if at <= begin), default=-1), 0
+    newest, count = max([number for at, number in steps if at <= begin][-3:], default=-1), 0
     for _, number in [one for one in steps if begin < one[0] < stop]:
         if number < newest - 1:  # hosts write the same step at slightly different times
             count += newest - number + 1
