@@ -59,6 +59,7 @@ class Victim:
             "PYTHONPATH": f"{SITE}:{ROOT}",
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
+            "RAY_worker_niceness": "0",  # as in a lab
             "LAB_STEPS": str(self.steps_file),
             "LAB_PACE": str(pace_file),
         }

@@ -143,6 +143,7 @@ class Host:
             "PYTHONPATH": f"{SITE}:{ROOT}",
             "OMP_NUM_THREADS": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 starves workers beside other programs
         }
         return mine | own | more
 
