@@ -37,6 +37,7 @@ from typing import Any
 from benchmarks.chaos import NUM_QUICK_MIXTURES, QUICK_SETTINGS, make_data
 from sepdist import storage
 from sepdist.training.audit import audit
+from sepdist.training.checkpoint import find_committed
 from tests.support.disturb import left_alone
 from tests.support.lab.hosts import BUCKET, Lab, why_not_here
 from tests.support.lab.training import RUN_DIR, HostsRun, events_between, longest_gap, redone
@@ -122,9 +123,13 @@ class Faults:
 
 
 def disturb(run: HostsRun, faults: Sequence[str]) -> list[dict[str, Any]]:
-    """Inflict each fault on a run that goes well; returns what each one did."""
+    """Inflict each fault on a run that goes well; returns what each one did.
+
+    The run has recovered when every host has made a step, and a checkpoint of a later step than any
+    before is committed.
+    """
     inflict = Faults(run).inflict
-    results = []
+    windows: list[tuple[float, float, float, list[str], list[str]]] = []
     behind = run.wait_for_steps(0.0, RECOVERY_SECONDS)
     assert not behind, f"{behind} made no step:\n{run.tail()}"
     for fault in faults:
@@ -132,33 +137,51 @@ def disturb(run: HostsRun, faults: Sequence[str]) -> list[dict[str, Any]]:
         began = time.time()
         say(f"{fault} at step {run.steps()[-1][1]}")
         inflict(fault)
-        healed = time.time()
+        healed, reached = time.time(), run.steps()[-1][1]
         ended: list[str] = []
         while True:
             behind = run.wait_for_steps(healed + 2.0, RECOVERY_SECONDS)
-            if not run.ended() or len(ended) == 3:
+            if not behind and newest_commit() > reached:
+                break
+            if time.time() > healed + 2 * RECOVERY_SECONDS or len(ended) == 3:
+                behind = behind or ["checkpoint"]
                 break
             if run.ended().startswith("status 0:"):
-                say("  the run finished before all faults were inflicted: give it more steps")
-                return results
-            ended.append(run.ended())
-            run.start_driver()
-        recovered = time.time()
-        steps = run.steps()
-        events = events_between(storage.read_bytes(f"{RUN_DIR}/events.jsonl"), began, recovered)
-        results.append(
-            {
-                "fault": fault,
-                "standstill_seconds": round(longest_gap(steps, began, recovered), 1),
-                "recovered_seconds": round(recovered - healed, 1),
-                "restarts": events.count("started"),
-                "steps_redone": redone(steps, began, recovered),
-                "ended": ended,
-                "hosts_missing": behind,
-            }
-        )
-        say(f"  {results[-1]}")
-    return results
+                raise RuntimeError(f"the run finished during {fault}: give it more --steps")
+            if run.ended():
+                ended.append(run.ended())
+                run.start_driver()
+            time.sleep(1.0)
+        windows.append((began, healed, time.time(), ended, behind))
+        say(f"  over after {healed - began:.0f} s, recovered after {time.time() - healed:.0f} more")
+    return [measure(run, fault, *window) for fault, window in zip(faults, windows, strict=True)]
+
+
+def newest_commit() -> int:
+    return max((one.step for one in find_committed(f"{RUN_DIR}/checkpoints")), default=-1)
+
+
+def measure(
+    run: HostsRun,
+    fault: str,
+    began: float,
+    healed: float,
+    recovered: float,
+    ended: list[str],
+    missing: list[str],
+) -> dict[str, Any]:
+    steps = run.steps()
+    events = events_between(storage.read_bytes(f"{RUN_DIR}/events.jsonl"), began, recovered)
+    return {
+        "fault": fault,
+        "fault_seconds": round(healed - began, 1),
+        "standstill_seconds": round(longest_gap(steps, began, recovered), 1),
+        "recovered_seconds": round(recovered - healed, 1),
+        "restarts": events.count("started"),
+        "steps_redone": redone(steps, began, recovered),
+        "ended": ended,
+        "missing": missing,
+    }
 
 
 def say(text: str) -> None:
@@ -167,7 +190,7 @@ def say(text: str) -> None:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
-    head = ["fault", "standstill, s", "restarts", "steps redone", "the command", "hosts missing"]
+    head = ["fault", "standstill, s", "restarts", "steps redone", "the command", "missing"]
     rows = [
         [
             one["fault"],
@@ -175,7 +198,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             one["restarts"],
             one["steps_redone"],
             "; ".join(one["ended"]) or "went on",
-            ", ".join(one["hosts_missing"]) or "none",
+            ", ".join(one["missing"]) or "nothing",
         ]
         for one in results
     ]

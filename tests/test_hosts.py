@@ -125,7 +125,7 @@ def test_a_run_on_three_hosts_ends_with_its_bits_in_spite_of_faults(own_names, t
     assert found["same_losses"] and found["same_weights"] and found["same_optimizer"]
     assert (found["lost"], found["repeated"]) == (0, 0)
     assert [one["fault"] for one in found["faults"]] == faults[own_names].split()
-    assert not any(one["ended"] or one["hosts_missing"] for one in found["faults"])
+    assert not any(one["ended"] or one["missing"] for one in found["faults"])
 
 
 def test_a_run_on_s3_that_is_killed_whenever_ends_with_the_bits_of_one_left_alone() -> None:
