@@ -214,7 +214,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--faults", default=FAULTS, help="separated by blanks; default: %(default)s")
-    add("--steps", type=int, default=2500, help="of the run; default: %(default)s")
+    add("--steps", type=int, default=1500, help="of the run; default: %(default)s")
     add("--hosts", type=int, default=3, help="default: %(default)s")
     add("--own-names", choices=("address", "debian"), default="address", help="see lab/hosts.py")
     add("--output", type=Path, help="a file for the JSON too")
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = disturb(run, given.faults.split())
             run.set_pace(0.0)
             assert run.driver is not None
-            run.driver.wait(600)
+            run.driver.wait(1800)
             result = {
                 "benchmark": "chaos_hosts",
                 "hosts": given.hosts,

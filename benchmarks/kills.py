@@ -103,7 +103,7 @@ class Victim:
 
     def finish(self) -> None:
         assert self.process is not None
-        status = self.process.wait(600)
+        status = self.process.wait(1800)
         assert status == 0, self.log.read_text(errors="replace")[-3000:]
 
 
@@ -170,7 +170,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--training", type=int, default=30, help="kills while training; default: %(default)s")
     add("--starting", type=int, default=20, help="kills while starting; default: %(default)s")
     add("--ray", type=int, default=6, help="kills under Ray; default: %(default)s")
-    add("--steps", type=int, default=1500, help="of the run; default: %(default)s")
+    add("--steps", type=int, default=1000, help="of the run; default: %(default)s")
     add("--seed", type=int, default=0)
     add("--keep", type=Path, help="a folder for all files and logs")
     return parser.parse_args(arguments)
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 data, folder / "config", *words, f"run_dir={RUN_DIR}", settings=SETTINGS
             )
             storage.put_bytes(f"{RUN_DIR}/config.yaml", Path(config).read_bytes())
-            victim = Victim(folder, pace=0.05)
+            victim = Victim(folder, pace=0.1)
             try:
                 start = kill_alone(victim, given, chance)
                 kill_under_ray(victim, ray, given.ray, chance)
