@@ -5,13 +5,14 @@
 
 A run of a tiny model with two Ray workers, its data and run_dir on an S3 server, is disturbed every
 minute: the server is killed for 5 to 25 s, every request takes 0.3 s longer, a third of them are
-answered by 503, or their connections are reset. Every 15 minutes a worker is killed. Every 10 s a
-line is added to FOLDER/samples.jsonl: resident memory, open descriptors and threads of the command,
-of Ray Train's controller and of the workers, and the bytes of the run_dir. A soak that was killed
-goes on in its folder; `--report` prints the result so far.
+answered by 503, or their connections are reset. In the first 20 minutes a worker is killed every
+five; so the last workers live long enough to show a leak. Every 10 s a line is added to
+FOLDER/samples.jsonl: resident memory, open descriptors and threads of the command, of Ray Train's
+controller and of the workers, and the bytes of the run_dir. A soak that was killed goes on in its
+folder; `--report` prints the result so far.
 
 Prints one JSON line. A slope is that of a line through the samples, per hour. Processes are
-replaced, so those of one role share a slope but not a level, and the first three minutes of each do
+replaced, so those of one role share a slope but not a level, and the first five minutes of each do
 not count. Logs grow with the steps by design; their bytes per step are given. The exit status is 1
 if something is not flat (see LIMITS), the command ended, or the audit found positions lost or
 repeated.
@@ -44,15 +45,15 @@ from tests.support.s3server import FaultyProxy, S3Server
 
 RUN_DIR = f"s3://{BUCKET}/run"
 SAMPLE_SECONDS = 10.0
-WARM_UP_SECONDS = 180.0
-KILL_EVERY = 15  # minutes
+WARM_UP_SECONDS = 300.0
+KILL_MINUTES = (5, 10, 15, 20)
 FAULTS = ("killed", "slow", "503", "reset")
 # Most that counts as flat, per hour: a share of the mean, or a number.
 LIMITS = {
     "rss": (0.03, 10e6),
-    "descriptors": (0.03, 3.0),
+    "descriptors": (0.03, 5.0),
     "threads": (0.03, 2.0),
-    "checkpoint_bytes": (0.05, 0.0),
+    "checkpoint_bytes": (0.05, 50e3),  # one or two of the tiny model's checkpoints
 }
 
 
@@ -86,7 +87,7 @@ class Faults(threading.Thread):
                 self.now = fault
                 self.stop.wait(seconds)
                 self.now = ""
-            if minute % KILL_EVERY == 0 and self.victim.process is not None:
+            if minute in KILL_MINUTES and self.victim.process is not None:
                 with contextlib.suppress(psutil.NoSuchProcess, IndexError):
                     self.chance.choice(train_workers(self.victim.process)).kill()
                     self.counts["worker killed"] += 1
