@@ -1,5 +1,6 @@
 """A training run on the hosts of a lab: a Ray of all, the command on h0, the run_dir on S3."""
 
+import contextlib
 import itertools
 import json
 import secrets
@@ -118,19 +119,17 @@ class HostsRun:
         assert self.driver is not None
         if command := child_of(self.driver):
             command.send_signal(signal.SIGTERM)
-        if everything:
-            for supervisor in self.supervisors.values():
-                below = [*supervisor.children(recursive=True)]
-                for process in below:
-                    if process.is_running():
-                        process.send_signal(signal.SIGTERM)
+        supervisors = list(self.supervisors.values()) if everything else []
+        for supervisor in supervisors:
+            for process in supervisor.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGTERM)
         try:
             status = self.driver.wait(seconds)
         except psutil.TimeoutExpired:
             status = None
-        end([self.driver])
-        if everything:
-            end(list(self.supervisors.values()))
+        orphans = [psutil.Process(host.pid) for host in self.lab.workers] if everything else []
+        end([self.driver, *supervisors, *(one for host in orphans for one in host.children())])
         return status
 
     def close(self) -> None:
