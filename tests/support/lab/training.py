@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import secrets
 import signal
 import sys
@@ -14,13 +15,10 @@ import psutil
 
 from tests.support.disturb import FRESH, HEALTH_CHECKS
 from tests.support.lab.hosts import BUCKET, Host, Lab, child_of, end
-from tests.support.runs import train_arguments
+from tests.support.runs import ROOT, train_arguments
 
-RAY = str(Path(sys.executable).with_name("ray"))
 RUN_DIR = f"s3://{BUCKET}/run"
 PORT = 6379
-# What cluster/ does by systemd and the like: a node whose Ray ended joins again.
-SUPERVISED = "trap 'kill -TERM $!; wait; exit' TERM; while :; do {} & wait $!; sleep 2; done"
 
 
 class HostsRun:
@@ -61,16 +59,16 @@ class HostsRun:
         return {**self.lab.aws(), **checks, **token, **paced}
 
     def start_ray(self, host: Host) -> None:
-        """Start Ray on a host, again and again whenever it ends."""
+        """Keep Ray running on a host, as cluster/README.md says."""
         where = [f"--address={self.address}"]
         if host is self.head:
             where = ["--head", f"--port={PORT}", "--include-dashboard=false"]
         own = [f"--node-ip-address={host.address}", "--num-cpus=1"]
         small = ["--object-store-memory=100000000", "--disable-usage-stats"]
-        script = SUPERVISED.format(" ".join([RAY, "start", *where, *own, *small, "--block"]))
-        log = host.folder / "ray.log"
-        env = self.environment(host)
-        self.supervisors[host.name] = host.start("bash", "-c", script, log=log, **env)
+        command = ["bash", str(ROOT / "cluster" / "keep-ray.sh"), *where, *own, *small]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # keep-ray.sh calls `ray`
+        env = self.environment(host) | {"PATH": path}
+        self.supervisors[host.name] = host.start(*command, log=host.folder / "ray.log", **env)
 
     def start_driver(self) -> None:
         env = self.environment(self.head)
