@@ -37,7 +37,7 @@ class Writers:
         config = frozen(urls, lab.folder / "config", *more, settings=SETTINGS)
         storage.put_bytes(f"{RUN_DIR}/config.yaml", Path(config).read_bytes())
         self.pace = lab.folder / "pace"
-        self.pace.write_text("0.3")
+        self.pace.write_text("0.5")
         self.started: list[psutil.Popen] = []
 
     def start(self, host: Host) -> psutil.Popen:
@@ -85,15 +85,19 @@ def writers(tmp_path: Path, tiny_data, monkeypatch) -> Iterator[Writers]:
     lab.close()
 
 
-def same_as_alone(tiny_data: dict[str, str], folder: Path) -> None:
-    losses, weights = left_alone(tiny_data, folder, STEPS, SETTINGS)
-    assert history(RUN_DIR) == losses
-    assert final_hash(RUN_DIR) == weights
-    assert audit(RUN_DIR).sound
+@pytest.fixture(scope="module")
+def alone(tiny_data, tmp_path_factory) -> tuple[dict[int, float], str]:
+    return left_alone(tiny_data, tmp_path_factory.mktemp("alone"), STEPS, SETTINGS)
+
+
+def same(run_dir: object, alone: tuple[dict[int, float], str]) -> None:
+    assert history(run_dir) == alone[0]
+    assert final_hash(run_dir) == alone[1]
+    assert audit(str(run_dir)).sound
 
 
 def test_a_second_command_on_another_host_is_refused_in_a_line_and_the_first_goes_on(
-    writers, tiny_data, tmp_path
+    writers, alone
 ) -> None:
     first, second = writers.lab.workers
     winner = writers.start(first)
@@ -106,12 +110,10 @@ def test_a_second_command_on_another_host_is_refused_in_a_line_and_the_first_goe
     assert not writers.steps_file(second).exists()
     writers.pace.write_text("0")
     assert winner.wait(300) == 0, writers.says(first)
-    same_as_alone(tiny_data, tmp_path / "alone")
+    same(RUN_DIR, alone)
 
 
-def test_a_host_that_is_cut_off_is_replaced_and_ends_when_it_is_back(
-    writers, tiny_data, tmp_path
-) -> None:
+def test_a_host_that_is_cut_off_is_replaced_and_ends_when_it_is_back(writers, alone) -> None:
     first, second = writers.lab.workers
     old = writers.start(first)
     writers.until_steps(first, 25)
@@ -124,11 +126,11 @@ def test_a_host_that_is_cut_off_is_replaced_and_ends_when_it_is_back(
     assert "Traceback" not in writers.says(first)
     writers.pace.write_text("0")
     assert new.wait(300) == 0, writers.says(second)
-    same_as_alone(tiny_data, tmp_path / "alone")
+    same(RUN_DIR, alone)
 
 
 def test_a_killed_command_is_replaced_by_the_same_one_on_its_host_or_on_another(
-    writers, tiny_data, tmp_path
+    writers, alone
 ) -> None:
     first, second = writers.lab.workers
     for host in (first, first, second):
@@ -139,12 +141,14 @@ def test_a_killed_command_is_replaced_by_the_same_one_on_its_host_or_on_another(
     writers.until_steps(second, 1)
     writers.pace.write_text("0")
     assert last.wait(300) == 0, writers.says(second)
-    same_as_alone(tiny_data, tmp_path / "alone")
+    same(RUN_DIR, alone)
 
 
-def test_of_two_commands_that_start_at_once_on_one_machine_one_trains(tiny_data, tmp_path) -> None:
-    config = frozen(tiny_data, tmp_path / "run", "training.max_steps=60", settings=SETTINGS)
-    (tmp_path / "pace").write_text("0.1")  # so that one does not end before the other begins
+def test_of_two_commands_that_start_at_once_on_one_machine_one_trains(
+    tiny_data, tmp_path, alone
+) -> None:
+    config = frozen(tiny_data, tmp_path / "run", f"training.max_steps={STEPS}", settings=SETTINGS)
+    (tmp_path / "pace").write_text("0.05")  # so that one does not end before the other begins
     environment = {
         **os.environ,
         "PYTHONPATH": f"{SITE}:{ROOT}",
@@ -166,5 +170,4 @@ def test_of_two_commands_that_start_at_once_on_one_machine_one_trains(tiny_data,
     ]
     refused = logs[statuses.index(max(statuses, key=bool))].read_text()
     assert "Traceback" not in refused and str(tmp_path / "run") in refused
-    losses, weights = left_alone(tiny_data, tmp_path / "alone", 60, SETTINGS)
-    assert history(tmp_path / "run") == losses and final_hash(tmp_path / "run") == weights
+    same(tmp_path / "run", alone)
