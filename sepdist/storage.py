@@ -427,7 +427,7 @@ def _put_object(
         finish("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
     except BaseException:
         # The error under way says more than one of the clean-up; a lifecycle rule does the rest.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), patient(0):
             _call(url, "abort the upload of", "abort_multipart_upload", **ours)
         raise
 

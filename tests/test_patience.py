@@ -143,6 +143,22 @@ def test_a_host_without_an_address_may_get_one(
         assert num_attempts(lambda: storage.read_bytes("s3://bucket/x")) > 1
 
 
+def test_an_upload_that_has_failed_is_not_waited_for_again_to_be_aborted(
+    bucket: str, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 1000)
+    proxy = FaultyProxy(
+        s3_env.ports["s3"],
+        lambda _, line: "503" if "partNumber=2" in line or line.startswith("DELETE") else "",
+    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    with storage.patient(0.1), pytest.raises(StorageError, match=r"answered 503 .* attempts"):
+        storage.put_bytes(f"s3://{bucket}/x", bytes(3000))
+    proxy.close()
+    assert len([one for one in proxy.requests if "partNumber=2" in one]) > 1
+    assert len([one for one in proxy.requests if one.startswith("DELETE")]) == 1
+
+
 # Disks.
 
 
