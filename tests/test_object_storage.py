@@ -220,6 +220,7 @@ def test_parts_that_are_refused_at_once_share_one_new_connection(
     assert num_connections() == connected + 1
 
 
+@pytest.mark.slow
 def test_a_key_that_may_only_read_is_replaced_in_the_middle_of_an_upload_in_parts(
     bucket: str, s3_env: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,10 +251,8 @@ def test_a_key_that_may_only_read_is_replaced_in_the_middle_of_an_upload_in_part
 def test_a_refusal_that_stays_is_named_after_one_reconnection(store: Store) -> None:
     for status, code, wanted in (
         (400, "ExpiredToken", "the session token has expired, renew it"),
-        (403, "ExpiredToken", "the session token has expired, renew it"),
         (400, "InvalidToken", "renew AWS_SESSION_TOKEN, or unset it"),
         (403, "InvalidAccessKeyId", "InvalidAccessKeyId.*check AWS_ACCESS_KEY_ID"),
-        (403, "SignatureDoesNotMatch", "SignatureDoesNotMatch.*AWS_SECRET_ACCESS_KEY"),
         (403, "AccessDenied", "AccessDenied.*what this key may do in this bucket"),
     ):
         store.status, store.code = status, code

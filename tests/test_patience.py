@@ -1,6 +1,7 @@
 """Storage waits for faults that pass: for how long, for which, and who decides."""
 
 import errno
+import functools
 import logging
 import os
 import re
@@ -11,16 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import botocore.session
 import pytest
 
 from sepdist import storage
 from sepdist.storage import StorageError
 from tests.support.s3server import FaultyProxy, S3Server, free_ports
 
+LOADER = functools.cache(botocore.session.create_loader)  # parses its files once: 0.1 s each time
+
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(botocore.session, "create_loader", LOADER)
     monkeypatch.delenv("SEPDIST_STORAGE_PATIENCE_SECONDS", raising=False)
 
 
