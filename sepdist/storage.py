@@ -380,12 +380,12 @@ def _blocks(url: str | Path) -> Iterator[bytes]:
     where = _where(url)
     first = _call(url, "read", "get_object", **where, most=PART_BYTES)
     yield first["Body"]
-    length, where["IfMatch"] = first["ContentLength"], first["ETag"]
+    length = first["ContentLength"]
 
     def part(start: int) -> bytes:
-        part = f"bytes={start}-{min(start + PART_BYTES, length) - 1}"
-        body: bytes = _call(url, "read", "get_object", **where, Range=part)["Body"]
-        return body
+        only = {"Range": f"bytes={start}-{min(start + PART_BYTES, length) - 1}"}
+        only["IfMatch"] = first["ETag"]  # no part of a newer object
+        return bytes(_call(url, "read", "get_object", **where, **only)["Body"])
 
     starts = iter(range(len(first["Body"]), length, PART_BYTES))
     with _pool("download") as pool:
@@ -435,7 +435,7 @@ def _put_object(
         finish("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
     except BaseException:
         # The error under way says more than one of the clean-up; a lifecycle rule does the rest.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), patient(0):
             _call(url, "abort the upload of", "abort_multipart_upload", **ours)
         raise
 
