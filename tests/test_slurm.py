@@ -277,9 +277,9 @@ class Slurm:
         return (self.folder / f"job-{number}.log").read_text()
 
     def until(self, ready: Callable[[], object], what: str, job: str) -> None:
-        """Wait up to six minutes: on a busy machine Ray takes two of them to start."""
+        """Wait up to ten minutes: on a busy machine Ray takes some of them to start."""
         try:
-            until(ready, what, 360)
+            until(ready, what, 600)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.job(job)}\n{self.log(job)[-6000:]}") from None
 
