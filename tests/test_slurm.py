@@ -321,6 +321,7 @@ def test_a_job_at_its_time_limit_is_requeued_and_ends_with_the_bits_of_a_run_lef
     minutes = int(slurm.job(job)["RunTime"].split(":")[1])
     slurm.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")
     slurm.until(lambda: slurm.job(job)["Restarts"] == "1", "requeued", job)
+    slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     slurm.pace.write_text("0")
     slurm.until(lambda: slurm.job(job)["JobState"] == "COMPLETED", "completed", job)
     assert "goes back into the queue" in slurm.log(job)
