@@ -44,8 +44,8 @@ def signals_to(handler: Callable[[int], object], *more: signal.Signals) -> Itera
 def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator[Console]:
     """Print OSError, ValueError and `also` as one line and exit 1.
 
-    On Ctrl-C print that it stopped, with what `stopped` adds, and exit 130; on SIGTERM 143. A closed pipe is left to
-    `sepdist.cli.main`.
+    On Ctrl-C print that it stopped, with what `stopped` adds, and exit 130; on SIGTERM 143. A
+    closed pipe is left to `sepdist.cli.main`.
     """
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.WARNING)
