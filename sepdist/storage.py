@@ -56,24 +56,29 @@ _HINTS = {
 _everywhere: float | None = None  # the patience of this process
 _here: ContextVar[float | None] = ContextVar("patience", default=None)  # of this thread
 _warned: dict[str, float] = {}  # place -> time of the last warning
+_on_wait: Callable[[], object] | None = None
 _waiting: dict[int, float] = {}  # threads that wait for a fault to pass -> since when
 
 
 @contextlib.contextmanager
-def patient(seconds: float, *, whole_process: bool = False) -> Iterator[None]:
+def patient(
+    seconds: float, *, whole_process: bool = False, waiting: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Wait up to `seconds` in each call for faults that pass, in a put for full disks too.
 
-    Of this thread, or of all threads that have not chosen their own; for those
-    SEPDIST_STORAGE_PATIENCE_SECONDS, where set, replaces `seconds`.
+    Of this thread, or of all threads that have not chosen their own, as a run needs it: for those
+    SEPDIST_STORAGE_PATIENCE_SECONDS, where set, replaces `seconds`, and a refused key is a fault
+    that passes too. `waiting` is called again and again while a call waits.
     """
-    global _everywhere
-    before, token = _everywhere, _here.set(_here.get() if whole_process else seconds)
+    global _everywhere, _on_wait
+    before, token = (_everywhere, _on_wait), _here.set(_here.get() if whole_process else seconds)
     _everywhere = seconds if whole_process else _everywhere
+    _on_wait = waiting or _on_wait
     try:
         yield
     finally:
         _here.reset(token)
-        _everywhere = before
+        _everywhere, _on_wait = before
 
 
 def failing() -> bool:
@@ -351,7 +356,9 @@ def _where(url: str | Path) -> dict[str, str]:
 
 def _call(url: str | Path, action: str, method: str, **arguments: Any) -> Any:
     def judge(error: Exception, tried: str) -> tuple[Exception, bool]:
-        return s3.explain(str(url), action, error, tried), s3.is_transient(error)
+        # A run has a key renewed in time; a program says at once that it is wrong.
+        may_pass = s3.is_transient(error) or (_everywhere is not None and s3.is_refusal(error))
+        return s3.explain(str(url), action, error, tried), may_pass
 
     return _persist(s3.endpoint(), lambda: s3.request(method, **arguments), judge)
 
@@ -473,6 +480,8 @@ def _persist(
                     _warned[place] = now
                     logger.warning("%s; trying again for %.0f s", explained, left)
                 _waiting[threading.get_ident()] = first
+                if _on_wait:
+                    _on_wait()
                 time.sleep(min(left, wait * random.SystemRandom().uniform(0.5, 1.0)))
                 wait = min(2 * wait, MAX_WAIT_SECONDS)
             else:

@@ -289,3 +289,23 @@ def test_neither_a_pipe_nor_a_device_is_waited_for_or_replaced(tmp_path: Path) -
                 function(place)
     assert sorted(os.listdir(tmp_path)) == ["file", "null", "pipe"]
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "null").is_char_device()
+
+
+def test_a_key_that_is_refused_may_be_renewed_while_a_run_waits_and_nowhere_else(
+    bucket: str, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, url = os.environ["AWS_SECRET_ACCESS_KEY"], f"s3://{bucket}/x"
+    storage.put_bytes(url, b"x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
+    with pytest.raises(StorageError, match="rejected the key"), storage.patient(30):
+        storage.read_bytes(url)
+    waited: list[int] = []
+
+    def renew() -> None:
+        waited.append(1)
+        if len(waited) == 3:
+            os.environ["AWS_SECRET_ACCESS_KEY"] = secret
+
+    with storage.patient(30, whole_process=True, waiting=renew):
+        assert storage.read_bytes(url) == b"x"
+    assert len(waited) == 3
