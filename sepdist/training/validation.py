@@ -52,9 +52,7 @@ def validate(
     num_silent = float(found.pop("silent_sources").sum())
     means = {name: float(values.mean()) for name, values in found.items() if len(values)}
     if num_silent and "si_snr" in found.keys() - means.keys():
-        raise ValueError(
-            f"nothing to score in validation.max_seconds={options.max_seconds}: raise it"
-        )
+        raise ValueError(f"nothing to score: raise validation.max_seconds={options.max_seconds}")
     means |= {"silent_sources": num_silent} if num_silent else {}
     return means | {"score": means.get("si_snr", -means["loss"])}
 
