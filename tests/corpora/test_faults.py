@@ -13,6 +13,9 @@ from sepdist.corpora.librispeech import LibriSpeech
 from sepdist.corpora.overlap import Overlap
 from sepdist.corpora.wham import Wham
 from sepdist.corpora.wsj0_mix import Wsj0Mix
+from sepdist.data.dataset import Dataset
+from sepdist.data.members import DataError
+from sepdist.data.shards import verify, write_manifest, write_shard
 from tests.corpora.conftest import signal, write
 from tests.support.libricss import meeting_name, write_meeting
 
@@ -284,3 +287,24 @@ def test_lists_and_levels_of_wsj0_are_read_with_a_byte_order_mark(tmp_path: Path
     (levels / "._activlev_tr.txt").write_bytes(b"\0\5\x16\7\xff")
     corpus = Wsj0Mix(wsj0=str(tmp_path), lists=str(tmp_path), levels=str(levels))
     assert [record.id for record in corpus.records("tr")] == ["40na010x_1p5_01xo031a_-1p5"]
+
+
+def test_a_generated_mixture_may_have_a_source_that_is_silent_throughout(tmp_path: Path) -> None:
+    base = libri_tree(tmp_path / "libri", "mix_both", ["19-7-0_26-7-0"])
+    silence, name = np.zeros(3000, dtype=np.float32), "19-7-0_26-7-0.wav"
+    s1, noise = (
+        soundfile.read(base / "test" / folder / name, dtype="float32")[0]
+        for folder in ("s1", "noise")
+    )
+    write(base / "test" / "s2" / name, silence, 8000)
+    write(base / "test" / "mix_both" / name, s1 + noise, 8000)
+    corpus = LibriMix(generated=str(tmp_path / "libri"), num_speakers=2, noise=True)
+    info = write_shard(list(corpus.records("test")), tmp_path / "out", "a-test-000000.tar")
+    write_manifest(tmp_path / "out", "a", "test", 8000, [info])
+    assert verify(tmp_path / "out") == []
+    dataset = Dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), noise=True)
+    assert not dataset.full(0, 9.0).sources[0, 1].any() and dataset.metadata(0)["silent"] == ["s2"]
+    write(base / "test" / "s1" / name, silence, 8000)
+    write(base / "test" / "mix_both" / name, noise, 8000)
+    with pytest.raises(DataError, match="silent"):
+        write_shard(list(corpus.records("test")), tmp_path / "all", "a-test-000000.tar")
