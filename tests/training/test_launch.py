@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from ray.train.v2.api.exceptions import ControllerError
 from sepdist.training import launch
 from tests.support.disturb import Run, left_alone
 from tests.support.lab.hosts import Lab, end, why_not_here
-from tests.support.runs import TINY, final_hash, history
+from tests.support.runs import TINY, final_hash, history, program
+from tests.support.s3server import free_ports
 
 Address = namedtuple("Address", "family address")
 FOUR, SIX = socket.AF_INET, socket.AF_INET6
@@ -212,6 +214,41 @@ def test_the_metrics_of_a_row_go_to_ray_under_their_names_and_that_of_the_run(mo
         "sepdist_loss_total": (math.inf, {"run": "first"}),
         "sepdist_speed_audio_seconds_per_second": (80.0, {"run": "first"}),
         "sepdist_validation_si_snri": (4.5, {"run": "first"}),
+    }
+
+
+EXPORT = """
+import sys, time, urllib.request, ray
+from sepdist.training import launch
+port = int(sys.argv[1])
+ray.init(address="local", include_dashboard=False, num_cpus=1, log_to_driver=False,
+         object_store_memory=100_000_000, _metrics_export_port=port)
+
+@ray.remote
+def work():
+    launch.publish("a run", {"loss/total": 3.5, "validation/si_snri": 4.0})
+    launch.Counter("sepdist_restarts", "failures", ("run",)).inc(2.0, {"run": "a run"})
+    time.sleep(60)
+
+running, text = work.remote(), ""
+for _ in range(60):
+    time.sleep(1)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    if "restarts" in text and "si_snri" in text and "loss" in text:
+        break
+print(text)
+"""
+
+
+@pytest.mark.slow
+def test_prometheus_reads_the_metrics_of_a_run_from_rays_agent() -> None:
+    output = program("-c", EXPORT, str(free_ports(1)[0]))
+    read = re.findall(r'(?m)^(ray_sepdist_\w+)\{.*run="a run".*\} (\S+)$', output)
+    assert {name: float(value) for name, value in read} == {
+        "ray_sepdist_loss_total": 3.5,
+        "ray_sepdist_validation_si_snri": 4.0,
+        "ray_sepdist_restarts_total": 2.0,
     }
 
 
