@@ -65,9 +65,10 @@ class Faults:
         self.run, self.lab = run, run.lab
         self.num_keys = 0
 
-    def inflict(self, fault: str) -> None:
+    def inflict(self, fault: str) -> str:
+        """Inflict a fault; returns what the command did if the fault ended it."""
         kind, _, value = fault.partition(":")
-        getattr(self, kind.replace("-", "_"))(value)
+        return getattr(self, kind.replace("-", "_"))(value) or ""
 
     def delay(self, value: str) -> None:
         least, most = (float(part) / 1000 for part in value.split("-"))
@@ -98,13 +99,13 @@ class Faults:
         self.lab.switch.heal()
         self.run.start_ray(host)
 
-    def sigterm(self, value: str) -> None:
+    def sigterm(self, value: str) -> str:
         status = self.run.terminate(everything=value == "all")
-        say(f"  the command ended with status {status}")
         if value == "all":
             for host in self.lab.workers:
                 self.run.start_ray(host)
         self.run.start_driver()
+        return f"status {status}, started again"
 
     def rotate(self, value: str) -> None:
         self.num_keys += 1
@@ -136,14 +137,14 @@ def disturb(run: HostsRun, faults: Sequence[str]) -> list[dict[str, Any]]:
         time.sleep(5.0)
         began = time.time()
         say(f"{fault} at step {run.steps()[-1][1]}")
-        inflict(fault)
+        stopped = inflict(fault)
         healed, reached = time.time(), run.steps()[-1][1]
-        ended: list[str] = []
+        ended = [stopped] if stopped else []
         while True:
             behind = run.wait_for_steps(healed + 2.0, RECOVERY_SECONDS)
             if not behind and newest_commit() > reached:
                 break
-            if time.time() > healed + 2 * RECOVERY_SECONDS or len(ended) == 3:
+            if time.time() > healed + 2 * RECOVERY_SECONDS or len(ended) > 3:
                 behind = behind or ["checkpoint"]
                 break
             if run.ended().startswith("status 0:"):

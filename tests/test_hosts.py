@@ -125,7 +125,10 @@ def test_a_run_on_three_hosts_ends_with_its_bits_in_spite_of_faults(own_names, t
     assert found["same_losses"] and found["same_weights"] and found["same_optimizer"]
     assert (found["lost"], found["repeated"]) == (0, 0)
     assert [one["fault"] for one in found["faults"]] == faults[own_names].split()
-    assert not any(one["ended"] or one["missing"] for one in found["faults"])
+    assert not any(one["missing"] for one in found["faults"])
+    ended = {one["fault"]: one["ended"] for one in found["faults"] if one["ended"]}
+    asked = {"sigterm:command": ["status 143, started again"]}  # 128 + SIGTERM
+    assert ended == {fault: asked[fault] for fault in faults[own_names].split() if fault in asked}
 
 
 def test_a_run_on_s3_that_is_killed_whenever_ends_with_the_bits_of_one_left_alone() -> None:
