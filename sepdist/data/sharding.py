@@ -81,7 +81,7 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
     infos.sort(key=lambda info: info.name)
     place = storage.join(cfg.output, SKIPPED)
     if bad or storage.exists(place):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad)
+        text = "".join(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n" for line in bad)
         storage.put_bytes(place, text.encode())
     manifest = shards.write_manifest(cfg.output, corpus.name, cfg.split, corpus.sample_rate, infos)
     return Written(manifest, sum(one.kept for one in outcomes), time.monotonic() - start)

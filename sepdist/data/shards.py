@@ -399,11 +399,9 @@ def verify(url: str | Path) -> list[str]:
     except DataError as error:
         return [str(error)]
     place = storage.join(url, MANIFEST)
-    plain = asdict(manifest)  # as older versions wrote it
-    if storage.read_bytes(place) not in (
-        _dump(plain | {"digest": manifest.digest()}),
-        _dump(plain),
-    ):
+    older = asdict(manifest)
+    texts = _dump(older | {"digest": manifest.digest()}), _dump(older)
+    if storage.read_bytes(place) not in texts:
         return [f"{place}: is not as it was written; restore it"]
     return [problem for shard in manifest.shards for problem in _verify_shard(url, manifest, shard)]
 
@@ -499,6 +497,4 @@ def _sha256_of(path: Path) -> str:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

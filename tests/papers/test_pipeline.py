@@ -37,7 +37,7 @@ def trained(monkeypatch) -> list[str]:
     """Names of the stages that were trained, here in a process of their own without Ray."""
     names: list[str] = []
 
-    def train_here(cfg: config.TrainConfig) -> None:
+    def train_here(cfg: config.TrainConfig, *_: object) -> None:
         names.append(Path(cfg.run_dir).name)
         mp.start_processes(
             run_loop, (storage.join(cfg.run_dir, "config.yaml"),), start_method="forkserver"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from sepdist.inference.export import load_export
 from sepdist.reporting import to_json
@@ -139,16 +140,14 @@ def test_every_json_that_is_written_goes_through_a_strict_writer() -> None:
 
 def test_a_run_without_a_finite_score_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "find_committed", lambda _: [])
-    recovery = launch.Recovery("run", max_failures=5, elastic=False)
+    limit = launch.FailureLimit("run", 5)
     plateau = schedule()
     plateau.observe(math.nan)
     with pytest.raises(RuntimeError) as caught:
         plateau.check_end()
-    recovery._count(RuntimeError("a host was lost"))
-    with pytest.raises(
-        launch.TrainingFailedError, match=r"lower optim\.lr=0\.1 in another run_dir"
-    ):
-        recovery._count(caught.value)
+    assert "lower optim.lr=0.1 in another run_dir" in str(caught.value)
+    assert limit.make_decision(RuntimeError("a host was lost")) is FailureDecision.RETRY
+    assert limit.make_decision(caught.value) is FailureDecision.RAISE
 
 
 def unfinished(run_dir: Path) -> list[dict[str, Any]]:
