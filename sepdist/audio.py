@@ -6,59 +6,177 @@ corpora or shards. SciPy and pyloudnorm take seconds to import and are imported 
 Shapes: T samples, C channels.
 """
 
-from collections.abc import Sequence
+import itertools
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
 
-SUFFIXES = (".flac", ".wav")
+logger = logging.getLogger(__name__)
+READABLE = re.compile(r"\.(wav|flac|aif[cf]?|aiff|au|caf|mp3|og[ag]|opus|rf64|snd|sph|w64)")
+UNREADABLE = re.compile(r"\.(3gp|aac|amr|ape|m4a|mka|mp4|shn|webm|wma|wv[12]?)")
 SILENCE = 2.0**-15  # one step of 16-bit audio: a wave with a lower peak would be stored as zeros
 MIN_LOUDNESS_SECONDS = 0.4  # one gating block of ITU-R BS.1770
+MAX_OVERSHOOT = 2.0  # highest peak that resampling or a lossy codec gives full scale (`clip`)
+# What libsndfile logs of a header that declares more than the file has: (declared, there).
+_SHORT = re.compile(
+    r"(?:\b(?:data|SSND|BODY|riff|Riff size|Data Size) *:|Data length) (\d+) \(?should be (\d+)"
+    r"|[Ss]eems to be (?:a )?truncated"
+)
+_XING = re.compile(rb"(\xff[\xe2-\xff]..\0{9,34})(?:Xing|Info)", re.DOTALL)
+
+_clipped = itertools.count(1)
 
 
 class AudioError(ValueError):
     """Audio that is missing, undecodable, empty, silent, NaN, too short or at a wrong rate."""
 
 
-def load_channel(path: str | Path, stop: int = -1) -> tuple[np.ndarray, int]:
+def load_channel(
+    path: str | Path, stop: int = -1, *, may_be_silent: bool = False
+) -> tuple[np.ndarray, int]:
     """Load and `check` the first channel of a file, float32 [T]; returns it and its rate in Hz.
 
     `stop` is the number of samples to read (-1: all).
     """
+    with open_sound(path) as sound:
+        try:
+            wave_TC = sound.read(sound.frames if stop < 0 else stop, "float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{path}: cannot be decoded ({error}); fetch it again") from error
+        if (size := len(wave_TC)) < sound.frames and size != stop:
+            raise AudioError(
+                f"{path}: cut short, {size} of {sound.frames} samples decode; fetch it again"
+            )
+        wave_T = np.ascontiguousarray(wave_TC[:, 0])
+        return check(wave_T, str(path), may_be_silent=may_be_silent), sound.samplerate
+
+
+def open_sound(path: str | Path) -> soundfile.SoundFile:
+    """Open an audio file; its `frames` are those that can be decoded if the file is whole.
+
+    AudioError for a file that cannot be opened, that is cut short (`_is_cut`) or whose header
+    declares no length. MP3 files are decoded to the end to count them.
+    """
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
     try:
-        wave_TC, rate = soundfile.read(str(path), stop, dtype="float32", always_2d=True)
+        # Not by its name: *.raw would have no header, and not every name is UTF-8.
+        sound = soundfile.SoundFile(os.open(path, os.O_RDONLY))
+        if sound.format == "MP3":
+            sound = _counted_mp3(path, sound)
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: cannot be decoded ({error}); fetch the file again") from error
-    return check(np.ascontiguousarray(wave_TC[:, 0]), str(path)), int(rate)
+        reason = error.error_string
+        raise AudioError(f"{path}: cannot be decoded ({reason}); fetch the file again") from error
+    if _is_cut(path, sound):
+        raise AudioError(f"{path}: cut short, its header declares more; fetch the file again")
+    if sound.frames > 2**14 * os.path.getsize(path):  # more than FLAC's silence
+        raise AudioError(f"{path}: its header declares no length; convert it, to WAV for example")
+    return sound
+
+
+def check_container(path: str | Path) -> None:
+    """Raise what `open_sound` raises."""
+    open_sound(path).close()
+
+
+def _is_cut(path: str | Path, sound: soundfile.SoundFile) -> bool:
+    """Whether a header declares more samples than the file has, or an Ogg stream has no last page.
+
+    Headers of WAV (RF64, W64), AIFF, AU, CAF, SVX, WVE, VOC, MAT4 and NIST SPHERE files. Lengths of
+    0x7ffff000 to 0x80000000 and from 0xfffff000 declare nothing: their program could not go back.
+    """
+    for declared, there in _SHORT.findall(sound.extra_info):
+        unknown = 0x7FFFF000 <= int(declared or 0) <= 0x80000000 or int(declared or 0) >= 0xFFFFF000
+        if not declared or (int(declared) > int(there) and not unknown):
+            return True
+    with open(path, "rb") as file:
+        if sound.format == "NIST":
+            found = re.search(rb"sample_count -i (\d+)", file.read(1024))
+            return found is not None and int(found[1]) > sound.frames
+        if sound.format == "OGG":
+            file.seek(max(0, file.seek(0, 2) - 2**16))  # no page is longer
+            page = file.read().rpartition(b"OggS")[2].ljust(23, b"\0")
+            return not page[1] & 4 or len(page) < 23 + page[22] + sum(page[23 : 23 + page[22]])
+    return False
+
+
+class _Endless(BytesIO):
+    """Bytes that claim to go on, so that libsndfile's guess of an MP3's length is far too long."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        at_end = (offset, whence) == (0, 2)
+        return super().seek(2**40) if at_end else super().seek(offset, whence)
+
+
+def _counted_mp3(path: str | Path, sound: soundfile.SoundFile) -> soundfile.SoundFile:
+    """Return `sound`, or one with all samples where its Xing header is missing or counts too few.
+
+    Without that header libsndfile guesses the length from the first frame's bit rate.
+    """
+    data = Path(path).read_bytes()
+    bare = _XING.sub(rb"\1\0\0\0\0", data, count=1)
+    whole, count = soundfile.SoundFile(_Endless(bare)), 0
+    while size := len(whole.read(2**16)):
+        count += size
+    if bare != data and count < sound.frames + 4 * 1152:  # that much is trimmed by some encoders
+        return sound
+    whole.seek(0)
+    whole._info.frames = count
+    return whole
 
 
 def duration_seconds(path: str | Path) -> float:
-    """Read a file's duration from its header, without decoding it."""
-    try:
-        return float(soundfile.info(str(path)).duration)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: cannot be read ({error}); fetch the file again") from error
+    """Read a file's duration from its header; only MP3 is decoded."""
+    with open_sound(path) as sound:
+        return sound.frames / sound.samplerate
 
 
-def check(wave_T: np.ndarray, name: str) -> np.ndarray:
-    """Return the wave; AudioError naming it if it is empty, not finite or silent."""
+def check(wave_T: np.ndarray, name: str, *, may_be_silent: bool = False) -> np.ndarray:
+    """Return the wave; AudioError naming it if it is empty, not finite, silent or at another scale.
+
+    Full scale is 1. Between its samples a wave is higher: by 3 dB for a sine at a quarter of the
+    rate (ITU-R BS.1770-4, annex 2), by 5 dB for noise clipped hard (through the resamplers here).
+    So 6 dB above full scale are allowed, `MAX_OVERSHOOT`.
+    """
     if wave_T.size == 0:
-        raise AudioError(f"{name}: empty, it has no samples; fetch the file again or leave it out")
+        raise AudioError(
+            f"{name}: empty, it has no samples; fetch the file again or leave it out (a recorder "
+            "that was killed leaves a header to repair: ffmpeg -ignore_length 1 -i IN OUT)"
+        )
     peak = float(np.max(np.abs(wave_T)))
     if not np.isfinite(peak):
         at = int(np.argmin(np.isfinite(wave_T)))
         raise AudioError(
             f"{name}: NaN or infinite, first at sample {at}; fetch the file again or leave it out"
         )
-    if peak < SILENCE:
+    if peak < SILENCE and not may_be_silent:
         raise AudioError(
             f"{name}: silent, its peak {peak:.2g} is below one 16-bit step; leave it out"
         )
+    if peak > MAX_OVERSHOOT:
+        raise AudioError(
+            f"{name}: outside [-1, 1], its peak is {peak:.4g}; lower its gain, or "
+            "divide floats at the scale of 16-bit integers by 32768"
+        )
     return wave_T
+
+
+def clip(wave_T: np.ndarray, name: str) -> np.ndarray:
+    """Clip the overshoot that `check` allows, float32; logs the 1st, 10th, 100th, ... such wave."""
+    if (peak := float(np.max(np.abs(wave_T)))) > 1.0:
+        number = next(_clipped)
+        if str(number).strip("0") == "1":
+            logger.warning("%s: clipped, its peak is %.4g (%d clipped so far)", name, peak, number)
+        check(wave_T, name)
+    return np.clip(wave_T, -1.0, 1.0).astype(np.float32, copy=False)
 
 
 def require_rate(rate: int, wanted: int, name: str, *, exactly: bool = False) -> None:
@@ -128,7 +246,11 @@ def peak_of_sum(waves: Sequence[np.ndarray], gains: Sequence[float]) -> float:
 
 
 def find_files(folder: str | Path) -> list[Path]:
-    """Every .wav and .flac file below a local folder, sorted by path; AudioError if none."""
+    """Every audio file below a local folder, sorted by path; AudioError if none.
+
+    Links to folders are followed. Left out, counted and logged are hidden files, formats that
+    libsndfile does not read, and compressed copies beside a .wav or .flac file of the same name.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         siblings = sorted(path.name for path in folder.parent.glob("*/"))
@@ -136,9 +258,33 @@ def find_files(folder: str | Path) -> list[Path]:
         raise AudioError(
             f"{folder}: no such folder (its parent holds {there}); check the root and the split"
         )
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found, left_out = list[Path](), Counter[str]()
+    for path in sorted(_walk(folder)):
+        suffix = path.suffix.lower()
+        if UNREADABLE.fullmatch(suffix):
+            left_out[f"{suffix} (cannot be decoded here)"] += 1
+        elif READABLE.fullmatch(suffix):
+            beside = {path.with_suffix(".wav"), path.with_suffix(".flac")}
+            if any(part.startswith(".") for part in path.relative_to(folder).parts):
+                left_out["hidden (._*)"] += 1
+            elif path not in beside and any(other.is_file() for other in beside):
+                left_out[f"{suffix} beside the same in .wav or .flac"] += 1
+            else:
+                found.append(path)
+    if left_out:
+        counts = ", ".join(f"{count} {what}" for what, count in left_out.items())
+        logger.warning("%s: %d audio files are read; left out: %s", folder, len(found), counts)
     if not found:
-        raise AudioError(
-            f"{folder}: no {' or '.join(SUFFIXES)} file below it; check the root and the split"
-        )
+        known = READABLE.pattern
+        raise AudioError(f"{folder}: no audio file ({known}) below it; check the root and split")
     return found
+
+
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the files below a folder, also through links, except into folders that hold them."""
+    here = above | {os.path.realpath(folder)}
+    for entry in os.scandir(folder):
+        if not entry.is_dir():
+            yield Path(entry.path)
+        elif os.path.realpath(entry.path) not in here:
+            yield from _walk(Path(entry.path), here)

@@ -4,13 +4,17 @@ import contextlib
 import logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, cast
 
 from sepdist.config import ConfigError
 from sepdist.slots import named_plugins, use_plugins
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -20,7 +24,8 @@ def connected(
     """Connect to `address`, to RAY_ADDRESS (set by `ray job submit`) or to a Ray started here.
 
     A Ray started here has at least `num_cpus` logical CPUs, so that more workers than cores can
-    share the machine; `verbose` shows its processes' output. An open connection stays in use.
+    share the machine; `verbose` shows its processes' output. An open connection stays in use. If
+    Ray does not answer, three times, it is an OSError.
     """
     import ray
 
@@ -31,14 +36,14 @@ def connected(
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level=logging.WARNING)
+        _start(address=address, logging_level=logging.WARNING)
     else:
         # Ray protects a local cluster by a token and logs that every time.
         chatty = "ray._private.authentication.authentication_token_setup"
         logging.getLogger(chatty).setLevel(logging.ERROR)
         # Ray starts workers by a shell command, in which it does not quote the path of Python.
         python = shlex.quote(sys.executable)
-        ray.init(
+        _start(
             address="local",
             runtime_env={"py_executable": python} if python != sys.executable else None,
             num_cpus=max(os.cpu_count() or 1, num_cpus),
@@ -54,6 +59,47 @@ def connected(
         ray.shutdown()
 
 
+def _start(**options: Any) -> None:
+    import ray
+
+    on_term = signal.getsignal(signal.SIGTERM)
+    for attempt in (1, 2, 3):
+        try:
+            ray.init(**options)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_term)  # Ray's own exits with another status
+            return
+        except Exception as error:  # of a start-up time-out Ray raises no narrower class
+            ray.shutdown()
+            where, text = options["address"], " ".join(str(error).split()) or type(error).__name__
+            if attempt == 3:
+                raise OSError(f"Ray at {where!r} did not answer: {text}") from error
+            logger.warning("Ray at %r did not answer, trying again: %s", where, text)
+
+
+def check_room(workers: int, each: Mapping[str, float], setting: str) -> int:
+    """Return how many workers that take `each` (amounts by resource) the cluster has room for.
+
+    Fewer than `workers` is a ConfigError in a Ray started here. Another cluster may grow: then the
+    log says what is waited for.
+    """
+    import ray
+    from ray._private import worker
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = [[int(one.get(k, 0) / v + 1e-6) for k, v in each.items() if v] for one in nodes]
+    room = sum(min(counts, default=workers) for counts in fits)
+    if room < workers:
+        needs = ", ".join(f"{v:g} {k}" for k, v in each.items() if v)
+        has = ", ".join(f"{sum(one.get(k, 0) for one in nodes):g} {k}" for k in each)
+        text = f"{setting}: each worker needs {needs}; Ray has {has} on {len(nodes)} node(s), "
+        text += f"room for {room} of {workers}"
+        if worker._global_node.is_head():  # type: ignore[attr-defined]
+            raise ConfigError(text)
+        logger.warning("%s; waiting until nodes join (Ctrl-C ends it)", text)
+    return room
+
+
 def run_tasks(
     work: Callable[..., Iterator[Any]],
     calls: Sequence[tuple[Any, ...]],
@@ -64,8 +110,8 @@ def run_tasks(
 
     At most `num_workers` tasks run at a time: 0 is none, all runs in this process, and -1 is one
     per CPU of the cluster. A task whose worker dies is run again, up to three times, after which it
-    is an OSError. ValueError and OSError come through as `work` raised them; ConfigError if
-    `num_gpus` per task are asked for and no node has a GPU.
+    is an OSError. ValueError and OSError come through as `work` raised them; ConfigError if no task
+    fits on a node.
     """
     if num_workers == 0:
         for call in calls:
@@ -76,10 +122,11 @@ def run_tasks(
 
     waiting = iter(calls)
     with connected(num_workers):
-        if num_gpus and not ray.cluster_resources().get("GPU"):  # the tasks would wait forever
-            raise ConfigError("use_gpu=true, but no node of this Ray cluster has a GPU")
+        room = check_room(1, {"CPU": 1, "GPU": num_gpus}, f"num_workers={num_workers}")
         if num_workers == -1:
-            num_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+            num_workers = max(1, room)
+        if 0 < room < num_workers:
+            logger.warning("num_workers=%d: this Ray runs %d of them at a time", num_workers, room)
         task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(_run_in)
         task = task.options(name=work.__name__, num_returns="streaming")
 

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sepdist import storage
 
 _T = TypeVar("_T")
+RETIRED = (("training", "max_failed_checkpoints"),)  # keys of older frozen configs, by section
 
 
 class ConfigError(ValueError):
@@ -101,7 +102,7 @@ class TrainingConfig:
     keep_last: int = 2  # newest checkpoints to keep
     keep_best: bool = True  # keep the one with the best validation score too
     keep_every: int = 0  # keep every checkpoint whose step is a multiple of this; 0 = none
-    max_failed_checkpoints: int = 3  # failed saves in a row that the run tolerates
+    storage_patience_seconds: float = 600.0  # for which storage may be away, or a disk full
     early_stop_patience: int = 30  # validations without improvement; 0 = never
     spike_factor: float = 100.0  # skip norms above this many medians; 0 = only if not finite
     max_skipped: int = 20  # skipped steps in a row at which the run ends with an error
@@ -119,6 +120,7 @@ class ClusterConfig:
     max_failures: int = 5  # in a row without a new checkpoint; not preemptions; -1 = no limit
     elastic_check_seconds: float = 60.0  # how often an elastic run looks for more workers
     preemption_check_steps: int = 10  # steps between two checks for a preemption notice
+    stop_seconds: float = 100.0  # after Ctrl-C or SIGTERM, to end the step and commit it
     collective_timeout_seconds: int = 600  # after which an all-reduce fails
     hang_seconds: float = 30.0  # a worker without progress ends itself; more if slow; 0 = never
     startup_seconds: float = 600.0  # the same for the first step, validations and checkpoints
@@ -161,6 +163,7 @@ class ShardConfig:
     limit: int = 0  # use only the first records; 0 = all
     subset: list[float] = field(default_factory=lambda: [0.0, 1.0])  # fractions of a fixed shuffle
     mixtures_only: bool = False  # store mixtures without their sources, as unlabelled data
+    on_error: str = "fail"  # at records that cannot be stored; "skip" leaves them out
     gpus_per_worker: float = 0.0  # for corpus=separated with corpus.device=cuda
     plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
 
@@ -178,6 +181,7 @@ class EvaluateConfig:
     num_mixtures: int = 0  # score only the first mixtures; 0 = all
     max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
     num_listening: int = 3  # mixtures to save as audio and spectrograms
+    max_unscored: int = 0  # utterances without a score at which the exit status is 0; -1 = any
     num_workers: int = 1  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker
     cache_dir: str = "~/.cache/sepdist"  # verified local copies of shards
@@ -198,6 +202,7 @@ class RecogniseConfig:
     recogniser: Any = MISSING
     output: str = MISSING  # folder or s3:// prefix for results.json and utterances.csv
     limit: int = 0  # only the first utterances of each condition; 0 = all
+    max_unscored: int = 0  # utterances not recognised at which the exit status is 0; -1 = any
     num_workers: int = 1  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker, for separator and recogniser
     plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
@@ -296,6 +301,9 @@ def from_yaml(text: str, schema: type[_T]) -> _T:
     given = parse_plain(text)
     if not isinstance(given, dict) or "${" in str(given):
         raise ConfigError("a frozen config is a mapping of values, without any ${reference}")
+    for section, key in RETIRED:
+        if isinstance(given.get(section), dict):
+            given[section].pop(key, None)
     merged = OmegaConf.merge(OmegaConf.structured(schema), given)
     assert isinstance(merged, DictConfig)
     return typed(merged, schema)
@@ -316,12 +324,14 @@ def differences(before: Any, after: Any, free: tuple[str, ...] = (), name: str =
 
 
 def load_frozen(url: str) -> TrainConfig:
-    """Read a run's frozen config; ConfigError if another version of sepdist wrote it."""
+    """Read a run's frozen config; `run_dir` is where it lies. ConfigError if of another version."""
     try:
-        return from_yaml(storage.read_bytes(url).decode(), TrainConfig)
+        cfg = from_yaml(storage.read_bytes(url).decode(), TrainConfig)
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"{url} was written by another version of sepdist ({reason}): the run cannot go on; "
             "start another run_dir, with init.weights set to this one to keep its weights"
         ) from error
+    cfg.run_dir = storage.absolute(url.rpartition("/")[0] or ".")  # wherever the run was moved
+    return cfg

@@ -12,11 +12,14 @@ import contextlib
 import csv
 import io
 import json
-import math
+import logging
+import os
 import platform
+import socket
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,9 +28,13 @@ from typing import Any
 import numpy as np
 
 from sepdist import __version__, storage
+from sepdist.patience import Patience
+
+logger = logging.getLogger(__name__)
 
 LISTENING_PEAK = 0.9
 UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl without a flush
+MAX_UNWRITTEN_BYTES = 64_000_000  # kept for a full disk, besides rows of metrics.jsonl
 EVENT_FILE_BYTES = 16_000_000  # on s3:// a flush puts the last event file again, up to this size
 
 
@@ -40,11 +47,15 @@ class Reporter:
 
     A resume at `resume_step` drops the rows of later steps, in TensorBoard too, because the run is
     about to repeat them; `kept` holds the other rows.
+
+    Nothing here waits for storage but the start and `close`: what cannot be written yet, because
+    the disk is full or s3:// is away, is kept and tried again, until that has failed for
+    `patience_seconds`. Then the next call raises StorageError.
     """
 
-    def __init__(self, run_dir: str, *, resume_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # late: only the main rank needs it
-
+    def __init__(
+        self, run_dir: str, *, resume_step: int = 0, patience_seconds: float = 600.0
+    ) -> None:
         self._run_dir = str(run_dir)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._pool: ThreadPoolExecutor | None = None  # uploads, where run_dir is on s3://
@@ -55,98 +66,169 @@ class Reporter:
         rows = read_metrics(self._run_dir)
         self.kept = [row for row in rows if row["step"] <= resume_step]
         self._seconds_before = max((row["seconds"] for row in self.kept), default=0.0)
-        text = "".join(json.dumps(row) + "\n" for row in self.kept)
+        text = "".join(to_json(row) + "\n" for row in self.kept)
         if rows != self.kept or not self._scratch:
             storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text.encode())
         self._metrics = self._folder / "metrics.jsonl"
         if self._scratch:
             self._metrics.write_text(text)
-        self._file = self._metrics.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=resume_step + 1)
+        (self._folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+        self._events: Path | None = None  # the event file that grows
+        self._purge_step = resume_step + 1
+        self._unwritten: dict[Path, bytes] = {}  # what files lack because the disk is full
+        self._notes: dict[str, str] = {}  # not yet written
+        self._patience = Patience(patience_seconds, "metrics")
         self._uploaded: dict[Path, tuple[int, int]] = {}  # path -> time of change, size
-        self._pending: Future[None] | None = None
-        self._began = self._last_upload = time.monotonic()
+        self._queued: Future[None] | None = None  # the last upload
+        self._with_events = False  # whether the next one includes event files
+        self._began = self._last_upload = self._upload_began = time.monotonic()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one row: `metrics` by "group/name", and the seconds of all attempts of the run."""
+        from torch.utils.tensorboard import summary  # late: only the main rank needs it
+
         values = {name: float(value) for name, value in metrics.items()}
         wrong = [name for name in values if "/" not in name]
         assert not wrong, f"metrics are named group/name, not {wrong}"
         seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
-        row: dict[str, float | None] = {"step": int(step), "seconds": seconds}
-        # JSON has no NaN.
-        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        row = {"step": int(step), "seconds": seconds} | values
+        self._add(self._metrics, (to_json(row) + "\n").encode())
+        self._add_events(step, [summary.scalar(name, value) for name, value in values.items()])
+        self._write()
         if self._pool and time.monotonic() - self._last_upload > UPLOAD_SECONDS:
-            self._upload()
+            self._start_upload()
 
     def note(self, name: str, text: str) -> None:
         """Replace the small file `name` in run_dir as a whole; on s3:// with the next upload."""
-        storage.put_bytes(self._folder / name, text.encode())
+        self._notes[name] = text
+        self._write()
 
     def audio(self, step: int, name: str, wave_T: np.ndarray, rate: int) -> None:
         """Write a wave at peak 0.9, because SI-SNR leaves the level of an estimate open."""
-        self._writer.add_audio(name, for_listening(wave_T, name)[None], step, sample_rate=rate)
+        import torch
+        from torch.utils.tensorboard import summary
+
+        wave = torch.from_numpy(for_listening(wave_T, name)[None])
+        self._add_events(step, [summary.audio(name, wave, rate)])
+        self._write()
 
     def spectrogram(self, step: int, name: str, waves: Mapping[str, np.ndarray], rate: int) -> None:
         """Write the picture of `spectrogram_figure`."""
+        from torch.utils.tensorboard import summary
+        from torch.utils.tensorboard._utils import figure_to_image
+
         from sepdist.plotting import spectrogram_figure
 
-        figure = spectrogram_figure(waves, rate)
-        self._writer.add_figure(f"{name}/spectrogram", figure, step, close=False)
+        image = figure_to_image(spectrogram_figure(waves, rate), close=False)
+        self._add_events(step, [summary.image(f"{name}/spectrogram", image, dataformats="CHW")])
+        self._write()
 
-    def flush(self) -> None:
-        """Put all on disk or on its way to s3://; OSError if an earlier upload failed."""
-        self._writer.flush()
-        if self._pool and self._upload_all() > EVENT_FILE_BYTES:
-            self._writer.close()  # the next event opens another file
+    def flush(self) -> Future[None] | None:
+        """Have all that was logged put in storage; returns its upload, None on a local disk."""
+        self._write()
+        if self._pool is None:
+            return None
+        self._with_events = True
+        self._start_upload()
+        if self._events and self._events.stat().st_size > EVENT_FILE_BYTES:
+            self._events = None  # the next event opens another file
+        return self._queued
 
     def close(self) -> None:
-        """Write what is left and end; nothing can be logged afterwards."""
-        self._writer.close()
-        self._file.close()
-        if self._pool and self._scratch:
-            try:
-                self._upload_all()
-                self._wait()
-            finally:
+        """Write what is left, for which it waits, and end; nothing can be logged afterwards."""
+        try:
+            self._write()
+            while self._unwritten or self._notes:
+                time.sleep(1.0)
+                self._write()
+            if upload := self.flush():
+                upload.result()
+        finally:
+            if self._pool and self._scratch:
                 self._pool.shutdown()
                 self._scratch.cleanup()
 
-    def _upload_all(self) -> int:
-        """Upload the event files too; returns the size of the newest."""
-        events = (self._folder / "tensorboard").iterdir()
-        files = sorted(events, key=lambda path: path.stat().st_mtime_ns)
-        self._upload(files)
-        return files[-1].stat().st_size
+    def _add_events(self, step: int, summaries: Sequence[Any]) -> None:
+        """Append TensorBoard events: an optional file header, then one per summary."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-    def _upload(self, events: Sequence[Path] = ()) -> None:
-        """Put changed files in the background, whole and as they are now: they go on growing."""
+        now, events = time.time(), [Event(step=step, summary=one) for one in summaries]
+        if self._events is None:
+            name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{uuid.uuid4().hex}"
+            self._events = self._folder / "tensorboard" / name
+            start, first = SessionLog(status=SessionLog.START), self._purge_step
+            # A start with a step has TensorBoard forget the events of that step and later ones.
+            header = [Event(step=first, file_version="brain.Event:2")]
+            events = [*header, Event(step=first, session_log=start)][: 1 + bool(first)] + events
+            self._purge_step = 0
+        stream = io.BytesIO()
+        for event in events:
+            event.wall_time = now
+            RecordWriter(stream).write(event.SerializeToString())
+        self._add(self._events, stream.getvalue())
+
+    def _add(self, path: Path, data: bytes) -> None:
+        held = sum(map(len, self._unwritten.values()))
+        if path == self._metrics or held < MAX_UNWRITTEN_BYTES:
+            self._unwritten[path] = self._unwritten.get(path, b"") + data
+        else:  # a view of metrics.jsonl, and pictures
+            logger.warning("%s: %d bytes are left out, the disk is full", path, len(data))
+
+    def _write(self) -> None:
+        """Append and replace what the files lack, and look after the last upload."""
+        began = time.monotonic()
+        try:
+            for path in list(self._unwritten):
+                _append(path, self._unwritten[path])
+                del self._unwritten[path]
+            for name in list(self._notes):
+                with storage.patient(0):
+                    storage.put_bytes(self._folder / name, self._notes[name].encode())
+                del self._notes[name]
+            if self._queued and self._queued.done():
+                queued, self._queued, began = self._queued, None, self._upload_began
+                queued.result()
+            if not self._queued:
+                self._patience.succeeded()
+        except OSError as error:
+            self._patience.failed(error, began)
+
+    def _start_upload(self) -> None:
+        """Put changed files in the background, unless an upload that does so waits already."""
         assert self._pool is not None
-        self._wait()
-        contents = {}
+        self._last_upload = time.monotonic()
+        if self._queued is None or self._queued.running() or self._queued.done():
+            self._queued = self._pool.submit(self._upload)
+
+    def _upload(self) -> None:
+        """Put changed files whole and as they are now: they go on growing."""
+        self._upload_began = time.monotonic()
+        with_events, self._with_events = self._with_events, False
         notes = [one for one in self._folder.iterdir() if one.is_file() and one != self._metrics]
+        events = sorted((self._folder / "tensorboard").iterdir()) if with_events else []
         for path in (self._metrics, *events, *notes):
             state = (path.stat().st_mtime_ns, path.stat().st_size)
             if self._uploaded.get(path) != state:
-                self._uploaded[path] = state
                 url = storage.join(self._run_dir, *path.relative_to(self._folder).parts)
-                contents[url] = path.read_bytes()
-        self._last_upload = time.monotonic()
-        self._pending = self._pool.submit(_put_all, contents)
-
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+                try:
+                    storage.put_bytes(url, path.read_bytes())
+                except OSError:
+                    self._with_events |= with_events
+                    raise
+                self._uploaded[path] = state
 
 
-def _put_all(contents: Mapping[str, bytes]) -> None:
-    for url, data in contents.items():
-        storage.put_bytes(url, data)
+def _append(path: Path, data: bytes) -> None:
+    """Append to a file all of `data`, or nothing where that fails."""
+    with path.open("ab", buffering=0) as file:
+        size, left = os.fstat(file.fileno()).st_size, memoryview(data)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
 
 
 def read_metrics(run_dir: str) -> list[dict[str, float]]:
@@ -179,6 +261,15 @@ def for_listening(wave_T: np.ndarray, name: str = "wave") -> np.ndarray:
         raise ReportingError(f"{name}: {num_wrong} of {wave_T.size} samples are not finite")
     peak = float(np.abs(wave_T).max(initial=0.0))
     return wave_T * np.float32(LISTENING_PEAK / peak) if peak > 0 else wave_T
+
+
+def to_json(value: Any, mark: Callable[[float], Any] = lambda number: None, **options: Any) -> str:
+    """JSON text of plain values; numbers that are not finite, which JSON lacks, become `mark`'s."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        plain = json.loads(json.dumps(value), parse_constant=lambda name: mark(float(name)))
+        return json.dumps(plain, allow_nan=False, **options)
 
 
 def versions(*packages: str) -> dict[str, str]:

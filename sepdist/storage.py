@@ -4,28 +4,32 @@ A url is a local path or "s3://bucket/prefix" on any S3 service; the standard AW
 the endpoint and the key. Readers see the old content or the new one, also after a kill, a full disk
 or a lost connection.
 
-Transient faults (resets, timeouts, 5xx, SlowDown) are retried: SEPDIST_STORAGE_ATTEMPTS tries
-(default 6) with waits that double from half a second, each bounded by
-SEPDIST_STORAGE_TIMEOUT_SECONDS without an answer (default 60). Any other fault raises a
-StorageError that names the url, what was tried and what to do, and never a key.
+Transient faults (refused connections, timeouts, 5xx, SlowDown) are waited for, a minute in each
+call: SEPDIST_STORAGE_PATIENCE_SECONDS or `patient` changes that, and `patient` lets puts wait for
+full disks too. A request that has no answer for SEPDIST_STORAGE_TIMEOUT_SECONDS (60) has failed.
+Any other fault raises a StorageError that names the url and what to do, and never a key.
 """
 
-import asyncio
 import contextlib
 import errno
 import fcntl
+import itertools
 import logging
+import math
 import os
 import random
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+
+from sepdist import object_storage as s3
+from sepdist.object_storage import StorageError
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -35,10 +39,13 @@ NUM_PARTS_AT_ONCE = 4  # bounds the memory of one upload to NUM_PARTS_AT_ONCE * 
 MAX_PARTS = 10_000  # of one S3 upload
 FIRST_WAIT_SECONDS = 0.5  # before the second try; doubles from try to try
 MAX_WAIT_SECONDS = 10.0
-MIN_UPLOAD_BYTES_PER_SECOND = 2**16  # a slower upload times out
+PATIENCE_SECONDS = 60.0  # of a process that has not chosen another
+FAILING_SECONDS = 5.0  # a shorter fault holds up a checkpoint rather than costing it
+WARNING_SECONDS = 60.0  # between two warnings of one place that is waited for
 REMOVAL_TRIES = 10  # of a folder that other processes change meanwhile
 TEMP_SUFFIX = ".sepdist-tmp"  # of unfinished files, which are never listed
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MAY_PASS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 _HINTS = {
     **dict.fromkeys(DISK_FULL, "; free some space or choose another folder; old content is kept"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "; check the permissions of it and its folder"),
@@ -46,14 +53,37 @@ _HINTS = {
     errno.EROFS: "; choose a folder that can be written",
     errno.EISDIR: "; a file is wanted here",
 }
-# Codes of transient faults whose status is not 5xx, and codes of a bucket in another region.
-_TRANSIENT = ("SlowDown", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict")
-_ELSEWHERE = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
-_RIGHTS = "what this key may do in this bucket"
+_everywhere: float | None = None  # the patience of this process
+_here: ContextVar[float | None] = ContextVar("patience", default=None)  # of this thread
+_warned: dict[str, float] = {}  # place -> time of the last warning
+_on_wait: Callable[[], object] | None = None
+_waiting: dict[int, float] = {}  # threads that wait for a fault to pass -> since when
 
 
-class StorageError(OSError):
-    """Storage failed; the message names the url, what was tried and what to do, never a key."""
+@contextlib.contextmanager
+def patient(
+    seconds: float, *, whole_process: bool = False, waiting: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """Wait up to `seconds` in each call for faults that pass, in a put for full disks too.
+
+    Of this thread, or of all threads that have not chosen their own, as a run needs it: for those
+    SEPDIST_STORAGE_PATIENCE_SECONDS, where set, replaces `seconds`, and a refused key is a fault
+    that passes too. `waiting` is called again and again while a call waits.
+    """
+    global _everywhere, _on_wait
+    before, token = (_everywhere, _on_wait), _here.set(_here.get() if whole_process else seconds)
+    _everywhere = seconds if whole_process else _everywhere
+    _on_wait = waiting or _on_wait
+    try:
+        yield
+    finally:
+        _here.reset(token)
+        _everywhere, _on_wait = before
+
+
+def failing() -> bool:
+    """Whether a call of this process has waited for FAILING_SECONDS for a fault to pass."""
+    return any(time.monotonic() - since > FAILING_SECONDS for since in [*_waiting.values()])
 
 
 def is_remote(url: str | Path) -> bool:
@@ -73,8 +103,15 @@ def join(url: str | Path, *names: str) -> str:
 
 
 def absolute(url: str | Path) -> str:
-    """Make a local path absolute, `~` expanded, because workers run in another directory."""
-    return str(url) if is_remote(url) else str(_path(url).resolve())
+    """Return the one spelling of a place; a local path absolute, as workers run elsewhere."""
+    if not is_remote(url):
+        return str(_path(url).resolve())
+    return "s3://" + "/".join(_split(url, whole_bucket=True)).rstrip("/")
+
+
+def same_place(url: str | Path, other: str | Path) -> bool:
+    """Whether two urls are one file or folder, however they are spelled or linked."""
+    return absolute(url) == absolute(other)
 
 
 def exists(url: str | Path) -> bool:
@@ -114,13 +151,10 @@ def list_names(url: str | Path) -> list[str]:
 
 def read_bytes(url: str | Path) -> bytes:
     """Read a whole file; FileNotFoundError names `url`."""
-    if not is_remote(url):
-        with _local(url, "read"):
-            path = _path(url)
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise StorageError(f"cannot read {url}: a pipe or device, which may never end")
-            return path.read_bytes()
-    return _retry(url, "read", lambda: _filesystem().cat_file("/".join(_split(url))))
+    if is_remote(url):
+        return b"".join(_blocks(url))
+    with _local(url, "read"):
+        return _no_pipe(url, "read").read_bytes()
 
 
 def put_bytes(url: str | Path, data: bytes, *, create_only: bool = False) -> None:
@@ -128,29 +162,28 @@ def put_bytes(url: str | Path, data: bytes, *, create_only: bool = False) -> Non
     if is_remote(url):
         _put_object(url, len(data), lambda start, stop: data[start:stop], create_only)
     else:
-        _put_local(url, [data], create_only)
+        _put_local(url, lambda: [data], create_only)
 
 
 def put_file(local: str | Path, url: str | Path) -> None:
     """Copy a local file to `url` atomically, a large one in parts."""
     with _local(local, "read"):
-        source = open(_path(local), "rb")  # noqa: SIM115 (reading and writing name other files)
+        source = open(_no_pipe(local, "read"), "rb")  # noqa: SIM115 (writing names another file)
     with source:
+        handle, length = source.fileno(), os.fstat(source.fileno()).st_size
         if is_remote(url):
-            length, handle = os.fstat(source.fileno()).st_size, source.fileno()
             _put_object(url, length, lambda a, b: os.pread(handle, b - a, a))
         else:
-            _put_local(url, iter(lambda: source.read(2**20), b""))
+            starts = range(0, length, 2**20)
+            _put_local(url, lambda: (os.pread(handle, 2**20, at) for at in starts))
 
 
 def fetch_file(url: str | Path, local: str | Path) -> None:
     """Copy `url` to the path `local`, which appears only when it is complete."""
-    if not is_remote(url):
+    if is_remote(url):
+        _put_local(local, lambda: _blocks(url))
+    else:
         put_file(url, local)
-        return
-    with _local(local, "write"), _temp_beside(_path(local)) as temp:
-        _retry(url, "read", lambda: _filesystem().get_file("/".join(_split(url)), str(temp)))
-        _publish(temp, _path(local), create_only=False)
 
 
 def remove(url: str | Path) -> None:
@@ -204,11 +237,27 @@ def disk_error(url: str | Path, action: str, error: OSError) -> StorageError:
     return StorageError(f"cannot {action} {url}: {error.strerror or type(error).__name__}{hint}")
 
 
-def _put_local(url: str | Path, blocks: Iterable[bytes], create_only: bool = False) -> None:
-    with _local(url, "write"), _temp_beside(_path(url)) as temp:
-        with open(temp, "r+b") as file:
-            file.writelines(blocks)
-        _publish(temp, _path(url), create_only)
+def _no_pipe(url: str | Path, action: str) -> Path:
+    path = _path(url)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise StorageError(f"cannot {action} {url}: a pipe or device, which may never end")
+    return path
+
+
+def _put_local(
+    url: str | Path, blocks: Callable[[], Iterable[bytes]], create_only: bool = False
+) -> None:
+    def put() -> None:
+        with _local(url, "write"), _temp_beside(_no_pipe(url, "write")) as temp:
+            with open(temp, "r+b") as file:
+                file.writelines(blocks())
+            _publish(temp, _path(url), create_only)
+
+    def judge(error: Exception, tried: str) -> tuple[Exception, bool]:
+        chosen = _everywhere is not None or _here.get() is not None
+        return error, chosen and getattr(error.__cause__, "errno", 0) in _MAY_PASS
+
+    _persist(str(url), put, judge)
 
 
 @contextlib.contextmanager
@@ -282,36 +331,15 @@ def _publish(temp: Path, target: Path, create_only: bool) -> None:
         os.link(temp, target)  # atomic, and unlike a rename refuses to replace
     else:
         os.replace(temp, target)
-    _flush(target.parent)
+    try:
+        _flush(target.parent)
+    except OSError:
+        if create_only:
+            target.unlink()  # else the next attempt would take it for another's
+        raise
 
 
 # Object storage.
-
-
-def _timeout_seconds() -> float:
-    return float(os.environ.get("SEPDIST_STORAGE_TIMEOUT_SECONDS", "60"))
-
-
-def _filesystem() -> Any:
-    """Return this process's s3fs for the current AWS_* variables; a forked child gets its own."""
-    variables = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
-    return _connect(os.getpid(), _timeout_seconds(), hash(variables))
-
-
-@lru_cache(maxsize=4)
-def _connect(pid: int, timeout_seconds: float, variables: int) -> Any:
-    import s3fs
-
-    timeouts = {"connect_timeout": min(10.0, timeout_seconds), "read_timeout": timeout_seconds}
-    filesystem = s3fs.S3FileSystem(
-        skip_instance_cache=True,
-        use_listings_cache=False,  # others write too
-        # `_retry` is the one place that tries again.
-        config_kwargs={**timeouts, "retries": {"total_max_attempts": 1}},
-    )
-    filesystem.retries = 1
-    filesystem.connect()  # takes a second, which must not count as a request's time
-    return filesystem
 
 
 def _split(url: str | Path, *, whole_bucket: bool = False) -> tuple[str, str]:
@@ -326,29 +354,13 @@ def _where(url: str | Path) -> dict[str, str]:
     return {"Bucket": bucket, "Key": key}
 
 
-def _endpoint() -> str:
-    given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if not given:
-        return "AWS's own endpoint (AWS_ENDPOINT_URL is not set)"
-    parts = urlsplit(given)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # without user:password@
-
-
 def _call(url: str | Path, action: str, method: str, **arguments: Any) -> Any:
-    return _retry(url, action, lambda: _request(method, **arguments))
+    def judge(error: Exception, tried: str) -> tuple[Exception, bool]:
+        # A run has a key renewed in time; a program says at once that it is wrong.
+        may_pass = s3.is_transient(error) or (_everywhere is not None and s3.is_refusal(error))
+        return s3.explain(str(url), action, error, tried), may_pass
 
-
-def _request(method: str, **arguments: Any) -> Any:
-    """Make one S3 request; s3fs bounds the wait for an answer, but not that to send the body."""
-    from fsspec.asyn import sync
-
-    filesystem = _filesystem()
-    seconds = _timeout_seconds() + len(arguments.get("Body", b"")) / MIN_UPLOAD_BYTES_PER_SECOND
-
-    async def bounded() -> Any:
-        return await asyncio.wait_for(filesystem._call_s3(method, **arguments), seconds)
-
-    return sync(filesystem.loop, bounded)
+    return _persist(s3.endpoint(), lambda: s3.request(method, **arguments), judge)
 
 
 def _list_page(url: str | Path, **arguments: Any) -> tuple[list[str], str | None]:
@@ -366,8 +378,31 @@ def _delete_objects(url: str | Path, bucket: str, keys: list[str]) -> None:
     refused = _call(url, "remove", "delete_objects", Bucket=bucket, Delete=batch).get("Errors", [])
     if refused:
         codes = ", ".join(sorted({str(one.get("Code")) for one in refused}))
-        what = f"{_endpoint()} refused {len(refused)} objects ({codes})"
-        raise StorageError(f"cannot remove {url}: {what}; check {_RIGHTS}")
+        what = f"{s3.endpoint()} refused {len(refused)} objects ({codes})"
+        raise StorageError(f"cannot remove {url}: {what}; check {s3.RIGHTS}")
+
+
+def _blocks(url: str | Path) -> Iterator[bytes]:
+    """Yield the content of an object, a large one in parts that are fetched at the same time."""
+    where = _where(url)
+    first = _call(url, "read", "get_object", **where, most=PART_BYTES)
+    yield first["Body"]
+    length = first["ContentLength"]
+
+    def part(start: int) -> bytes:
+        only = {"Range": f"bytes={start}-{min(start + PART_BYTES, length) - 1}"}
+        only["IfMatch"] = first["ETag"]  # no part of a newer object
+        return bytes(_call(url, "read", "get_object", **where, **only)["Body"])
+
+    starts = iter(range(len(first["Body"]), length, PART_BYTES))
+    with _pool("download") as pool:
+        while some := list(itertools.islice(starts, NUM_PARTS_AT_ONCE)):
+            yield from pool.map(part, some)
+
+
+def _pool(name: str) -> ThreadPoolExecutor:
+    """Return threads as patient as this one."""
+    return ThreadPoolExecutor(NUM_PARTS_AT_ONCE, name, _here.set, (_here.get(),))
 
 
 def _put_object(
@@ -402,91 +437,57 @@ def _put_object(
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     try:
-        with ThreadPoolExecutor(NUM_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
+        with _pool("upload") as pool:
             parts = list(pool.map(put_part, range(1, -(-length // part_bytes) + 1)))
         finish("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
     except BaseException:
         # The error under way says more than one of the clean-up; a lifecycle rule does the rest.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), patient(0):
             _call(url, "abort the upload of", "abort_multipart_upload", **ours)
         raise
 
 
-def _retry(url: str | Path, action: str, function: Callable[[], _T]) -> _T:
-    """Call `function` until it succeeds, fails for good or uses up its attempts."""
-    attempts = max(1, int(os.environ.get("SEPDIST_STORAGE_ATTEMPTS", "6")))
-    for attempt in range(1, attempts + 1):
-        try:
-            return function()
-        except Exception as error:
-            explained = _explain(url, action, error, attempt)
-            if attempt == attempts or not _is_transient(error):
-                # Without the cause: botocore's do not survive pickling and may carry headers.
-                raise explained from None
-            longest = min(FIRST_WAIT_SECONDS * 2 ** (attempt - 1), MAX_WAIT_SECONDS)
-            seconds = longest * random.SystemRandom().uniform(0.5, 1.0)
-            tried = f"attempt {attempt} of {attempts}"
-            logger.warning("%s (%s); again in %.1f s", explained, tried, seconds)
-            time.sleep(seconds)
+# Patience.
+
+
+def _persist(
+    place: str,
+    function: Callable[[], _T],
+    judge: Callable[[Exception, str], tuple[Exception, bool]],
+) -> _T:
+    """Call `function` until it succeeds, fails for good or has failed for too long.
+
+    `judge(error, tried)` returns the error to raise, and whether the fault may pass.
+    """
+    seconds, wait, first = _here.get(), FIRST_WAIT_SECONDS, 0.0
+    if seconds is None:
+        default = PATIENCE_SECONDS if _everywhere is None else _everywhere
+        seconds = s3.seconds_of("SEPDIST_STORAGE_PATIENCE_SECONDS", default)
+    try:
+        for attempt in itertools.count(1):
+            try:
+                result = function()
+            except Exception as error:
+                now = time.monotonic()
+                first = first or now
+                tried = f" after {attempt} attempts in {now - first:.0f} s" if attempt > 1 else ""
+                explained, may_pass = judge(error, tried)
+                left = first + seconds - now
+                if not may_pass or left <= 0:
+                    # Not from `error`: botocore's do not survive pickling and may carry headers.
+                    raise explained from explained.__cause__
+                if now - _warned.get(place, -math.inf) >= WARNING_SECONDS:
+                    _warned[place] = now
+                    logger.warning("%s; trying again for %.0f s", explained, left)
+                _waiting[threading.get_ident()] = first
+                if _on_wait:
+                    _on_wait()
+                time.sleep(min(left, wait * random.SystemRandom().uniform(0.5, 1.0)))
+                wait = min(2 * wait, MAX_WAIT_SECONDS)
+            else:
+                if first and time.monotonic() - first > WARNING_SECONDS and _warned.pop(place, 0):
+                    logger.warning("%s: goes on after %.0f s", place, time.monotonic() - first)
+                return result
+    finally:
+        _waiting.pop(threading.get_ident(), None)
     raise AssertionError("unreachable")
-
-
-def _code(error: BaseException) -> tuple[str, int]:
-    """Return the S3 error code and the HTTP status of an answer; ("", 0) if there was none."""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    if not isinstance(response, dict):
-        return "", 0
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return str(response.get("Error", {}).get("Code", "")), int(status)
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether the request may succeed later: no answer, a broken one, or one that says so."""
-    import aiohttp
-    from botocore import exceptions as boto
-    from botocore.parsers import ResponseParserError
-
-    code, status = _code(error)
-    if status:
-        return status >= 500 or status == 429 or code in _TRANSIENT
-    no_answer = (boto.HTTPClientError, boto.ConnectionError, ConnectionError, TimeoutError)
-    broken_answer = (boto.IncompleteReadError, aiohttp.ClientError, ResponseParserError)
-    return isinstance(error, no_answer + broken_answer)
-
-
-def _explain(url: str | Path, action: str, error: BaseException, attempt: int) -> Exception:
-    """Build the exception to raise: for a user FileNotFoundError, FileExistsError, StorageError."""
-    from botocore import exceptions as boto
-
-    code, status = _code(error)
-    tried, kind = f" after {attempt} attempt{'s' * (attempt > 1)}", type(error).__name__
-    if code == "NoSuchBucket":
-        what = "has no such bucket; create it or correct the url"
-    elif status == 404 or (not status and isinstance(error, FileNotFoundError)):
-        return FileNotFoundError(f"{url}: no such object at {_endpoint()} ({code or 404})")
-    elif status == 412:
-        return FileExistsError(f"{url}: exists already")
-    elif status in (301, 307) or code in _ELSEWHERE:
-        what = f"says that the bucket is in another region ({code}); set AWS_REGION to it"
-    elif status in (401, 403):
-        todo = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        what = f"rejected the key ({code or status}); {todo}, and {_RIGHTS}"
-    elif status:
-        busy = "the service is busy or failing, try again later"
-        todo = busy if _is_transient(error) else "check the url"
-        what = f"answered {status} {code}{tried}; {todo}"
-    elif isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
-        what = "needs a key; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    elif isinstance(error, boto.ReadTimeoutError | boto.ConnectTimeoutError | TimeoutError):
-        todo = "check AWS_ENDPOINT_URL and the network, or raise SEPDIST_STORAGE_TIMEOUT_SECONDS"
-        what = f"gave no answer within {_timeout_seconds():g} s{tried}; {todo}"
-    elif isinstance(error, boto.EndpointConnectionError):
-        todo = "check AWS_ENDPOINT_URL and that the service runs"
-        what = f"cannot be reached{tried} (refused, or no such host); {todo}"
-    elif _is_transient(error):
-        what = f"broke off the connection{tried} ({kind}); check the network"
-    elif isinstance(error, OSError) and error.errno is not None:
-        return error  # of the local file, which `_local` names
-    else:
-        what = f"failed ({kind}); check AWS_ENDPOINT_URL, AWS_REGION and the url"
-    return StorageError(f"cannot {action} {url}: {_endpoint()} {what}")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import ray.train
-from ray.train.v2._internal.execution.controller.state import RestartingState
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import PreemptionError
 from rich.console import Console
 
@@ -116,27 +116,25 @@ def test_a_notice_is_acted_on_once_and_a_second_one_again(monkeypatch) -> None:
     assert [preempted() for _ in range(5)] == [False, True, False, True, False]
 
 
-def restarting(text: str) -> RestartingState:
-    return RestartingState(ray.train.WorkerGroupError(text, {0: ValueError(text)}))
+def failed(text: str) -> ray.train.WorkerGroupError:
+    return ray.train.WorkerGroupError(text, {0: ValueError(text)})
 
 
 def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_starts_the_count_afresh(
     tmp_path,
 ) -> None:
-    recovery = launch.Recovery(str(tmp_path), 2, elastic=False)
-    before = SimpleNamespace()
+    patience = launch.FailureLimit(str(tmp_path), 2)
     for step in range(10):  # ten failures, each after a new checkpoint
         folder = tmp_path / "checkpoints" / f"step-{step:09d}-x"
         folder.mkdir(parents=True)
         commit = {"format": 1, "step": step, "score": None, "files": {}}
         commit["sha256"] = hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
         (folder / "COMMIT").write_text(json.dumps(commit))
-        recovery.after_controller_state_update(before, restarting("a fault"))
-    recovery.after_controller_state_update(before, restarting("a bug"))
+        assert patience.make_decision(failed("a fault")) == FailureDecision.RETRY
+    assert patience.make_decision(failed("a bug")) == FailureDecision.RETRY
     taken = PreemptionError(SimpleNamespace(preempted_ranks=[0]))
-    recovery.after_controller_state_update(before, RestartingState(taken))  # does not count
-    with pytest.raises(launch.TrainingFailedError, match="worker 0: a bug"):
-        recovery.after_controller_state_update(before, restarting("a bug"))
+    assert patience.make_decision(taken) == FailureDecision.RETRY  # does not count
+    assert patience.make_decision(failed("a bug")) == FailureDecision.RAISE
 
 
 def test_a_controller_gives_back_what_the_one_before_it_in_this_run_had_reserved(
@@ -146,7 +144,7 @@ def test_a_controller_gives_back_what_the_one_before_it_in_this_run_had_reserved
     monkeypatch.setattr(launch, "TIMINGS", {})
     monkeypatch.setattr(launch, "ask_coordinator", lambda *words: asked.append(words))
     for run_id in ("a", "b", "c"):
-        launch.Recovery(str(tmp_path), 2, elastic=True).after_controller_start(
+        launch.Recovery(str(tmp_path), elastic=True).after_controller_start(
             SimpleNamespace(run_id=run_id)
         )
     assert asked == [("cancel_request", "train-a"), ("cancel_request", "train-b")]

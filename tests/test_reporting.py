@@ -1,8 +1,12 @@
 """metrics.jsonl is the truth, TensorBoard agrees with it, and a resume repeats no row."""
 
+import contextlib
 import json
+import resource
 import threading
 import time
+from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +162,7 @@ class Objects:
         monkeypatch.setattr(storage, "read_bytes", self.objects.__getitem__)
         monkeypatch.setattr(storage, "exists", self.objects.__contains__)
 
-    def put_bytes(self, url: str, data: bytes) -> None:
+    def put_bytes(self, url: str | Path, data: bytes) -> None:
         if self.fail:
             raise OSError("the store is gone")
         self.objects[url] = data
@@ -221,18 +225,102 @@ def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put
     assert [event.step for event in board(folder).Audio("listen_0/mixture")] == [1, 2, 3]
 
 
-def test_an_upload_that_failed_is_an_error_of_the_next_flush(
+def settled(reporter: Reporter) -> None:
+    """Wait for the upload that a flush starts."""
+    if upload := reporter.flush():
+        futures.wait([upload])
+
+
+def test_a_store_that_is_away_holds_nothing_up_and_has_every_row_when_it_is_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objects = Objects(monkeypatch)
     reporter = Reporter("s3://b/run")
+    objects.fail = True
+    for step in range(1, 5):
+        reporter.log(step, {"loss/total": float(step)})
+        settled(reporter)
+    assert objects.puts == []
+    objects.fail = False
+    settled(reporter)
+    assert [row["step"] for row in read_metrics("s3://b/run")] == [1, 2, 3, 4]
+    assert sum("tensorboard" in url for url in objects.puts) == 1, "forgotten by a failed upload"
+    reporter.close()
+
+
+def test_a_store_that_is_away_for_too_long_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects = Objects(monkeypatch)
+    reporter = Reporter("s3://b/run", patience_seconds=0.0)
     reporter.log(1, {"loss/total": 1.0})
     objects.fail = True
-    reporter.flush()
-    with pytest.raises(OSError, match="the store is gone"):
+    settled(reporter)
+    with pytest.raises(storage.StorageError, match=r"gone \(metrics not written .*run ends"):
         reporter.flush()
     objects.fail = False
     reporter.close()
+    assert [row["step"] for row in read_metrics("s3://b/run")] == [1]
+
+
+def test_uploads_that_wait_for_each_other_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Objects(monkeypatch)
+    reporter = Reporter("s3://b/run")
+    goes_on = threading.Event()
+    monkeypatch.setattr(storage, "put_bytes", lambda *a: goes_on.wait(10) and objects.put_bytes(*a))
+    uploads = []
+    for step in range(1, 20):
+        reporter.log(step, {"loss/total": float(step)})
+        uploads.append(reporter.flush())
+    assert len({id(one) for one in uploads}) <= 2
+    goes_on.set()
+    reporter.close()
+    assert len(read_metrics("s3://b/run")) == 19
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Have the kernel refuse to let files grow, in the middle of a write, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_holds_nothing_up_and_no_row_is_lost_torn_or_repeated(tmp_path: Path) -> None:
+    reporter = Reporter(str(tmp_path))
+    reporter.log(1, {"loss/total": 1.0})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with files_of_at_most(size + 20):
+        for step in range(2, 6):
+            reporter.log(step, {"loss/total": float(step)})
+            reporter.note("note.json", f"a note of step {step}, longer than the disk has room for")
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+        assert not (tmp_path / "note.json").exists()
+    reporter.log(6, {"loss/total": 6.0})
+    reporter.close()
+    assert [row["step"] for row in read_metrics(str(tmp_path))] == [1, 2, 3, 4, 5, 6]
+    expected = [(step, float(step)) for step in range(1, 7)]
+    assert scalars(tmp_path / "tensorboard", "loss/total") == expected
+    assert "step 5" in (tmp_path / "note.json").read_text()
+
+
+def test_a_disk_that_stays_full_is_one_clear_error_and_pictures_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "MAX_UNWRITTEN_BYTES", 5000)
+    reporter = Reporter(str(tmp_path), patience_seconds=100.0)
+    with files_of_at_most(10):
+        for step in range(1, 9):
+            reporter.audio(step, "listen_0/mixture", tone(440), RATE)
+        assert sum(map(len, reporter._unwritten.values())) < 25_000
+        reporter._patience.seconds = 0.0
+        with pytest.raises(storage.StorageError, match=r"metrics not written"):
+            reporter.log(9, {"loss/total": 1.0})
+    reporter.close()
+    assert [row["step"] for row in read_metrics(str(tmp_path))] == [9]
 
 
 def test_metrics_without_a_group_are_a_mistake_of_ours(tmp_path: Path) -> None:

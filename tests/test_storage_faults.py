@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from sepdist.data.stream import TrainStream
 from sepdist.storage import StorageError
 from sepdist.training import checkpoint
 from sepdist.training.checkpoint import Checkpointer, collect_orphans, find_committed, load_newest
+from sepdist.training.ledger import APPLIED, read_history
 from tests.support import toy
 from tests.support.checkpoints import assert_equal, checkpointer, snapshot
 from tests.support.s3server import FaultyProxy, S3Server, free_ports
@@ -38,7 +40,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "2")
+    monkeypatch.setenv("SEPDIST_STORAGE_PATIENCE_SECONDS", "0.02")
     monkeypatch.setenv("SEPDIST_STORAGE_TIMEOUT_SECONDS", "2")
 
 
@@ -144,7 +146,6 @@ def test_a_server_that_restarts_in_the_middle_of_a_save_costs_nothing(
     through: Callable[..., FaultyProxy],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "30")
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.5)
     outage = Outage(s3_env, 2, "PUT")
     through(outage)
@@ -181,8 +182,7 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_run_goes_on(
     writer.save(snapshot(4))
     writer.close()
     assert writer.num_failed == 2
-    assert "checkpoint not written, 2 in a row, none since step 1" in caplog.text
-    assert "3 in a row are allowed" in caplog.text
+    assert "(checkpoint not written; the run goes on" in caplog.text
     assert_equal(load_newest(run_dir), snapshot(4))
     assert [name[:14] for name in storage.list_names(f"{run_dir}/checkpoints")] == [
         "step-000000001",
@@ -190,22 +190,55 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_run_goes_on(
     ]
 
 
-def test_more_failed_checkpoints_in_a_row_than_allowed_end_the_run_with_endpoint_and_advice(
+def test_checkpoints_that_fail_for_too_long_end_the_run_with_endpoint_and_advice(
     bucket: str, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    writer = checkpointer(f"s3://{bucket}/run", max_failed=2)
-    for step in (1, 2, 3):
+    writer = checkpointer(f"s3://{bucket}/run")
+    for step in (1, 2):
         writer.save(snapshot(step))
+        writer.settle(also_failing=True)
+    writer._patience.seconds = 0.0  # ten minutes later
+    writer.save(snapshot(3))
     with pytest.raises(StorageError) as caught:
-        writer.save(snapshot(4))
+        writer.settle(also_failing=True)
     message = str(caught.value)
-    assert f"{endpoint} cannot be reached after 2 attempts" in message
-    assert "check AWS_ENDPOINT_URL" in message
-    assert "3 in a row" in message and "2 in a row are allowed, the run ends" in message
-    with pytest.raises(StorageError):
+    assert f"{endpoint} cannot be reached" in message and "check AWS_ENDPOINT_URL" in message
+    assert "training.storage_patience_seconds=0 are over, the run ends" in message
+    for call in (lambda: writer.save(snapshot(4)), writer.close):
+        with pytest.raises(StorageError, match="the run ends"):
+            call()
+
+
+def test_while_storage_is_away_checkpoints_wait_in_the_background_and_only_the_newest(
+    bucket: str,
+    s3_env: S3Server,
+    through: Callable[..., FaultyProxy],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    away = threading.Event()
+    away.set()
+    monkeypatch.setattr(storage, "FAILING_SECONDS", 0.1)
+    through(lambda number, line: "reset" if away.is_set() else "")
+    writer, snapshots = checkpointer(f"s3://{bucket}/run"), [snapshot(n) for n in range(1, 6)]
+    for one in snapshots:
+        one.ledger = [[one.step, APPLIED, [[[one.step, one.step + 1]]]]]
+    with storage.patient(60, whole_process=True):
+        writer.save(snapshots[0])
+        deadline = time.monotonic() + 30
+        while not storage.failing():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for one in snapshots[1:]:  # none of these waits for the storage
+            writer.save(one)
+        away.clear()
         writer.close()
+    assert [one.step for one in find_committed(writer.folder)] == [1, 5]
+    assert writer.num_failed == 3 and "step 4 gives way to a newer one" in caplog.text
+    consumed = [step for step, *_ in read_history(f"s3://{bucket}/run", writer.previous)]
+    assert sorted(consumed) == [1, 2, 3, 4, 5], "what the others had consumed is in the ledger"
 
 
 def test_the_last_checkpoint_of_a_run_is_never_given_up_in_silence(
@@ -315,7 +348,6 @@ def test_the_loader_goes_on_through_a_restart_of_the_server(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "30")
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.5)
     url, wanted = data_set
     outage = Outage(s3_env, 8, "GET")
@@ -326,7 +358,7 @@ def test_the_loader_goes_on_through_a_restart_of_the_server(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("503", "answered 503 SlowDown after 2 attempts; the service is busy"),
+        ("503", "answered 503 SlowDown after 2 attempts in 0 s; the service is busy"),
         ("reset", "check the network"),
         ("delay:9", "no answer within 2 s"),
     ],

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 
 PURPOSES = {
@@ -31,7 +32,13 @@ VERBS = {verb: summary for verbs in PURPOSES.values() for verb, summary in verbs
 
 
 def main() -> None:
-    """Run the verb that the command line names; exit status 2 where it names none."""
+    """Run the verb that the command line names; exit status 2 where it names none.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, so that nothing half-written remains.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _stop)
     try:
         try:
             status = run(sys.argv[1] if len(sys.argv) > 1 else "")
@@ -40,9 +47,16 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         status = 1
-    except KeyboardInterrupt:  # while a verb imports what it needs
-        status = 130
+    except KeyboardInterrupt as error:  # while a verb imports what it needs
+        print("stopped", file=sys.stderr)
+        status = 128 + getattr(error, "number", signal.SIGINT)
     sys.exit(status)
+
+
+def _stop(number: int, frame: object) -> None:
+    from sepdist.console import Stopped  # late: it imports what --help does not need
+
+    raise Stopped(number)
 
 
 def run(verb: str) -> int | None:

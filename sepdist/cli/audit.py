@@ -30,5 +30,5 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, LedgerError) else 2
-    print(json.dumps(asdict(result)) if cfg.json else to_text(result))
+    print(json.dumps(asdict(result), allow_nan=False) if cfg.json else to_text(result))
     return 0 if result.sound else 1

@@ -9,14 +9,21 @@ the correlation of the estimates on the overlap carries the order of the speaker
 next. Each output then gets the gain that brings the sum of all outputs closest to the recording;
 if one would clip, all are scaled down together. The outputs <stem>_s1.wav, ... are mono 16-bit, at
 the recording's rate and of its length to the sample, and appear only when they are complete.
+A folder stands for all recordings below it. Recordings of one stem keep their folders: a/x.wav and
+b/x.wav become a/x_s1.wav, ... and b/x_s1.wav, ... One that cannot be separated is named and left
+out, and the exit status is 1.
 """
 
 import argparse
+import io
+import os
+import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import PurePosixPath
 
-from sepdist import storage
-from sepdist.console import progress_bar, user_console
-from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names
+from sepdist.console import printable, progress_bar, user_console
+from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names, output_stems
 
 WINDOW_OPTIONS = {
     "window_seconds": "length of the model's input",
@@ -27,13 +34,16 @@ WINDOW_OPTIONS = {
 
 
 def main() -> int:
-    """Separate each recording; where one fails, name it, go on and return exit status 1."""
+    """Separate each recording by itself; exit status 1 if one fails, named with the reason."""
     given = _parser().parse_args()
-    status = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
+    failed: list[str] = []
     with user_console(stopped="nothing is left of the unfinished recording") as console:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
-        _check_names(given.recordings, given.output, given.format)
+        stems = output_stems([one for name in given.recordings for one in _files_of(name)])
+        _check_names(stems, given.output, given.format)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
         from sepdist.inference.separator import load
@@ -41,20 +51,31 @@ def main() -> int:
         options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
         separator = load(given.model, **options, **windows)
         keep_freed_memory()
-        for recording in given.recordings:
+        separate = partial(separator.file, output_folder=given.output, file_format=given.format)
+        for recording, stem in stems.items():
             try:
-                with progress_bar(console, PurePosixPath(recording).name) as advance:
-                    result = separator.file(
-                        recording, given.output, file_format=given.format, progress=advance
-                    )
+                with progress_bar(console, printable(PurePosixPath(recording).name, "")) as advance:
+                    result = separate(recording, stem=stem, progress=advance)
             except (ValueError, OSError) as error:
-                console.print(f"error: {error}")
-                status = 1
+                failed.append(printable(str(error), ""))
+                console.print(f"error: {failed[-1]}")
                 continue
             for warning in result.warnings:
-                console.print(f"warning: {warning}")
+                console.print(f"warning: {printable(warning, '')}")
             print("\n".join(result.outputs))
-    return status
+        if len(stems) > 1:
+            counts = f"{len(stems) - len(failed)} separated, {len(failed)} failed"
+            console.print("\n  ".join([counts, *failed]))
+    return int(bool(failed))
+
+
+def _files_of(name: str) -> list[str]:
+    """The audio files below a local folder, or `name` itself."""
+    if not os.path.isdir(folder := os.path.expanduser(name)):
+        return [name]
+    from sepdist.audio import find_files  # late: TAB does without NumPy
+
+    return [str(path) for path in find_files(folder)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,17 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_names(recordings: list[str], output: str, file_format: str) -> None:
-    """Refuse two recordings with the same outputs, and outputs that would replace a recording."""
-    writers: dict[str, str] = {}
-    places = {storage.absolute(name) for name in recordings}
-    for recording in recordings:
-        names = output_names(recording, 8, file_format)
-        if first := writers.get(names[0]):
-            raise SeparationError(f"{first} and {recording} would both be written as {names[0]}")
-        writers[names[0]] = recording
-        for name in names:
-            if storage.absolute(storage.join(output, name)) in places:
+def _check_names(stems: Mapping[str, str], output: str, file_format: str) -> None:
+    """Refuse outputs that would replace a recording."""
+    places = {os.path.realpath(os.path.expanduser(one)) for one in stems}
+    for recording, stem in stems.items():
+        for name in output_names(stem, 8, file_format):
+            if os.path.realpath(os.path.join(os.path.expanduser(output), name)) in places:
                 raise SeparationError(
                     f"an output of {recording} would replace the recording {name}: "
                     "use another --output"

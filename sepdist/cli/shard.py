@@ -7,10 +7,10 @@
 
 `write` puts shards, their indices, source.yaml (the settings) and, last, manifest.json. With
 num_workers=N, N Ray tasks write at once, in the cluster of RAY_ADDRESS or else on this machine.
-After an interruption the same command keeps the finished shards and makes the same bytes.
+After an interruption the same command keeps the finished shards and makes the same bytes. It lists
+all records that cannot be stored; with on_error=skip it leaves them out (skipped.jsonl).
 """
 
-import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -49,16 +49,17 @@ def main() -> int | None:
 
 def write(cfg: ShardConfig, console: Console) -> None:
     """Write a data set, or finish it, and describe it."""
-    from sepdist.data.sharding import write_data_set
+    from sepdist.data.sharding import num_short, write_data_set
     from sepdist.data.shards import MANIFEST
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop acts as Ctrl-C
     todo = "The same command continues; finished shards are kept"
     with user_console(stopped=f"{cfg.output} is not finished and has no {MANIFEST}. {todo}"):
         written = write_data_set(cfg, console)
     num_new = len(written.manifest.shards) - written.num_kept
     speed = f"{60 * num_new / written.seconds:.1f} ({num_new} in {written.seconds:.1f} s)"
     rows = {"shards kept from before": str(written.num_kept), "shards per minute": speed}
+    if short := num_short(cfg.output, written.manifest):
+        rows["shorter than 0.4 s"] = f"{short} (dynamic mixing needs 0.4 s for a loudness)"
     describe(written.manifest, cfg.output, rows)
 
 
@@ -89,6 +90,8 @@ def info(cfg: ShardConfig, console: Console) -> None:
 
 def describe(manifest: "Manifest", output: str, more: dict[str, str]) -> None:
     """Print a table of the data set."""
+    from sepdist.data.sharding import SKIPPED, num_skipped
+
     table = Table(title=output, show_header=False, title_justify="left")
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     members = f"{' + '.join(manifest.members)}, {manifest.sample_rate} Hz"
@@ -100,6 +103,8 @@ def describe(manifest: "Manifest", output: str, more: dict[str, str]) -> None:
         "shards": str(len(manifest.shards)),
         "bytes": f"{num_bytes} ({num_bytes / 1e6:.1f} MB)",
     }
+    if skipped := num_skipped(output):
+        rows["records left out"] = f"{skipped} (listed in {SKIPPED})"
     for name, value in (rows | more).items():
         table.add_row(name, value)
     _OUT.print(table)

@@ -1,5 +1,8 @@
-"""Helpers of the corpora that are folders of audio files: keys, loading, missing files."""
+"""Helpers of the corpora that are folders of audio files: keys, tables, loading, missing files."""
 
+import csv
+import io
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -8,6 +11,8 @@ import numpy as np
 
 from sepdist import audio
 from sepdist.audio import AudioError
+
+logger = logging.getLogger(__name__)
 
 
 def sample_key(name: str) -> str:
@@ -35,6 +40,28 @@ def require_files(paths: Iterable[Path], advice: str) -> None:
         raise AudioError(f"{missing[0]}: no such file ({count}); {advice}")
 
 
+def report_left_out(where: Path, count: int, what: str) -> None:
+    """Log how much of a corpus is not used, unless it is nothing."""
+    if count:
+        logger.warning("%s: left out %d %s", where, count, what)
+
+
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8, with or without a byte-order mark; ValueError names another file."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not text in UTF-8 ({error}); save it as UTF-8") from error
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file whose first line names its columns; ValueError names it."""
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not a CSV file ({error})") from error
+
+
 def load(
     path: str,
     sample_rate: int,
@@ -43,14 +70,21 @@ def load(
     """Load the first channel of a file, float32 [T] at `sample_rate`; lower rates are an error."""
     wave, rate = audio.load_channel(path)
     audio.require_rate(rate, sample_rate, path)
-    return np.clip(resample(wave, rate, sample_rate), -1.0, 1.0)
+    return audio.clip(resample(wave, rate, sample_rate), path)
 
 
-def load_generated(paths: Mapping[str, Path], sample_rate: int) -> dict[str, np.ndarray]:
-    """Load the members of a mixture, float32 [T]; AudioError unless rates and lengths are equal."""
+def load_generated(
+    paths: Mapping[str, Path], sample_rate: int, mixture: Path | None = None
+) -> dict[str, np.ndarray]:
+    """Load the members of a mixture, float32 [T]; AudioError unless rates and lengths are equal.
+
+    If there is a file `mixture`, it has to be their sum, but for clipping and the rounding of each
+    file to 16 bits.
+    """
     members: dict[str, np.ndarray] = {}
-    for member, path in paths.items():
-        wave, rate = audio.load_channel(path)
+    files = {**paths, "mix": mixture} if mixture and mixture.is_file() else paths
+    for member, path in files.items():
+        wave, rate = audio.load_channel(path, may_be_silent=True)
         audio.require_rate(rate, sample_rate, str(path), exactly=True)
         members[member] = wave
         first = next(iter(members))
@@ -58,5 +92,13 @@ def load_generated(paths: Mapping[str, Path], sample_rate: int) -> dict[str, np.
             raise AudioError(
                 f"{path}: {wave.size} samples where {paths[first]} has {members[first].size}; "
                 "generate it again"
+            )
+    if (mixed := members.pop("mix", None)) is not None:
+        total = np.clip(sum(members.values()), -1.0, 1.0)
+        off = float(np.max(np.abs(mixed - total))) / audio.SILENCE
+        if off > len(files) / 2 + 0.5:
+            raise AudioError(
+                f"{mixture}: is not the sum of {', '.join(members)}, it differs by up to {off:.0f} "
+                "steps of 16 bits; generate it again"
             )
     return members

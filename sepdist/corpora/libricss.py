@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sepdist.audio import AudioError
-from sepdist.corpora.files import load, sample_key
+from sepdist.corpora.files import load, read_text, report_left_out, sample_key
 from sepdist.data.records import Mixture
 
 SPLITS = ("0L", "0S", "OV10", "OV20", "OV30", "OV40")
@@ -40,7 +40,7 @@ def read_transcripts(path: Path) -> dict[str, str]:
             f"{path}: no such transcript; LibriCSS's segment_libricss.py writes it with the audio"
         )
     texts: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         key, _, text = line.partition("\t")
         if not text.strip():
             raise AudioError(f"{path}, line {number}: {line!r} is not <utterance>TAB<text>")
@@ -92,11 +92,10 @@ class LibriCss:
         published = (root / split).is_dir()
         prepared = root / "monaural" if (root / "monaural").is_dir() else root
         base = root / split if published else prepared / "utterances"
-        meetings: dict[int, Path] = {}
-        for path in sorted(path for path in base.glob("*") if path.is_dir()):
-            condition, session = parse_meeting(path.name) or ("", 0)
-            if condition == split:
-                meetings[session] = path
+        found = sorted(path for path in base.glob("[!.]*") if path.is_dir())
+        parsed = [(*(parse_meeting(path.name) or ("", 0)), path) for path in found]
+        report_left_out(base, sum(not name for name, *_ in parsed), "folders that are no meeting")
+        meetings = sorted((session, path) for name, session, path in parsed if name == split)
         if not meetings:
             raise AudioError(
                 f"{base}: no meeting overlap_ratio_<r>_sil<a>_<b>_session<n>_actual<x> of "
@@ -108,7 +107,7 @@ class LibriCss:
             folders = (prepared, prepared / "utterances", prepared.parent)
             places = [folder / TRANSCRIPTS for folder in folders]
             merged = read_transcripts(next((path for path in places if path.is_file()), places[0]))
-        for _, path in sorted(meetings.items()):
+        for _, path in meetings:
             if published:
                 texts = read_transcripts(path / "transcription" / TRANSCRIPTS)
                 yield path.name, path / "record" / "utterances", texts

@@ -18,7 +18,14 @@ from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
 from sepdist import audio, storage
-from sepdist.corpora.files import load_generated, require_files, require_unique, sample_key
+from sepdist.corpora.files import (
+    load_generated,
+    read_rows,
+    report_left_out,
+    require_files,
+    require_unique,
+    sample_key,
+)
 from sepdist.corpora.librispeech import speaker_of, transcripts, utterance_paths
 from sepdist.corpora.recipes import Clip, Mode, Recipe, choose, level, render
 from sepdist.data.records import Mixture
@@ -58,20 +65,19 @@ def read_recipes(path: Path, num_sources: int) -> list[Recipe]:
             f"{', '.join(tables) or 'no libri*mix_*.csv'}"
         )
     recipes = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for line, row in enumerate(csv.DictReader(file), start=2):
-            names = [f"source_{number}" for number in range(1, num_sources + 1)]
-            names += ["noise"] if row.get("noise_path") else []
-            try:
-                clips = [Clip(row[f"{name}_path"], float(row[f"{name}_gain"])) for name in names]
-                noise = clips[num_sources] if len(clips) > num_sources else None
-                recipes.append(Recipe(row["mixture_ID"], tuple(clips[:num_sources]), noise))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {line}: not a row of libri{num_sources}mix metadata "
-                    f"({error!r}); its columns are mixture_ID, source_<i>_path, source_<i>_gain, "
-                    "noise_path, noise_gain"
-                ) from error
+    for line, row in enumerate(read_rows(path), start=2):
+        names = [f"source_{number}" for number in range(1, num_sources + 1)]
+        names += ["noise"] if row.get("noise_path") else []
+        try:
+            clips = [Clip(row[f"{name}_path"], float(row[f"{name}_gain"])) for name in names]
+            noise = clips[num_sources] if len(clips) > num_sources else None
+            recipes.append(Recipe(row["mixture_ID"], tuple(clips[:num_sources]), noise))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}, line {line}: not a row of libri{num_sources}mix metadata "
+                f"({error!r}); its columns are mixture_ID, source_<i>_path, source_<i>_gain, "
+                "noise_path, noise_gain"
+            ) from error
     require_unique((recipe.id for recipe in recipes), str(path))
     return recipes
 
@@ -209,12 +215,16 @@ class LibriMix:
         numbers = range(1, self.num_speakers + 1)
         columns = {f"s{number}": f"source_{number}_path" for number in numbers}
         columns |= {"noise": "noise_path"} if self.noise else {}
-        with table.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        require_unique((row["mixture_ID"] for row in rows), str(table))
+        rows = read_rows(table)
+        require_unique((row.get("mixture_ID", "") for row in rows), str(table))
+        there = {path.stem for path in (base / split / "s1").glob("[!.]*.wav")}
+        others = there.difference(row.get("mixture_ID") for row in rows)
+        report_left_out(base / split, len(others), f"mixtures that {table.name} does not list")
+        # The folder of their sums; without noise Libri1Mix has none.
+        kind = kinds[0] if self.noise else "mix_clean" if self.num_speakers > 1 else "none"
         for row in rows:
-            name = row["mixture_ID"]
-            for column in columns.values():
+            name = row.get("mixture_ID", "")
+            for column in ("mixture_ID", *columns.values()):
                 if not row.get(column):
                     raise ValueError(
                         f"{table}: mixture {name} has no {column}; is num_speakers right?"
@@ -224,10 +234,12 @@ class LibriMix:
                 member: base.joinpath(split, *PurePosixPath(row[column]).parts[-2:])
                 for member, column in columns.items()
             }
+            mixture = base / split / kind / paths["s1"].name
             require_files(paths.values(), f"{table} lists it; generate the split again")
             yield Mixture(
                 id=sample_key(name),
                 speakers=tuple(field.split("-")[0] for field in name.split("_")[: len(numbers)]),
                 sample_rate=self.sample_rate,
-                load=partial(load_generated, paths, self.sample_rate),
+                load=partial(load_generated, paths, self.sample_rate, mixture),
+                may_be_silent=True,
             )

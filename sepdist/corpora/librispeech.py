@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sepdist import audio
 from sepdist.audio import AudioError
-from sepdist.corpora.files import load, require_unique
+from sepdist.corpora.files import load, read_text, require_unique
 from sepdist.data.records import Utterance
 
 
@@ -37,8 +37,8 @@ def speaker_of(path: Path) -> str:
 def transcripts(folder: Path) -> dict[str, str]:
     """Read utterance id -> text of a chapter's folder; empty if it has no transcript file."""
     texts: dict[str, str] = {}
-    for path in sorted(folder.glob("*.trans.txt")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+    for path in sorted(folder.glob("[!.]*.trans.txt")):
+        for line in read_text(path).splitlines():
             utterance, _, text = line.strip().partition(" ")
             texts[utterance] = text.strip()
     return texts

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from sepdist import audio
-from sepdist.corpora.files import load
+from sepdist.corpora.files import load, report_left_out
 from sepdist.corpora.librispeech import speaker_of, transcripts, utterance_paths
 from sepdist.corpora.recipes import SPEECH_LUFS, guarded_gains
 from sepdist.data.records import Mixture
@@ -72,10 +72,12 @@ class Overlap:
         root = Path(self.root).expanduser()
         read, texts = cache(transcripts), dict[Path, str]()
         speakers: dict[str, list[Path]] = defaultdict(list)
-        for path in utterance_paths(root, self.speech_split):
+        paths = utterance_paths(root, self.speech_split)
+        for path in paths:
             if text := read(path.parent).get(path.stem):
                 texts[path] = text
                 speakers[speaker_of(path)].append(path)
+        report_left_out(root, len(paths) - len(texts), "utterances without a transcript")
         if len(speakers) < 2:
             raise ValueError(
                 f"{root / self.speech_split}: {len(speakers)} speaker(s) with a transcript "
@@ -99,13 +101,14 @@ class Overlap:
                     f"{target}: no other speaker has an utterance of {wanted:.1f} s, {split} of it"
                 )
             both = (target, other) if share else (target,)
-            paths = tuple(map(str, both))
+            files = tuple(map(str, both))
             yield Mixture(
                 id="_".join([f"{number:04d}", *(path.stem for path in both)]),
                 speakers=tuple(speaker_of(path) for path in both),
                 sample_rate=self.sample_rate,
                 load=partial(
-                    overlapped, paths, levels[: len(both)], share, at_end, self.sample_rate
+                    overlapped, files, levels[: len(both)], share, at_end, self.sample_rate
                 ),
                 texts=(texts[target], "")[: len(both)],
+                may_be_silent=True,  # the piece that overlaps
             )

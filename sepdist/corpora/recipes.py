@@ -120,8 +120,9 @@ def render(
         noise, own = audio.load_channel(path := noise_root / recipe.noise.path, longest)
         _require_equal_rates(path, own, rate)
         waves.append(extend_noise(noise, rate, longest) * np.float32(recipe.noise.gain))
+        paths.append(path)
     fitted = fit_lengths([audio.resample_poly(wave, rate, sample_rate) for wave in waves], mode)
-    clipped = [np.clip(wave, -1.0, 1.0).astype(np.float32) for wave in fitted]
+    clipped = [audio.clip(wave, str(path)) for wave, path in zip(fitted, paths, strict=True)]
     members = {f"s{i}": wave for i, wave in enumerate(clipped[:num_sources], start=1)}
     return members if noise_root is None else members | {"noise": clipped[-1]}
 

@@ -31,6 +31,7 @@ class Stored:
         cache_gigabytes: float = 50.0,
     ) -> None:
         self.url, self.manifest = data, read_manifest(data)
+        open_data.cache_clear()  # another data set may lie there by now
         self.name, self.sample_rate = self.manifest.corpus, self.manifest.sample_rate
         if not noise and "mix" in self.manifest.members:
             raise ConfigError(
@@ -45,6 +46,10 @@ class Stored:
             "cache_gigabytes": cache_gigabytes,
         }
 
+    def identity(self) -> str:
+        """Identify the audio behind the records."""
+        return self.manifest.digest()
+
     def records(self, split: str) -> Iterator[Mixture]:
         """Yield every sample, its audio and texts to be read later; `split` has no effect."""
         indexes = (read_index(self.url, shard) for shard in self.manifest.shards)
@@ -55,6 +60,7 @@ class Stored:
                 sample_rate=self.sample_rate,
                 load=partial(load, self.options, number),
                 metadata=partial(texts, self.options, number),
+                may_be_silent=True,
             )
 
 

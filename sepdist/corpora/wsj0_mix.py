@@ -17,7 +17,13 @@ from typing import TypeVar
 import numpy as np
 
 from sepdist import audio
-from sepdist.corpora.files import load_generated, require_files, require_unique, sample_key
+from sepdist.corpora.files import (
+    load_generated,
+    read_text,
+    require_files,
+    require_unique,
+    sample_key,
+)
 from sepdist.corpora.recipes import Mode, fit_lengths
 from sepdist.data.records import Mixture
 
@@ -28,7 +34,7 @@ _T = TypeVar("_T")
 def _parse(path: Path, expected: str, parse: Callable[[list[str]], _T]) -> list[_T]:
     """Parse each line of fields that is not empty; ValueError names the file and the line."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if fields := line.split():
             try:
                 rows.append(parse(fields))
@@ -48,7 +54,7 @@ def read_levels(path: Path) -> dict[str, float]:
             raise ValueError("a mean square of speech is between 0 and 1")
         return utterance, level
 
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    files = sorted(path.glob("[!.]*.txt")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ValueError(
             f"{path}: no activlev_*.txt there; they are in metadata/activlev of pywsj0-mix"
@@ -158,13 +164,17 @@ class Wsj0Mix:
         rate = f"wav{self.sample_rate // 1000}k"
         base = root / f"{self.num_speakers}speakers" / rate / self.mode / split
         members = [f"s{number}" for number in range(1, self.num_speakers + 1)]
-        for first in audio.find_files(base / "s1"):
-            paths = {member: base / member / first.name for member in members}
-            require_files(paths.values(), f"but {first} is there; generate the split again")
+        found = audio.find_files(base)
+        names = {path.name for path in found if path.parent.name in (*members, "mix")}
+        for name in sorted(names):
+            paths = {member: base / member / name for member in members}
+            require_files(paths.values(), "but others of its mixture are; generate the split again")
+            stem = Path(name).stem
             yield Mixture(
-                id=sample_key(first.stem),
+                id=sample_key(stem),
                 # WSJ0 utterances are named speaker (3 characters), session, text: 40na010x.
-                speakers=tuple(field[:3] for field in first.stem.split("_")[::2]),
+                speakers=tuple(field[:3] for field in stem.split("_")[::2]),
                 sample_rate=self.sample_rate,
-                load=partial(load_generated, paths, self.sample_rate),
+                load=partial(load_generated, paths, self.sample_rate, base / "mix" / name),
+                may_be_silent=True,
             )

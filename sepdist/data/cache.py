@@ -5,6 +5,9 @@ remote shard is fetched to `cache_dir/<shard>-<sha256>.tar`. The processes of a 
 copies: each is fetched once, and the least recently used are removed when the cache is full. An
 open shard stays readable when its copy is removed.
 
+A shard that is overwritten in place while it is open is noticed by its size or modification time
+when it is next asked for, and checked again.
+
 Damage of single samples does not stop the others: `OpenShard.damaged` lists them and the stream
 decides. Damage that cannot be located is an error here.
 """
@@ -26,7 +29,14 @@ from pathlib import Path
 from sepdist import storage
 from sepdist.data.background import Background
 from sepdist.data.members import DataError
-from sepdist.data.shards import Manifest, Sample, read_index, read_sample
+from sepdist.data.shards import (
+    Manifest,
+    Sample,
+    read_index,
+    read_metadata,
+    read_sample,
+    require_regular,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +66,18 @@ class ShardCache:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._pending: dict[int, Future[OpenShard]] = {}
         self._wanted: frozenset[int] = frozenset()
-        self._intact: dict[int, tuple[int, ...]] = {}  # shard -> identity of its verified file
+        # shard -> identity of the file that was checked last, and what was wrong with it
+        self._checks: dict[int, tuple[tuple[int, ...], str]] = {}
         self._fetchers = Background(NUM_FETCHERS, "shard")
 
     def open(self, number: int) -> OpenShard:
         """Return the shard, verified by size and sha256; DataError if it is missing or unusable."""
         with self._lock:
             if number in self._open:
-                self._open.move_to_end(number)
-                return self._open[number]
+                if _identity(self._open[number].file) == self._checks[number][0]:
+                    self._open.move_to_end(number)
+                    return self._open[number]
+                logger.warning("%s: changed while it was open", self._open.pop(number).file.name)
             future = self._request(number)
         return future.result()
 
@@ -133,18 +146,18 @@ class ShardCache:
         return file, problem
 
     def _checked(self, path: Path, number: int) -> tuple[BufferedReader, str]:
-        """Open a file; say what is wrong with it ("": nothing). An intact one is hashed once."""
-        file = open(path, "rb")  # noqa: SIM115
-        shard, status = self.manifest.shards[number], os.fstat(file.fileno())
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        if self._intact.get(number) == identity:
-            return file, ""
-        if status.st_size != shard.bytes:
-            return file, f"{status.st_size} bytes where the manifest says {shard.bytes}"
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            return file, "its sha256 is not the manifest's"
-        self._intact[number] = identity
-        return file, ""
+        """Open a file; say what is wrong with it ("": nothing). It is hashed once if unchanged."""
+        file = open(require_regular(path), "rb")  # noqa: SIM115
+        shard, identity = self.manifest.shards[number], _identity(file)
+        before, problem = self._checks.get(number, ((), ""))
+        if before != identity:
+            problem, num_bytes = "", os.fstat(file.fileno()).st_size
+            if num_bytes != shard.bytes:
+                problem = f"{num_bytes} bytes where the manifest says {shard.bytes}"
+            elif hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                problem = "its sha256 is not the manifest's"
+            self._checks[number] = identity, problem
+        return file, problem
 
     def _locate_damage(
         self, number: int, file: BufferedReader, samples: list[Sample], problem: str
@@ -154,7 +167,9 @@ class ShardCache:
         for i, sample in enumerate(samples):
             try:
                 read_sample(file, sample, self.manifest.members)
-            except DataError as error:
+                if read_metadata(file, sample)["id"] != sample.key:
+                    raise DataError(f"{file.name}: another sample is in the place of {sample.key}")
+            except (ValueError, KeyError) as error:
                 damaged[i] = str(error)
         what = f"{self._place(number)}: damaged, {problem}"
         if not damaged:
@@ -194,6 +209,11 @@ class ShardCache:
             needed = f"{total / 1e9:.2f} GB of shards are needed at once"
             allowed = f"the {self.max_bytes / 1e9:.2f} GB that cache_gigabytes allows"
             logger.warning("%s: %s, more than %s", self.folder, needed, allowed)
+
+
+def _identity(file: BufferedReader) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _touch(path: Path) -> None:

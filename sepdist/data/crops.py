@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sepdist.data.dataset import Dataset, Item
+import numpy as np
+
+from sepdist.data.dataset import MAX_CROPS, Dataset, Item
 from sepdist.data.members import DataError
 from sepdist.data.order import Order
 from sepdist.seeding import rng
@@ -18,7 +20,7 @@ class Damage:
     url: str
     position: int
     key: str
-    error: DataError
+    error: ValueError
 
 
 def crop_length(crop_seconds: float, sample_rate: int) -> int:
@@ -52,23 +54,20 @@ class Crops:
             shard_number, number = self.order.locate(candidate)
             shard = self.dataset.cache.open(shard_number)
             sample = shard.samples[number]
-            start, stop = self._crop(position, sample.num_samples)
+            starts = self._starts(position, sample.num_samples)
             try:
-                members = self.dataset.read(shard, number, start, stop)
+                members = self.dataset.read_crop(shard, number, self.crop_samples, starts)
             except DataError as error:
                 damages.append(Damage(self.url, candidate, sample.key, error))
             else:
                 return Item(sample.key, sample.speakers, members)
         raise beyond_replacing(damages[first:]) from damages[-1].error
 
-    def _crop(self, position: int, num_samples: int) -> tuple[int, int]:
-        """Draw start and stop of the crop at `position` in a sample of `num_samples`."""
-        spare = num_samples - self.crop_samples
-        if spare <= 0:
-            return 0, num_samples
+    def _starts(self, position: int, num_samples: int) -> list[int]:
+        """Draw where the crop at `position` of a sample may start, in the order to be tried."""
         # The raw stream, because NumPy keeps no other the same across versions.
-        start = int(rng(self.seed, "crop", position).bit_generator.random_raw()) % (spare + 1)
-        return start, start + self.crop_samples
+        raw = rng(self.seed, "crop", position).bit_generator.random_raw(MAX_CROPS)
+        return (raw % np.uint64(max(0, num_samples - self.crop_samples) + 1)).tolist()
 
     def prefetch(self, positions: range) -> None:
         """Get the shards of `positions` and of the next block in the background."""

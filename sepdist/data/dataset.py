@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from sepdist.audio import SILENCE
 from sepdist.data.cache import OpenShard, ShardCache
 from sepdist.data.members import DataError, split_members
 from sepdist.data.records import MAIN, Batch
 from sepdist.data.shards import read_manifest, read_metadata, read_sample
+
+MAX_CROPS = 100  # places tried for one crop, until no source is silent in it
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,25 @@ class Dataset:
             raise DataError(shard.damaged[number])
         return read_sample(shard.file, shard.samples[number], self.members, start, stop)
 
+    def read_crop(
+        self, shard: OpenShard, number: int, length: int, starts: Sequence[int]
+    ) -> dict[str, np.ndarray]:
+        """Read the crop at the first of `starts` where no source is silent, or the fewest are."""
+        size = shard.samples[number].num_samples
+        members = self.read(shard, number, starts[0], min(starts[0] + length, size))
+        if size <= length or not num_silent(members):
+            return members
+        whole = self.read(shard, number, 0, size)  # as fast as two or three crops
+        crops = [{name: w[start : start + length] for name, w in whole.items()} for start in starts]
+        audible = (crop for crop in crops if not num_silent(crop))
+        return next(audible, None) or min(crops, key=num_silent)
+
+
+def num_silent(members: Mapping[str, np.ndarray]) -> int:
+    """Count the silent sources (see `metrics.si_snr`), or mixtures where these are unknown."""
+    sources, _, rest = split_members(list(members))
+    return sum(float(np.ptp(members[name])) < 2 * SILENCE for name in sources or rest)
+
 
 def collate(
     items: Sequence[Item], positions: range, length: int = 0, data_set: str = MAIN
@@ -123,4 +145,5 @@ def collate(
         lengths=torch.tensor([len(item.members[names[0]]) for item in items]),
         speakers=[item.speakers for item in items],
         data_set=data_set,
+        num_silent=sum(num_silent(item.members) for item in items),
     )

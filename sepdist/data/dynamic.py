@@ -18,7 +18,7 @@ from sepdist import audio
 from sepdist.corpora.recipes import NOISE_LUFS, SPEECH_LUFS, extend_noise, guarded_gains
 from sepdist.data.cache import OpenShard
 from sepdist.data.crops import MAX_REPLACEMENTS, Damage, beyond_replacing, crop_length
-from sepdist.data.dataset import Dataset, Item
+from sepdist.data.dataset import MAX_CROPS, Dataset, Item
 from sepdist.data.members import DataError
 from sepdist.data.order import Order
 from sepdist.seeding import derive, rng
@@ -26,14 +26,14 @@ from sepdist.seeding import derive, rng
 
 @dataclass(frozen=True)
 class _Clip:
-    """Member s1 of a sample; `read(start, stop)` returns float32 [stop - start]."""
+    """A sample whose only member is s1; `read` is `Dataset.read_crop` of that sample."""
 
     key: str
     speaker: str
     num_samples: int
     loudness: float  # LUFS, of the whole clip
     peak: float
-    read: Callable[[int, int], np.ndarray]
+    read: Callable[[int, Sequence[int]], dict[str, np.ndarray]]
 
 
 class _Clips:
@@ -46,7 +46,7 @@ class _Clips:
         self._measured: dict[tuple[int, int], tuple[float, float]] = {}
 
     def find(self, order: Order, position: int, others: set[str], damages: list[Damage]) -> _Clip:
-        """Return the first intact clip from `position` on whose speaker is not in `others`."""
+        """Return the first clip from `position` on that can be mixed and is of none of `others`."""
         first = len(damages)
         for candidate in range(position, position + 2 * order.num_samples):  # a whole epoch
             place = shard_number, number = order.locate(candidate)
@@ -56,12 +56,12 @@ class _Clips:
                 continue
             try:
                 loudness, peak = self._measure(place, shard)
-            except DataError as error:
+            except (DataError, audio.AudioError) as error:  # damaged, too short or too quiet
                 damages.append(Damage(self.dataset.url, candidate, sample.key, error))
                 if len(damages) - first > MAX_REPLACEMENTS:
                     break
                 continue
-            read, speaker = partial(self._read, shard, number), sample.speakers[0]
+            read, speaker = partial(self.dataset.read_crop, shard, number), sample.speakers[0]
             return _Clip(sample.key, speaker, sample.num_samples, loudness, peak, read)
         if len(damages) > first:
             raise beyond_replacing(damages[first:]) from damages[-1].error
@@ -72,14 +72,10 @@ class _Clips:
         """Measure loudness and peak of a whole clip, once in a process unless it is damaged."""
         if place not in self._measured:
             sample = shard.samples[place[1]]
-            wave = self._read(shard, place[1], 0, sample.num_samples)
-            what = f"{self.dataset.url}, {sample.key}"
-            loudness = audio.loudness(wave, self.dataset.manifest.sample_rate, what)
+            wave = self.dataset.read(shard, place[1], 0, sample.num_samples)["s1"]
+            loudness = audio.loudness(wave, self.dataset.manifest.sample_rate, sample.key)
             self._measured[place] = loudness, float(np.max(np.abs(wave)))
         return self._measured[place]
-
-    def _read(self, shard: OpenShard, number: int, start: int, stop: int) -> np.ndarray:
-        return self.dataset.read(shard, number, start, stop)["s1"]
 
     def prefetch(self, positions: range) -> None:
         by_order = zip_longest(*(order.upcoming(positions) for order in self.orders))
@@ -137,15 +133,17 @@ class DynamicMixing:
         """Mix `position`; the id names the utterances and the position, so it occurs once."""
         num_draws = 3 * len(self.voices.orders) + 2
         # The raw stream, because NumPy keeps no other the same across versions.
-        raw = rng(self.seed, "dynamic mixing", position).bit_generator.random_raw(num_draws)
-        draws = iter(((raw >> np.uint64(11)) * 2.0**-53).tolist())  # in [0, 1)
+        bits = rng(self.seed, "dynamic mixing", position).bit_generator
+        raw = bits.random_raw(num_draws + MAX_CROPS)
+        shares = ((raw >> np.uint64(11)) * 2.0**-53).tolist()  # in [0, 1)
+        draws, more_places = iter(shares[:num_draws]), shares[num_draws:]
         clips: list[_Clip] = []
         waves: list[np.ndarray] = []
         targets: list[float] = []
         for order in self.voices.orders:
             clip = self.voices.find(order, position, {one.speaker for one in clips}, damages)
             speed = self.speeds[int(next(draws) * len(self.speeds))]
-            waves.append(self._crop(clip, speed, next(draws)))
+            waves.append(self._crop(clip, speed, [next(draws), *more_places]))
             targets.append(_between(self.levels, next(draws)))
             clips.append(clip)
         names, length = [f"s{i + 1}" for i in range(len(clips))], max(wave.size for wave in waves)
@@ -153,7 +151,7 @@ class DynamicMixing:
         if self.noises is not None:
             clip = self.noises.find(self.noises.orders[0], position, set(), damages)
             start = int(next(draws) * (max(0, clip.num_samples - length) + 1))
-            noise = clip.read(start, min(start + length, clip.num_samples))
+            noise = clip.read(length, [start])["s1"]
             waves.append(extend_noise(noise, self.rate, length))
             targets.append(_between(self.noise_levels, next(draws)))
             clips.append(clip)
@@ -164,12 +162,12 @@ class DynamicMixing:
         scaled = [wave * np.float32(gain) for wave, gain in zip(waves, gains, strict=True)]
         return Item(f"{key}@{position}", speakers, dict(zip(names, scaled, strict=True)))
 
-    def _crop(self, clip: _Clip, speed: float, place: float) -> np.ndarray:
-        """Play a clip at `speed` from `place` in [0, 1): float32, crop_samples or shorter."""
+    def _crop(self, clip: _Clip, speed: float, places: Sequence[float]) -> np.ndarray:
+        """Play a clip at `speed` from the first of `places` with a sound: crop_samples or fewer."""
         as_rate = round(self.rate * speed)
         wanted = -(-self.crop_samples * as_rate // self.rate)
-        start = int(place * (max(0, clip.num_samples - wanted) + 1))
-        wave = clip.read(start, min(start + wanted, clip.num_samples))
+        num_starts = max(0, clip.num_samples - wanted) + 1
+        wave = clip.read(wanted, [int(place * num_starts) for place in places])["s1"]
         return audio.resample(wave, as_rate, self.rate)[: self.crop_samples]
 
     def prefetch(self, positions: range) -> None:

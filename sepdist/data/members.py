@@ -27,6 +27,10 @@ class DataError(ValueError):
     """A record, a shard or a data set is invalid; the message names it and says what to do."""
 
 
+# What `load` raises where the record is bad, rather than the storage.
+BAD = (ValueError, soundfile.LibsndfileError, FileNotFoundError, PermissionError)
+
+
 def people(record: Utterance | Mixture) -> tuple[list[str], list[str]]:
     """Speakers and texts of a record, without loading its audio."""
     if isinstance(record, Utterance):
@@ -42,25 +46,25 @@ def split_members(members: Sequence[str]) -> tuple[list[str], list[str], list[st
     return sources, estimates, [name for name in members if name not in numbered]
 
 
-def check_ids(records: Sequence[Utterance | Mixture]) -> None:
-    """Raise DataError unless the records fit in one data set: valid unique ids, one rate."""
-    seen = set[str]()
-    for record in records:
-        what = f"record {record.id!r}"
+def misfits(records: Sequence[Utterance | Mixture]) -> dict[int, str]:
+    """Say by number why records do not fit in one data set: valid unique ids, one rate."""
+    seen, found = set[str](), dict[int, str]()
+    for number, record in enumerate(records):
         if not _ID.fullmatch(record.id):
-            raise DataError(
-                f"{what}: an id is not empty and has no '.', '/' or control character, because a "
+            found[number] = (
+                "an id is not empty and has no '.', '/' or control character, because a "
                 "WebDataset key ends at the first dot; rename it in the corpus"
             )
-        if len(f"{record.id}.noise.flac".encode()) > _MAX_NAME_BYTES:
+        elif len(f"{record.id}.noise.flac".encode()) > _MAX_NAME_BYTES:
             limit = f"a file name in a tar has at most {_MAX_NAME_BYTES} bytes"
-            raise DataError(f"{what}: the id is too long, {limit}")
-        if record.id in seen:
-            raise DataError(f"{what}: occurs twice; ids are unique in a data set")
-        if record.sample_rate != records[0].sample_rate:
+            found[number] = f"the id is too long, {limit}"
+        elif record.id in seen:
+            found[number] = "occurs twice; ids are unique in a data set"
+        elif record.sample_rate != records[0].sample_rate:
             rates = f"{record.sample_rate} Hz after records of {records[0].sample_rate} Hz"
-            raise DataError(f"{what}: {rates}; set one sample_rate in the corpus")
+            found[number] = f"{rates}; set one sample_rate in the corpus"
         seen.add(record.id)
+    return {number: f"record {records[number].id!r}: {why}" for number, why in found.items()}
 
 
 def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
@@ -81,7 +85,10 @@ def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
     num_speakers = len(people(record)[0])
     if sources and num_speakers != len(sources):
         raise DataError(f"{what}: names {num_speakers} speakers and has {len(sources)} sources")
-    stored = {name: _to_int16(waves[name], f"{what}, {name}") for name in names}
+    may = isinstance(record, Mixture) and record.may_be_silent
+    stored = {name: _to_int16(waves[name], f"{what}, {name}", may_be_silent=may) for name in names}
+    if not any(stored[name].any() for name in sources or rest):
+        raise DataError(f"{what}: all its sources are silent; leave it out")
     lengths = {name: len(wave) for name, wave in stored.items()}
     if len(set(lengths.values())) > 1:
         todo = "cut or pad them in the corpus"
@@ -89,15 +96,16 @@ def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
     return stored
 
 
-def _to_int16(wave_T: np.ndarray, what: str) -> np.ndarray:
+def _to_int16(wave_T: np.ndarray, what: str, may_be_silent: bool) -> np.ndarray:
     if not isinstance(wave_T, np.ndarray) or wave_T.ndim != 1 or wave_T.dtype.kind != "f":
         found = f"{getattr(wave_T, 'dtype', type(wave_T).__name__)} {list(np.shape(wave_T))}"
         raise DataError(f"{what}: is {found}, not a one-dimensional array of floats")
     try:
         audio.check(wave_T, what)
     except audio.AudioError as error:
-        raise DataError(str(error)) from error
-    peak = float(np.max(np.abs(wave_T)))
+        if not (may_be_silent and np.max(np.abs(wave_T), initial=0) < audio.SILENCE):
+            raise DataError(str(error)) from error
+    peak = float(np.max(np.abs(wave_T), initial=0))
     if peak > 1.0:
         raise DataError(f"{what}: outside [-1, 1], its peak is {peak:.4g}; scale it in the corpus")
     # Not by libsndfile, which multiplies by 32767 and divides by 32768: 16-bit audio would change.
@@ -115,9 +123,13 @@ def encode(record: Utterance | Mixture, waves: Mapping[str, np.ndarray]) -> dict
         "num_samples": len(next(iter(waves.values()))),
         "sample_rate": record.sample_rate,
     }
+    may = isinstance(record, Mixture) and record.may_be_silent
+    if silent := [name for name, wave in waves.items() if may and not wave.any()]:
+        metadata["silent"] = silent
     if isinstance(record, Mixture) and record.metadata is not None:
         metadata |= record.metadata(waves)
-    files = {"json": json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode()}
+    text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    files = {"json": text.encode()}
     for member, wave in waves.items():
         stream = io.BytesIO()
         soundfile.write(stream, wave, record.sample_rate, format="FLAC", subtype="PCM_16")

@@ -44,6 +44,7 @@ class Mixture:
     load: Callable[[], Mapping[str, np.ndarray]]
     texts: tuple[str, ...] = ()
     metadata: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] | None = None
+    may_be_silent: bool = False  # any member throughout, as long as a source is not
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Batch:
     speakers: list[tuple[str, ...]] = field(default_factory=list)
     data_set: str = MAIN  # all items come from the same data set
     estimates: Tensor | None = None  # float32 [B, S, T], a separator's, in the order of the sources
+    num_silent: int = 0  # sources, or mixtures where these are unknown, that hold no sound
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with its audio on `device`."""

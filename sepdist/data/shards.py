@@ -4,6 +4,7 @@ A data set is a folder or s3:// prefix with
 
     <corpus>-<split>-000000.tar   WebDataset shard: <id>.json and <id>.<member>.flac per sample
     index/<the same>.json         byte offsets of every member in the tar
+    index/<the same>.inputs.json  what it was made of (data/inputs.py), which readers do not need
     manifest.json                 all shards with their sha256; written last and never replaced
 
 See data/members.py for the members. A folder without a manifest is not a data set. With one version
@@ -22,11 +23,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from sepdist import audio, storage
+from sepdist.data import inputs
 from sepdist.data import members as sample_files
 from sepdist.data.members import DataError, people, split_members
 from sepdist.data.records import Mixture, Utterance
@@ -85,6 +87,14 @@ class Sample:
             raise ValueError(f"{self.key!r}: its members or their places are wrong")
 
 
+class Outcome(NamedTuple):
+    """What became of a shard: its entry (None: nothing is stored), bad records, if it was kept."""
+
+    shard: ShardInfo | None
+    bad: list[str]  # why records are not stored, one line each
+    kept: bool = False
+
+
 def shard_name(corpus: str, split: str, number: int) -> str:
     """The file name of a shard."""
     return f"{corpus}-{split}-{number:06d}.tar"
@@ -96,25 +106,43 @@ def shard_name(corpus: str, split: str, number: int) -> str:
 def write_shard(
     records: Sequence[Utterance | Mixture], output_url: str | Path, name: str
 ) -> ShardInfo:
-    """Write the shard `name` of `records`, or keep it; it is stored and verified on return.
-
-    An intact shard of the same records (ids, speakers, texts, rate) is kept without loading audio.
-    DataError names the record that cannot be stored.
-    """
+    """`try_shard` of records that must all be stored; DataError names those that cannot be."""
     if not records:
         raise DataError(f"{name}: no records; a shard holds at least one")
-    sample_files.check_ids(records)
-    if (kept := _finished(records, output_url, name)) is not None:
+    for problem in sample_files.misfits(records).values():
+        raise DataError(problem)
+    shard, bad, _ = try_shard(records, output_url, name)
+    if shard is None:
+        raise DataError("\n".join(bad))
+    return shard
+
+
+def try_shard(
+    records: Sequence[Utterance | Mixture],
+    output_url: str | Path,
+    name: str,
+    identity: str = "",
+    skip: bool = False,
+) -> Outcome:
+    """Write the shard `name` of `records`, or keep it; it is stored and verified on return.
+
+    An intact shard of the same records, made of the same inputs, is kept without loading audio. A
+    shard with bad records is not stored; with `skip` they are left out.
+    """
+    made_of = inputs.describe(records, identity)
+    if (kept := _finished(records, output_url, name, made_of)) and (skip or not kept.bad):
         return kept
     with tempfile.TemporaryDirectory(prefix="sepdist-shard-") as folder:
         path = Path(folder, name)
         try:
-            samples = _write_tar(records, path)
+            samples, bad = _write_tar(records, path)
         except OSError as error:
             if error.errno not in storage.DISK_FULL:
                 raise
             place = f"{path} (TMPDIR chooses the folder)"
             raise storage.disk_error(place, "write", error) from error
+        if bad and not skip:
+            return Outcome(None, bad)
         index: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "shard": name,
@@ -129,9 +157,11 @@ def write_shard(
     with _local_copy(output_url, name) as stored:
         if _sha256_of(stored) != index["sha256"]:
             raise DataError(f"{url}: reads back other bytes than were written; use other disks")
-    text = json.dumps(index, indent=1, ensure_ascii=False).encode()
+    if made_of is not None:
+        storage.put_bytes(_index_url(output_url, name, ".inputs"), _dump(made_of | {"bad": bad}))
+    text = _dump(index)
     storage.put_bytes(_index_url(output_url, name), text)
-    return _info(index, text)
+    return Outcome(_info(index, text), bad)
 
 
 def write_manifest(
@@ -145,7 +175,7 @@ def write_manifest(
         raise DataError(f"{output_url}: no shards to finish a data set of")
     manifest = _describe(output_url, corpus, split, sample_rate, infos)
     url = storage.join(output_url, MANIFEST)
-    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
+    text = _dump(asdict(manifest) | {"digest": manifest.digest()})
     with contextlib.suppress(FileExistsError):
         storage.put_bytes(url, text, create_only=True)
     found = read_manifest(output_url)
@@ -160,19 +190,32 @@ def _fingerprint(records: Sequence[Utterance | Mixture]) -> str:
     return hashlib.sha256(_canonical([FORMAT_VERSION, identity])).hexdigest()
 
 
-def _finished(
-    records: Sequence[Utterance | Mixture], url: str | Path, name: str
-) -> ShardInfo | None:
-    """Return the shard of an earlier run; None if missing, damaged or of other records."""
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
+def read_inputs(url: str | Path, name: str) -> dict[str, Any]:
+    """Return what a shard was made of, and its bad records; empty if that is not known."""
     try:
-        text = storage.read_bytes(_index_url(url, name))
-        index = json.loads(text)
+        return dict(json.loads(storage.read_bytes(_index_url(url, name, ".inputs"))))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
+def _finished(
+    records: Sequence[Utterance | Mixture], url: str | Path, name: str, made_of: Any
+) -> Outcome | None:
+    """Return the shard of an earlier run; None if missing, damaged or of other inputs."""
+    try:
+        text, before = storage.read_bytes(_index_url(url, name)), read_inputs(url, name)
+        index, bad = json.loads(text), before.pop("bad", [])
         if not isinstance(index, dict) or index.get("fingerprint") != _fingerprint(records):
             return None
-        if storage.size(storage.join(url, name)) != index["bytes"]:
+        if before != made_of or storage.size(storage.join(url, name)) != index["bytes"]:
             return None
         with _local_copy(url, name) as stored:
-            return _info(index, text) if _sha256_of(stored) == index["sha256"] else None
+            same = _sha256_of(stored) == index["sha256"]
+            return Outcome(_info(index, text), bad, kept=True) if same else None
     except (FileNotFoundError, json.JSONDecodeError, KeyError, UnicodeDecodeError):
         return None
 
@@ -182,28 +225,36 @@ def _info(index: Mapping[str, Any], text: bytes) -> ShardInfo:
     return ShardInfo(**own, sha256=index["sha256"], index_sha256=hashlib.sha256(text).hexdigest())
 
 
-def _write_tar(records: Sequence[Utterance | Mixture], path: Path) -> list[dict[str, Any]]:
-    """Load, check and encode the records into a tar at `path`; return the samples of its index."""
+def _write_tar(
+    records: Sequence[Utterance | Mixture], path: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Load, check and encode records into a tar at `path`; return its index and what is bad."""
     import webdataset  # late: readers do not need it
 
     samples: list[dict[str, Any]] = []
+    bad: list[str] = []
     shape: tuple[str, ...] = ()
     options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
     with open(path, "wb") as file, webdataset.TarWriter(file, **options) as writer:
         tar = writer.tarstream
         tar.format = tarfile.USTAR_FORMAT  # TarWriter's own argument `format` has no effect
         for record in records:
-            waves = sample_files.load_members(record)
-            shape = shape or tuple(waves)
-            _require_members(f"record {record.id!r}", tuple(waves), shape)
-            places = {}
-            for suffix, data in sample_files.encode(record, waves).items():
+            what, places = f"record {record.id!r}", dict[str, list[int]]()
+            try:
+                waves = sample_files.load_members(record)
+                _require_members(what, tuple(waves), shape or tuple(waves))
+                files = sample_files.encode(record, waves)
+            except sample_files.BAD as error:
+                bad.append(str(error) if str(error).startswith(what) else f"{what}: {error}")
+                continue
+            shape = tuple(waves)
+            for suffix, data in files.items():
                 writer.write({"__key__": record.id, suffix: data})  # alone, to learn its offset
                 padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 places[suffix.removesuffix(".flac")] = [tar.offset - padded, len(data)]
             sample = {"key": record.id, "num_samples": len(waves[shape[0]])}
             samples.append(sample | {"speakers": people(record)[0], "members": places})
-    return samples
+    return samples, bad
 
 
 def _require_members(what: str, found: tuple[str, ...], wanted: tuple[str, ...]) -> None:
@@ -260,7 +311,7 @@ def read_manifest(url: str | Path) -> Manifest:
     place = storage.join(url, MANIFEST)
     try:
         raw = json.loads(storage.read_bytes(place))
-        version = raw["format_version"]
+        version, digest = raw["format_version"], raw.pop("digest", None)  # older ones have none
         if version != FORMAT_VERSION:
             known = f"this version of sepdist reads format {FORMAT_VERSION}"
             raise DataError(f"{place}: is of format {version}, {known}; write it again")
@@ -280,6 +331,8 @@ def read_manifest(url: str | Path) -> Manifest:
     if manifest.num_samples != total or total < 1:
         counts = f"it counts {manifest.num_samples} samples and its shards {total}"
         raise DataError(f"{place}: was changed, {counts}")
+    if digest not in (None, manifest.digest()):
+        raise DataError(f"{place}: was changed or damaged, its digest is not {digest}; restore it")
     return manifest
 
 
@@ -345,6 +398,11 @@ def verify(url: str | Path) -> list[str]:
         manifest = read_manifest(url)
     except DataError as error:
         return [str(error)]
+    place = storage.join(url, MANIFEST)
+    older = asdict(manifest)
+    texts = _dump(older | {"digest": manifest.digest()}), _dump(older)
+    if storage.read_bytes(place) not in texts:
+        return [f"{place}: is not as it was written; restore it"]
     return [problem for shard in manifest.shards for problem in _verify_shard(url, manifest, shard)]
 
 
@@ -365,24 +423,29 @@ def _verify_shard(url: str | Path, manifest: Manifest, shard: ShardInfo) -> Iter
                 yield from _verify_sample(tar, sample, manifest)
     except FileNotFoundError:
         yield f"{shard.name}: the shard is missing"
+    except DataError as error:
+        yield str(error)
 
 
 def _verify_sample(tar: BinaryIO, sample: Sample, manifest: Manifest) -> Iterator[str]:
-    for member in manifest.members:
-        try:
-            wave = read_sample(tar, sample, [member])[member]
-            audio.check(wave, _place(tar, sample, member))
-        except (DataError, audio.AudioError) as error:
-            yield str(error)
+    silent: list[str] = []  # as written
     place = _place(tar, sample, "json")
     try:
         found = read_metadata(tar, sample)
         indexed = (sample.key, sample.num_samples, list(sample.speakers), manifest.sample_rate)
         names = ("id", "num_samples", "speakers", "sample_rate")
+        silent = found.get("silent", [])
         if tuple(found[name] for name in names) != indexed:
             yield f"{place}: does not agree with the index"
     except (ValueError, KeyError, TypeError) as error:
         yield f"{place}: cannot be read ({error})"
+    for member in manifest.members:
+        try:
+            wave = read_sample(tar, sample, [member])[member]
+            if member not in silent:
+                audio.check(wave, _place(tar, sample, member))
+        except (DataError, audio.AudioError) as error:
+            yield str(error)
 
 
 def _place(tar: BinaryIO, sample: Sample, member: str) -> str:
@@ -390,8 +453,8 @@ def _place(tar: BinaryIO, sample: Sample, member: str) -> str:
     return f"{Path(tar.name).name}, {sample.key}.{member} at byte {offset}"
 
 
-def _index_url(url: str | Path, name: str) -> str:
-    return storage.join(url, "index", f"{name.removesuffix('.tar')}.json")
+def _index_url(url: str | Path, name: str, kind: str = "") -> str:
+    return storage.join(url, "index", f"{name.removesuffix('.tar')}{kind}.json")
 
 
 def _load_index(url: str | Path, shard: ShardInfo) -> dict[str, Any]:
@@ -414,11 +477,18 @@ def _local_copy(url: str | Path, name: str) -> Iterator[Path]:
     """Yield the path of a shard, or of a temporary copy of a remote one."""
     place = storage.join(url, name)
     if not storage.is_remote(place):
-        yield Path(place).expanduser()
+        yield require_regular(Path(place).expanduser())
         return
     with tempfile.TemporaryDirectory(prefix="sepdist-shard-") as folder:
         storage.fetch_file(place, Path(folder, name))
         yield Path(folder, name)
+
+
+def require_regular(path: Path) -> Path:
+    """Return the path; DataError for a pipe, a device or a folder. A pipe may never end."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: a pipe, device or folder where a shard is wanted; remove it")
+    return path
 
 
 def _sha256_of(path: Path) -> str:

@@ -46,7 +46,7 @@ class TrainStream:
 
     `feeds` are the data sets by name, the main one first; a set with a weight w gives w batches per
     batch of the main one, any other set one pass per epoch. `interleave` is described at `Blend`.
-    `seconds_waited` counts the time the consumer had to wait for data.
+    `seconds_waited` is how long the consumer waited for data, `num_silent` counts silent sources.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class TrainStream:
         self.prefetch_steps = max(0, prefetch_steps)
         self.max_damaged = max_damaged
         self.seconds_waited = 0.0
+        self.num_silent = 0
         self._damaged: set[tuple[str, str]] = set()
         self._decoders = Background(max(1, num_threads), "decode")
 
@@ -113,8 +114,9 @@ class TrainStream:
                 began = time.monotonic()
                 decoded = [future.result() for future in ahead.popleft()]
                 self.seconds_waited += time.monotonic() - began
-                for _, damages in decoded:
+                for batch, damages in decoded:
                     self._count(damages)
+                    self.num_silent += batch.num_silent
                 yield [batch for batch, _ in decoded]
                 step += 1
         finally:

@@ -1,8 +1,6 @@
 """Score an SI-SNR estimator: correlation and error of its predictions on a data set."""
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,16 +12,7 @@ from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.inference import scoring
 from sepdist.inference.export import load_export
 from sepdist.metrics.si_snr import si_snr
-from sepdist.reporting import to_csv, versions
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """SI-SNR in dB of each estimate of one mixture, in the order of the sources."""
-
-    id: str
-    true: tuple[float, ...]
-    predicted: tuple[float, ...]
+from sepdist.reporting import versions
 
 
 def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
@@ -32,15 +21,14 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
 
     slots.make_paths_absolute(cfg)
     export = load_export(cfg.model)
-    manifest, numbers = scoring.check_data(cfg, export)
+    manifest, ids = scoring.check_data(cfg, export)
     if "e1" not in manifest.members:
         raise ConfigError(
             f"{cfg.data} has {', '.join(manifest.members)}, no estimates; "
             "write it with corpus=separated"
         )
-    predictions = scoring.run_on_data_set(predict, cfg, numbers, console)
-    true = np.array([one.true for one in predictions])
-    predicted = np.array([one.predicted for one in predictions])
+    rows, unscored = scoring.run_on_data_set(predictor, cfg, range(len(ids)), ids, console)
+    true, predicted = np.split(np.array([[*one.values()] for one in rows.values()]), 2, axis=1)
     found = agreement(true.mean(1), predicted.mean(1))
     results: dict[str, Any] = {
         "model": {"url": cfg.model, "lineage": export.lineage},
@@ -50,33 +38,38 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
             "split": manifest.split,
             "digest": manifest.digest(),
         },
-        "num_mixtures": len(predictions),
+        "num_mixtures": len(true),
         **found,
         "by_estimate": agreement(true.ravel(), predicted.ravel()),
         "versions": versions("torch", "numpy"),
-    }
+    } | unscored
     lcc = "none" if found["lcc"] is None else f"{found['lcc']:.3f}"
     title = f"LCC {lcc}, MAE {found['mae']:.2f} dB"
     picture = scatter({title: np.stack([true.mean(1), predicted.mean(1)])}, manifest.split)
-    columns = itertools.product(("true", "predicted"), range(1, true.shape[1] + 1))
-    header = ["id", *(f"{name}_{number}" for name, number in columns)]
-    rows = [(one.id, *one.true, *one.predicted) for one in predictions]
-    files = {"utterances.csv": to_csv(header, rows), "scatter.png": to_png(picture)}
-    console.print(f"{len(predictions)} mixtures: {title}, bias {found['bias']:+.2f} dB")
-    scoring.write_results(console, cfg.output, files, results)
+    counted = f"{len(true)} of " * (len(true) < len(ids)) + f"{len(ids)} mixtures"
+    console.print(f"{counted}: {title}, bias {found['bias']:+.2f} dB")
+    scoring.write_results(console, cfg, {"scatter.png": to_png(picture)}, results)
     return results
 
 
-def predict(cfg: EvaluateConfig, numbers: Sequence[int]) -> Iterator[Prediction]:
-    """True and predicted SI-SNR of the estimates of each mixture."""
-    device = scoring.device_of(cfg)
+def predictor(cfg: EvaluateConfig) -> Callable[[int], dict[str, float]]:
+    """A function that gives SI-SNR in dB of a mixture's estimates: true_1, ..., predicted_1, ..."""
+    device, dataset = scoring.device_of(cfg), scoring.open_dataset(cfg)
     model = load_export(cfg.model).model.to(device)
-    for batch in scoring.read_batches(cfg, numbers):
+
+    def predict(number: int) -> dict[str, float]:
+        batch = dataset.full(number, cfg.max_seconds or scoring.NO_LIMIT_SECONDS)
         assert batch.sources is not None and batch.estimates is not None
+        scoring.check_audible(batch.ids[0], batch.estimates[0], batch.sources[0])
         true = si_snr(batch.estimates.double(), batch.sources.double())[0]
         with torch.inference_mode():
             predicted = model(batch.mixture.to(device), batch.estimates.to(device))[0].float().cpu()
-        yield Prediction(batch.ids[0], tuple(true.tolist()), tuple(predicted.tolist()))
+        if not predicted.isfinite().all():
+            raise scoring.EvaluationError(f"{batch.ids[0]}: the estimator predicts NaN or infinity")
+        named = {"true": true.tolist(), "predicted": predicted.tolist()}
+        return {f"{one}_{i}": x for one, all_ in named.items() for i, x in enumerate(all_, 1)}
+
+    return predict
 
 
 def agreement(true: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:

@@ -3,10 +3,9 @@
 Shapes: S sources, T samples.
 """
 
-import dataclasses
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import fast_bss_eval
 import numpy as np
 import soundfile
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -28,7 +26,7 @@ from sepdist.inference.export import Export, load_separator
 from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
-from sepdist.reporting import to_csv, versions
+from sepdist.reporting import versions
 
 METRICS = {
     "si_snr_mixture": "SI-SNR of the mixture",
@@ -45,6 +43,7 @@ STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
     "min": np.min,
     "max": np.max,
 }
+SDR_TAPS = 512  # of the filter that BSS Eval allows, fast_bss_eval's default
 SDR_LIMIT_DB = 100.0  # a perfect estimate has an infinite SDR
 
 
@@ -69,40 +68,37 @@ class Score:
 def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Score the data set, write the output folder, print the table; returns results.json's content.
 
-    ConfigError if model and data do not fit, EvaluationError if an utterance has no finite score.
+    ConfigError if model and data do not fit; EvaluationError, when the rest is written, if more
+    than `max_unscored` utterances have no finite score.
     """
     from sepdist.plotting import improvements, to_png  # late: Ray tasks draw nothing
 
     slots.make_paths_absolute(cfg)
     began = time.monotonic()
     export = load_separator(cfg.model)
-    manifest, numbers = scoring.check_data(cfg, export)
-    scores = scoring.run_on_data_set(score_mixtures, cfg, numbers, console)
+    manifest, ids = scoring.check_data(cfg, export)
+    found, unscored = scoring.run_on_data_set(scorer, cfg, range(len(ids)), ids, console)
     with scoring.single_threaded():
-        first = scoring.separate_mixtures(cfg, numbers[: cfg.num_listening])
-        for number, (batch, estimates_ST) in enumerate(first):
+        separate = scoring.mixture_separator(cfg)
+        for number in list(found)[: cfg.num_listening]:
             folder = storage.join(cfg.output, "listening", str(number))
-            write_listening(folder, estimates_ST, batch, export.sample_rate)
-    results = summarise(cfg, export, manifest, scores)
+            write_listening(folder, *separate(number), export.sample_rate)
+    scores = list(found.values())
+    results = summarise(cfg, export, manifest, scores) | unscored
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
-    header = [field.name for field in dataclasses.fields(Score)]
     gains = np.array([score.si_snri for score in scores])
     before = [value for score in scores for value in score.si_snr_mixture_by_source]
     after = [value for score in scores for value in score.si_snr_by_source]
-    files = {
-        "utterances.csv": to_csv(header, map(dataclasses.astuple, scores)),
-        "histogram.png": to_png(improvements(gains, before, after)),
-    }
+    files = {"histogram.png": to_png(improvements(gains, before, after))}
     print_table(console, results, scores)
-    scoring.write_results(console, cfg.output, files, results)
+    scoring.write_results(console, cfg, files, results)
     return results
 
 
-def score_mixtures(cfg: EvaluateConfig, numbers: Sequence[int]) -> Iterator[Score]:
-    """The score of each mixture."""
-    rate = read_manifest(cfg.data).sample_rate
-    for batch, estimates_ST in scoring.separate_mixtures(cfg, numbers):
-        yield score_utterance(estimates_ST, batch, rate)
+def scorer(cfg: EvaluateConfig) -> Callable[[int], Score]:
+    """A function that gives the score of a mixture."""
+    rate, separate = read_manifest(cfg.data).sample_rate, scoring.mixture_separator(cfg)
+    return lambda number: score_utterance(*separate(number), rate)
 
 
 def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
@@ -110,12 +106,14 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
 
     SI-SNR is of the permutation with the best mean; SDR (BSS Eval, 512 taps) finds its own.
     Improvements are over the mixture taken as the estimate of each source. EvaluationError where
-    there is no score (see `check_audible`).
+    there is no score (see `scoring.check_audible`).
     """
     name = batch.ids[0]
     assert len(batch.ids) == 1 and batch.sources is not None, f"{name}: one mixture with sources"
     sources_ST, mixture_T = batch.sources[0].double(), batch.mixture[0].double()
-    check_audible(name, estimates_ST, sources_ST)
+    scoring.check_audible(name, estimates_ST, sources_ST)
+    if mixture_T.numel() < SDR_TAPS:
+        raise EvaluationError(f"{name}: {mixture_T.numel()} samples; SDR needs {SDR_TAPS}")
     # At one level, because the epsilon in SI-SNR is absolute and an estimate's level is arbitrary.
     wide_ST = estimates_ST.double() / estimates_ST.double().std(-1, keepdim=True)
     _, order = best_permutation(pairwise_si_snr(wide_ST[None], sources_ST[None]))
@@ -140,22 +138,6 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
         si_snr_by_source=tuple(after.tolist()),
         permutation=" ".join(str(int(i) + 1) for i in order[0]),
     )
-
-
-def check_audible(name: str, estimates_ST: Tensor, sources_ST: Tensor) -> None:
-    """EvaluationError unless both have one shape, and no wave is silent or not finite."""
-    if estimates_ST.shape != sources_ST.shape:
-        raise EvaluationError(
-            f"{name}: the model gives estimates of shape {list(estimates_ST.shape)}, the sources "
-            f"are of shape {list(sources_ST.shape)}; num_sources must be the number of its outputs"
-        )
-    for kind, waves in (("source", sources_ST), ("estimate", estimates_ST)):
-        for number, wave in enumerate(waves, start=1):
-            place = f"{name}: {kind} {number}"
-            if not torch.isfinite(wave).all():
-                raise EvaluationError(f"{place} holds NaN or infinity; no score")
-            if wave.std() == 0:
-                raise EvaluationError(f"{place} is silent; SI-SNR and SDR are undefined")
 
 
 def write_listening(folder: str, estimates_ST: Tensor, batch: Batch, rate: int) -> None:
@@ -213,8 +195,9 @@ def summarise(
 
 def print_table(console: Console, results: Mapping[str, Any], scores: Sequence[Score]) -> None:
     """Print the metrics and the utterance with the least improvement."""
-    data = results["data"]
-    counts = f"{results['num_utterances']} utterances, {results['hours']:.2f} h"
+    data, missing = results["data"], results["num_unscored"]
+    of_all = f" of {len(scores) + missing}" if missing else ""
+    counts = f"{len(scores)}{of_all} utterances, {results['hours']:.2f} h"
     title = f"{data['corpus']} {data['split']}: {counts}"
     table = Table("dB", *STATISTICS, title=title, title_justify="left")
     for name, label in METRICS.items():

@@ -3,8 +3,8 @@
 Shapes: S sources, T samples.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,20 +16,23 @@ from sepdist import storage
 from sepdist.allocator import keep_freed_memory
 from sepdist.cluster import run_tasks
 from sepdist.config import ConfigError, EvaluateConfig, RecogniseConfig
-from sepdist.console import progress_bar
+from sepdist.console import printable, progress_bar
 from sepdist.data.dataset import Dataset
+from sepdist.data.members import DataError
 from sepdist.data.records import Batch
-from sepdist.data.shards import Manifest
+from sepdist.data.shards import Manifest, read_index
 from sepdist.inference.export import Export, load_export
+from sepdist.reporting import to_csv, to_json
 
 NO_LIMIT_SECONDS = 1e6
+SAVE_SECONDS = 60.0  # between two writes of the table of utterances so far
 _Cfg = TypeVar("_Cfg", EvaluateConfig, RecogniseConfig)
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 class EvaluationError(ValueError):
-    """An utterance has no score; the message names it and says why."""
+    """An utterance has no score, or too many have none; the message says which and why."""
 
 
 def check_workers(cfg: EvaluateConfig | RecogniseConfig) -> None:
@@ -53,8 +56,8 @@ def open_dataset(cfg: EvaluateConfig) -> Dataset:
     )
 
 
-def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range]:
-    """The manifest and the numbers of the mixtures to score; ConfigError if the model misfits."""
+def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, list[dict[str, Any]]]:
+    """The manifest and the `id` of each mixture to score; ConfigError if the model misfits."""
     check_workers(cfg)
     manifest = open_dataset(cfg).manifest
     if export.sample_rate != manifest.sample_rate:
@@ -66,14 +69,28 @@ def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range]:
         raise ConfigError(
             "num_sources=1 without noise: the mixture is the source itself; pass noise=true"
         )
-    return manifest, range(min(cfg.num_mixtures or manifest.num_samples, manifest.num_samples))
+    ids: list[str] = []
+    for shard in manifest.shards:
+        try:
+            ids += [sample.key for sample in read_index(cfg.data, shard)]
+        except (DataError, FileNotFoundError):  # of an index: each of its mixtures will fail
+            ids += [f"number {len(ids) + i}" for i in range(shard.num_samples)]
+    return manifest, [{"id": one} for one in ids[: cfg.num_mixtures or None]]
 
 
-def read_batches(cfg: EvaluateConfig, numbers: Sequence[int]) -> Iterator[Batch]:
-    """Batches of one mixture each, whole or cut to `max_seconds`."""
-    dataset = open_dataset(cfg)
-    for number in numbers:
-        yield dataset.full(number, cfg.max_seconds or NO_LIMIT_SECONDS)
+def check_audible(name: str, estimates_ST: Tensor, sources_ST: Tensor) -> None:
+    """EvaluationError if a wave is silent or not finite; ConfigError if the shapes differ."""
+    if estimates_ST.shape != sources_ST.shape:
+        raise ConfigError(
+            f"{name}: the model gives estimates of shape {list(estimates_ST.shape)}, the sources "
+            f"are of shape {list(sources_ST.shape)}; num_sources must be the number of its outputs"
+        )
+    for kind, waves in (("source", sources_ST), ("estimate", estimates_ST)):
+        for number, wave in enumerate(waves.double(), start=1):
+            finite = bool(torch.isfinite(wave).all())
+            if not finite or (wave == wave[0]).all():
+                what = "is silent" if finite else "holds NaN or infinity"
+                raise EvaluationError(f"{name}: {kind} {number} {what}; no SI-SNR is defined")
 
 
 def device_of(cfg: EvaluateConfig | RecogniseConfig) -> torch.device:
@@ -92,14 +109,16 @@ def separate_batch(model: nn.Module, batch: Batch, device: torch.device) -> Tens
         return model(batch.mixture.to(device))[0].float().cpu()
 
 
-def separate_mixtures(
-    cfg: EvaluateConfig, numbers: Sequence[int]
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Each mixture as a batch of one, with the separator's estimates [S, T]."""
-    device = device_of(cfg)
+def mixture_separator(cfg: EvaluateConfig) -> Callable[[int], tuple[Tensor, Batch]]:
+    """A function that gives the separator's estimates [S, T] of a mixture, and its batch of one."""
+    device, dataset = device_of(cfg), open_dataset(cfg)
     model = load_export(cfg.model).model.to(device)
-    for batch in read_batches(cfg, numbers):
-        yield batch, separate_batch(model, batch, device)
+
+    def separate(number: int) -> tuple[Tensor, Batch]:
+        batch = dataset.full(number, cfg.max_seconds or NO_LIMIT_SECONDS)
+        return separate_batch(model, batch, device), batch
+
+    return separate
 
 
 @contextmanager
@@ -115,45 +134,84 @@ def single_threaded() -> Iterator[None]:
 
 
 def run_on_data_set(
-    work: Callable[[_Cfg, Sequence[_Item]], Iterator[_Result]],
+    prepare: Callable[[_Cfg], Callable[[_Item], _Result]],
     cfg: _Cfg,
     items: Sequence[_Item],
+    names: Sequence[Mapping[str, Any]],
     console: Console,
     results_name: str = "results.json",
-) -> list[_Result]:
-    """The results of `work(cfg, partition)`, one per item, in the order of `items`.
+) -> tuple[dict[int, _Result], dict[str, Any]]:
+    """Return `prepare(cfg)(item)` by the item's number, and `unscored`, those that failed, and why.
 
     With `num_workers` above 0 each partition is a Ray task, which opens model and data itself, so
     that only items and results cross the network. An earlier file `results_name` is removed first:
-    it must not stand next to half of the new ones.
+    it must not stand next to half of the new ones. A line of utterances.csv is an item's `names`,
+    its result (a dict, or an object's attributes), and the reason if it failed; the file is written
+    once a minute and when the work ends, in any way. EvaluationError if all failed.
     """
     storage.remove(storage.join(cfg.output, results_name))
     num_partitions = max(1, min(cfg.num_workers, len(items)))
     numbered = list(enumerate(items))
-    calls = [(work, cfg, numbered[k::num_partitions]) for k in range(num_partitions)]
+    calls = [(prepare, cfg, numbered[k::num_partitions]) for k in range(num_partitions)]
     found = run_tasks(_run_partition, calls, cfg.num_workers, num_gpus=float(cfg.use_gpu))
     results: dict[int, _Result] = {}
-    with progress_bar(console, "scoring", len(items)) as advance:
-        for number, result in found:
-            results[number] = result
-            advance()
-    return [results[number] for number in range(len(items))]
+    rows: dict[int, dict[str, Any]] = {}
+
+    def save() -> float:
+        lines: list[dict[str, Any]] = [rows[number] for number in sorted(rows)]
+        header = [*max(lines, key=len)]
+        table = to_csv(header, [[line.get(name, "") for name in header] for line in lines])
+        storage.put_bytes(storage.join(cfg.output, "utterances.csv"), table)
+        return time.monotonic()
+
+    saved = time.monotonic()
+    try:
+        with progress_bar(console, "scoring", len(items)) as advance:
+            for number, result, reason in found:
+                results |= {} if reason else {number: result}
+                own = {} if reason else result if isinstance(result, dict) else vars(result)
+                rows[number] = {**names[number], **own, "reason": reason}
+                advance()
+                saved = save() if time.monotonic() > saved + SAVE_SECONDS else saved
+    finally:
+        if rows:
+            save()
+        if 0 < len(rows) < len(items):
+            console.print(f"{len(rows)} of {len(items)} were done and are kept in {cfg.output}")
+    unscored = [rows[number] for number in sorted(rows) if rows[number]["reason"]]
+    if not results:
+        raise EvaluationError(f"none of {len(items)} has a score: {unscored[0]['reason']}")
+    return dict(sorted(results.items())), {"num_unscored": len(unscored), "unscored": unscored}
 
 
 def _run_partition(
-    work: Callable[[Any, Any], Iterator[Any]], cfg: Any, items: Sequence[Any]
-) -> Iterator[tuple[int, Any]]:
-    """The numbered results of numbered items."""
-    numbers, own = zip(*items, strict=True)
+    prepare: Callable[[Any], Callable[[Any], Any]], cfg: Any, items: Sequence[tuple[int, Any]]
+) -> Iterator[tuple[int, Any, str]]:
+    """The number, result and reason ("" with a result) of numbered items."""
     with single_threaded():
-        # A generator expression, because Ray calls `send`, which a zip does not have.
-        yield from (pair for pair in zip(numbers, work(cfg, own), strict=True))
+        score = prepare(cfg)
+        for number, item in items:
+            try:
+                yield number, score(item), ""
+            except (ConfigError, storage.StorageError):  # concerns all
+                raise
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of torch
+                yield number, None, printable(str(error).partition("\n")[0]) or repr(error)
 
 
 def write_results(
-    console: Console, output: str, files: dict[str, bytes], results: Any, name: str = "results.json"
+    console: Console, cfg: _Cfg, files: dict[str, bytes], results: Any, name: str = "results.json"
 ) -> None:
-    """Write `files` to the output folder, and `results` as JSON last, which marks them complete."""
-    for file, data in (files | {name: json.dumps(results, indent=1).encode()}).items():
-        storage.put_bytes(storage.join(output, file), data)
-    console.print(f"results: {storage.join(output, name)}")
+    """Write `files` to the output folder, and `results` as JSON last, which marks them complete.
+
+    EvaluationError, when all is written, if more than `max_unscored` utterances have no score.
+    """
+    for file, data in (files | {name: to_json(results, indent=1).encode()}).items():
+        storage.put_bytes(storage.join(cfg.output, file), data)
+    console.print(f"results: {storage.join(cfg.output, name)}")
+    unscored = results["unscored"]
+    if unscored:
+        left_out = f"{len(unscored)} have no score and are in no mean (see utterances.csv)"
+        console.print(f"{left_out}; the first: {unscored[0]['reason']}")
+        if 0 <= cfg.max_unscored < len(unscored):
+            raise EvaluationError(f"{left_out}; max_unscored={len(unscored)} accepts them")

@@ -1,5 +1,6 @@
 """A corpus of a data set's mixtures with a separator's estimates, to train SI-SNR estimators on."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sepdist import audio
+from sepdist import audio, storage
 from sepdist.config import ConfigError
 from sepdist.corpora.stored import Stored
 from sepdist.data.dataset import Item, collate
@@ -19,6 +20,7 @@ from sepdist.inference import scoring
 from sepdist.inference.export import load_export
 from sepdist.metrics.permutation import best_permutation, reorder
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
+from sepdist.training.handoff import find_export
 
 MAX_PEAK = 0.99  # of a stored estimate, where full scale is 1.0
 open_export = lru_cache(maxsize=2)(load_export)
@@ -49,6 +51,14 @@ class Separated:
         self.stored = Stored(data, noise, cache_dir)
         self.name, self.sample_rate = self.stored.name, self.stored.sample_rate
         self.model, self.device = model, device
+        open_export.cache_clear()  # another model may lie there by now
+
+    def identity(self) -> str:
+        """Identify the audio behind the records: mixtures, weights and torch's version."""
+        folder = find_export(self.model)
+        weights = storage.read_bytes(storage.join(folder, "model.safetensors"))
+        sha256 = hashlib.sha256(weights).hexdigest()
+        return f"{self.stored.identity()}, weights {sha256}, torch {torch.__version__}"
 
     def records(self, split: str) -> Iterator[Mixture]:
         """Every sample; it is separated when it is loaded."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -17,14 +17,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sepdist import slots, storage
+from sepdist import audio, slots, storage
 from sepdist.inference.export import load_separator
 from sepdist.inference.stitching import cut_windows, overlap_add, resampled
 from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names
 
 BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99
-MIN_RATE = 1000  # Hz; a smaller number is probably in kHz
+MIN_RATE, MAX_RATE = 1000, 768_000  # Hz; a smaller number is probably in kHz
 
 
 @dataclass
@@ -90,28 +90,32 @@ class Separator:
         output_folder: str | os.PathLike[str],
         *,
         file_format: str = "wav",
+        stem: str = "",
         progress: Callable[[float, float], None] = lambda seconds, total: None,
     ) -> Separation:
         """Separate a recording (path or s3://) into <stem>_s1.wav and so on in `output_folder`.
 
         Outputs are mono and 16-bit, and appear when they are complete. If one would clip, all are
-        scaled down. `progress` gets the seconds of each block read and of the recording. Memory
-        does not grow with the recording; scratch files take 4 bytes per sample of each output.
+        scaled down. `stem` is the recording's unless it is given; it may begin with folders.
+        `progress` gets the seconds of each block read and of the recording. Memory does not grow
+        with the recording; scratch files take 4 bytes per sample of each output.
 
         Raises:
-            SeparationError: the recording is empty, unreadable, cut short or holds NaN, or the
-                model gives NaN.
+            SeparationError: the recording is no file of audio, empty, cut short or holds NaN, or
+                the model gives NaN.
+            OSError: the recording cannot be read, or an output not be written.
         """
-        recording, output_folder = os.fspath(recording), os.fspath(output_folder)
+        given = (recording, output_folder)
+        recording, output_folder = (os.path.expanduser(os.fsdecode(one)) for one in given)
         if file_format not in FORMATS:
             raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
-        local = None if storage.is_remote(output_folder) else Path(output_folder).expanduser()
+        local = None if storage.is_remote(output_folder) else Path(output_folder)
         if local:
             local.mkdir(parents=True, exist_ok=True)
         # Unfinished files lie in the output folder, where finishing one is a rename.
         with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
             work = Path(folder)
-            path, scratch = Path(recording).expanduser(), work / "estimates.f32"
+            path, scratch = Path(os.path.abspath(recording)), work / "estimates.f32"
             if storage.is_remote(recording):
                 path = work / "recording"
                 storage.fetch_file(recording, path)
@@ -121,27 +125,25 @@ class Separator:
                 fit, peaks = self._run(blocks, num_samples, rate, recording, raw)
             gains = fit.gains()
             scale = PEAK_LIMIT / max(float(np.max(np.abs(gains) * peaks)), PEAK_LIMIT)
-            names = output_names(recording, len(gains), file_format)
-            _write_audio([work / name for name in names], scratch, gains * scale, rate)
+            names = output_names(stem or PurePosixPath(recording).stem, len(gains), file_format)
             outputs = [storage.join(local or output_folder, name) for name in names]
-            for name, output in zip(names, outputs, strict=True):
-                if local:
-                    (work / name).replace(output)
-                else:
-                    storage.put_file(work / name, output)
+            files = {work / f"{number}.{file_format}": out for number, out in enumerate(outputs)}
+            _write_audio([*files], scratch, gains * scale, rate)
+            _publish(files)
         warnings = []
         if fit.products[-1, -1] == 0:  # the energy of the mixture
             warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
         if scale < 1:
-            warnings.append(f"{recording}: all scaled by {scale:.3f}, or one would have clipped")
+            warnings.append(f"{recording}: all scaled by {scale:.3g}, or one would have clipped")
         return Separation(outputs, num_samples, rate, gains.tolist(), scale, warnings)
 
     def _run(
         self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
     ) -> tuple["LevelFit", np.ndarray]:
         """Write estimates of blocks [n, C] as float32 frames; returns levels to apply and peaks."""
-        if not rate >= MIN_RATE or rate % 1:
-            raise SeparationError(f"{name}: {rate} Hz; a sample rate is whole, from {MIN_RATE} up")
+        if not MIN_RATE <= rate <= MAX_RATE or rate % 1:
+            allowed = f"a sample rate is whole, from {MIN_RATE} up to {MAX_RATE}"
+            raise SeparationError(f"{name}: {rate} Hz; {allowed}")
         if length == 0:
             raise SeparationError(f"{name} is empty: it has no samples")
         size = max(round(self.windows.window_seconds * self.sample_rate), self._min_length, 2)
@@ -251,12 +253,15 @@ def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
 
 
 def _open(path: Path, name: str) -> soundfile.SoundFile:
-    if not path.exists():
-        raise FileNotFoundError(f"{name} does not exist")
+    storage.size(path)  # its errors name the file and say what to do
+    if not path.is_file():  # opening a pipe may wait for ever
+        raise SeparationError(f"{name} is a folder, pipe or device; give a file of audio")
     try:
-        return soundfile.SoundFile(str(path))
-    except soundfile.LibsndfileError as error:
-        raise SeparationError(f"{name} is not readable audio ({error.error_string})") from error
+        return audio.open_sound(path)
+    except audio.AudioError as error:
+        raise SeparationError(str(error).replace(str(path), name)) from error
+    except OSError as error:
+        raise storage.disk_error(name, "read", error) from error
 
 
 def _read_blocks(
@@ -282,10 +287,10 @@ def _mono_blocks(blocks: Iterable[np.ndarray], rate: float, name: str) -> Iterat
     """The mean of the channels of blocks [n, C], as blocks [1, n]."""
     done = 0
     for block in blocks:
-        finite = np.isfinite(block).all(axis=1)
+        finite = (np.abs(block) < 1e15).all(axis=1)  # squares of more may exceed float32
         if not finite.all():
-            seconds = (done + int(np.argmin(finite))) / rate
-            raise SeparationError(f"{name} has a NaN or infinity {seconds:.4f} s from its start")
+            place = f"{(done + int(np.argmin(finite))) / rate:.4f} s from its start"
+            raise SeparationError(f"{name} has a huge value, NaN or infinity {place}")
         done += len(block)
         yield block.mean(axis=1)[None]
 
@@ -349,3 +354,16 @@ def _write_audio(paths: list[Path], scratch: Path, gains: np.ndarray, rate: int)
         raise OSError(
             f"{paths[0].name} could not be written ({error}); is the disk full?"
         ) from error
+
+
+def _publish(files: Mapping[Path, str]) -> None:
+    """Move finished files to the outputs; if that is interrupted, none is left without the rest."""
+    with ExitStack() as undo:
+        for path, output in files.items():
+            if storage.is_remote(output):
+                storage.put_file(path, output)
+            else:
+                Path(output).parent.mkdir(parents=True, exist_ok=True)
+                path.replace(output)
+            undo.callback(storage.remove, output)
+        undo.pop_all()

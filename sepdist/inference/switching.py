@@ -2,8 +2,9 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,15 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
             f"{cfg.model} has {len(checkpoints)} checkpoint(s), a switch rate needs two: train with"
             " training.keep_every and training.checkpoint_every set to the steps of an epoch"
         )
-    _, numbers = scoring.check_data(cfg, load_export(checkpoints[-1].url))
-    items = [(one.url, number) for one in checkpoints for number in numbers]
-    ranked = scoring.run_on_data_set(assign, cfg, items, console, "switching.json")
-    found = {
-        one.step: dict(itertools.islice(ranked, k * len(numbers), (k + 1) * len(numbers)))
-        for k, one in enumerate(checkpoints)
-    }
+    _, ids = scoring.check_data(cfg, load_export(checkpoints[-1].url))
+    items = [(one.url, number) for one in checkpoints for number in range(len(ids))]
+    names = [{"step": one.step} | own for one in checkpoints for own in ids]
+    ranked, unscored = scoring.run_on_data_set(
+        assigner, cfg, items, names, console, "switching.json"
+    )
+    found: dict[int, Permutations] = {one.step: {} for one in checkpoints}
+    for item, assigned in ranked.items():
+        found[names[item]["step"]][names[item]["id"]] = assigned["permutation"]
     tables = {
         f"step-{step:09d}.csv": to_csv(("id", "permutation"), sorted(permutations.items()))
         for step, permutations in found.items()
@@ -55,24 +58,29 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     results = {
         "run": cfg.model,
         "data": cfg.data,
-        "num_utterances": len(numbers),
+        "num_utterances": len({names[item]["id"] for item in ranked}),
         **compare(found, read_metrics(cfg.model), in_training),
         "versions": versions("torch", "numpy"),
-    }
-    rates = ", ".join(f"{100 * row['rate']:.1f}" for row in results["rates"])
+    } | unscored
+    known = [row["rate"] for row in results["rates"] if row["rate"] is not None]
+    rates = ", ".join(f"{100 * rate:.1f}" for rate in known)
     console.print(f"labels switched, % from checkpoint to checkpoint: {rates}")
-    scoring.write_results(console, cfg.output, tables, results, "switching.json")
+    scoring.write_results(console, cfg, tables, results, "switching.json")
     return results
 
 
-def assign(cfg: EvaluateConfig, items: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """The id and the rank of the best permutation for each (checkpoint, number of a mixture)."""
-    for url, group in itertools.groupby(items, key=lambda item: item[0]):
-        numbers = [number for _, number in group]
-        for batch, estimates_ST in scoring.separate_mixtures(replace(cfg, model=url), numbers):
-            assert batch.sources is not None
-            _, order_BS = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))
-            yield batch.ids[0], int(permutation_rank(order_BS))
+def assigner(cfg: EvaluateConfig) -> Callable[[tuple[str, int]], dict[str, int]]:
+    """A function that gives the rank of the best `permutation` for (checkpoint, mixture)."""
+    opened = lru_cache(maxsize=1)(lambda url: scoring.mixture_separator(replace(cfg, model=url)))
+
+    def assign(item: tuple[str, int]) -> dict[str, int]:
+        estimates_ST, batch = opened(item[0])(item[1])
+        assert batch.sources is not None
+        scoring.check_audible(batch.ids[0], estimates_ST, batch.sources[0])
+        _, order_BS = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))
+        return {"permutation": int(permutation_rank(order_BS))}
+
+    return assign
 
 
 def compare(
@@ -91,25 +99,23 @@ def compare(
     rows = []
     for before, after in itertools.pairwise(steps):
         online = [row["switching/rate"] for row in measured if before < row["step"] <= after]
-        rate = 1 - share_equal(by_step[before], by_step[after])
+        same = share_equal(by_step[before], by_step[after])
+        rate = None if same is None else 1 - same
         mean = float(np.mean(online)) if online else None
         rows.append({"from": before, "to": after, "rate": rate, "online": mean})
-    pairs = np.array([(row["rate"], row["online"]) for row in rows if row["online"] is not None])
-    same = [
-        share_equal(by_step[step], in_training[step])
-        for step in steps
-        if by_step[step].keys() & in_training[step].keys()
-    ]
+    pairs = np.array([(row["rate"], row["online"]) for row in rows if None not in row.values()])
+    shares = [share_equal(by_step[step], in_training[step]) for step in steps]
+    equal = [share for share in shares if share is not None]
     varied = len(pairs) > 2 and (pairs.std(0) > 0).all()
     agreement = {
         "mean_difference": float((pairs[:, 0] - pairs[:, 1]).mean()) if len(pairs) else None,
         "correlation": float(np.corrcoef(pairs.T)[0, 1]) if varied else None,
-        "equal_permutations": float(np.mean(same)) if same else None,
+        "equal_permutations": float(np.mean(equal)) if equal else None,
     }
     return {"rates": rows, "agreement": agreement}
 
 
-def share_equal(first: Permutations, second: Permutations) -> float:
-    """The share of the utterances in both that have equal permutations."""
+def share_equal(first: Permutations, second: Permutations) -> float | None:
+    """The share of the utterances in both that have equal permutations; None without any."""
     both = first.keys() & second.keys()
-    return sum(first[id_] == second[id_] for id_ in both) / len(both)
+    return sum(first[id_] == second[id_] for id_ in both) / len(both) if both else None

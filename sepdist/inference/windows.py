@@ -1,5 +1,8 @@
 """Options of a separation and the names of its outputs; without NumPy, so that TAB is fast."""
 
+import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -28,7 +31,25 @@ class Windows:
             raise SeparationError(f"a batch has at least one window, not {self.batch_size}")
 
 
-def output_names(recording: str, num_speakers: int, file_format: str) -> list[str]:
+def output_stems(recordings: Sequence[str]) -> dict[str, str]:
+    """The stem of each recording's outputs; a recording that is named twice is there once.
+
+    Recordings of one stem keep their paths below the folder that all share, as in a/x and b/x, and
+    their suffixes if only these differ.
+    """
+    places = (f"/{one}" if "://" in one else os.path.expanduser(one) for one in recordings)
+    names = {os.path.abspath(place): one for place, one in zip(places, recordings, strict=True)}
+    common, candidates = os.path.commonpath(map(os.path.dirname, names)), {}
+    for place, name in names.items():
+        relative = os.path.relpath(place, common)
+        candidates[name] = (PurePosixPath(place).stem, os.path.splitext(relative)[0], relative)
+    counts = Counter(one for own in candidates.values() for one in set(own))
+    return {
+        name: next((one for one in own if counts[one] == 1), own[-1])
+        for name, own in candidates.items()
+    }
+
+
+def output_names(stem: str, num_speakers: int, file_format: str) -> list[str]:
     """File names of the outputs, <stem>_s1.wav and so on."""
-    stem = PurePosixPath(recording).stem
     return [f"{stem}_s{number}.{file_format}" for number in range(1, num_speakers + 1)]

@@ -35,7 +35,7 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss (0-d) and the metrics of one batch.
 
-        A metric is 0-d (the batch mean), [B] (one value per item) or [0] (not measured here).
+        A metric is 0-d (the batch mean) or 1-D, one value for each item that has one (0 to B).
         """
         ...
 

@@ -37,7 +37,7 @@ class FixedPermutations:
         """Return loss and metrics; needs `batch.sources`, and in training a row for each id."""
         scores_BSS = pair_scores(model, batch)
         best_B, order_BS = best_permutation(scores_BSS)
-        metrics = report(best_B, order_BS, batch)
+        metrics = report(scores_BSS.detach(), order_BS, batch)
         if not model.training:
             return -best_B.mean(), metrics
         given_BS = self._orders(batch.ids, scores_BSS.shape[1]).to(order_BS.device)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from sepdist.data.records import MAIN, Batch
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.selection import speakers_of
-from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
+from sepdist.metrics.si_snr import mean_audible, pairwise_si_snr, silent_sources
 from sepdist.objectives.contract import Metrics, check_data_set, sources_of
+from sepdist.objectives.separation import report, unscored
 
 
 @dataclass(eq=False)
@@ -104,17 +105,20 @@ class MixIT:
             losses_BMS = self.loss(sources_B1ST - estimates_BMT[:, :, None], sources_B1ST)
             # Up to a constant, the loss against silence has the mixture as its reference.
             silences_BM1 = self.loss(estimates_BMT, mixture_B1T).unsqueeze(2)
+            silent_BS = silent_sources(sources_BST)
+            losses_BMS = torch.where(silent_BS[:, None], silences_BM1, losses_BMS)
             losses_BMM = torch.cat([losses_BMS, *[silences_BM1] * (num_outputs - num_sources)], 2)
             loss = -best_permutation(-losses_BMM)[0].mean()
             with torch.no_grad():
                 loudest_BST = speakers_of(estimates_BMT, num_loudest=num_sources)
-                scores_B, _ = best_permutation(pairwise_si_snr(loudest_BST, sources_BST))
-                before_B = si_snr(mixture_B1T, sources_BST).mean(1)
+                scores_BSS = pairwise_si_snr(loudest_BST, sources_BST)
+                metrics = report(scores_BSS, best_permutation(scores_BSS)[1], batch)
                 scores_BMS = pairwise_si_snr(estimates_BMT, sources_BST)
                 choices = itertools.permutations(range(num_outputs), num_sources)
-                totals = [scores_BMS[:, choice, range(num_sources)].mean(1) for choice in choices]
-        oracle_B = torch.stack(totals).amax(0)
-        return loss, {"si_snr": scores_B, "si_snri": scores_B - before_B, "oracle_si_snr": oracle_B}
+                chosen = (scores_BMS[:, choice, range(num_sources)] for choice in choices)
+                totals = [mean_audible(scores_BS, unscored(batch)) for scores_BS in chosen]
+        del metrics["permutation"]  # of the loudest outputs, which the loss does not know
+        return loss, metrics | {"oracle_si_snr": torch.stack(totals).amax(0)}
 
     def loss(self, error: Tensor, reference: Tensor, eps: float = 1e-8) -> Tensor:
         """10 log10((|error|^2 + tau |reference|^2) / |reference|^2), over the last axis.

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sepdist.data.records import Batch
-from sepdist.metrics.si_snr import si_snr
+from sepdist.metrics.si_snr import mean_audible, si_snr, silent_sources
 from sepdist.objectives.contract import Metrics, sources_of
 
 
 class Quality:
-    """Mean absolute error of the predicted SI-SNR over sources and items.
+    """Mean absolute error of the predicted SI-SNR over audible sources and items.
 
     `limits` ([low, high] in dB) clip the targets of the loss. Metrics per item, means over sources
     in dB, never clipped: `mae`, `bias` (predicted minus true), `predicted` and `true_si_snr`.
@@ -49,7 +49,9 @@ class Quality:
                 f"{tuple(true_BS.shape)} [B, S] estimates"
             )
         target_BS = true_BS if self.limits is None else true_BS.clamp(*self.limits)
-        loss = (predicted_BS - target_BS).abs().mean()
+        silent_BS = silent_sources(sources_BST)
+        errors = (predicted_BS - target_BS).abs().view(1, -1)
+        loss = mean_audible(errors, silent_BS.view(1, -1)).sum()  # 0 without any
         error_BS = predicted_BS.detach() - true_BS
         metrics = {
             "mae": error_BS.abs(),
@@ -57,4 +59,4 @@ class Quality:
             "predicted": predicted_BS.detach(),
             "true_si_snr": true_BS,
         }
-        return loss, {name: values.mean(1) for name, values in metrics.items()}
+        return loss, {name: mean_audible(values, silent_BS) for name, values in metrics.items()}

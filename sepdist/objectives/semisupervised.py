@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from sepdist.data.records import MAIN, Batch
 from sepdist.metrics.permutation import best_permutation
-from sepdist.objectives.contract import Metrics, check_data_set
+from sepdist.metrics.si_snr import silent_sources
+from sepdist.objectives.contract import Metrics, check_data_set, sources_of
 from sepdist.objectives.separation import report, score_pairs
 
 logger = logging.getLogger(__name__)
@@ -94,12 +95,14 @@ class SemiSupervised:
                 predicted_B = self.predict(batch.mixture, estimates_BST)
                 metrics["predicted_si_snr"] = predicted_B.detach()
                 return -f / (1 - share) * predicted_B.mean(), metrics
-        best_B, order_BS = best_permutation(score_pairs(estimates_BST, batch))
-        metrics |= report(best_B, order_BS, batch)
+        scores_BSS = score_pairs(estimates_BST, batch)
+        best_B, order_BS = best_permutation(scores_BSS)
+        metrics |= report(scores_BSS.detach(), order_BS, batch)
         if model.training:
             return -(1 - f) / share * best_B.mean(), metrics
         predicted_B = self.predict(batch.mixture, estimates_BST)
-        metrics |= {"predicted_si_snr": predicted_B, "gap": predicted_B - best_B}
+        true_B = ~silent_sources(sources_of(batch)).any(1)  # others have no true score of the whole
+        metrics |= {"predicted_si_snr": predicted_B[true_B], "gap": (predicted_B - best_B)[true_B]}
         return -best_B.mean(), metrics
 
     def weight(self, position: int) -> float:
@@ -119,9 +122,9 @@ class SemiSupervised:
         return predicted_BS.mean(1)
 
     def observe(self, validation_means: Mapping[str, float]) -> None:
-        """Act on the gap of a validation."""
+        """Act on the gap of a validation; without one, every mixture has a silent source."""
         names = ("si_snr", "predicted_si_snr", "gap")
-        true, predicted, gap = (validation_means[name] for name in names)
+        true, predicted, gap = (validation_means.get(name, -math.inf) for name in names)
         limit = math.inf if self.max_gap_db is None else self.max_gap_db
         if gap <= limit:
             self.factor = min(1.0, 2 * self.factor)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sepdist.data.records import Batch
 from sepdist.metrics.permutation import best_permutation, permutation_rank
-from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
+from sepdist.metrics.si_snr import mean_audible, pairwise_si_snr, si_snr, silent_sources
 from sepdist.objectives.contract import Metrics, check_outputs, sources_of
 
 
@@ -19,16 +19,22 @@ class Separation:
     """Negative SI-SNR of the best permutation, mean over sources and items, always in fp32.
 
     Items whose loss in dB is below `threshold` count as solved and get no gradient (SepFormer:
-    -30). Metrics per item: `si_snr`, `si_snri` (dB, mean over sources), `permutation` (its rank).
+    -30). With `skip_silent` the mean leaves out silent sources, which give 80 dB each. Metrics per
+    item: `si_snr`, `si_snri` (dB, mean over sources but `unscored`), `permutation` (its rank).
     """
 
-    def __init__(self, threshold: float | None = None) -> None:
-        self.threshold = threshold
+    def __init__(self, threshold: float | None = None, skip_silent: bool | None = None) -> None:
+        self.threshold, self.skip_silent = threshold, skip_silent
 
     def __call__(self, model: Callable[[Tensor], Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; `batch.sources` must be as many as the model's outputs."""
-        best_B, order_BS = best_permutation(pair_scores(model, batch))
-        return mean_above(-best_B, self.threshold), report(best_B, order_BS, batch)
+        scores_BSS = pair_scores(model, batch)
+        best_B, order_BS = best_permutation(scores_BSS)
+        if self.skip_silent:
+            scores_BS = scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1)
+            best_B = mean_audible(scores_BS, silent_sources(sources_of(batch)))
+        metrics = report(scores_BSS.detach(), order_BS, batch)
+        return mean_above(-best_B, self.threshold), metrics
 
 
 def pair_scores(model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
@@ -46,21 +52,27 @@ def score_pairs(estimates_BST: Tensor, batch: Batch) -> Tensor:
         return pairwise_si_snr(estimates_BST.float(), sources_BST)
 
 
-def report(best_B: Tensor, order_BS: Tensor, batch: Batch) -> Metrics:
-    """Metrics of the best permutation: `si_snr`, `si_snri` (dB) and `permutation`, [B] each."""
-    before_B = si_snr(batch.mixture.unsqueeze(1), sources_of(batch)).mean(1)
-    scores_B = best_B.detach()
-    return {
-        "si_snr": scores_B,
-        "si_snri": scores_B - before_B,
-        "permutation": permutation_rank(order_BS),
-    }
+def report(scores_BSS: Tensor, order_BS: Tensor, batch: Batch) -> Metrics:
+    """Metrics of a permutation: `permutation` [B]; `si_snr` and `si_snri` in dB, `mean_audible`."""
+    unscored_BS = unscored(batch)
+    scores_BS = scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1)
+    before_BS = si_snr(batch.mixture.unsqueeze(1), sources_of(batch))
+    scores_K, before_K = (mean_audible(one, unscored_BS) for one in (scores_BS, before_BS))
+    rank_B = permutation_rank(order_BS)
+    return {"si_snr": scores_K, "si_snri": scores_K - before_K, "permutation": rank_B}
+
+
+def unscored(batch: Batch) -> Tensor:
+    """Sources [B, S] that no score includes: silent ones, and one without anything to separate."""
+    silent_BS = silent_sources(sources_of(batch))
+    alone_BS = silent_sources(batch.mixture.unsqueeze(1) - sources_of(batch))
+    return silent_BS | (alone_BS & silent_BS.any(1, keepdim=True))
 
 
 def mean_above(losses_B: Tensor, threshold: float | None) -> Tensor:
     """Mean of the losses above the threshold; zero with zero gradient if there are none."""
     if threshold is None:
-        return losses_B.mean()
+        return losses_B.mean() if len(losses_B) else losses_B.sum()
     # `~(<=)` keeps NaN: a broken item must be noticed, not skipped.
     kept = ~(losses_B <= threshold)
     return torch.where(kept, losses_B, 0.0).sum() / kept.sum().clamp_min(1)

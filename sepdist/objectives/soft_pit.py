@@ -35,4 +35,5 @@ class SoftPit:
         scores_BSS = pair_scores(model, batch)
         means_BP = total_scores(scores_BSS) / scores_BSS.shape[1]
         evidence_B = torch.logsumexp(means_BP / self.temperature, 1) - math.log(means_BP.shape[1])
-        return -self.temperature * evidence_B.mean(), report(*best_permutation(scores_BSS), batch)
+        _, order_BS = best_permutation(scores_BSS)
+        return -self.temperature * evidence_B.mean(), report(scores_BSS.detach(), order_BS, batch)

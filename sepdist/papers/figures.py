@@ -70,7 +70,7 @@ def read_si_snr(data: str) -> np.ndarray:
 def read_predictions(output: str) -> np.ndarray:
     """Read [2, mixtures], true and predicted SI-SNR, from an output of `sepdist estimate`."""
     text = storage.read_bytes(storage.join(output, "utterances.csv")).decode()
-    rows = list(csv.DictReader(io.StringIO(text)))
+    rows = [row for row in csv.DictReader(io.StringIO(text)) if not row.get("reason")]
     sides = [[name for name in rows[0] if name.startswith(one)] for one in ("true_", "predicted_")]
     return np.array(
         [[np.mean([float(row[name]) for name in names]) for row in rows] for names in sides]

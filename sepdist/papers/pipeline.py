@@ -37,6 +37,7 @@ from sepdist.inference.switching import measure_switching
 from sepdist.papers.figures import draw
 from sepdist.papers.schema import FigureConfig, PipelineConfig, Stage, StageConfig
 from sepdist.papers.tables import MARKER, NO_CELL, fill_tables, read_marker, to_markdown
+from sepdist.reporting import to_json
 from sepdist.training import run as training_run
 
 _T = TypeVar("_T")
@@ -44,7 +45,7 @@ _T = TypeVar("_T")
 # Differences in these do not change the result of a finished stage.
 FREE_TO_CHANGE = (
     *("cache", "cluster", "corpus.cache", "data.cache", "data.num_threads", "data.prefetch"),
-    *("data_root", "engine.zero", "gpus_per_worker", "num_workers", "use_gpu"),
+    *("data_root", "engine.zero", "gpus_per_worker", "max_unscored", "num_workers", "use_gpu"),
 )
 # How many earlier stages a kind uses at least and at most (others: exactly one), and their kinds.
 NUM_USED = {"train": (0, 1), "shards": (0, 0), "recognise": (0, 1), "figure": (1, math.inf)}
@@ -87,7 +88,7 @@ def run(cfg: PipelineConfig, console: Console) -> None:
                 mark_done(stage, time.monotonic() - began)
     if cfg.tables:
         results = fill_tables(cfg, stages)
-        files = {"md": to_markdown(results), "json": json.dumps(results, indent=1)}
+        files = {"md": to_markdown(results), "json": to_json(results, indent=1)}
         for suffix, text in files.items():
             storage.put_bytes(storage.join(cfg.output, f"{cfg.results}.{suffix}"), text.encode())
         console.print(files["md"], markup=False, highlight=False, soft_wrap=True)
@@ -264,8 +265,8 @@ def is_done(stage: Stage) -> bool:
     if changed:
         raise ConfigError(
             f"stage {stage.name} has finished with another config: {'; '.join(changed)}. Choose "
-            f"another output, or remove {stage.folder} and the folders of the stages that use it "
-            "to run them afresh"
+            f"another output, or move {stage.folder} and the folders of the stages that use it "
+            "elsewhere to run them afresh"
         )
     return True
 
@@ -275,4 +276,4 @@ def mark_done(stage: Stage, seconds: float) -> None:
     values = dataclasses.asdict(stage.config)
     marker = {"stage": stage.name, "kind": stage.kind, "seed": stage.seed}
     marker |= {"seconds": round(seconds, 1), "sha256": digest(values), "config": values}
-    storage.put_bytes(storage.join(stage.folder, MARKER), json.dumps(marker, indent=1).encode())
+    storage.put_bytes(storage.join(stage.folder, MARKER), to_json(marker, indent=1).encode())

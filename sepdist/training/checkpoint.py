@@ -11,11 +11,16 @@ export (sepdist/inference/export.py).
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import math
+import threading
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
@@ -25,6 +30,8 @@ import yaml
 from torch import Tensor
 
 from sepdist import storage
+from sepdist.patience import Patience
+from sepdist.reporting import to_json
 from sepdist.training.ledger import Entry, SegmentRef, put_segment
 
 logger = logging.getLogger(__name__)
@@ -32,10 +39,18 @@ logger = logging.getLogger(__name__)
 COMMIT = "COMMIT"
 COLLECTED = b'{"collected": true}'  # a COMMIT that keeps another writer from putting its own
 FORMAT = 1  # of COMMIT
+_MARK = "not_finite"  # of a number that JSON cannot hold
+# Errors of one file or folder; any other may mean that storage is away, which is no damage.
+_UNREADABLE = {errno.EIO, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EBADMSG}
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class TornError(CheckpointError):
+    """A writer that was thought dead committed a folder whose first files had been collected."""
 
 
 @dataclass
@@ -57,6 +72,7 @@ class Snapshot:
     score: float | None = None  # validation score, higher is better; None if there was none
     ledger: list[Entry] = field(default_factory=list)  # of all ranks, since the snapshot before
     url: str = ""  # where it was read from
+    lineage: Mapping[str, Any] = field(default_factory=dict)  # as it was read
 
 
 @dataclass(frozen=True)
@@ -71,11 +87,11 @@ class Committed:
 
 @dataclass
 class Checkpointer:
-    """Writes snapshots in the background, at most one at a time, on the main rank.
+    """Writes snapshots in the background, one at a time and in order, on the main rank.
 
-    If storage fails for longer than its retries last, the run goes on without that checkpoint, up
-    to `max_failed` times in a row; `num_failed` counts them all. For the last checkpoint of a run a
-    failure is always an error.
+    If storage fails the run goes on without that checkpoint, until all writes have failed for
+    `patience_seconds`; `num_failed` counts the checkpoints that were given up. For the last
+    checkpoint of a run a failure is always an error.
     """
 
     run_dir: str
@@ -87,52 +103,62 @@ class Checkpointer:
     keep_last: int
     keep_best: bool
     keep_every: int = 0
-    max_failed: int = 3
+    patience_seconds: float = 600.0
     previous: SegmentRef | None = None  # the ledger segment of the newest commit
     num_failed: int = 0
 
     def __post_init__(self) -> None:
         self.folder = storage.join(self.run_dir, "checkpoints")
         self._consumed: list[Entry] = []  # since the newest commit
-        self._failed_in_a_row = 0
+        self._patience = Patience(self.patience_seconds, "checkpoint")
+        self._failure: OSError | None = None  # of the last write, if it is tolerated
+        self._fatal: Exception | None = None
         self._unfinished: list[str] = []  # folders of saves that failed
         self._newest: Committed | None = None  # of those written here
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._lock = threading.Lock()
+        self._next: tuple[Snapshot, Future[None] | None] | None = None
         self._pending: Future[None] | None = None
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Start writing a snapshot, after waiting for the one before.
+    def save(self, snapshot: Snapshot, after: Future[None] | None = None) -> None:
+        """Write a snapshot in the background after the one before; commit it after `after`.
+
+        While storage fails it does not wait, but takes the place of one that does, so that there
+        are never more than two.
 
         Raises:
-            StorageError: more than `max_failed` snapshots in a row could not be written.
+            StorageError: nothing could be written for `patience_seconds`.
         """
         self.settle()
-        self._pending = self._pool.submit(self._write, snapshot)
+        with self._lock:
+            if self._next is None:
+                self._pending = self._pool.submit(self._write_next)
+            else:
+                given_up = self._next[0]
+                self.num_failed += 1
+                logger.warning("the checkpoint of step %d gives way to a newer one", given_up.step)
+                snapshot.ledger = given_up.ledger + snapshot.ledger
+            self._next = snapshot, after
 
-    def settle(self) -> None:
-        """Wait until the last snapshot is committed, or has failed and is tolerated.
+    def settle(self, *, also_failing: bool = False) -> None:
+        """Wait until the snapshots are committed or have failed, or while storage does not fail.
 
         Raises:
-            StorageError: more than `max_failed` snapshots in a row could not be written.
+            StorageError: nothing could be written for `patience_seconds`.
         """
-        try:
-            self.wait()
-        except OSError as error:
-            self.num_failed += 1
-            self._failed_in_a_row += 1
-            since = "" if self._newest is None else f", none since step {self._newest.step}"
-            what = f"{error} (checkpoint not written, {self._failed_in_a_row} in a row{since})"
-            allowed = f"{self.max_failed} in a row are allowed"
-            if self._failed_in_a_row > self.max_failed:
-                raise storage.StorageError(f"{what}; {allowed}, the run ends") from error
-            logger.warning("%s; the run goes on, %s", what, allowed)
+        while self._pending and not self._pending.done():
+            if storage.failing() and not also_failing:
+                return
+            futures.wait([self._pending], timeout=0.2)
+        if self._fatal:
+            raise self._fatal
 
     def wait(self) -> None:
         """Wait until the last snapshot is committed; raises the error of its writer."""
         if self._pending is not None:
             self._pending.result()
-            self._pending = None
-            self._failed_in_a_row = 0
+            if self._failure:
+                raise self._failure
 
     def close(self) -> None:
         """Wait for the last snapshot, read it back to check it, and end the writer."""
@@ -143,7 +169,25 @@ class Checkpointer:
         finally:
             self._pool.shutdown()
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write_next(self) -> None:
+        with self._lock:
+            assert self._next
+            (snapshot, after), self._next = self._next, None
+        began = time.monotonic()
+        try:
+            try:
+                self._write(snapshot, after)
+                self._failure = None
+                self._patience.succeeded()
+            except OSError as error:
+                self.num_failed += 1
+                self._failure = error
+                self._patience.failed(error, began)
+        except Exception as error:
+            self._fatal = error
+            raise
+
+    def _write(self, snapshot: Snapshot, after: Future[None] | None = None) -> None:
         # A unique name, because another attempt may write the same step.
         name = f"step-{snapshot.step:09d}-{uuid.uuid4().hex[:8]}"
         url = storage.join(self.folder, name)
@@ -154,13 +198,19 @@ class Checkpointer:
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for name, data in contents.items()
         }
-        commit: dict[str, Any] = {"format": FORMAT, "step": snapshot.step, "score": snapshot.score}
+        score = snapshot.score
+        commit: dict[str, Any] = {"format": FORMAT, "step": snapshot.step, "score": score}
+        if score is not None and not math.isfinite(score):
+            commit |= {"score": None, _MARK: str(score)}
         commit["files"] = files
         commit["sha256"] = _digest(commit)
         try:
             for name, data in contents.items():
                 storage.put_bytes(storage.join(url, name), data)
-            data = json.dumps(commit).encode()
+            if after:
+                after.result()
+            data = to_json(commit).encode()
+            data = to_json(commit).encode()
             storage.put_bytes(storage.join(url, COMMIT), data, create_only=True)
         except OSError:
             self._unfinished.append(url)
@@ -168,7 +218,7 @@ class Checkpointer:
                 with contextlib.suppress(OSError):
                     storage.remove(url)
             raise
-        self._newest = Committed(url, snapshot.step, snapshot.score, files)
+        self._newest = Committed(url, snapshot.step, commit["score"], files)
         self.previous, self._consumed = ledger, []
         try:
             self._prune(self._newest)
@@ -190,9 +240,9 @@ class Checkpointer:
         return {
             "model.safetensors": weights,
             "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
-            "state.json": json.dumps(state).encode(),
+            "state.json": to_json(state, lambda number: {_MARK: str(number)}).encode(),
             "model.yaml": yaml.safe_dump(card, sort_keys=False).encode(),
-            "lineage.json": json.dumps(lineage, indent=1).encode(),
+            "lineage.json": to_json(lineage, indent=1).encode(),
         }
 
     def _prune(self, written: Committed) -> None:
@@ -204,8 +254,8 @@ class Checkpointer:
         committed = find_committed(self.folder)
         if written.url not in {one.url for one in committed}:
             raise CheckpointError(
-                f"{written.url} was removed by another attempt of this run: this one ends; to keep "
-                "both, give them different run_dirs"
+                f"{written.url} was removed by another attempt of this run, or cannot be read: "
+                "this one ends; to keep both, give them different run_dirs"
             )
         earlier = [one for one in committed if one.step <= written.step and one.url != written.url]
         keep = {written.url} | {one.url for one in [*earlier, written][-self.keep_last :]}
@@ -222,6 +272,16 @@ class Checkpointer:
             storage.remove(url)
 
 
+@contextlib.contextmanager
+def _unreadable_is_damage() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if getattr(error.__cause__, "errno", error.errno) not in _UNREADABLE:
+            raise
+        raise CheckpointError(str(error)) from error
+
+
 def _digest(commit: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
 
@@ -233,7 +293,8 @@ def parse_commit(url: str) -> Committed:
         CheckpointError: it is damaged or of a later sepdist.
         FileNotFoundError: there is none, or the folder is being removed.
     """
-    raw = storage.read_bytes(storage.join(url, COMMIT))
+    with _unreadable_is_damage():
+        raw = storage.read_bytes(storage.join(url, COMMIT))
     if raw == COLLECTED:
         raise FileNotFoundError(f"{url}: is being removed, it was never finished")
     try:
@@ -244,14 +305,7 @@ def parse_commit(url: str) -> Committed:
         score = None if commit["score"] is None else float(commit["score"])
         one = Committed(url, int(commit["step"]), score, files)
         _ = [(file["bytes"], file["sha256"]) for file in files.values()]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except _MALFORMED as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{url}/{COMMIT} is damaged ({reason})") from None
     if its_format != FORMAT:
@@ -262,19 +316,20 @@ def parse_commit(url: str) -> Committed:
 
 
 def _read_commit(url: str) -> Committed | None:
-    """Return `parse_commit`, or None if the checkpoint is unfinished, collected, or lacks files."""
-    names = storage.list_names(url)  # before COMMIT is read: a removal takes COMMIT first
+    """Return `parse_commit`; None if unfinished or collected, CheckpointError if damaged."""
+    with _unreadable_is_damage():
+        names = storage.list_names(url)  # before COMMIT is read: a removal takes COMMIT first
     if COMMIT not in names:
         return None
     try:
         one = parse_commit(url)
     except FileNotFoundError:
         return None
-    missing = ", ".join(sorted(set(one.files) - set(names)))
-    if missing:
-        # An attempt that was thought dead committed a folder whose first files had been collected.
-        logger.warning("%s: ignored, it is committed but %s is missing", url, missing)
-        return None
+    if missing := sorted(set(one.files) - set(names)):
+        kind = TornError if "model.safetensors" in missing else CheckpointError  # put first
+        raise kind(f"{url}: it is committed, but {', '.join(missing)} is missing")
+    if f"/step-{one.step:09d}-" not in url:
+        raise CheckpointError(f"{url}/{COMMIT} is damaged (it is of step {one.step})")
     return one
 
 
@@ -288,9 +343,11 @@ def _scan(folder: str) -> tuple[list[Committed], list[str], list[CheckpointError
         try:
             one = _read_commit(url)
         except CheckpointError as error:
-            logger.warning("%s; the checkpoint is ignored, and stays until you remove it", error)
+            logger.warning("%s; the checkpoint is ignored", error)
             damaged.append(error)
-            continue
+            one = None
+            if not isinstance(error, TornError):
+                continue
         if one is None:
             unfinished.append(url)
         else:
@@ -307,8 +364,8 @@ def find_committed(folder: str) -> list[Committed]:
 
 
 def best_of(committed: Sequence[Committed]) -> Committed | None:
-    """Return the one with the highest score, the latest of equals; None without scores."""
-    scored = [one for one in committed if one.score is not None]
+    """Return the one with the highest finite score, the latest of equals; None without scores."""
+    scored = [one for one in committed if one.score is not None and math.isfinite(one.score)]
     return max(scored, key=lambda one: (one.score, one.step), default=None)
 
 
@@ -316,7 +373,8 @@ def read_file(one: Committed, name: str) -> bytes:
     """Read a file of a checkpoint and check it against COMMIT."""
     try:
         expected = one.files[name]
-        data = storage.read_bytes(storage.join(one.url, name))
+        with _unreadable_is_damage():
+            data = storage.read_bytes(storage.join(one.url, name))
     except (KeyError, FileNotFoundError) as error:
         raise CheckpointError(f"{one.url}: {name} is missing") from error
     if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
@@ -363,7 +421,7 @@ def load_newest(run_dir: str) -> Snapshot | None:
     if damaged:
         raise CheckpointError(
             f"{folder}: no checkpoint is whole: {'; '.join(map(str, damaged))}; restore one of "
-            "them, or remove the folder to start from the beginning"
+            "them, or choose another run_dir to start from the beginning"
         )
     return None
 
@@ -377,19 +435,24 @@ def load_snapshot(url: str) -> Snapshot:
 
 
 def _load(one: Committed) -> Snapshot:
-    state = json.loads(read_file(one, "state.json"))
-    tensors = safetensors.torch.load(read_file(one, "optimizer.safetensors"))
-    weights = safetensors.torch.load(read_file(one, "model.safetensors"))
+    # All files, also those that only an evaluation reads.
+    contents = {name: read_file(one, name) for name in one.files}
+    state = json.loads(
+        contents["state.json"],
+        object_hook=lambda node: float(node[_MARK]) if node.keys() == {_MARK} else node,
+    )
+    tensors = safetensors.torch.load(contents["optimizer.safetensors"])
+    weights = safetensors.torch.load(contents["model.safetensors"])
     optimizer = OptimizerState(tensors, state["optimizer_scalars"])
-    return Snapshot(one.step, weights, optimizer, state, one.score, url=one.url)
+    lineage = json.loads(contents["lineage.json"])
+    return Snapshot(one.step, weights, optimizer, state, one.score, url=one.url, lineage=lineage)
 
 
 def collect_orphans(run_dir: str) -> list[str]:
     """Remove uncommitted folders that earlier attempts left; returns their names.
 
     To be called before writing starts. A writer that is still alive fails, because no folder can be
-    committed and collected at once. What cannot be removed stays, with a warning, as do folders
-    with a damaged COMMIT.
+    committed and collected at once. What cannot be removed stays, with a warning.
     """
     _, unfinished, _ = _scan(storage.join(run_dir, "checkpoints"))
     collected = []
@@ -398,8 +461,9 @@ def collect_orphans(run_dir: str) -> list[str]:
             # It exists if an earlier collection was interrupted, or files are missing.
             with contextlib.suppress(FileExistsError):
                 storage.put_bytes(storage.join(url, COMMIT), COLLECTED, create_only=True)
-            if _read_commit(url) is not None:
-                continue  # its writer was alive, and came first
+            with contextlib.suppress(TornError):
+                if _read_commit(url) is not None:
+                    continue  # its writer was alive, and came first
             for name in storage.list_names(url):
                 if name != COMMIT:  # the last to go: while it is there nobody can commit
                     storage.remove(storage.join(url, name))

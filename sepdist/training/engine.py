@@ -35,6 +35,7 @@ class StepResult:
     grad_norm: float
     applied: bool  # False: the gradient was not finite or above the limit; weights are unchanged
     local_metrics: list[Metrics]  # of this rank's batches, in their order
+    stopping: bool = False  # whether a rank was asked to stop
 
 
 class Engine(Protocol):
@@ -43,7 +44,8 @@ class Engine(Protocol):
     model: nn.Module
     world: World
     set_lr: Callable[[float], None]  # of the next step
-    step: Callable[..., StepResult]  # takes this rank's batches and a limit of the norm; collective
+    # Takes this rank's batches, a limit of the norm, and whether it was asked to stop; collective.
+    step: Callable[..., StepResult]
     autocast: Callable[[], contextlib.AbstractContextManager]  # the precision of a forward pass
     weights: Callable[[], dict[str, Tensor]]  # fp32 and buffers, on the main rank; collective
     optimizer_state: Callable[[], OptimizerState]  # on the main rank; collective
@@ -83,6 +85,7 @@ class DeepSpeedEngine:
         self.canonical = self.reduction == "canonical"
         self.owned = owned_virtual_shards(num_shards, world.rank, world.size)
         self.model.to(world.device)
+        autocast = {"enabled": self.precision == "bf16", "dtype": "bfloat16"}
         self._initialize(
             {
                 "train_micro_batch_size_per_gpu": self.micro_batch,
@@ -90,6 +93,8 @@ class DeepSpeedEngine:
                 "gradient_clipping": 0.0 if self.canonical else self.clip_norm,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**62,
+                # DeepSpeed's forward ends any other autocast; gradients are reduced in fp32.
+                "torch_autocast": autocast | {"lower_precision_safe_modules": []},
                 "zero_optimization": {
                     "stage": self.zero_stage,
                     # The defaults, 5e8, cost 2 GB per worker, and 14 times the time on CPU.
@@ -127,10 +132,13 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self, batches: list[Batch], norm_limit: float = math.inf) -> StepResult:
+    def step(
+        self, batches: list[Batch], norm_limit: float = math.inf, stopping: bool = False
+    ) -> StepResult:
         """Make one optimizer step; `batches` are those of this rank's virtual shards; collective.
 
         A gradient that is not finite, or in canonical reduction above `norm_limit`, is not applied.
+        The result's `stopping` is true on all ranks if the argument is on one.
         """
         assert len(batches) == len(self.owned), (len(batches), self.owned)
         self.model.train()
@@ -148,10 +156,12 @@ class DeepSpeedEngine:
                 if items[name].numel():
                     table[0, row, shard] = items[name].double().mean()
                     table[1, row, shard] = 1
+        table[1, 0, self.owned[0]] = stopping
         sums, counts = sum_over_world(table, self.world).sum(2).tolist()
         columns = zip(names, sums[1:], counts[1:], strict=True)
         means = {name: total / count for name, total, count in columns if count}
-        return StepResult(sums[0] / self.num_virtual_shards, means, grad_norm, applied, metrics)
+        loss, stop = sums[0] / self.num_virtual_shards, counts[0] > 0
+        return StepResult(loss, means, grad_norm, applied, metrics, stop)
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         # Dropout masks belong to positions, so that they are the same at any world size.

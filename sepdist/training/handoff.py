@@ -99,13 +99,21 @@ def find_export(url: str) -> str:
 def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], str]:
     """Return weights, model.yaml, lineage and folder of an export, checked if it has a COMMIT."""
     folder = find_export(url)
-    one = parse_commit(folder) if storage.exists(storage.join(folder, COMMIT)) else None
+    names = storage.list_names(folder)
+    one = parse_commit(folder) if COMMIT in names else None
+    *_, place, name = storage.absolute(folder).rsplit("/", 2)
+    in_run = place == "checkpoints" and name.startswith("step-")
+    if one is None and (in_run or {"state.json", "optimizer.safetensors"} & set(names)):
+        raise CheckpointError(
+            f"{folder}: a checkpoint without COMMIT was never finished or is being removed; take "
+            "another one of its run"
+        )
 
     def read(name: str) -> bytes:
         return read_file(one, name) if one else storage.read_bytes(storage.join(folder, name))
 
     data, card = read("model.safetensors"), parse_card(read("model.yaml"), folder)
-    has_lineage = storage.exists(storage.join(folder, "lineage.json"))
+    has_lineage = "lineage.json" in (one.files if one else names)
     lineage = parse_lineage(read("lineage.json"), folder) if has_lineage else {}
     try:
         return safetensors.torch.load(data), card, lineage, folder

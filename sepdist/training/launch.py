@@ -9,28 +9,40 @@ use private hooks of Ray Train, so Ray is pinned to a minor version.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
+import re
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import cache, partial
+from typing import Any, cast
 
+import psutil
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError
+from ray.util.metrics import Counter, Gauge
 
 from sepdist import config, slots, storage
-from sepdist.cluster import connected
-from sepdist.config import TrainConfig
+from sepdist.cluster import check_room, connected
+from sepdist.config import ConfigError, TrainConfig
+from sepdist.console import Stopped, signals_to
+from sepdist.reporting import to_json
 from sepdist.training.checkpoint import find_committed
+from sepdist.training.schedule import NO_SCORE
+from sepdist.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +61,7 @@ TIMINGS = {
 # An elastic group that does not get the room it was promised asks again after this time, because
 # the promise may predate the loss of a node. A group of fixed size keeps Ray's 60 s.
 ELASTIC_START_SECONDS = "10"
+gauge = cache(Gauge)  # one for each name
 # gloo's errors for a peer that died.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 
@@ -57,15 +70,17 @@ class TrainingFailedError(RuntimeError):
     """The workers failed more than `cluster.max_failures` times; says the last one's own error."""
 
 
-def launch(cfg: TrainConfig) -> None:
+def launch(
+    cfg: TrainConfig, request: StopRequest, say: Callable[[str], object] = logger.warning
+) -> None:
     """Train the run frozen at `cfg.run_dir` in Ray Train workers; returns when it has finished.
 
-    TrainingFailedError once the restarts are used up; KeyboardInterrupt when Ctrl-C has ended it.
+    TrainingFailedError once the restarts are used up; Stopped after a signal that `request`
+    handles. `say` gets what the user should know meanwhile.
     """
     cluster = cfg.cluster
     fewest, most = config.worker_range(cluster)
-    for name, value in TIMINGS.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(TIMINGS | os.environ)
     if fewest < most:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_SECONDS)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
@@ -76,14 +91,18 @@ def launch(cfg: TrainConfig) -> None:
         use_gpu=cluster.use_gpu,
         resources_per_worker=resources,
     )
-    recovery = Recovery(cfg.run_dir, cluster.max_failures, elastic=fewest < most)
+    recovery = Recovery(cfg.run_dir, elastic=fewest < most)
     needed = math.ceil(most * cluster.cpus_per_worker)
     with connected(needed, address=cluster.address, verbose=cluster.verbose):
+        cpus = f"cluster.cpus_per_worker={cluster.cpus_per_worker:g}"
+        check_room(fewest, resources, f"cluster.num_workers={cluster.num_workers}, {cpus}")
+        flag = start_flag()
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
                 "config": storage.join(cfg.run_dir, "config.yaml"),
                 "plugins": slots.named_plugins(),
+                "stop": flag,
             },
             scaling_config=scaling,
             torch_config=TorchConfig(
@@ -93,29 +112,94 @@ def launch(cfg: TrainConfig) -> None:
             run_config=RunConfig(  # type: ignore[call-arg]
                 name="ray",
                 storage_path=cfg.run_dir,
-                failure_config=FailureConfig(max_failures=-1),  # Recovery counts them
                 worker_runtime_env={"env_vars": worker_environment(cfg)},
-                callbacks=[EventLog(cfg.run_dir), recovery],  # type: ignore[list-item]
+                callbacks=[EventLog(cfg.run_dir, cfg.name), recovery],  # type: ignore[list-item]
             ),
         )
-        try:
-            with interrupts():
-                trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise TrainingFailedError(root_cause(error)) from error
+        policy = {"failure_policy": FailureLimit(cfg.run_dir, cluster.max_failures)}  # no option
+        run = trainer._initialize_and_run_controller  # type: ignore[attr-defined]
+        vars(trainer)[run.__name__] = lambda **parts: run(**(parts | policy))
+        with stopping(trainer, flag, request, cluster.stop_seconds, say):
+            trainer.fit()
+
+
+def start_flag() -> Any:
+    """Start the actor by which the workers are asked to stop, on the driver's node."""
+    here = ray.get_runtime_context().get_node_id()
+    options = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})
+    return cast(Any, options)(StopFlag).remote()
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[None]:
-    """Turn Ctrl-C into KeyboardInterrupt: Ray Train's handler stops the workers and exits."""
-    handler = signal.getsignal(signal.SIGINT)
+def stopping(
+    trainer: Any, flag: Any, request: StopRequest, seconds: float, say: Callable[[str], object]
+) -> Iterator[None]:
+    """Answer signals while `trainer` runs.
+
+    The first has its workers commit a checkpoint, the second, or the end of `seconds`, ends the run
+    at once. Ray Train's own handler knows Ctrl-C only and ends with status 0.
+    """
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append
+
+    def ask() -> None:
+        flag.mark.remote("asked")
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        name = signal.Signals(request.number).name
+        say(f"{name}: committing a checkpoint, for {seconds:g} s at most; again ends at once")
+
+    request.first = ask
     try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
+        with signals_to(request.heard, signal.SIGALRM):
+            yield
+        if request.number and ray.get(flag.has.remote("stopped")):
+            raise Stopped(request.number)
+    except ray.train.TrainingFailedError as error:
+        if request.number:  # the signal may have reached the workers too
+            raise Stopped(request.number) from None
+        raise TrainingFailedError(root_cause(error)) from error
+    except (KeyboardInterrupt, ConfigError):
+        with contextlib.suppress(ray.exceptions.RayError):
+            for controller in controllers:
+                ray.get(controller.abort.remote(), timeout=5)
+        raise
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # Ray leaves its own in place
+        request.first = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class StopFlag:
+    """An actor by which a driver asks its workers to stop, and they say that they have."""
+
+    def __init__(self) -> None:
+        self._marks = set[str]()
+
+    def mark(self, what: str) -> None:
+        """Set "asked" or "stopped"."""
+        self._marks.add(what)
+
+    def has(self, what: str) -> bool:
+        """Return whether it is set."""
+        return what in self._marks
+
+
+def stop_request(flag: Any) -> Callable[[], bool]:
+    """Return a function that says whether the driver asked to stop, which a thread looks after."""
+    asked = threading.Event()
+
+    def watch() -> None:
+        while not asked.is_set():
+            try:
+                if ray.get(flag.has.remote("asked"), timeout=10):
+                    asked.set()
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:  # the driver is gone, and this worker soon
+                return
+            time.sleep(1.0)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return asked.is_set
 
 
 def worker_environment(cfg: TrainConfig) -> dict[str, str]:
@@ -145,7 +229,31 @@ def train_worker(arguments: dict[str, Any]) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     slots.use_plugins(arguments["plugins"])
     cfg = config.load_frozen(arguments["config"])
-    loop.train(cfg, world, report=ray.train.report, preempted=preemption_notice())
+    flag, publish_all = arguments["stop"], partial(publish, cfg.name)
+    asked = stop_request(flag) if world.is_main else lambda: False
+    notice = preemption_notice()
+    finished = loop.train(cfg, world, ray.train.report, notice, asked, publish_all)
+    if not finished and world.is_main:
+        ray.get(flag.mark.remote("stopped"))
+
+
+def use_ray_network() -> None:
+    """Let gloo and NCCL use the interface with Ray's address of this host, unless told another.
+
+    gloo's own choice is the address of the host's name, which Debian and Ubuntu set to 127.0.1.1.
+    """
+    found = {one[4][0] for one in socket.getaddrinfo(ray.util.get_node_ip_address(), None)}
+    for name, addresses in psutil.net_if_addrs().items():
+        if found & {one.address.partition("%")[0] for one in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # eth1 would mean eth10, too
+            return
+
+
+def publish(run: str, metrics: Mapping[str, float]) -> None:
+    """Export metrics by Ray, loss/total as ray_sepdist_loss_total with the tag `run`, and so on."""
+    for name, value in metrics.items():
+        gauge("sepdist_" + re.sub(r"\W", "_", name), name, ("run",)).set(value, {"run": run})
 
 
 def preemption_notice() -> Callable[[], bool]:
@@ -174,8 +282,9 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
     a storage outage never delays a recovery; events not written go out with the next one.
     """
 
-    def __init__(self, run_dir: str) -> None:
+    def __init__(self, run_dir: str, run: str = "") -> None:
         self._url = storage.join(run_dir, "events.jsonl")
+        self._run = run
         self._written: list[str] | None = None
         self._unwritten: list[str] = []
         self._workers = 0
@@ -192,8 +301,9 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
         """Record a failure, a resize or the end of the run."""
         cause = getattr(current_state, "next_state", current_state)
         error = getattr(cause, "training_failed_error", None)
-        if error is not None and error is not self._seen:
+        if error is not None and error is not self._seen and not no_room(error):
             self._seen = error
+            Counter("sepdist_restarts", "failures", ("run",)).inc(1.0, {"run": self._run})
             self._record("failed", error=root_cause(error))
         name = current_state._state_type.state_name
         if name == "RESIZING":
@@ -212,7 +322,7 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
     def _record(self, event: str, **more: Any) -> None:
         values = {"time": round(time.time(), 3), "event": event, "workers": self._workers} | more
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="events")
-        self._last = self._pool.submit(self._write, json.dumps(values) + "\n")
+        self._last = self._pool.submit(self._write, to_json(values) + "\n")
 
     def _write(self, line: str) -> None:
         self._unwritten.append(line)
@@ -226,20 +336,28 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
         self._written, self._unwritten = self._written + self._unwritten, []
 
 
+class Group(WorkerGroup):
+    """Ray's workers, which use Ray's network and leave none behind when they fail to start."""
+
+    def _init_train_context(self, workers: Any, sync_actor: Any) -> None:
+        ray.get([worker.execute_async(use_ray_network) for worker in workers])
+        super()._init_train_context(workers, sync_actor)
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():  # else Ray has removed them
+                self.get_worker_group_state().shutdown()
+            raise
+
+
 class Recovery(ControllerCallback):
-    """Makes Ray Train's controller recover quickly, and give up if the run makes no progress.
+    """Makes Ray Train's controller recover quickly."""
 
-    A new checkpoint resets the count of failures. So a run of weeks survives any number of faults,
-    and an error that repeats ends it after `max_failures` restarts.
-    """
-
-    def __init__(self, run_dir: str, max_failures: int, *, elastic: bool) -> None:
-        self._checkpoints = storage.join(run_dir, "checkpoints")
+    def __init__(self, run_dir: str, *, elastic: bool) -> None:
         self._requester_url = storage.join(run_dir, "ray", "requester")
-        self._max_failures = max_failures
         self._elastic = elastic
-        self._in_a_row = 0
-        self._newest_step = -1
         self._requester = ""
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -247,8 +365,10 @@ class Recovery(ControllerCallback):
 
         A controller that was killed with its driver leaves its workers' CPUs reserved for 180 s.
         """
-        for name, value in TIMINGS.items():
-            os.environ.setdefault(name, value)
+        os.environ.update(TIMINGS | os.environ)
+        TrainController.worker_group_cls = Group
+        # It logs each error with its traceback; FailureLimit says it in one line.
+        logging.getLogger(TrainController.__module__).setLevel(logging.CRITICAL)
         self._requester = f"train-{train_run_context.run_id}"
         try:
             for requester in read_lines(self._requester_url):
@@ -260,24 +380,40 @@ class Recovery(ControllerCallback):
             )
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Count a failure; before an elastic group is sized, have Ray look at the cluster.
+        """Before an elastic group is sized, have Ray look at the cluster.
 
         Ray's coordinator notices nodes that come and go only every 20 s.
         """
         name = current_state._state_type.state_name
         if current_state is previous_state:
             time.sleep(0.5)  # no room for `fewest` workers; Ray would ask again without a pause
-        elif name == "RESTARTING":
-            self._count(current_state.training_failed_error)
         if self._elastic and name in ("RESTARTING", "RESCHEDULING"):
             ask_coordinator("get_reserved_resources", self._requester, recompute=True)
 
-    def _count(self, error: BaseException) -> None:
-        failures = getattr(error, "worker_failures", {}).values()
+
+class FailureLimit(FailurePolicy):
+    """Lets Ray Train's controller start the workers again, and give up without progress.
+
+    A failure is an error of running workers and one while they start. A new checkpoint resets the
+    count. So a run of weeks survives any number of faults, and an error that repeats ends it after
+    `max_failures` restarts. Preemptions and waiting for room do not count.
+    """
+
+    def __init__(self, run_dir: str, max_failures: int) -> None:
+        self._checkpoints = storage.join(run_dir, "checkpoints")
+        self._max_failures = max_failures
+        self._in_a_row, self._newest_step, self._waiting = 0, -1, False
+
+    def make_decision(self, training_failed_error: BaseException) -> FailureDecision:
+        """Count the failure and decide."""
+        known, self._waiting = self._waiting, no_room(training_failed_error)
+        if self._waiting and not known:
+            logger.warning("waiting for room in the cluster: %s", root_cause(training_failed_error))
+        failures = getattr(training_failed_error, "worker_failures", {}).values()
         deaths = [getattr(one, "health_check_failure", one) for one in failures]
         preempted = any(getattr(one, "preempted", False) for one in deaths)
-        if preempted or isinstance(error, PreemptionError):
-            return
+        if self._waiting or preempted or isinstance(training_failed_error, PreemptionError):
+            return FailureDecision.RETRY
         try:
             newest = max((one.step for one in find_committed(self._checkpoints)), default=-1)
         except OSError as trouble:
@@ -285,8 +421,15 @@ class Recovery(ControllerCallback):
             newest = self._newest_step
         self._in_a_row = self._in_a_row + 1 if newest <= self._newest_step else 1
         self._newest_step = max(newest, self._newest_step)
-        if 0 <= self._max_failures < self._in_a_row:
-            raise TrainingFailedError(root_cause(error))
+        cause = root_cause(training_failed_error)
+        logger.warning("failure %d in a row: %s", self._in_a_row, cause)
+        give_up = NO_SCORE in cause or 0 <= self._max_failures < self._in_a_row
+        return FailureDecision.RAISE if give_up else FailureDecision.RETRY
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Whether a group of workers did not start because the cluster had no room for it."""
+    return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 def ask_coordinator(method: str, requester: str, **more: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from sepdist import storage
 from sepdist.data.records import Batch
+from sepdist.reporting import to_json
 
 # [step, outcome, [[start, stop], ...]], or after `merge` one such list of ranges per rank.
 Entry = list[Any]
@@ -77,7 +78,7 @@ def put_segment(
 ) -> SegmentRef:
     """Write a segment to run_dir/ledger/<name>.json; returns its reference for the checkpoint."""
     before = asdict(previous) if previous else None
-    segment = json.dumps({"previous": before, "steps": merged}, separators=(",", ":")).encode()
+    segment = to_json({"previous": before, "steps": merged}, separators=(",", ":")).encode()
     name = f"ledger/{name}.json"
     storage.put_bytes(storage.join(run_dir, name), segment)
     return SegmentRef(name, hashlib.sha256(segment).hexdigest())

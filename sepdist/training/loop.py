@@ -9,6 +9,7 @@ It knows nothing of Ray; sepdist.training.launch runs `train` in Ray Train worke
 import argparse
 import contextlib
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping
 
@@ -16,6 +17,7 @@ import torch
 
 from sepdist import config, slots, storage
 from sepdist.config import TrainConfig
+from sepdist.console import Stopped, signals_to, user_console
 from sepdist.data.records import MAIN, Batch
 from sepdist.data.stream import TrainStream
 from sepdist.metrics.switching import SwitchTracker
@@ -23,9 +25,11 @@ from sepdist.reporting import Reporter
 from sepdist.training.checkpoint import collect_orphans
 from sepdist.training.datasets import open_datasets, open_stream
 from sepdist.training.engine import StepResult
+from sepdist.training.lease import lease
 from sepdist.training.ledger import APPLIED, SKIPPED
 from sepdist.training.meter import GOODPUT_FILE, Meter, continue_goodput
 from sepdist.training.state import RunState
+from sepdist.training.stopping import StopRequest
 from sepdist.training.validation import listen, validate
 from sepdist.training.watchdog import Watchdog
 from sepdist.training.world import World, gather_objects, join_world
@@ -38,19 +42,28 @@ def train(
     world: World,
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
     preempted: Callable[[], bool] = lambda: False,
-) -> None:
+    stopping: Callable[[], bool] = lambda: False,
+    publish: Callable[[Mapping[str, float]], None] = lambda metrics: None,
+) -> bool:
     """Train until `training.max_steps` or early stop, from the run's newest checkpoint if any.
 
     Every rank calls `report` with the metrics of each validation (Ray Train's is a barrier), and
     `preempted` each `cluster.preemption_check_steps` steps. `preempted` returns, the same on all
     ranks, whether a node is about to be taken away; then a checkpoint is committed at once.
-    RuntimeError if `training.max_skipped` steps in a row had no usable gradient.
+    `stopping`, called at each step, returns whether this rank was asked to stop; once one was, all
+    commit a checkpoint of the same step and return False; otherwise the result is True. The main
+    rank calls `publish` with the metrics of each row that it writes.
+    RuntimeError if `training.max_skipped` steps in a row had no usable gradient, and at the end if
+    no validation had a finite score.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
+    stopped = False
     with contextlib.ExitStack() as stack:
         # 1. Data: the order depends on the position alone, so the step is all the state there is.
         watchdog = Watchdog(cfg.cluster.hang_seconds, cfg.cluster.startup_seconds)
         stack.callback(watchdog.close)
+        patience, waiting = cfg.training.storage_patience_seconds, watchdog.expect_slow
+        stack.enter_context(storage.patient(patience, whole_process=True, waiting=waiting))
         feeds, validation_set = open_datasets(cfg)
         stream = open_stream(cfg, feeds, world)
         stack.callback(stream.close)
@@ -62,7 +75,7 @@ def train(
         # 3. Outputs, of the main rank.
         reporter = goodput = checkpointer = None
         if world.is_main:
-            reporter = Reporter(cfg.run_dir, resume_step=state.step)
+            reporter = Reporter(cfg.run_dir, resume_step=state.step, patience_seconds=patience)
             stack.callback(reporter.close)
             goodput = continue_goodput(cfg.run_dir, reporter.kept)
             collect_orphans(cfg.run_dir)
@@ -72,6 +85,7 @@ def train(
         def log(metrics: Mapping[str, float]) -> None:
             if reporter and metrics:
                 reporter.log(state.step, metrics)
+                publish(metrics)
 
         # 4. The loop.
         last = cfg.training.max_steps
@@ -79,18 +93,17 @@ def train(
         global_batch = cfg.data.num_virtual_shards * cfg.data.micro_batch
         meter = Meter(stream, world, goodput)
         steps = stream.steps(state.step)
-        stack.callback(watchdog.expect_slow)  # what is closed first may take its time
         for step in range(state.step, last):
             if schedule.should_stop:
-                patience = cfg.training.early_stop_patience
-                logger.info("early stop: %d validations without improvement", patience)
+                stagnant = cfg.training.early_stop_patience
+                logger.info("early stop: %d validations without improvement", stagnant)
                 break
             if objective.stop_reason:
                 logger.warning("step %d: the run ends: %s", step, objective.stop_reason)
                 break
             batches = next(steps)
             engine.set_lr(schedule.lr(step))
-            result = engine.step(batches, state.guard.limit)
+            result = engine.step(batches, state.guard.limit, stopping())
             state.step = done = step + 1
             state.ledger.record(step, APPLIED if result.applied else SKIPPED, batches)
             state.guard.observe(step, result.grad_norm, result.applied)
@@ -124,24 +137,31 @@ def train(
             leaving = done % cfg.cluster.preemption_check_steps == 0 and preempted()
             if leaving:
                 logger.warning("step %d: a node is about to go; committing a checkpoint", done)
+            stopped = result.stopping and done < last
             due = done % cfg.training.checkpoint_every == 0 or done == last
-            if not (due or leaving or score is not None):
+            if not (due or leaving or stopped or score is not None):
                 continue
-            if reporter:
-                reporter.flush()  # first, so that a run that goes on from here has its rows
+            rows = reporter.flush() if reporter else None
             watchdog.expect_slow()
             with meter.timing("checkpoint"):
                 if checkpointer:
                     checkpointer.settle()  # here, as the others wait in a collective operation
                 snapshot = state.snapshot(score)
                 if checkpointer:
-                    checkpointer.save(snapshot)
-                if checkpointer and leaving:
-                    checkpointer.settle()
-                if leaving:
+                    # After the rows, so that a run that goes on from here has them.
+                    checkpointer.save(snapshot, after=rows)
+                if checkpointer and (leaving or stopped):
+                    checkpointer.settle(also_failing=True)
+                if leaving or stopped:
                     gather_objects(None, world)  # nobody leaves before it is committed
             watchdog.beat()
-    logger.info("finished")
+            if stopped:
+                break
+        watchdog.close()  # what follows waits for storage only, as long as it is patient
+    if not stopped:
+        schedule.check_end()
+    logger.info("stopped at step %d" if stopped else "finished at step %d", state.step)
+    return not stopped
 
 
 def track_switches(
@@ -188,10 +208,17 @@ def main() -> None:
     parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    slots.use_plugins(arguments.plugins)
-    cfg = config.load_frozen(arguments.config)
-    cfg.run_dir = storage.absolute(arguments.config).rpartition("/")[0]  # wherever it was moved
-    train(cfg, join_world())
+    todo = "the same command goes on from the newest checkpoint"
+    with user_console(RuntimeError, stopped=todo) as console:
+        slots.use_plugins(arguments.plugins)
+        cfg = config.load_frozen(arguments.config)
+        world, request = join_world(), StopRequest()
+        request.first = lambda: logger.warning("stopping; a second signal ends at once")
+        with signals_to(request.heard), contextlib.ExitStack() as stack:
+            if world.is_main:
+                stack.enter_context(lease(cfg.run_dir, request.lose, console.print))
+            if not train(cfg, world, stopping=request.asked):
+                raise Stopped(request.number or signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 
 from sepdist import storage
 from sepdist.data.stream import TrainStream
+from sepdist.reporting import to_json
 from sepdist.training.engine import StepResult
 from sepdist.training.world import World, sum_over_world
 
@@ -66,7 +67,7 @@ class Goodput:
 
     def note(self, now: float) -> str:
         """Return what the next attempt needs if this one dies."""
-        return json.dumps({"time": now, "seconds": self.seconds})
+        return to_json({"time": now, "seconds": self.seconds})
 
 
 def continue_goodput(run_dir: str, rows: Sequence[Mapping[str, Any]]) -> Goodput:
@@ -97,6 +98,7 @@ class Meter:
         self._began = time.monotonic()
         self._seconds = {"checkpoint": 0.0, "validation": 0.0}
         self._data_before = self._stream.seconds_waited
+        self._silent_before = self._stream.num_silent
 
     def add(self, result: StepResult) -> None:
         """Count one step."""
@@ -120,10 +122,11 @@ class Meter:
         seconds = max(time.monotonic() - self._began - self._seconds["validation"], 1e-9)
         waited = self._stream.seconds_waited - self._data_before
         checkpoint = self._seconds["checkpoint"]
-        by_rank = torch.zeros(2, self._world.size, dtype=torch.float64)
+        by_rank = torch.zeros(3, self._world.size, dtype=torch.float64)
         by_rank[0, self._world.rank] = waited / seconds
         by_rank[1, self._world.rank] = self._stream.num_damaged
-        data_wait, damaged = sum_over_world(by_rank, self._world)
+        by_rank[2, self._world.rank] = self._stream.num_silent - self._silent_before
+        data_wait, damaged, silent = sum_over_world(by_rank, self._world)
         metrics = {
             "loss/total": _mean([one.loss for one in applied]),
             "optim/grad_norm": _mean([one.grad_norm for one in applied]),
@@ -133,6 +136,7 @@ class Meter:
             "speed/data_wait_share": float(data_wait.max()),  # all wait for that worker
             "speed/checkpoint_share": checkpoint / seconds,
             "data/damaged_samples": float(damaged.sum()),
+            "data/silent_sources": float(silent.sum()),
         }
         for name in sorted({name for one in results for name in one.means}):
             measured = [one.means[name] for one in applied if name in one.means]

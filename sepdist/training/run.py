@@ -8,33 +8,39 @@ import shlex
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
 from sepdist import config, slots, storage
 from sepdist.config import ConfigError, TrainConfig
-from sepdist.console import progress_bar
+from sepdist.console import progress_bar, signals_to
 from sepdist.objectives.contract import with_defaults
-from sepdist.reporting import versions
+from sepdist.reporting import to_json, versions
 from sepdist.training.checkpoint import best_of, find_committed, read_file
 from sepdist.training.datasets import open_datasets
 from sepdist.training.engine import check_engine_options, refuse_slow_bf16
 from sepdist.training.handoff import inherit
+from sepdist.training.lease import lease
+from sepdist.training.stopping import StopRequest
 
 # What may change between the first start of a run and a later one; anything else makes it another
-# run. data_root: data.train and data.validation hold the paths that came of it.
+# run. run_dir: it may have been moved. data_root: the paths that came of it are in `data`.
 FREE_TO_CHANGE: tuple[str, ...] = ("training", "cluster", "validation", "engine.zero", "data_root")
-FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads")
+FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads", "run_dir")
 
 
 def run(cfg: TrainConfig, console: Console) -> float | None:
     """Freeze a stage and train it in Ray Train workers; returns its best validation score."""
     from sepdist.training import launch
 
-    cfg = freeze(cfg, console)
-    console.print(f"run {cfg.name}: {cfg.run_dir}")
-    with follow(cfg, console):
-        launch.launch(cfg)
+    slots.make_paths_absolute(cfg)
+    request = StopRequest()
+    with signals_to(request.heard), lease(cfg.run_dir, request.lose, console.print):
+        cfg = freeze(cfg, console)
+        console.print(f"run {cfg.name}: {cfg.run_dir}")
+        with follow(cfg, console):
+            launch.launch(cfg, request, console.print)
     return summarise(cfg, console)
 
 
@@ -51,17 +57,18 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     objective = with_defaults(slots.build("objective", cfg.objective))
     model = slots.build("model", cfg.model)
     objective.check_model(model)
-    feeds, _ = open_datasets(cfg)
+    feeds, validation_set = open_datasets(cfg)
     if absent := set(objective.data_sets) - feeds.keys():
         raise ConfigError(
             f"objective {cfg.objective['_target_']} needs data.extra with the name "
             f"{', '.join(sorted(absent))}"
         )
-    if cfg.init.weights:
+    if cfg.init.weights and not find_committed(storage.join(cfg.run_dir, "checkpoints")):
         fresh, parent = inherit(model, cfg.init)
         names = ", ".join(fresh) or "none"
         console.print(f"weights from {parent['url']}; re-initialised: {names}")
-    _write(cfg)
+    digests = {name: feed.digest() for name, feed in feeds.items()}
+    _write(cfg, digests | {"validation": validation_set.manifest.digest()})
     return cfg
 
 
@@ -79,21 +86,38 @@ def _check_engine(cfg: TrainConfig) -> None:
         refuse_slow_bf16()
 
 
-def _write(cfg: TrainConfig) -> None:
+def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
     """Write config.yaml and environment.json, unless run_dir holds a run of another config."""
     url = storage.join(cfg.run_dir, "config.yaml")
+    environment_url = storage.join(cfg.run_dir, "environment.json")
     if storage.exists(url):
         # Read as dataclasses, so that keys that are younger than the run have their defaults.
-        before = asdict(config.load_frozen(url))
-        if changed := config.differences(before, asdict(cfg), FREE_TO_CHANGE):
+        before, after = asdict(config.load_frozen(url)), asdict(cfg)
+        known = storage.exists(environment_url) and json.loads(storage.read_bytes(environment_url))
+        if known and "data" in known:  # a data set is what its digest says, wherever it lies
+            before, after = _without_places(before), _without_places(after)
+            before["data"]["digests"], after["data"]["digests"] = known["data"], digests
+        free = FREE_TO_CHANGE
+        if find_committed(storage.join(cfg.run_dir, "checkpoints")):  # it has the weights
+            free += ("init.weights",)
+        if changed := config.differences(before, after, free):
             raise ConfigError(
                 f"{cfg.run_dir} holds a run of another config: {'; '.join(changed)}. Choose "
-                "another run_dir (or name), or remove the old run"
+                "another run_dir (or name)"
             )
     storage.put_bytes(url, config.to_yaml(cfg).encode())
     environment = versions("torch", "ray", "deepspeed", "webdataset", "numpy")
-    text = json.dumps(environment | {"platform": platform.platform()}, indent=1)
-    storage.put_bytes(storage.join(cfg.run_dir, "environment.json"), text.encode())
+    contents = environment | {"platform": platform.platform(), "data": digests}
+    storage.put_bytes(environment_url, to_json(contents, indent=1).encode())
+
+
+def _without_places(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without the urls of its data sets."""
+    data = {name: one for name, one in cfg["data"].items() if name not in ("train", "validation")}
+    data["extra"] = [one | {"url": None} for one in data["extra"]]
+    if isinstance(data["mixing"], dict) and data["mixing"].get("noise"):
+        data["mixing"] = data["mixing"] | {"noise": True}
+    return cfg | {"data": data}
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 NUM_NORMS = 100  # the limit is derived from this many norms
 LEAST_NORMS = 50  # with fewer there is no limit
+NO_SCORE = "no validation had a finite score"
 
 
 @dataclass
@@ -39,8 +40,8 @@ class PlateauSchedule:
         return max(lr, min(self.min_lr, self.base_lr))
 
     def observe(self, score: float) -> bool:
-        """Record a validation score; returns whether it is the best so far."""
-        if self.best is None or score > self.best:
+        """Record a validation score; returns whether it is the best so far, and finite."""
+        if math.isfinite(score) and (self.best is None or score > self.best):
             self.best = score
             self.num_stagnant = self.num_since_halving = 0
             return True
@@ -64,6 +65,17 @@ class PlateauSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         vars(self).update(state)
+        if self.best is not None and not math.isfinite(self.best):  # as runs once wrote it
+            self.best = None
+
+    def check_end(self) -> None:
+        """Raise RuntimeError at the end of a run if it was validated without a finite score."""
+        if self.best is None and self.num_stagnant:
+            raise RuntimeError(
+                f"{NO_SCORE} ({self.num_stagnant} in all), so the run has no best checkpoint: "
+                f"lower optim.lr={self.base_lr:g} in another run_dir, or look at validation/loss "
+                "and optim/grad_norm in metrics.jsonl"
+            )
 
 
 @dataclass

@@ -95,14 +95,15 @@ class RunState:
 
     def _fill(self, model: nn.Module, saved: checkpoint.Snapshot | None) -> dict[str, Any]:
         """Fill `model` from the checkpoint or the parent stage; returns the lineage of the run."""
-        cfg = self._cfg
-        fresh, parent = inherit(model, cfg.init) if cfg.init.weights else ([], None)
-        if parent:
-            names = ", ".join(fresh) or "none"
-            logger.info("weights from %s; re-initialised: %s", parent["url"], names)
-        if saved is not None:
+        cfg, fresh, parent = self._cfg, [], None
+        if saved is not None:  # the parent may be gone
             source = f"the checkpoint of step {saved.step} in {cfg.run_dir}"
             load_weights(model, saved.weights, source=source)
+            fresh, parent = saved.lineage["reinitialised"], saved.lineage["parent"]
+        elif cfg.init.weights:
+            fresh, parent = inherit(model, cfg.init)
+            names = ", ".join(fresh) or "none"
+            logger.info("weights from %s; re-initialised: %s", parent["url"], names)
         return {"run": cfg.name, "run_dir": cfg.run_dir, "parent": parent, "reinitialised": fresh}
 
     def _load(self, saved: checkpoint.Snapshot) -> None:
@@ -140,6 +141,6 @@ class RunState:
             keep_last=training.keep_last,
             keep_best=training.keep_best,
             keep_every=training.keep_every,
-            max_failed=training.max_failed_checkpoints,
+            patience_seconds=training.storage_patience_seconds,
             previous=self.segment,
         )

@@ -27,7 +27,8 @@ def validate(
     """Return the means of the objective's metrics over the first `num_mixtures`; collective.
 
     They are the same at any world size. "score", higher is better, is the mean SI-SNR if the
-    objective measures it, else minus the loss. `beat` is called after every mixture.
+    objective measures it, else minus the loss. "silent_sources", which it leaves out, are counted;
+    ValueError if all are silent. `beat` is called after every mixture.
     """
     total = dataset.manifest.num_samples
     count = min(options.num_mixtures or total, total)
@@ -39,15 +40,20 @@ def validate(
         batch = dataset.full(min(index, count - 1), options.max_seconds).to(world.device)
         with torch.no_grad(), engine.autocast():
             loss, metrics = objective(engine.model, batch)
-        measured = {k: v for k, v in metrics.items() if v.is_floating_point() and v.numel()}
-        for name, value in ({"loss": loss} | measured).items():
-            row = rows.setdefault(name, torch.zeros(count, dtype=torch.float64))
-            if index < count:
-                row[index] = value.double().mean().cpu()
+        silent = torch.tensor(float(batch.num_silent))
+        for name, value in (metrics | {"loss": loss, "silent_sources": silent}).items():
+            row = rows.setdefault(name, torch.zeros(2, count, dtype=torch.float64))
+            if index < count and value.is_floating_point() and value.numel():
+                row[0, index], row[1, index] = value.double().mean().cpu(), 1  # a value is there
         beat()
     names = sorted(rows)
     summed = sum_over_world(torch.stack([rows[name] for name in names]), world)
-    means = {name: float(row.mean()) for name, row in zip(names, summed, strict=True)}
+    found = {name: row[0, row[1] > 0] for name, row in zip(names, summed, strict=True)}
+    num_silent = float(found.pop("silent_sources").sum())
+    means = {name: float(values.mean()) for name, values in found.items() if len(values)}
+    if num_silent and "si_snr" in found.keys() - means.keys():
+        raise ValueError(f"nothing to score: raise validation.max_seconds={options.max_seconds}")
+    means |= {"silent_sources": num_silent} if num_silent else {}
     return means | {"score": means.get("si_snr", -means["loss"])}
 
 

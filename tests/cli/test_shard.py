@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import psutil
 import pytest
+import soundfile
 
 from sepdist import storage
 from sepdist.corpora.demo import DemoCorpus
@@ -241,6 +242,30 @@ def test_an_error_is_one_line_that_names_the_thing_at_fault(
     assert expected in shown.err and shown.err.startswith("error: ")
     assert len(shown.err.splitlines()) == 1
     assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_bad_recordings_are_one_line_each_and_skip_counts_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "speech" / "train" / "anna" / "1"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        wave = np.random.default_rng(number).uniform(-0.1, 0.1, 2400)  # 0.3 s
+        soundfile.write(folder / f"good-{number}.wav", wave, 8000)
+        (folder / f"bad-{number}.wav").write_text("no audio")
+    output = tmp_path / "out"
+    command = ["write", "corpus=librispeech", f"corpus.root={tmp_path / 'speech'}", "split=train"]
+    command.append(f"output={output}")
+    assert shard(command) == 1
+    title, *lines = capsys.readouterr().err.splitlines()
+    assert title.startswith("error: 2 records cannot be stored") and "on_error=skip" in title
+    assert [f"bad-{i}.wav" in line for i, line in enumerate(lines)] == [True, True]
+    assert shard([*command, "on_error=skip"]) == 0
+    written = capsys.readouterr().out
+    assert "shorter than 0.4 s" in written and "2 (dynamic mixing needs" in written
+    assert shard(["info", f"output={output}"]) == 0
+    for shown in (written, capsys.readouterr().out):
+        assert "records left out" in shown and "2 (listed in skipped.jsonl)" in shown
 
 
 @pytest.mark.parametrize("words", [[], ["shred"]])

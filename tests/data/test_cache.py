@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sepdist import storage
+from sepdist.data import shards
 from sepdist.data.cache import ShardCache
 from sepdist.data.members import DataError
 from sepdist.data.shards import Manifest, read_index, read_manifest, read_sample
@@ -155,7 +157,7 @@ def test_prefetched_shards_are_there_before_they_are_opened(
 def test_a_prefetch_that_fails_is_not_repeated_and_open_tries_again(
     remote: str, proxy: FaultyProxy, cache_of: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "1")
+    monkeypatch.setenv("SEPDIST_STORAGE_PATIENCE_SECONDS", "0")
     cache = cache_of(remote)
     proxy.fault = lambda _, first_line: "503" if ".tar" in first_line else ""
     for _ in range(5):
@@ -315,3 +317,89 @@ def test_a_missing_shard_is_named(
     message = r"toy-train-000002\.tar: the shard is missing; write the data set again"
     with pytest.raises(DataError, match=message):
         cache_of(url).open(2)
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Overwrite a file in place, as `cp` and `rsync --inplace` do; never within one clock tick."""
+    inode, before = path.stat().st_ino, path.stat().st_mtime_ns
+    path.write_bytes(content)
+    assert path.stat().st_ino == inode
+    if path.stat().st_mtime_ns == before:
+        os.utime(path, ns=(before, before + 1))
+
+
+def other_gains(folder: Path, manifest: Manifest) -> bytes:
+    """Shard 0 of the same samples at half the level, so that only its audio differs."""
+    records = []
+    for number in range(1, 4):
+        waves = {name: toy.as_float(x) / 2 for name, x in toy.members(number).items()}
+        records.append(replace(toy.record(number, ("s1", "s2", "noise")), load=lambda w=waves: w))
+    return (folder / shards.write_shard(records, folder, "other.tar").name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_a_shard_overwritten_in_place_while_it_is_open_gives_no_other_audio(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, cache_of: Opener
+) -> None:
+    here = tmp_path / "set"
+    manifest = toy.write(here, SIZES)
+    path, url = here / manifest.shards[0].name, str(here)
+    if kind == "s3":
+        url = f"s3://{request.getfixturevalue('bucket')}/toy"
+        toy.write(url, SIZES)
+    cache = cache_of(url)
+    check_readable(cache, 0)
+    if kind == "s3":
+        (path,) = (tmp_path / "cache").glob("toy-train-000000-*.tar")
+    intact = path.read_bytes()
+    rewrite(path, (here / manifest.shards[3].name).read_bytes())  # of other samples
+    if kind == "s3":
+        check_readable(cache, 0)  # a copy is fetched again
+        return
+    assert set(cache.open(0).damaged) == {0, 1, 2}
+    rewrite(path, intact)
+    check_readable(cache, 0)
+    rewrite(path, other_gains(tmp_path / "softer", manifest))
+    assert set(cache.open(0).damaged) == {0, 1, 2}
+    rewrite(path, intact)
+    check_readable(cache, 0)
+
+
+def test_the_same_bytes_written_again_and_a_shard_replaced_by_name_are_no_damage(
+    tmp_path: Path, cache_of: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = toy.write(tmp_path, SIZES)
+    path, cache = tmp_path / manifest.shards[0].name, cache_of(str(tmp_path))
+    check_readable(cache, 0)
+    rewrite(path, path.read_bytes())
+    check_readable(cache, 0)
+    assert caplog.text.count("changed while it was open") == 1
+    os.replace(tmp_path / manifest.shards[1].name, path)  # the open file stays what it was
+    check_readable(cache, 0)
+
+
+def test_samples_of_another_shard_in_their_places_are_damage(
+    tmp_path: Path, cache_of: Opener
+) -> None:
+    manifest = toy.write(tmp_path / "a", (3, 3), names=("s1", "s2"))
+    first, second = (tmp_path / "a" / shard.name for shard in manifest.shards)
+    data, index = bytearray(first.read_bytes()), read_index(tmp_path / "a", manifest.shards[0])
+    offset, size = index[0].members["json"]
+    json_of = data[offset : offset + size]
+    data[offset : offset + size] = json_of.replace(b"mix-1", b"mix-9")
+    first.write_bytes(data)
+    opened = cache_of(str(tmp_path / "a")).open(0)
+    assert list(opened.damaged) == [0] and "another sample" in opened.damaged[0]
+    assert second.exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_in_place_of_a_shard_is_an_error(
+    kind: str, tmp_path: Path, cache_of: Opener
+) -> None:
+    manifest = toy.write(tmp_path, SIZES)
+    path = tmp_path / manifest.shards[0].name
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"toy-train-000000\.tar: a pipe, device or folder"):
+        cache_of(str(tmp_path)).open(0)

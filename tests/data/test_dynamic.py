@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from sepdist import audio
-from sepdist.audio import AudioError
 from sepdist.data import shards
 from sepdist.data.crops import Damage
 from sepdist.data.dataset import Dataset, Item
@@ -236,7 +235,7 @@ def test_a_damaged_utterance_gives_way_to_the_next_in_every_world_and_is_counted
 
 def test_an_utterance_that_has_no_loudness_is_named(tmp_path: Path) -> None:
     made = mixing(write(tmp_path, (3,), wave=lambda number: tone(number)[:2000]))
-    with pytest.raises(AudioError, match=r"u\d: lasts 0\.25 s, shorter than the 0\.4 s"):
+    with pytest.raises(DataError, match=r"u\d: lasts 0\.25 s, shorter than the 0\.4 s"):
         made.item(0, [])
 
 

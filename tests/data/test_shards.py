@@ -43,11 +43,11 @@ def waves_of(
 
 def mixture(number: int, **changes: object) -> Mixture:
     speakers, texts = (f"anna{number}", "bertil"), ("hej då", "good bye")
-    record = Mixture(f"utt-{number}", speakers, RATE, lambda: waves_of(number), texts)
+    record = Mixture(f"utt-{number}", speakers, RATE, partial(waves_of, number), texts)
     return dataclasses.replace(record, **changes)
 
 
-def never() -> dict[str, np.ndarray]:
+def never(*_: object) -> dict[str, np.ndarray]:
     raise AssertionError("loaded")
 
 
@@ -105,7 +105,7 @@ def test_two_writes_give_the_same_bytes_on_disk_and_in_s3(tmp_path: Path, bucket
     numbered = [f"toy-train-00000{i}" for i in (0, 1)]
     assert set(found[0]) == {
         "manifest.json",
-        *(f"index/{n}.json" for n in numbered),
+        *(f"index/{n}{kind}.json" for n in numbered for kind in ("", ".inputs")),
         *(f"{n}.tar" for n in numbered),
     }
     for shard in manifests[0].shards:
@@ -377,16 +377,27 @@ def test_an_interrupted_write_goes_on_and_gives_the_same_bytes(
 
 
 def test_a_finished_shard_is_kept_without_loading_audio_unless_it_is_damaged(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = shards.write_shard([mixture(0)], tmp_path, "x.tar")
     before = (tmp_path / "x.tar").stat()
-    assert shards.write_shard([mixture(0, load=never)], tmp_path, "x.tar") == info
-    assert (tmp_path / "x.tar").stat().st_mtime_ns == before.st_mtime_ns
-    changes = ({"id": "other"}, {"speakers": ("x", "y")}, {"texts": ()}, {"sample_rate": 16000})
-    for changed in changes:
-        with pytest.raises(AssertionError, match="loaded"):
-            shards.write_shard([mixture(0, load=never, **changed)], tmp_path, "x.tar")
+    changes = (
+        {"id": "other"},
+        {"speakers": ("x", "y")},
+        {"texts": ()},
+        {"sample_rate": 16000},
+        {"load": partial(waves_of, 1)},
+        {"load": partial(waves_of, 0, ("s2", "s1", "noise"))},
+        {"load": lambda: waves_of(0)},
+        {"metadata": len},
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_files, "load_members", never)
+        assert shards.write_shard([mixture(0)], tmp_path, "x.tar") == info
+        assert (tmp_path / "x.tar").stat().st_mtime_ns == before.st_mtime_ns
+        for changed in changes:
+            with pytest.raises(AssertionError, match="loaded"):
+                shards.write_shard([mixture(0, **changed)], tmp_path, "x.tar")
     for damage in (
         lambda p: flip(p, 3000),
         lambda p: p.write_bytes(p.read_bytes()[:-1]),
@@ -395,8 +406,19 @@ def test_a_finished_shard_is_kept_without_loading_audio_unless_it_is_damaged(
         damage(tmp_path / "x.tar")
         assert shards.write_shard([mixture(0)], tmp_path, "x.tar") == info
         assert hashlib.sha256((tmp_path / "x.tar").read_bytes()).hexdigest() == info.sha256
-    (tmp_path / "index" / "x.json").write_text("{")
-    assert shards.write_shard([mixture(0)], tmp_path, "x.tar") == info
+    for name in ("x.json", "x.inputs.json"):
+        for content in ("{", "[1]"):
+            (tmp_path / "index" / name).write_text(content)
+            assert shards.write_shard([mixture(0)], tmp_path, "x.tar") == info
+
+
+def test_a_shard_whose_load_is_a_lambda_is_written_again(tmp_path: Path) -> None:
+    for gain in (0.5, 0.25):  # nothing can tell these two apart
+        loud = mixture(0, load=lambda gain=gain: {k: v * gain for k, v in waves_of(0).items()})
+        info = shards.write_shard([loud], tmp_path, "x.tar")
+        [sample] = shards.read_index(tmp_path, info)
+        assert read(tmp_path / "x.tar", sample, ["s1"])["s1"][0] == -gain
+    assert not (tmp_path / "index" / "x.inputs.json").exists()
 
 
 def test_storage_that_returns_other_bytes_is_noticed_at_once(
@@ -486,6 +508,61 @@ def test_a_changed_manifest_is_refused(
     with pytest.raises(DataError, match=problem):
         shards.read_manifest(tmp_path)
     assert len(shards.verify(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 8))]
+)
+@pytest.mark.parametrize("name", ["manifest.json", "index/toy-train-000000.json"])
+def test_every_flipped_bit_of_the_manifest_and_of_an_index_is_found(
+    name: str, first: int, tmp_path: Path
+) -> None:
+    write(tmp_path, num_shards=1, per_shard=1)
+    path = tmp_path / name
+    content = path.read_bytes()
+    passed = []
+    assert b"e-0" in content or name != "manifest.json"  # 1e-05 and 1E-05 are one number
+    for at in range(0, len(content), 1 if name == "manifest.json" else 97):
+        flipped = content[at] ^ 1 << (first + at) % 8
+        path.write_bytes(content[:at] + bytes([flipped]) + content[at + 1 :])
+        passed += [] if shards.verify(tmp_path) else [at]
+    assert passed == []
+    path.write_bytes(content)
+    assert shards.verify(tmp_path) == []
+
+
+def test_a_manifest_without_a_digest_is_read_and_has_the_same_digest(tmp_path: Path) -> None:
+    manifest = write(tmp_path)
+    path = tmp_path / "manifest.json"
+    raw = json.loads(path.read_text())
+    assert raw.pop("digest") == manifest.digest()
+    path.write_text(json.dumps(raw, indent=1, ensure_ascii=False))
+    assert shards.read_manifest(tmp_path).digest() == manifest.digest()
+    assert shards.verify(tmp_path) == []
+    path.write_text(json.dumps(raw | {"digest": "0" * 64}))
+    with pytest.raises(DataError, match="was changed or damaged, its digest is not 000"):
+        shards.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "index/toy-train-000000.json", "toy-train-000000.tar"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_an_error_where_one_is_wanted(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    path = tmp_path / name
+    path.unlink()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    try:
+        problems = shards.verify(tmp_path)
+    except OSError as error:
+        problems = [str(error)]
+    assert problems and all(name.removesuffix(".json") in problem for problem in problems)
 
 
 def test_any_change_of_the_data_set_changes_the_digest(tmp_path: Path) -> None:

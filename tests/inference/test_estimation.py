@@ -15,8 +15,10 @@ from sepdist.data import shards
 from sepdist.data.records import Mixture
 from sepdist.inference import estimation
 from sepdist.inference.export import Export
+from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.si_snr import si_snr
-from tests.support.exports import RATE, oracle_si_snr, voices
+from sepdist.papers import figures
+from tests.support.exports import RATE, damage, oracle_si_snr, voices
 
 
 class Halving(nn.Module):
@@ -90,4 +92,40 @@ def test_a_data_set_without_estimates_is_refused_with_what_to_do(
     cfg = EvaluateConfig("x", tiny_data["dev"], str(tmp_path / "out"), num_workers=0)
     message = "has s1, s2, noise, no estimates; write it with corpus=separated"
     with pytest.raises(ConfigError, match=message):
+        estimation.evaluate_estimator(cfg, Console(quiet=True))
+
+
+def test_what_cannot_be_scored_is_in_no_mean_and_named(
+    data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, truth, _ = data
+    damage(url, "m1", "e1")
+    predict = Halving.forward
+
+    def forward(self: Halving, mixture_BT: Tensor, estimates_BST: Tensor) -> Tensor:
+        if mixture_BT.shape[1] == 3002:
+            raise RuntimeError("CUDA error: out of memory")
+        return predict(self, mixture_BT, estimates_BST) * (
+            torch.nan if mixture_BT.shape[1] == 3003 else 1.0
+        )
+
+    monkeypatch.setattr(Halving, "forward", forward)
+    export = Export(Halving(truth), RATE, {}, "x")
+    monkeypatch.setattr(estimation, "load_export", lambda _: export)
+    cfg = EvaluateConfig("x", url, str(tmp_path / "out"), num_workers=0, max_unscored=3)
+    results = estimation.evaluate_estimator(cfg, Console(quiet=True))
+    with open(tmp_path / "out" / "utterances.csv", newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    reasons = {"m1": "m1.e1 at byte", "m2": "out of memory", "m3": "predicts NaN"}
+    for name, reason in reasons.items():
+        assert reason in rows[name]["reason"] and rows[name]["predicted_2"] == ""
+    assert [one["id"] for one in results["unscored"]] == [*reasons]
+    kept = np.array([[float(rows[name][f"true_{i}"]) for i in (1, 2)] for name in ("m0", "m4")])
+    errors = (0.5 * kept + 1.0).mean(1) - kept.mean(1)
+    assert results["num_mixtures"] == 2
+    assert results["bias"] == pytest.approx(errors.mean(), abs=1e-3)
+    found = figures.read_predictions(str(tmp_path / "out"))  # of the figure: without the others
+    np.testing.assert_allclose(found, [kept.mean(1), (0.5 * kept + 1.0).mean(1)], atol=2e-3)
+    cfg.max_unscored = 2
+    with pytest.raises(EvaluationError, match="3 have no score and are in no mean"):
         estimation.evaluate_estimator(cfg, Console(quiet=True))

@@ -114,7 +114,7 @@ def test_what_has_no_score_is_an_error_naming_the_utterance(
 
 
 def test_a_model_with_another_number_of_outputs_is_refused() -> None:
-    with pytest.raises(EvaluationError, match=r"\[3, 4000\].*num_sources"):
+    with pytest.raises(ConfigError, match=r"\[3, 4000\].*num_sources"):
         score_utterance(torch.from_numpy(voices(num=3)), batch_of(voices()), RATE)
 
 

@@ -202,11 +202,44 @@ def test_what_does_not_fit_is_refused_before_anything_is_recognised(
     assert "each once" in message(conditions=["OV10", "OV10"])
     assert "at least one" in message(conditions=[])
     assert "limit=-1" in message(limit=-1)
-    export(work / "long", BAND_SPLIT | {"min_length": 9000})
-    too_short = message(EvaluationError, model=str(work / "long"))
-    assert "8000 samples are fewer than the 9000" in too_short
     speech = {"_target_": "sepdist.corpora.librispeech.LibriSpeech", "root": str(work / "libricss")}
     assert "no such folder" in message(ValueError, corpus=speech, conditions=["test"])
+
+
+def test_what_cannot_be_recognised_is_in_no_rate_and_named(work: Path, console: Console) -> None:
+    root = work / "libricss"
+    texts = {0: "ONE TWO THREE FOUR ONE", 1: "...", 2: "ONE", 3: "TWO TWO"}
+    meeting = meeting_name(20, 2)
+    spoken = {i: (text, speak("RED RED" if text == "..." else text)) for i, text in texts.items()}
+    write_meeting(root, "OV20", meeting, spoken)
+    [broken] = (root / "OV20").rglob("utterance_3.wav")
+    broken.write_bytes(broken.read_bytes()[:3000])
+    export(work / "long", BAND_SPLIT | {"min_length": 1000})
+    changes = {"conditions": ["OV10", "OV20"], "model": str(work / "long")}
+    with pytest.raises(EvaluationError, match=r"3 have no score.*max_unscored=3"):
+        recognition.recognise(options(work, **changes), console)
+    results = json.loads((work / "out" / "results.json").read_text())
+    assert results["counts"]["OV20"]["utterances"] == 1
+    assert results["wer"]["OV20"] == {"mixture": 0.0, "separated": 0.0}
+    reasons = [one["reason"] for one in results["unscored"]]
+    for reason, wanted in zip(
+        reasons, ("no words", "800 samples are fewer", "cut short"), strict=True
+    ):
+        assert wanted in reason
+    rows = list(csv.DictReader((work / "out" / "utterances.csv").open()))
+    assert [row["condition"] for row in rows] == ["OV10"] * 2 + ["OV20"] * 4
+    assert [bool(row["reason"]) for row in rows] == [False] * 3 + [True] * 3
+    assert rows[4]["mixture_errors"] == rows[4]["reference"] == "" and rows[4]["id"]
+    assert "not recognised" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_condition_without_anything_recognised_has_no_rate(work: Path, console: Console) -> None:
+    export(work / "long", BAND_SPLIT | {"min_length": 5000})
+    changes = {"conditions": ["OV10", "OV40"], "model": str(work / "long"), "max_unscored": -1}
+    results = recognition.recognise(options(work, **changes), console)
+    assert results["wer"]["OV40"] == {"mixture": None, "separated": None}
+    assert results["num_unscored"] == 3 and results["wer"]["OV10"]["separated"] == 0.0
+    assert "none" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_mixture_is_the_sum_of_its_members_and_estimates_with_nan_are_refused(

@@ -311,7 +311,7 @@ def test_a_recording_that_cannot_be_separated_is_named_and_leaves_nothing_behind
     cases = [
         ("nan.wav", Halves(), r"nan\.wav.*0\.5000 s"),
         ("empty.wav", Halves(), r"empty\.wav is empty"),
-        ("text.wav", Halves(), r"text\.wav is not readable audio"),
+        ("text.wav", Halves(), r"text\.wav: cannot be decoded"),
         ("cut.flac", Halves(), r"cut\.flac is (cut short|damaged)"),
         ("good.wav", Const(float("nan")), r"good\.wav.*NaN"),
     ]
@@ -362,9 +362,7 @@ def test_recordings_and_outputs_on_object_storage(tmp_path: Path, bucket: str) -
         Separator(Halves(), RATE).file(f"s3://{bucket}/a/absent.wav", f"s3://{bucket}/out")
 
 
-def test_the_program_refuses_recordings_whose_outputs_would_collide(run_verb, capsys) -> None:
-    assert run_verb(separate, "--model=m", "--output=out", "x/a.wav", "y/a.flac") == 1
-    assert "x/a.wav and y/a.flac" in capsys.readouterr().err
+def test_the_program_refuses_outputs_that_would_replace_a_recording(run_verb, capsys) -> None:
     assert run_verb(separate, "--model=m", "--output=x", "x/a.wav", "x/a_s1.wav") == 1
     assert "replace the recording" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from rich.console import Console
 from sepdist import slots
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.data.dataset import Dataset
-from sepdist.inference import switching
+from sepdist.data.records import Batch
+from sepdist.inference import scoring, switching
+from sepdist.objectives.fixed_permutations import read_permutations
 from sepdist.training.checkpoint import Checkpointer, OptimizerState, Snapshot
-from tests.support.exports import MODEL
+from tests.support.exports import MODEL, damage
 
 
 def make_run(
@@ -108,3 +111,39 @@ def test_a_run_with_one_checkpoint_says_how_to_keep_more(tiny_data, tmp_path: Pa
     cfg = EvaluateConfig(str(tmp_path / "run"), tiny_data["dev"], str(tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"1 checkpoint.*training\.keep_every"):
         switching.measure_switching(cfg, Console(quiet=True))
+
+
+def test_utterances_that_cannot_be_assigned_are_in_no_rate_and_named(
+    tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [Dataset(tiny_data["dev"]).full(i, 100.0).ids[0] for i in range(4)]
+    make_run(tmp_path / "run", {10: False, 20: True, 30: True}, {}, {})
+    data = shutil.copytree(tiny_data["dev"], tmp_path / "data")
+    damage(str(data), ids[0])
+    separate = scoring.separate_batch
+
+    def separate_batch(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+        estimates = separate(model, batch, device)
+        return estimates * 0.0 if batch.ids[0] == ids[2] else estimates
+
+    monkeypatch.setattr(scoring, "separate_batch", separate_batch)
+    out = tmp_path / "out"
+    cfg = EvaluateConfig(str(tmp_path / "run"), str(data), str(out), num_workers=0)
+    with pytest.raises(scoring.EvaluationError, match=r"6 have no score.*max_unscored=6"):
+        switching.measure_switching(cfg, Console(quiet=True))
+    results = json.loads((out / "switching.json").read_text())
+    assert results["num_utterances"] == 2
+    assert [row["rate"] for row in results["rates"]] == [1, 0]
+    assert {one["id"] for one in results["unscored"]} == {ids[0], ids[2]}
+    for step in (10, 20, 30):  # what the objective reads has those with a permutation alone
+        assert {*read_permutations(str(out / f"step-{step:09d}.csv"))} == {ids[1], ids[3]}
+    with open(out / "utterances.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["10"] * 4 + ["20"] * 4 + ["30"] * 4
+    assert "estimate 1 is silent" in rows[2]["reason"] and rows[2]["permutation"] == ""
+
+
+def test_checkpoints_without_a_common_utterance_have_no_rate() -> None:
+    found = switching.compare({1: {"a": 0}, 2: {}, 3: {"a": 1}}, [], {1: {}, 2: {}, 3: {"a": 1}})
+    assert [row["rate"] for row in found["rates"]] == [None, None]
+    assert found["agreement"]["equal_permutations"] == 1

@@ -60,3 +60,16 @@ def stranger(folder: Path, card: Any) -> Path:
     data = card if isinstance(card, bytes) else card.encode()
     (folder / "model.yaml").write_bytes(data)
     return folder
+
+
+def damage(url: str, key: str, member: str = "s1") -> None:
+    """Flip a byte in the middle of a member of a stored sample."""
+    for path in (Path(url) / "index").glob("*[0-9].json"):
+        for sample in json.loads(path.read_text())["samples"]:
+            if sample["key"] == key:
+                offset, size = sample["members"][member]
+                with open(Path(url) / path.with_suffix(".tar").name, "r+b") as file:
+                    file.seek(offset + size // 2)
+                    [byte] = file.read(1)
+                    file.seek(offset + size // 2)
+                    file.write(bytes([byte ^ 0xFF]))

@@ -231,12 +231,12 @@ class FaultyProxy:
         kill-after:PID   forward the request, and kill the process before it gets the answer
     """
 
-    def __init__(self, server_port: int, fault: Callable[[int, str], str]) -> None:
+    def __init__(self, server_port: int, fault: Callable[[int, str], str], port: int = 0) -> None:
         self.server_port = server_port
         self.fault = fault
         self.requests: list[str] = []
         self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 

@@ -27,7 +27,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sepdist import storage
+from sepdist import object_storage, storage
 from sepdist.training import checkpoint
 from sepdist.training.checkpoint import (
     Checkpointer,
@@ -222,7 +222,7 @@ def shared_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         botocore.session, "create_loader", functools.cache(botocore.session.create_loader)
     )
-    storage._connect.cache_clear()
+    object_storage._connect.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["kill", "kill-half", "kill-after"])
@@ -438,7 +438,7 @@ def test_a_worker_that_commits_while_a_new_attempt_collects_never_costs_the_last
 def test_a_worker_that_writes_on_while_a_new_attempt_collects_never_makes_a_torn_checkpoint_on_s3(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = storage._request
+    request = object_storage.request
     for number in itertools.count():
         run_dir = f"s3://{bucket}/{number}"
         save(run_dir, SNAPSHOTS[1])
@@ -458,9 +458,9 @@ def test_a_worker_that_writes_on_while_a_new_attempt_collects_never_makes_a_torn
                 new_attempt(run_dir)
             return request(method, **rest)
 
-        monkeypatch.setattr(storage, "_request", interrupting)
+        monkeypatch.setattr(object_storage, "request", interrupting)
         finish(checkpointer(run_dir, keep_last=1, keep_best=False), 9)
-        monkeypatch.setattr(storage, "_request", request)
+        monkeypatch.setattr(object_storage, "request", request)
         if not interrupted:
             break
         assert_sound(run_dir, at_least=3, at_most=9)

@@ -1,0 +1,153 @@
+"""Let one command at a time train a run: it holds the run's newest lease.
+
+    run_dir/lease/000001.json   who holds it; rewritten every BEAT_SECONDS by the holder alone
+
+A lease is taken by a create-only put of the next number, so of two commands one gets it. A command
+that finds another's lease is refused while the holder lives. It takes over a lease that was
+released, whose process is known to be dead, or whose beat has stood still for STALE_SECONDS by the
+clock of the finder: clocks of two hosts are never compared. A holder that was cut off for that long
+finds the higher number when it is back, and ends.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sepdist import storage
+from sepdist.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def lease(run_dir: str, lost: Callable[[str], None], say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lease of a run inside; ConfigError if another command that lives holds it.
+
+    `say` gets what is waited for, `lost` (in a thread of its own) the reason when the lease was
+    taken over by another command.
+    """
+    folder = storage.join(run_dir, "lease")
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "process": process_id(os.getpid())}
+    number = _take(folder, mine, say)
+    ended = threading.Event()
+
+    def beat() -> None:
+        for count in range(1, 2**62):
+            if ended.wait(BEAT_SECONDS):
+                return
+            try:
+                if newer := [other for other in _numbers(folder) if other > number]:
+                    holder = _read(folder, newer[-1])
+                    lost(f"{run_dir} was taken over by {_name(holder)}; this command ends")
+                    return
+                _put(folder, number, mine | {"beat": count})
+            except OSError as error:  # the next beat may reach storage again
+                logger.info("the lease of %s was not renewed: %s", run_dir, error)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(BEAT_SECONDS)
+        with contextlib.suppress(OSError):  # else it is taken over when it is stale
+            _put(folder, number, mine | {"released": True})
+
+
+def process_id(pid: int) -> list[str]:
+    """What tells a process from all others of this and other hosts; [] where there is no /proc."""
+    with contextlib.suppress(OSError):
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return [_space(), started]
+    return []
+
+
+def _space() -> str:
+    """Name the set of processes whose pids mean the same: of one boot and one pid namespace."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
+        "/proc/self/ns/pid"
+    )
+
+
+def _take(folder: str, mine: Mapping[str, Any], say: Callable[[str], None]) -> int:
+    """Return the number of the lease that was taken."""
+    while True:
+        numbers = _numbers(folder)
+        if numbers:
+            _wait_until_free(folder, numbers[-1], say)
+        number = numbers[-1] + 1 if numbers else 1
+        try:
+            _put(folder, number, mine, create_only=True)
+        except FileExistsError:
+            continue  # another command was faster
+        for old in numbers:
+            storage.remove(_url(folder, old))
+        return number
+
+
+def _wait_until_free(folder: str, number: int, say: Callable[[str], None]) -> None:
+    """Return once the lease may be taken over; ConfigError if its holder lives."""
+    first = _read(folder, number)
+    began, told = time.monotonic(), False
+    while True:
+        holder = _read(folder, number)
+        if not holder or holder.get("released"):
+            return
+        process = holder.get("process")
+        with contextlib.suppress(OSError):
+            if process and process[0] == _space():  # of this machine
+                if process_id(holder["pid"]) != process:
+                    return
+                first = {}
+        if holder != first:
+            raise ConfigError(
+                f"{folder.rpartition('/')[0]} is being trained by {_name(holder)}: let it end, "
+                "stop it (Ctrl-C commits a checkpoint first), or choose another run_dir"
+            )
+        if time.monotonic() - began > STALE_SECONDS:
+            return
+        if not told:
+            told = True
+            say(
+                f"{_name(holder)} trained this run and did not say that it ended; waiting up to "
+                f"{STALE_SECONDS:g} s for a sign of it"
+            )
+        time.sleep(min(1.0, BEAT_SECONDS / 4))
+
+
+def _numbers(folder: str) -> list[int]:
+    names = (name.removesuffix(".json") for name in storage.list_names(folder))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _url(folder: str, number: int) -> str:
+    return storage.join(folder, f"{number:06d}.json")
+
+
+def _put(folder: str, number: int, content: Mapping[str, Any], create_only: bool = False) -> None:
+    data = json.dumps(content, allow_nan=False).encode()
+    storage.put_bytes(_url(folder, number), data, create_only=create_only)
+
+
+def _read(folder: str, number: int) -> dict[str, Any]:
+    """Return who holds a lease; {} if it is no longer there or cannot be understood."""
+    try:
+        found = json.loads(storage.read_bytes(_url(folder, number)))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _name(holder: Mapping[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', 'another host')}"
