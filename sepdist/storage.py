@@ -41,6 +41,7 @@ FIRST_WAIT_SECONDS = 0.5  # before the second try; doubles from try to try
 MAX_WAIT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0  # of a process that has not chosen another
 FAILING_SECONDS = 5.0  # a shorter fault holds up a checkpoint rather than costing it
+HANGING_SECONDS = 15.0  # the same of a request without an answer, besides
 WARNING_SECONDS = 60.0  # between two warnings of one place that is waited for
 REMOVAL_TRIES = 10  # of a folder that other processes change meanwhile
 TEMP_SUFFIX = ".sepdist-tmp"  # of unfinished files, which are never listed
@@ -57,7 +58,7 @@ _everywhere: float | None = None  # the patience of this process
 _here: ContextVar[float | None] = ContextVar("patience", default=None)  # of this thread
 _warned: dict[str, float] = {}  # place -> time of the last warning
 _on_wait: Callable[[], object] | None = None
-_waiting: dict[int, float] = {}  # threads that wait for a fault to pass -> since when
+_waiting: dict[int, float] = {}  # threads in a call -> since when it has met a fault
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def patient(
 
 
 def failing() -> bool:
-    """Whether a call of this process has waited for FAILING_SECONDS for a fault to pass."""
+    """Whether a call of this process has waited for long for a fault to pass, or for an answer."""
     return any(time.monotonic() - since > FAILING_SECONDS for since in [*_waiting.values()])
 
 
@@ -463,6 +464,7 @@ def _persist(
     if seconds is None:
         default = PATIENCE_SECONDS if _everywhere is None else _everywhere
         seconds = s3.seconds_of("SEPDIST_STORAGE_PATIENCE_SECONDS", default)
+    _waiting[threading.get_ident()] = time.monotonic() + HANGING_SECONDS
     try:
         for attempt in itertools.count(1):
             try:

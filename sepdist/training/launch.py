@@ -154,7 +154,7 @@ def stopping(
             yield
         if request.number and ray.get(flag.has.remote("stopped")):
             raise Stopped(request.number)
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         if request.number:  # the signal may have reached the workers too
             raise Stopped(request.number) from None
         raise TrainingFailedError(root_cause(error)) from error
