@@ -39,7 +39,9 @@ class AudioError(ValueError):
     """Audio that is missing, undecodable, empty, silent, NaN, too short or at a wrong rate."""
 
 
-def load_channel(path: str | Path, stop: int = -1) -> tuple[np.ndarray, int]:
+def load_channel(
+    path: str | Path, stop: int = -1, *, may_be_silent: bool = False
+) -> tuple[np.ndarray, int]:
     """Load and `check` the first channel of a file, float32 [T]; returns it and its rate in Hz.
 
     `stop` is the number of samples to read (-1: all).
@@ -53,7 +55,8 @@ def load_channel(path: str | Path, stop: int = -1) -> tuple[np.ndarray, int]:
             raise AudioError(
                 f"{path}: cut short, {size} of {sound.frames} samples decode; fetch it again"
             )
-        return check(np.ascontiguousarray(wave_TC[:, 0]), str(path)), sound.samplerate
+        wave_T = np.ascontiguousarray(wave_TC[:, 0])
+        return check(wave_T, str(path), may_be_silent=may_be_silent), sound.samplerate
 
 
 def open_sound(path: str | Path) -> soundfile.SoundFile:
@@ -74,7 +77,7 @@ def open_sound(path: str | Path) -> soundfile.SoundFile:
         raise AudioError(f"{path}: cannot be decoded ({reason}); fetch the file again") from error
     if _is_cut(path, sound):
         raise AudioError(f"{path}: cut short, its header declares more; fetch the file again")
-    if sound.frames > 2**48:
+    if sound.frames > 2**14 * os.path.getsize(path):  # more than FLAC's silence
         raise AudioError(f"{path}: its header declares no length; convert it, to WAV for example")
     return sound
 
@@ -136,7 +139,7 @@ def duration_seconds(path: str | Path) -> float:
         return sound.frames / sound.samplerate
 
 
-def check(wave_T: np.ndarray, name: str) -> np.ndarray:
+def check(wave_T: np.ndarray, name: str, *, may_be_silent: bool = False) -> np.ndarray:
     """Return the wave; AudioError naming it if it is empty, not finite, silent or at another scale.
 
     Full scale is 1. Between its samples a wave is higher: by 3 dB for a sine at a quarter of the
@@ -154,7 +157,7 @@ def check(wave_T: np.ndarray, name: str) -> np.ndarray:
         raise AudioError(
             f"{name}: NaN or infinite, first at sample {at}; fetch the file again or leave it out"
         )
-    if peak < SILENCE:
+    if peak < SILENCE and not may_be_silent:
         raise AudioError(
             f"{name}: silent, its peak {peak:.2g} is below one 16-bit step; leave it out"
         )

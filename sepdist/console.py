@@ -44,16 +44,15 @@ def signals_to(handler: Callable[[int], object], *more: signal.Signals) -> Itera
 def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator[Console]:
     """Print OSError, ValueError and `also` as one line and exit 1.
 
-    On Ctrl-C print `stopped` and exit 130, on SIGTERM 143. A closed pipe is left to
-    `sepdist.cli.main`.
+    On Ctrl-C print that it stopped, with what `stopped` adds, and exit 130; on SIGTERM 143. A
+    closed pipe is left to `sepdist.cli.main`.
     """
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.WARNING)
     try:
         yield console
     except KeyboardInterrupt as error:
-        if stopped:
-            console.print(f"stopped; {stopped}")
+        console.print(f"stopped; {stopped}" if stopped else "stopped")
         sys.exit(exit_status(error))
     except BrokenPipeError:
         raise

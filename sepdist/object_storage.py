@@ -117,8 +117,7 @@ def request(method: str, most: int = 2**62, **arguments: Any) -> Any:
         try:
             return sync(filesystem.loop, _send, filesystem, method, most, arguments)
         except Exception as error:
-            code, status, _ = _answer(error)
-            if last or not (status in (401, 403) or code in _TOKEN):
+            if last or not is_refusal(error):
                 raise
         with _lock:
             _generation = max(_generation, used + 1)  # by one, however many threads were refused
@@ -161,6 +160,12 @@ def _answer(error: BaseException) -> tuple[str, int, dict[str, str]]:
     about = response.get("ResponseMetadata", {})
     code = str(response.get("Error", {}).get("Code", ""))
     return code, int(about.get("HTTPStatusCode", 0)), about.get("HTTPHeaders", {})
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the server refused the key: one of today may be accepted."""
+    code, status, _ = _answer(error)
+    return status in (401, 403) or code in _TOKEN
 
 
 def is_transient(error: BaseException) -> bool:

@@ -253,6 +253,21 @@ def read_metrics(run_dir: str) -> list[dict[str, float]]:
     return rows
 
 
+def read_from(url: str, place: int) -> bytes:
+    """The whole lines of a growing file from byte `place` on; ValueError if it is shorter."""
+    if storage.is_remote(url):
+        data = storage.read_bytes(url)
+        size, data = len(data), data[place:]
+    else:
+        with open(url, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(place)
+            data = file.read()
+    if size < place:
+        raise ValueError(f"{url}: {size} bytes, it had {place}")
+    return data[: data.rfind(b"\n") + 1]
+
+
 def for_listening(wave_T: np.ndarray, name: str = "wave") -> np.ndarray:
     """float32 [T] with its peak at 0.9, or silence; ReportingError for NaN or infinity."""
     wave_T = np.asarray(wave_T, dtype=np.float32)

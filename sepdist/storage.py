@@ -41,6 +41,7 @@ FIRST_WAIT_SECONDS = 0.5  # before the second try; doubles from try to try
 MAX_WAIT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0  # of a process that has not chosen another
 FAILING_SECONDS = 5.0  # a shorter fault holds up a checkpoint rather than costing it
+HANGING_SECONDS = 15.0  # the same of a request without an answer, besides
 WARNING_SECONDS = 60.0  # between two warnings of one place that is waited for
 REMOVAL_TRIES = 10  # of a folder that other processes change meanwhile
 TEMP_SUFFIX = ".sepdist-tmp"  # of unfinished files, which are never listed
@@ -56,28 +57,33 @@ _HINTS = {
 _everywhere: float | None = None  # the patience of this process
 _here: ContextVar[float | None] = ContextVar("patience", default=None)  # of this thread
 _warned: dict[str, float] = {}  # place -> time of the last warning
-_waiting: dict[int, float] = {}  # threads that wait for a fault to pass -> since when
+_on_wait: Callable[[], object] | None = None
+_waiting: dict[int, float] = {}  # threads in a call -> since when it has met a fault
 
 
 @contextlib.contextmanager
-def patient(seconds: float, *, whole_process: bool = False) -> Iterator[None]:
+def patient(
+    seconds: float, *, whole_process: bool = False, waiting: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Wait up to `seconds` in each call for faults that pass, in a put for full disks too.
 
-    Of this thread, or of all threads that have not chosen their own; for those
-    SEPDIST_STORAGE_PATIENCE_SECONDS, where set, replaces `seconds`.
+    Of this thread, or of all threads that have not chosen their own, as a run needs it: for those
+    SEPDIST_STORAGE_PATIENCE_SECONDS, where set, replaces `seconds`, and a refused key is a fault
+    that passes too. `waiting` is called again and again while a call waits.
     """
-    global _everywhere
-    before, token = _everywhere, _here.set(_here.get() if whole_process else seconds)
+    global _everywhere, _on_wait
+    before, token = (_everywhere, _on_wait), _here.set(_here.get() if whole_process else seconds)
     _everywhere = seconds if whole_process else _everywhere
+    _on_wait = waiting or _on_wait
     try:
         yield
     finally:
         _here.reset(token)
-        _everywhere = before
+        _everywhere, _on_wait = before
 
 
 def failing() -> bool:
-    """Whether a call of this process has waited for FAILING_SECONDS for a fault to pass."""
+    """Whether a call of this process has waited for long for a fault to pass, or for an answer."""
     return any(time.monotonic() - since > FAILING_SECONDS for since in [*_waiting.values()])
 
 
@@ -351,7 +357,9 @@ def _where(url: str | Path) -> dict[str, str]:
 
 def _call(url: str | Path, action: str, method: str, **arguments: Any) -> Any:
     def judge(error: Exception, tried: str) -> tuple[Exception, bool]:
-        return s3.explain(str(url), action, error, tried), s3.is_transient(error)
+        # A run has a key renewed in time; a program says at once that it is wrong.
+        may_pass = s3.is_transient(error) or (_everywhere is not None and s3.is_refusal(error))
+        return s3.explain(str(url), action, error, tried), may_pass
 
     return _persist(s3.endpoint(), lambda: s3.request(method, **arguments), judge)
 
@@ -380,12 +388,12 @@ def _blocks(url: str | Path) -> Iterator[bytes]:
     where = _where(url)
     first = _call(url, "read", "get_object", **where, most=PART_BYTES)
     yield first["Body"]
-    length, where["IfMatch"] = first["ContentLength"], first["ETag"]
+    length = first["ContentLength"]
 
     def part(start: int) -> bytes:
-        part = f"bytes={start}-{min(start + PART_BYTES, length) - 1}"
-        body: bytes = _call(url, "read", "get_object", **where, Range=part)["Body"]
-        return body
+        only = {"Range": f"bytes={start}-{min(start + PART_BYTES, length) - 1}"}
+        only["IfMatch"] = first["ETag"]  # no part of a newer object
+        return bytes(_call(url, "read", "get_object", **where, **only)["Body"])
 
     starts = iter(range(len(first["Body"]), length, PART_BYTES))
     with _pool("download") as pool:
@@ -435,7 +443,7 @@ def _put_object(
         finish("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
     except BaseException:
         # The error under way says more than one of the clean-up; a lifecycle rule does the rest.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), patient(0):
             _call(url, "abort the upload of", "abort_multipart_upload", **ours)
         raise
 
@@ -456,6 +464,7 @@ def _persist(
     if seconds is None:
         default = PATIENCE_SECONDS if _everywhere is None else _everywhere
         seconds = s3.seconds_of("SEPDIST_STORAGE_PATIENCE_SECONDS", default)
+    _waiting[threading.get_ident()] = time.monotonic() + HANGING_SECONDS
     try:
         for attempt in itertools.count(1):
             try:
@@ -473,6 +482,8 @@ def _persist(
                     _warned[place] = now
                     logger.warning("%s; trying again for %.0f s", explained, left)
                 _waiting[threading.get_ident()] = first
+                if _on_wait:
+                    _on_wait()
                 time.sleep(min(left, wait * random.SystemRandom().uniform(0.5, 1.0)))
                 wait = min(2 * wait, MAX_WAIT_SECONDS)
             else:

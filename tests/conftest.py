@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from sepdist.config import ShardConfig
 from sepdist.data.sharding import write_data_set
-from tests.support.s3server import ADMIN, S3Server
+from tests.support.s3server import S3Server
 
 # In a shell's background job Ctrl-C is ignored; some tests send one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -74,19 +74,7 @@ def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server, and the environment in which boto3, s3fs, Ray and TensorBoard find it."""
     for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    values = {
-        "AWS_ACCESS_KEY_ID": ADMIN[0],
-        "AWS_SECRET_ACCESS_KEY": ADMIN[1],
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": s3_server.endpoint,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": "/dev/null",
-        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
-    for name, value in values.items():
+    for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server
 

@@ -1,6 +1,7 @@
 """Storage waits for faults that pass: for how long, for which, and who decides."""
 
 import errno
+import functools
 import logging
 import os
 import re
@@ -11,16 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import botocore.session
 import pytest
 
 from sepdist import storage
 from sepdist.storage import StorageError
 from tests.support.s3server import FaultyProxy, S3Server, free_ports
 
+LOADER = functools.cache(botocore.session.create_loader)  # parses its files once: 0.1 s each time
+
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(botocore.session, "create_loader", LOADER)
     monkeypatch.delenv("SEPDIST_STORAGE_PATIENCE_SECONDS", raising=False)
 
 
@@ -141,6 +146,22 @@ def test_a_host_without_an_address_may_get_one(
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with storage.patient(0.1):
         assert num_attempts(lambda: storage.read_bytes("s3://bucket/x")) > 1
+
+
+def test_an_upload_that_has_failed_is_not_waited_for_again_to_be_aborted(
+    bucket: str, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 1000)
+    proxy = FaultyProxy(
+        s3_env.ports["s3"],
+        lambda _, line: "503" if "partNumber=2" in line or line.startswith("DELETE") else "",
+    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    with storage.patient(0.1), pytest.raises(StorageError, match=r"answered 503 .* attempts"):
+        storage.put_bytes(f"s3://{bucket}/x", bytes(3000))
+    proxy.close()
+    assert len([one for one in proxy.requests if "partNumber=2" in one]) > 1
+    assert len([one for one in proxy.requests if one.startswith("DELETE")]) == 1
 
 
 # Disks.
@@ -268,3 +289,23 @@ def test_neither_a_pipe_nor_a_device_is_waited_for_or_replaced(tmp_path: Path) -
                 function(place)
     assert sorted(os.listdir(tmp_path)) == ["file", "null", "pipe"]
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "null").is_char_device()
+
+
+def test_a_key_that_is_refused_may_be_renewed_while_a_run_waits_and_nowhere_else(
+    bucket: str, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, url = os.environ["AWS_SECRET_ACCESS_KEY"], f"s3://{bucket}/x"
+    storage.put_bytes(url, b"x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
+    with pytest.raises(StorageError, match="rejected the key"), storage.patient(30):
+        storage.read_bytes(url)
+    waited: list[int] = []
+
+    def renew() -> None:
+        waited.append(1)
+        if len(waited) == 3:
+            os.environ["AWS_SECRET_ACCESS_KEY"] = secret
+
+    with storage.patient(30, whole_process=True, waiting=renew):
+        assert storage.read_bytes(url) == b"x"
+    assert len(waited) == 3

@@ -328,3 +328,19 @@ def test_metrics_without_a_group_are_a_mistake_of_ours(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="group/name"):
         reporter.log(1, {"loss": 1.0})
     reporter.close()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_growing_file_is_read_from_where_it_was_read_to_by_whole_lines(
+    remote: bool, tmp_path: Path, bucket: str
+) -> None:
+    url = f"s3://{bucket}/rows" if remote else str(tmp_path / "rows")
+    storage.put_bytes(url, b'{"a": 1}\n{"b"')
+    first = reporting.read_from(url, 0)
+    assert first == b'{"a": 1}\n'
+    storage.put_bytes(url, b'{"a": 1}\n{"b": 2}\n')
+    assert reporting.read_from(url, len(first)) == b'{"b": 2}\n'
+    assert reporting.read_from(url, 2 * len(first)) == b""
+    storage.put_bytes(url, b'{"a": 1}\n')  # a restart has dropped the later rows
+    with pytest.raises(ValueError, match="it had 18"):
+        reporting.read_from(url, 18)

@@ -48,6 +48,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         status = 1
     except KeyboardInterrupt as error:  # while a verb imports what it needs
+        print("stopped", file=sys.stderr)
         status = 128 + getattr(error, "number", signal.SIGINT)
     sys.exit(status)
 

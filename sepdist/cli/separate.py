@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePosixPath
 
-from sepdist.audio import find_files
 from sepdist.console import printable, progress_bar, user_console
 from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names, output_stems
 
@@ -72,8 +71,11 @@ def main() -> int:
 
 def _files_of(name: str) -> list[str]:
     """The audio files below a local folder, or `name` itself."""
-    folder = os.path.expanduser(name)
-    return [str(path) for path in find_files(folder)] if os.path.isdir(folder) else [name]
+    if not os.path.isdir(folder := os.path.expanduser(name)):
+        return [name]
+    from sepdist.audio import find_files  # late: TAB does without NumPy
+
+    return [str(path) for path in find_files(folder)]
 
 
 def _parser() -> argparse.ArgumentParser:

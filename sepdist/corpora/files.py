@@ -84,7 +84,7 @@ def load_generated(
     members: dict[str, np.ndarray] = {}
     files = {**paths, "mix": mixture} if mixture and mixture.is_file() else paths
     for member, path in files.items():
-        wave, rate = audio.load_channel(path)
+        wave, rate = audio.load_channel(path, may_be_silent=True)
         audio.require_rate(rate, sample_rate, str(path), exactly=True)
         members[member] = wave
         first = next(iter(members))

@@ -241,4 +241,5 @@ class LibriMix:
                 speakers=tuple(field.split("-")[0] for field in name.split("_")[: len(numbers)]),
                 sample_rate=self.sample_rate,
                 load=partial(load_generated, paths, self.sample_rate, mixture),
+                may_be_silent=True,
             )

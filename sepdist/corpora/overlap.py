@@ -110,4 +110,5 @@ class Overlap:
                     overlapped, files, levels[: len(both)], share, at_end, self.sample_rate
                 ),
                 texts=(texts[target], "")[: len(both)],
+                may_be_silent=True,  # the piece that overlaps
             )

@@ -31,6 +31,7 @@ class Stored:
         cache_gigabytes: float = 50.0,
     ) -> None:
         self.url, self.manifest = data, read_manifest(data)
+        open_data.cache_clear()  # another data set may lie there by now
         self.name, self.sample_rate = self.manifest.corpus, self.manifest.sample_rate
         if not noise and "mix" in self.manifest.members:
             raise ConfigError(

@@ -1,6 +1,6 @@
 """WHAM! noise as published: wham_noise/{tr,cv,tt}/*.wav, as Utterances of the speaker "noise".
 
-`root` is the unpacked folder (wham.whisper.ai), or any folder of .wav and .flac files per split.
+`root` is the unpacked folder (wham.whisper.ai), or any folder of audio files per split.
 Shards of it serve objectives that add noise of their own.
 """
 

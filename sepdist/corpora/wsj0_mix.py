@@ -176,4 +176,5 @@ class Wsj0Mix:
                 speakers=tuple(field[:3] for field in stem.split("_")[::2]),
                 sample_rate=self.sample_rate,
                 load=partial(load_generated, paths, self.sample_rate, base / "mix" / name),
+                may_be_silent=True,
             )

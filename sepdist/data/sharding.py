@@ -79,7 +79,7 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
     infos.sort(key=lambda info: info.name)
     place = storage.join(cfg.output, SKIPPED)
     if bad or storage.exists(place):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad)
+        text = "".join(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n" for line in bad)
         storage.put_bytes(place, text.encode())
     manifest = shards.write_manifest(cfg.output, corpus.name, cfg.split, corpus.sample_rate, infos)
     return Written(manifest, sum(one.kept for one in outcomes), time.monotonic() - start)
@@ -134,11 +134,8 @@ def require_same_inputs(cfg: ShardConfig, corpus: Any, finished: set[str]) -> No
     changed, unknown = list[str](), set[str]()
     try:
         calls = plan(cfg, corpus)[0]
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "%s is finished and was not compared with its corpus (%s)", cfg.output, error
-        )
-        return
+    except (OSError, ValueError) as error:  # it is gone, which makes nothing wrong
+        calls, finished, unknown = [], set(), {str(error)}
     for block, _, name, identity, _ in calls:
         before, now = shards.read_inputs(cfg.output, name), inputs.describe(block, identity)
         if before and now:
@@ -152,9 +149,7 @@ def require_same_inputs(cfg: ShardConfig, corpus: Any, finished: set[str]) -> No
     changed += [f"{name} has no records any more" for name in sorted(finished)]
     if changed:
         shown = "; ".join(changed[:3]) + f"; and {len(changed) - 3} more" * (len(changed) > 3)
-        raise DataError(
-            f"{cfg.output} is finished, of other inputs: {shown}. Choose another output"
-        )
+        raise DataError(f"{cfg.output} was made of other inputs: {shown}. Choose another output")
     if unknown:
         what = "is finished; whether its audio would be the same now is not known"
         logger.warning("%s %s: %s", cfg.output, what, "; ".join(sorted(unknown)))

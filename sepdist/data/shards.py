@@ -158,9 +158,8 @@ def try_shard(
         if _sha256_of(stored) != index["sha256"]:
             raise DataError(f"{url}: reads back other bytes than were written; use other disks")
     if made_of is not None:
-        text = json.dumps(made_of | {"bad": bad}, ensure_ascii=False, allow_nan=False).encode()
-        storage.put_bytes(_index_url(output_url, name, ".inputs"), text)
-    text = json.dumps(index, indent=1, ensure_ascii=False, allow_nan=False).encode()
+        storage.put_bytes(_index_url(output_url, name, ".inputs"), _dump(made_of | {"bad": bad}))
+    text = _dump(index)
     storage.put_bytes(_index_url(output_url, name), text)
     return Outcome(_info(index, text), bad)
 
@@ -176,7 +175,7 @@ def write_manifest(
         raise DataError(f"{output_url}: no shards to finish a data set of")
     manifest = _describe(output_url, corpus, split, sample_rate, infos)
     url = storage.join(output_url, MANIFEST)
-    text = _text(manifest, digest=manifest.digest())
+    text = _dump(asdict(manifest) | {"digest": manifest.digest()})
     with contextlib.suppress(FileExistsError):
         storage.put_bytes(url, text, create_only=True)
     found = read_manifest(output_url)
@@ -191,10 +190,8 @@ def _fingerprint(records: Sequence[Utterance | Mixture]) -> str:
     return hashlib.sha256(_canonical([FORMAT_VERSION, identity])).hexdigest()
 
 
-def _text(manifest: Manifest, **more: str) -> bytes:
-    return json.dumps(
-        asdict(manifest) | more, indent=1, ensure_ascii=False, allow_nan=False
-    ).encode()
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
 def read_inputs(url: str | Path, name: str) -> dict[str, Any]:
@@ -402,7 +399,8 @@ def verify(url: str | Path) -> list[str]:
     except DataError as error:
         return [str(error)]
     place = storage.join(url, MANIFEST)
-    texts = _text(manifest, digest=manifest.digest()), _text(manifest)  # of older versions
+    older = asdict(manifest)
+    texts = _dump(older | {"digest": manifest.digest()}), _dump(older)
     if storage.read_bytes(place) not in texts:
         return [f"{place}: is not as it was written; restore it"]
     return [problem for shard in manifest.shards for problem in _verify_shard(url, manifest, shard)]
@@ -499,6 +497,4 @@ def _sha256_of(path: Path) -> str:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -21,13 +21,13 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
 
     slots.make_paths_absolute(cfg)
     export = load_export(cfg.model)
-    manifest, numbers, names = scoring.check_data(cfg, export)
+    manifest, ids = scoring.check_data(cfg, export)
     if "e1" not in manifest.members:
         raise ConfigError(
             f"{cfg.data} has {', '.join(manifest.members)}, no estimates; "
             "write it with corpus=separated"
         )
-    rows, unscored = scoring.run_on_data_set(predictor, cfg, numbers, names, console)
+    rows, unscored = scoring.run_on_data_set(predictor, cfg, range(len(ids)), ids, console)
     true, predicted = np.split(np.array([[*one.values()] for one in rows.values()]), 2, axis=1)
     found = agreement(true.mean(1), predicted.mean(1))
     results: dict[str, Any] = {
@@ -46,7 +46,7 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     lcc = "none" if found["lcc"] is None else f"{found['lcc']:.3f}"
     title = f"LCC {lcc}, MAE {found['mae']:.2f} dB"
     picture = scatter({title: np.stack([true.mean(1), predicted.mean(1)])}, manifest.split)
-    counted = f"{len(true)} of " * (len(true) < len(numbers)) + f"{len(numbers)} mixtures"
+    counted = f"{len(true)} of " * (len(true) < len(ids)) + f"{len(ids)} mixtures"
     console.print(f"{counted}: {title}, bias {found['bias']:+.2f} dB")
     scoring.write_results(console, cfg, {"scatter.png": to_png(picture)}, results)
     return results

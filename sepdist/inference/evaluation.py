@@ -76,8 +76,8 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     slots.make_paths_absolute(cfg)
     began = time.monotonic()
     export = load_separator(cfg.model)
-    manifest, numbers, names = scoring.check_data(cfg, export)
-    found, unscored = scoring.run_on_data_set(scorer, cfg, numbers, names, console)
+    manifest, ids = scoring.check_data(cfg, export)
+    found, unscored = scoring.run_on_data_set(scorer, cfg, range(len(ids)), ids, console)
     with scoring.single_threaded():
         separate = scoring.mixture_separator(cfg)
         for number in list(found)[: cfg.num_listening]:

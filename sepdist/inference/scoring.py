@@ -52,11 +52,8 @@ def open_dataset(cfg: EvaluateConfig) -> Dataset:
     )
 
 
-def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range, list[dict[str, Any]]]:
-    """The manifest, the numbers of the mixtures to score, and the `id` of every mixture.
-
-    ConfigError if the model misfits.
-    """
+def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, list[dict[str, Any]]]:
+    """The manifest and the `id` of each mixture to score; ConfigError if the model misfits."""
     check_workers(cfg)
     manifest = open_dataset(cfg).manifest
     if export.sample_rate != manifest.sample_rate:
@@ -74,8 +71,7 @@ def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, range, li
             ids += [sample.key for sample in read_index(cfg.data, shard)]
         except (DataError, FileNotFoundError):  # of an index: each of its mixtures will fail
             ids += [f"number {len(ids) + i}" for i in range(shard.num_samples)]
-    numbers = range(min(cfg.num_mixtures or manifest.num_samples, manifest.num_samples))
-    return manifest, numbers, [{"id": one} for one in ids]
+    return manifest, [{"id": one} for one in ids[: cfg.num_mixtures or None]]
 
 
 def check_audible(name: str, estimates_ST: Tensor, sources_ST: Tensor) -> None:
@@ -200,17 +196,13 @@ def _run_partition(
 
 
 def write_results(
-    console: Console,
-    cfg: EvaluateConfig | RecogniseConfig,
-    files: Mapping[str, bytes],
-    results: Mapping[str, Any],
-    name: str = "results.json",
+    console: Console, cfg: _Cfg, files: dict[str, bytes], results: Any, name: str = "results.json"
 ) -> None:
     """Write `files` to the output folder, and `results` as JSON last, which marks them complete.
 
     EvaluationError, when all is written, if more than `max_unscored` utterances have no score.
     """
-    for file, data in {**files, name: to_json(results, indent=1).encode()}.items():
+    for file, data in (files | {name: to_json(results, indent=1).encode()}).items():
         storage.put_bytes(storage.join(cfg.output, file), data)
     console.print(f"results: {storage.join(cfg.output, name)}")
     unscored = results["unscored"]

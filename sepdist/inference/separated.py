@@ -51,6 +51,7 @@ class Separated:
         self.stored = Stored(data, noise, cache_dir)
         self.name, self.sample_rate = self.stored.name, self.stored.sample_rate
         self.model, self.device = model, device
+        open_export.cache_clear()  # another model may lie there by now
 
     def identity(self) -> str:
         """Identify the audio behind the records: mixtures, weights and torch's version."""

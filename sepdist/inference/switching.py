@@ -37,9 +37,9 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
             f"{cfg.model} has {len(checkpoints)} checkpoint(s), a switch rate needs two: train with"
             " training.keep_every and training.checkpoint_every set to the steps of an epoch"
         )
-    _, numbers, ids = scoring.check_data(cfg, load_export(checkpoints[-1].url))
-    items = [(one.url, number) for one in checkpoints for number in numbers]
-    names = [{"step": one.step} | ids[number] for one in checkpoints for number in numbers]
+    _, ids = scoring.check_data(cfg, load_export(checkpoints[-1].url))
+    items = [(one.url, number) for one in checkpoints for number in range(len(ids))]
+    names = [{"step": one.step} | own for one in checkpoints for own in ids]
     ranked, unscored = scoring.run_on_data_set(
         assigner, cfg, items, names, console, "switching.json"
     )

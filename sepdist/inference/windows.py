@@ -34,8 +34,8 @@ class Windows:
 def output_stems(recordings: Sequence[str]) -> dict[str, str]:
     """The stem of each recording's outputs; a recording that is named twice is there once.
 
-    Recordings of one stem have their paths below the folder that is common to all: a/talk.wav and
-    b/talk.wav have a/talk and b/talk. Where these are equal too, the suffix is kept.
+    Recordings of one stem keep their paths below the folder that all share, as in a/x and b/x, and
+    their suffixes if only these differ.
     """
     places = (f"/{one}" if "://" in one else os.path.expanduser(one) for one in recordings)
     names = {os.path.abspath(place): one for place, one in zip(places, recordings, strict=True)}

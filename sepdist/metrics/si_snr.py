@@ -33,10 +33,7 @@ def pairwise_si_snr(estimates_BST: Tensor, sources_BST: Tensor) -> Tensor:
 
 
 def silent_sources(sources: Tensor) -> Tensor:
-    """Tell which sources have no SI-SNR, [..., T] -> bool [...]; one that holds NaN is not silent.
-
-    Their samples, zeros or a constant, lie within one 16-bit step of each other.
-    """
+    """Tell which sources [..., T] stay within one 16-bit step, so have no SI-SNR: bool [...]."""
     return sources.amax(-1) - sources.amin(-1) < 2 * SILENCE
 
 

@@ -5,34 +5,29 @@ usually noise, is to be removed.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from sepdist.data.records import Batch
-from sepdist.metrics.si_snr import mean_audible, si_snr, silent_sources
 from sepdist.objectives.contract import Metrics, check_outputs, sources_of
-from sepdist.objectives.separation import mean_above
+from sepdist.objectives.separation import Separation
 
 
 class Enhancement:
     """Negative SI-SNR of the only estimate against the clean `s1`, mean over items, always in fp32.
 
-    Metrics per item: `si_snr` and `si_snri` (dB). `threshold` as in `Separation`.
+    Metrics per item: `si_snr` and `si_snri` (dB). `threshold` and `skip_silent` as in `Separation`.
     """
 
-    def __init__(self, threshold: float | None = None) -> None:
-        self.threshold = threshold
+    def __init__(self, threshold: float | None = None, skip_silent: bool | None = None) -> None:
+        self.separation = Separation(threshold, skip_silent)
 
     def __call__(self, model: Callable[[Tensor], Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; reads the first of `batch.sources`."""
         clean_BST = sources_of(batch)[:, :1]
         estimates_BST = model(batch.mixture)
         check_outputs(estimates_BST, clean_BST, "set num_speakers=1")
-        with torch.autocast(batch.mixture.device.type, enabled=False):
-            scores_BS = si_snr(estimates_BST.float(), clean_BST)
-            loss = mean_above(-scores_BS.squeeze(1), self.threshold)
-            before_BS = si_snr(batch.mixture.unsqueeze(1), clean_BST)
-        scores_K = mean_audible(scores_BS.detach(), silent_sources(clean_BST))
-        before_K = mean_audible(before_BS, silent_sources(clean_BST))
-        return loss, {"si_snr": scores_K, "si_snri": scores_K - before_K}
+        clean = replace(batch, sources=clean_BST)
+        loss, metrics = self.separation(lambda mixture_BT: estimates_BST, clean)
+        return loss, {name: metrics[name] for name in ("si_snr", "si_snri")}

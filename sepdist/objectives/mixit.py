@@ -20,7 +20,7 @@ from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import mean_audible, pairwise_si_snr, silent_sources
 from sepdist.objectives.contract import Metrics, check_data_set, sources_of
-from sepdist.objectives.separation import report
+from sepdist.objectives.separation import report, unscored
 
 
 @dataclass(eq=False)
@@ -116,7 +116,7 @@ class MixIT:
                 scores_BMS = pairwise_si_snr(estimates_BMT, sources_BST)
                 choices = itertools.permutations(range(num_outputs), num_sources)
                 chosen = (scores_BMS[:, choice, range(num_sources)] for choice in choices)
-                totals = [mean_audible(scores_BS, silent_BS) for scores_BS in chosen]
+                totals = [mean_audible(scores_BS, unscored(batch)) for scores_BS in chosen]
         del metrics["permutation"]  # of the loudest outputs, which the loss does not know
         return loss, metrics | {"oracle_si_snr": torch.stack(totals).amax(0)}
 

@@ -50,8 +50,8 @@ class Quality:
             )
         target_BS = true_BS if self.limits is None else true_BS.clamp(*self.limits)
         silent_BS = silent_sources(sources_BST)
-        errors_BS = (predicted_BS - target_BS).abs()
-        loss = mean_audible(errors_BS.view(1, -1), silent_BS.view(1, -1)).sum()  # or 0, of none
+        errors = (predicted_BS - target_BS).abs().view(1, -1)
+        loss = mean_audible(errors, silent_BS.view(1, -1)).sum()  # 0 without any
         error_BS = predicted_BS.detach() - true_BS
         metrics = {
             "mae": error_BS.abs(),

@@ -122,11 +122,9 @@ class SemiSupervised:
         return predicted_BS.mean(1)
 
     def observe(self, validation_means: Mapping[str, float]) -> None:
-        """Act on the gap of a validation, if a mixture has one: no silent source."""
-        if "gap" not in validation_means:
-            return
+        """Act on the gap of a validation; without one, every mixture has a silent source."""
         names = ("si_snr", "predicted_si_snr", "gap")
-        true, predicted, gap = (validation_means[name] for name in names)
+        true, predicted, gap = (validation_means.get(name, -math.inf) for name in names)
         limit = math.inf if self.max_gap_db is None else self.max_gap_db
         if gap <= limit:
             self.factor = min(1.0, 2 * self.factor)

@@ -19,20 +19,22 @@ class Separation:
     """Negative SI-SNR of the best permutation, mean over sources and items, always in fp32.
 
     Items whose loss in dB is below `threshold` count as solved and get no gradient (SepFormer:
-    -30). A silent source adds 80 dB to its item's sum; with `skip_silent` it is left out, as it is
-    of the metrics per item: `si_snr`, `si_snri` (dB, mean over sources), `permutation` (its rank).
+    -30). With `skip_silent` the mean leaves out silent sources, which give 80 dB each. Metrics per
+    item: `si_snr`, `si_snri` (dB, mean over sources but `unscored`), `permutation` (its rank).
     """
 
-    def __init__(self, threshold: float | None = None, skip_silent: bool = False) -> None:
+    def __init__(self, threshold: float | None = None, skip_silent: bool | None = None) -> None:
         self.threshold, self.skip_silent = threshold, skip_silent
 
     def __call__(self, model: Callable[[Tensor], Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; `batch.sources` must be as many as the model's outputs."""
         scores_BSS = pair_scores(model, batch)
         best_B, order_BS = best_permutation(scores_BSS)
-        metrics = report(scores_BSS if self.skip_silent else scores_BSS.detach(), order_BS, batch)
-        losses = -metrics["si_snr"] if self.skip_silent else -best_B
-        return mean_above(losses, self.threshold), metrics
+        if self.skip_silent:
+            scores_BS = scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1)
+            best_B = mean_audible(scores_BS, silent_sources(sources_of(batch)))
+        metrics = report(scores_BSS.detach(), order_BS, batch)
+        return mean_above(-best_B, self.threshold), metrics
 
 
 def pair_scores(model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
@@ -52,12 +54,19 @@ def score_pairs(estimates_BST: Tensor, batch: Batch) -> Tensor:
 
 def report(scores_BSS: Tensor, order_BS: Tensor, batch: Batch) -> Metrics:
     """Metrics of a permutation: `permutation` [B]; `si_snr` and `si_snri` in dB, `mean_audible`."""
-    silent_BS = silent_sources(sources_of(batch))
+    unscored_BS = unscored(batch)
     scores_BS = scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1)
     before_BS = si_snr(batch.mixture.unsqueeze(1), sources_of(batch))
-    scores_K, before_K = (mean_audible(one, silent_BS) for one in (scores_BS, before_BS))
+    scores_K, before_K = (mean_audible(one, unscored_BS) for one in (scores_BS, before_BS))
     rank_B = permutation_rank(order_BS)
     return {"si_snr": scores_K, "si_snri": scores_K - before_K, "permutation": rank_B}
+
+
+def unscored(batch: Batch) -> Tensor:
+    """Sources [B, S] that no score includes: silent ones, and one without anything to separate."""
+    silent_BS = silent_sources(sources_of(batch))
+    alone_BS = silent_sources(batch.mixture.unsqueeze(1) - sources_of(batch))
+    return silent_BS | (alone_BS & silent_BS.any(1, keepdim=True))
 
 
 def mean_above(losses_B: Tensor, threshold: float | None) -> Tensor:

@@ -143,7 +143,7 @@ def stopping(
     trainer._register_sigint_handler = controllers.append
 
     def ask() -> None:
-        flag.ask.remote()
+        flag.mark.remote("asked")
         signal.setitimer(signal.ITIMER_REAL, seconds)
         name = signal.Signals(request.number).name
         say(f"{name}: committing a checkpoint, for {seconds:g} s at most; again ends at once")
@@ -152,9 +152,9 @@ def stopping(
     try:
         with signals_to(request.heard, signal.SIGALRM):
             yield
-        if request.number and ray.get(flag.stopped.remote()):
+        if request.number and ray.get(flag.has.remote("stopped")):
             raise Stopped(request.number)
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         if request.number:  # the signal may have reached the workers too
             raise Stopped(request.number) from None
         raise TrainingFailedError(root_cause(error)) from error
@@ -169,26 +169,18 @@ def stopping(
 
 
 class StopFlag:
-    """An actor that knows whether a run was asked to stop, and whether it has."""
+    """An actor by which a driver asks its workers to stop, and they say that they have."""
 
     def __init__(self) -> None:
-        self._asked = self._stopped = False
+        self._marks = set[str]()
 
-    def ask(self) -> None:
-        """Ask the workers to stop."""
-        self._asked = True
+    def mark(self, what: str) -> None:
+        """Set "asked" or "stopped"."""
+        self._marks.add(what)
 
-    def asked(self) -> bool:
-        """Return whether the workers are asked to stop."""
-        return self._asked
-
-    def confirm(self) -> None:
-        """Say that the workers have committed a checkpoint and stopped."""
-        self._stopped = True
-
-    def stopped(self) -> bool:
-        """Return whether the workers have stopped before the end of the run."""
-        return self._stopped
+    def has(self, what: str) -> bool:
+        """Return whether it is set."""
+        return what in self._marks
 
 
 def stop_request(flag: Any) -> Callable[[], bool]:
@@ -198,7 +190,7 @@ def stop_request(flag: Any) -> Callable[[], bool]:
     def watch() -> None:
         while not asked.is_set():
             try:
-                if ray.get(flag.asked.remote(), timeout=10):
+                if ray.get(flag.has.remote("asked"), timeout=10):
                     asked.set()
             except ray.exceptions.GetTimeoutError:
                 continue
@@ -242,7 +234,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     notice = preemption_notice()
     finished = loop.train(cfg, world, ray.train.report, notice, asked, publish_all)
     if not finished and world.is_main:
-        ray.get(flag.confirm.remote())
+        ray.get(flag.mark.remote("stopped"))
 
 
 def use_ray_network() -> None:

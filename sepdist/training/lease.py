@@ -136,7 +136,7 @@ def _url(folder: str, number: int) -> str:
 
 
 def _put(folder: str, number: int, content: Mapping[str, Any], create_only: bool = False) -> None:
-    data = json.dumps(content).encode()
+    data = json.dumps(content, allow_nan=False).encode()
     storage.put_bytes(_url(folder, number), data, create_only=create_only)
 
 

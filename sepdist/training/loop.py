@@ -59,11 +59,11 @@ def train(
     torch.set_num_threads(cfg.cluster.threads_per_worker)
     stopped = False
     with contextlib.ExitStack() as stack:
-        patience = cfg.training.storage_patience_seconds
-        stack.enter_context(storage.patient(patience, whole_process=True))
         # 1. Data: the order depends on the position alone, so the step is all the state there is.
         watchdog = Watchdog(cfg.cluster.hang_seconds, cfg.cluster.startup_seconds)
         stack.callback(watchdog.close)
+        patience, waiting = cfg.training.storage_patience_seconds, watchdog.expect_slow
+        stack.enter_context(storage.patient(patience, whole_process=True, waiting=waiting))
         feeds, validation_set = open_datasets(cfg)
         stream = open_stream(cfg, feeds, world)
         stack.callback(stream.close)

@@ -17,7 +17,7 @@ from sepdist import config, slots, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import progress_bar, signals_to
 from sepdist.objectives.contract import with_defaults
-from sepdist.reporting import to_json, versions
+from sepdist.reporting import read_from, to_json, versions
 from sepdist.training.checkpoint import best_of, find_committed, read_file
 from sepdist.training.datasets import open_datasets
 from sepdist.training.engine import check_engine_options, refuse_slow_bf16
@@ -129,13 +129,17 @@ def follow(cfg: TrainConfig, console: Console) -> Iterator[None]:
     with progress_bar(console, cfg.name, cfg.training.max_steps) as advance:
 
         def watch() -> None:
-            shown = (0, -1)  # the last step, and the last validation
-            ended = False
+            latest: dict[str, float] = {"step": 0, "validated": -1}
+            place, ended = 0, False  # the first byte that was not read
             while not ended:
-                ended = stopped.wait(5.0 if storage.is_remote(url) else 1.0)
-                with contextlib.suppress(OSError, ValueError):  # not there yet, or half a line
-                    rows = [json.loads(line) for line in storage.read_bytes(url).splitlines()]
-                    shown = _show(rows, console, advance, *shown)
+                ended = stopped.wait(30.0 if storage.is_remote(url) else 1.0)
+                try:
+                    text = read_from(url, place)
+                    rows = [json.loads(line) for line in text.splitlines()]
+                    latest = _show(rows, console, advance, latest)
+                    place += len(text)
+                except (OSError, ValueError):  # not there yet, or written anew after a restart
+                    place = 0
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -147,18 +151,17 @@ def follow(cfg: TrainConfig, console: Console) -> Iterator[None]:
 
 
 def _show(
-    rows: list[dict], console: Console, advance: Callable[..., None], step: int, validated: int
-) -> tuple[int, int]:
-    """Print validations after step `validated`, advance the bar from `step`; returns both anew."""
+    rows: list[dict], console: Console, advance: Callable[..., None], latest: dict[str, float]
+) -> dict[str, float]:
+    """Print new validations and advance the bar; returns the latest values, with those of rows."""
+    before = latest["step"]
     for row in rows:
-        if "validation/loss" in row and row["step"] > validated:
-            validated = row["step"]
+        latest = latest | row
+        if "validation/loss" in row and row["step"] > latest["validated"]:
+            latest["validated"] = row["step"]
             named = {k: v for k, v in row.items() if k.startswith("validation/") and v is not None}
             values = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
-            console.print(f"step {validated}  {values}")
-    latest: dict[str, float] = {}
-    for row in rows[-8:]:
-        latest |= row
+            console.print(f"step {row['step']}  {values}")
     formats = {
         "loss/total": "loss {:.2f}",
         "train/si_snri": "SI-SNRi {:.2f} dB",
@@ -166,9 +169,8 @@ def _show(
     }
     known = {name: latest[name] for name in formats if latest.get(name) is not None}
     text = "  ".join(formats[name].format(value) for name, value in known.items())
-    newest = int(latest.get("step", step))
-    advance(newest - step, text=text)
-    return newest, validated
+    advance(int(latest["step"] - before), text=text)
+    return latest
 
 
 def summarise(cfg: TrainConfig, console: Console) -> float | None:

@@ -49,11 +49,11 @@ def validate(
     names = sorted(rows)
     summed = sum_over_world(torch.stack([rows[name] for name in names]), world)
     found = {name: row[0, row[1] > 0] for name, row in zip(names, summed, strict=True)}
+    num_silent = float(found.pop("silent_sources").sum())
     means = {name: float(values.mean()) for name, values in found.items() if len(values)}
-    if num_silent := float(found["silent_sources"].sum()):
-        means["silent_sources"] = num_silent
-        if "si_snr" in rows.keys() - means.keys():
-            raise ValueError(f"no source sounds in validation.max_seconds={options.max_seconds}")
+    if num_silent and "si_snr" in found.keys() - means.keys():
+        raise ValueError(f"nothing to score: raise validation.max_seconds={options.max_seconds}")
+    means |= {"silent_sources": num_silent} if num_silent else {}
     return means | {"score": means.get("si_snr", -means["loss"])}
 
 

@@ -48,7 +48,8 @@ class Watchdog:
         self._arm(self.startup_seconds)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching for good."""
+        self.hang_seconds = 0.0
         faulthandler.cancel_dump_traceback_later()
 
     def _arm(self, seconds: float) -> None:

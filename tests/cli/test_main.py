@@ -41,7 +41,7 @@ def test_ctrl_c_while_a_verb_is_imported_is_no_traceback(
     monkeypatch.setattr(sys, "argv", ["sepdist", "audit"])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
-    assert exit_.value.code == 130 and capsys.readouterr() == ("", "")
+    assert exit_.value.code == 130 and capsys.readouterr() == ("", "stopped\n")
 
 
 def test_a_closed_pipe_passes_through_the_console() -> None:

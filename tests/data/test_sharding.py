@@ -193,7 +193,7 @@ def test_a_finished_data_set_of_a_changed_corpus_is_an_error_that_says_what_chan
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert write(speech, output).num_kept == 2
     change(speech)
-    message = rf"is finished, of other inputs: .*{expected}.*Choose another output"
+    message = rf"was made of other inputs: .*{expected}.*Choose another output"
     with pytest.raises(DataError, match=message):
         write(speech, output)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
@@ -212,6 +212,7 @@ def test_a_subset_of_a_data_set_that_was_made_again_is_written_again(
         write(speech, tmp_path / "part", corpus=corpus)
     (tmp_path / "part" / "manifest.json").unlink()
     assert write(speech, tmp_path / "part", corpus=corpus).num_kept == 0
+    require_equal(tmp_path / "part", 4, voice(99))
 
 
 def test_data_sets_of_older_versions_are_read_and_what_is_not_known_is_said(
@@ -234,7 +235,7 @@ def test_a_finished_data_set_whose_corpus_is_gone_stays_finished(
     manifest = write(speech, tmp_path / "out").manifest
     speech.rename(tmp_path / "elsewhere")
     assert write(speech, tmp_path / "out").manifest == manifest
-    assert "was not compared with its corpus" in caplog.text and "no such folder" in caplog.text
+    assert "would be the same now is not known" in caplog.text and "no such folder" in caplog.text
 
 
 # Bad records.

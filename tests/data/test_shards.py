@@ -510,17 +510,21 @@ def test_a_changed_manifest_is_refused(
     assert len(shards.verify(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("bit", range(8))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 8))]
+)
 @pytest.mark.parametrize("name", ["manifest.json", "index/toy-train-000000.json"])
 def test_every_flipped_bit_of_the_manifest_and_of_an_index_is_found(
-    name: str, bit: int, tmp_path: Path
+    name: str, first: int, tmp_path: Path
 ) -> None:
     write(tmp_path, num_shards=1, per_shard=1)
     path = tmp_path / name
     content = path.read_bytes()
     passed = []
+    assert b"e-0" in content or name != "manifest.json"  # 1e-05 and 1E-05 are one number
     for at in range(0, len(content), 1 if name == "manifest.json" else 97):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        flipped = content[at] ^ 1 << (first + at) % 8
+        path.write_bytes(content[:at] + bytes([flipped]) + content[at + 1 :])
         passed += [] if shards.verify(tmp_path) else [at]
     assert passed == []
     path.write_bytes(content)

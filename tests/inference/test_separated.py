@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from sepdist import slots
 from sepdist.config import ConfigError, ShardConfig
@@ -98,6 +99,29 @@ def test_separated_data_has_the_models_estimates_in_the_order_of_the_sources(
             expected = oracle_si_snr(estimates[j], sources[j])
             assert after.metadata(i)["si_snr"][j] == pytest.approx(expected, abs=2e-3)
         assert np.abs(estimates).max() <= 0.9901
+
+
+def test_estimates_of_another_model_at_the_same_place_are_made_again(
+    tiny_data, tmp_path: Path
+) -> None:
+    model, output = write_export(tmp_path / "model"), tmp_path / "data"
+    corpus = separated(tiny_data["dev"], tmp_path / "model")
+    write(output, corpus, limit=1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(
+                0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            )
+    save_file(model.state_dict(), str(tmp_path / "model" / "model.safetensors"))
+    with pytest.raises(DataError, match=r"was made of other inputs: corpus\.identity was"):
+        write(output, corpus, limit=1)
+    (output / "manifest.json").unlink()
+    write(output, corpus, limit=1)
+    batch = Dataset(str(output), noise=True).full(0, 99.0)
+    with torch.no_grad():
+        raw = model(batch.mixture)[0].numpy()
+    likeness = np.abs(np.corrcoef(raw, batch.estimates[0].numpy())[:2, 2:])
+    assert (likeness.max(0) > 0.9999).all()
 
 
 def test_without_noise_the_mixture_that_is_stored_or_separated_is_the_sum_of_its_sources(

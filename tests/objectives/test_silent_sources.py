@@ -81,6 +81,23 @@ def test_scores_are_means_over_the_sources_that_sound(offset: float, num_sources
     assert not metrics["si_snr"].requires_grad
 
 
+@pytest.mark.parametrize("num_sources", [2, 3])
+def test_a_voice_alone_without_noise_is_in_no_score(num_sources: int) -> None:
+    """Of item 1 one or two voices sound; a mixture that is its only voice has 100 dB and more."""
+    batch = batch_with(num_sources=num_sources)
+    batch.mixture = batch.sources.sum(1)
+    estimates = estimates_of(batch, num_sources)
+    after, before = scores(batch, estimates)
+    _, metrics = Separation()(Fixed(estimates), batch)
+    scored = num_sources - 1
+    np.testing.assert_allclose(metrics["si_snr"], means(after)[:scored], atol=2e-3)
+    gains = np.subtract(means(after), means(before))[:scored]
+    np.testing.assert_allclose(metrics["si_snri"], gains, atol=2e-3)
+    alone = batch_of(voices(2, 1, 800))  # but a data set of one speaker is what was asked for
+    _, metrics = Separation()(Fixed(alone.sources + 0.1 * torch.randn(2, 1, 800)), alone)
+    assert metrics["si_snr"].shape == (2,)
+
+
 def test_the_loss_is_as_ever_unless_silent_sources_are_to_be_left_out() -> None:
     batch = batch_with()
     estimates = estimates_of(batch)

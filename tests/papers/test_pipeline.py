@@ -37,7 +37,7 @@ def trained(monkeypatch) -> list[str]:
     """Names of the stages that were trained, here in a process of their own without Ray."""
     names: list[str] = []
 
-    def train_here(cfg: config.TrainConfig) -> None:
+    def train_here(cfg: config.TrainConfig, *_: object) -> None:
         names.append(Path(cfg.run_dir).name)
         mp.start_processes(
             run_loop, (storage.join(cfg.run_dir, "config.yaml"),), start_method="forkserver"
@@ -130,7 +130,7 @@ def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(
     changed.stages["ptft"].overrides.append("optim.lr=0.5")
     with pytest.raises(
         ConfigError,
-        match=r"stage ptft .*optim\.lr was 0\.002, is 0\.5.*another output, or remove .*ptft",
+        match=r"stage ptft .*optim\.lr was 0\.002, is 0\.5.*another output, or move .*ptft",
     ):
         pipeline.run(changed, console)
     changed.stages["ptft"].overrides[-1] = (

@@ -64,7 +64,7 @@ def stranger(folder: Path, card: Any) -> Path:
 
 def damage(url: str, key: str, member: str = "s1") -> None:
     """Flip a byte in the middle of a member of a stored sample."""
-    for path in (Path(url) / "index").glob("*.json"):
+    for path in (Path(url) / "index").glob("*[0-9].json"):
         for sample in json.loads(path.read_text())["samples"]:
             if sample["key"] == key:
                 offset, size = sample["members"][member]

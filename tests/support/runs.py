@@ -96,6 +96,16 @@ def frozen(
     return str(path)
 
 
+def upload(data: dict[str, str], prefix: str) -> dict[str, str]:
+    """Copy data sets to object storage; returns their urls there, by split."""
+    urls = {split: storage.join(prefix, split) for split in data}
+    for split, folder in data.items():
+        for path in (one for one in Path(folder).rglob("*") if one.is_file()):
+            name = storage.join(urls[split], *path.relative_to(folder).parts)
+            storage.put_bytes(name, path.read_bytes())
+    return urls
+
+
 def loop(path: str) -> None:
     """Run the training loop on a frozen config, in one process without Ray.
 
@@ -122,5 +132,10 @@ def history(run_dir: object) -> dict[int, float]:
 
 
 def final_hash(run_dir: object) -> str:
-    newest = find_committed(storage.join(str(run_dir), "checkpoints"))[-1]
-    return newest.files["model.safetensors"]["sha256"]
+    return final_files(run_dir)[0]
+
+
+def final_files(run_dir: object) -> tuple[str, str]:
+    """The sha256 of the weights and of the optimizer state in the newest checkpoint."""
+    files = find_committed(storage.join(str(run_dir), "checkpoints"))[-1].files
+    return files["model.safetensors"]["sha256"], files["optimizer.safetensors"]["sha256"]

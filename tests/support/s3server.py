@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan when pytest itself is killed
 
 
@@ -55,34 +55,64 @@ def find_weed() -> str:
 
 
 class S3Server:
-    """The server. `start` and `kill` may alternate; the data and the endpoint stay."""
+    """The server. `start` and `kill` may alternate; the data and the endpoint stay.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    It listens on `address`; `enter` is a command that runs another one in a network that has it.
+    """
+
+    def __init__(self, root: Path, address: str = "127.0.0.1", enter: Sequence[str] = ()) -> None:
+        self.root, self.address, self.enter = root, address, enter
         (root / "data").mkdir(parents=True, exist_ok=True)
-        identities = [
-            _identity("admin", ADMIN, ["Admin", "Read", "Write", "List", "Tagging"]),
-            _identity("readonly", READ_ONLY, ["Read", "List"]),
-        ]
         self.config = root / "s3.json"
         self.config.touch(mode=0o600)
-        self.config.write_text(json.dumps({"identities": identities}))
-        self.ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
         self.process: subprocess.Popen[bytes] | None = None
+        self.allow(ADMIN)
+        self.ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+
+    def allow(self, *keys: tuple[str, str]) -> None:
+        """Let these keys, and no others, read and write; `client` uses the last.
+
+        A server that runs reads them again within a moment, in which it goes by those of before.
+        """
+        self.key = keys[-1]
+        rights = ["Admin", "Read", "Write", "List", "Tagging"]
+        identities = [
+            _identity("admin", keys, rights),
+            _identity("readonly", [READ_ONLY], ["Read", "List"]),
+        ]
+        self.config.write_text(json.dumps({"identities": identities}))
+        if self.process is not None:
+            self.process.send_signal(signal.SIGHUP)  # it reads the file again
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.ports['s3']}"
+        return f"http://{self.address}:{self.ports['s3']}"
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which boto3, s3fs, Ray and TensorBoard find it, as a user sets them."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.key[0],
+            "AWS_SECRET_ACCESS_KEY": self.key[1],
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+            "NO_PROXY": self.address,
+            "no_proxy": self.address,
+        }
 
     def _arguments(self) -> list[str]:
         ports, root = self.ports, self.root
         return [
+            *self.enter,
             *(
                 find_weed(),
                 "-logtostderr=true",
                 "server",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
+                f"-ip={self.address}",
+                f"-ip.bind={self.address}",
                 f"-dir={root}/data",
             ),
             "-master.telemetry=false",  # on by default: it would call a public host
@@ -120,7 +150,7 @@ class S3Server:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         try:
             self._wait(time.monotonic() + timeout_seconds)
@@ -129,8 +159,9 @@ class S3Server:
             raise
         return self
 
-    def client(self, key: tuple[str, str] = ADMIN) -> Any:
+    def client(self, key: tuple[str, str] | None = None) -> Any:
         """A plain botocore client, which knows nothing of sepdist."""
+        key = key or self.key
         return botocore.session.Session().create_client(
             "s3",
             region_name="us-east-1",
@@ -156,7 +187,7 @@ class S3Server:
                 client.list_buckets()
                 # The S3 door opens before there is a volume to write to.
                 with _DIRECT.open(
-                    f"http://127.0.0.1:{self.ports['master']}/dir/assign", timeout=2
+                    f"http://{self.address}:{self.ports['master']}/dir/assign", timeout=2
                 ) as answer:
                     if "fid" in json.load(answer):
                         return
@@ -179,12 +210,9 @@ class S3Server:
                 Path(f"/tmp/seaweedfs-{kind}-grpc-{port}.sock").unlink(missing_ok=True)
 
 
-def _identity(name: str, key: tuple[str, str], actions: list[str]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "credentials": [{"accessKey": key[0], "secretKey": key[1]}],
-        "actions": actions,
-    }
+def _identity(name: str, keys: Sequence[tuple[str, str]], actions: list[str]) -> dict[str, Any]:
+    credentials = [{"accessKey": key[0], "secretKey": key[1]} for key in keys]
+    return {"name": name, "credentials": credentials, "actions": actions}
 
 
 class FaultyProxy:

@@ -275,3 +275,31 @@ def test_a_copied_run_goes_on_in_its_new_place_and_never_touches_the_original(
         load_export(str(copy)).model.state_dict()[k := next(iter(loaded.weights))],
         snapshot(4).weights[k],
     )
+
+
+@pytest.mark.slow
+def test_damage_in_object_storage_is_passed_over_and_an_outage_is_not(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = f"s3://{bucket}/run"
+    save(run_dir, *map(snapshot, (1, 2, 3)), keep_last=3)
+    newest = checkpoint.find_committed(f"{run_dir}/checkpoints")[-1].url
+    for name in FILES:
+        url = f"{newest}/{name}"
+        sound = storage.read_bytes(url)
+        for damaged in (b"", sound[:-1], sound[:9] + b"?" + sound[10:]):
+            storage.put_bytes(url, damaged)
+            assert_equal(load_newest(run_dir), snapshot(2))
+        storage.remove(url)
+        assert_equal(load_newest(run_dir), snapshot(2))
+        storage.put_bytes(f"{url}/x", b"a folder in its place")
+        assert_equal(load_newest(run_dir), snapshot(2))
+        storage.remove(url)
+        storage.put_bytes(url, sound)
+    assert_equal(load_newest(run_dir), snapshot(3))
+    monkeypatch.setenv("SEPDIST_STORAGE_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(storage.StorageError):
+        load_newest(run_dir)
+    with pytest.raises(storage.StorageError):
+        load_export(newest)

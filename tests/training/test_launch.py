@@ -3,7 +3,10 @@
 import functools
 import math
 import os
+import re
 import socket
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +26,9 @@ from ray.train.v2.api.exceptions import ControllerError
 
 from sepdist.training import launch
 from tests.support.disturb import Run, left_alone
-from tests.support.runs import TINY, final_hash, history
+from tests.support.lab.hosts import Lab, end, why_not_here
+from tests.support.runs import TINY, final_hash, history, program
+from tests.support.s3server import free_ports
 
 Address = namedtuple("Address", "family address")
 FOUR, SIX = socket.AF_INET, socket.AF_INET6
@@ -80,6 +85,62 @@ def test_an_address_that_no_interface_has_leaves_the_choice_to_the_libraries(int
     interfaces("203.0.113.9", lo=LOOPBACK, eth0=[Address(FOUR, "172.17.0.2")])
     launch.use_ray_network()
     assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & set(os.environ)
+
+
+# Two ranks form a group and add up 1 and 1; the host's address of Ray is the second argument.
+GROUP = """
+import sys, ray, torch, torch.distributed as dist
+from sepdist.training import launch
+rank, address, choose = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+ray.util.get_node_ip_address = lambda: address
+if choose == "yes":
+    launch.use_ray_network()
+dist.init_process_group("gloo", rank=rank, world_size=2)
+total = torch.ones(1)
+dist.all_reduce(total)
+print("total", total.item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_not_here()), reason=why_not_here())
+def test_hosts_find_each_other_whatever_their_own_names_mean_and_their_interfaces_are_called(
+    tmp_path,
+) -> None:
+    lab = Lab(tmp_path / "lab", num_hosts=2, own_names="debian")
+
+    def group(addresses: list[str], choose: str) -> list[str]:
+        (tmp_path / "group.py").write_text(GROUP)
+        meeting = {"MASTER_ADDR": addresses[0], "MASTER_PORT": "29500"}
+        ranks = []
+        for rank, (host, address) in enumerate(zip(lab.workers, addresses, strict=True)):
+            log = tmp_path / f"rank{rank}.log"
+            log.unlink(missing_ok=True)
+            command = [sys.executable, str(tmp_path / "group.py"), str(rank), address, choose]
+            ranks.append(host.start(*command, log=log, **meeting))
+        ranks[0].wait(120)
+        psutil.wait_procs(ranks, timeout=20)
+        end(ranks)  # the other may wait for one that has failed
+        return [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
+
+    def on(number: int, command: str) -> None:
+        subprocess.run(lab.workers[number].inside(*command.split()), check=True, timeout=30)
+
+    try:
+        addresses = [host.address for host in lab.workers]
+        assert any("connectFullMesh failed" in text for text in group(addresses, "no"))
+        assert all("total 2.0" in text for text in group(addresses, "yes"))
+        for host in lab.workers:  # no name at all
+            (host.folder / "hosts").write_text("127.0.0.1 localhost\n")
+        for change in ("down", "name ens7", "up"):
+            on(1, f"ip link set {'ens7' if change == 'up' else 'eth0'} {change}")
+        assert all("total 2.0" in text for text in group(addresses, "yes"))
+        sixes = ["fd00:77::1", "fd00:77::2"]
+        for number, name in enumerate(("eth0", "ens7")):
+            on(number, f"ip -6 addr add {sixes[number]}/64 dev {name} nodad")
+        assert all("total 2.0" in text for text in group(sixes, "yes"))
+    finally:
+        lab.close()
 
 
 def in_a_worker(error: Exception) -> ControllerError:
@@ -156,6 +217,41 @@ def test_the_metrics_of_a_row_go_to_ray_under_their_names_and_that_of_the_run(mo
     }
 
 
+EXPORT = """
+import sys, time, urllib.request, ray
+from sepdist.training import launch
+port = int(sys.argv[1])
+ray.init(address="local", include_dashboard=False, num_cpus=1, log_to_driver=False,
+         object_store_memory=100_000_000, _metrics_export_port=port)
+
+@ray.remote
+def work():
+    launch.publish("a run", {"loss/total": 3.5, "validation/si_snri": 4.0})
+    launch.Counter("sepdist_restarts", "failures", ("run",)).inc(2.0, {"run": "a run"})
+    time.sleep(60)
+
+running, text = work.remote(), ""
+for _ in range(60):
+    time.sleep(1)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    if "restarts" in text and "si_snri" in text and "loss" in text:
+        break
+print(text)
+"""
+
+
+@pytest.mark.slow
+def test_prometheus_reads_the_metrics_of_a_run_from_rays_agent() -> None:
+    output = program("-c", EXPORT, str(free_ports(1)[0]))
+    read = re.findall(r'(?m)^(ray_sepdist_\w+)\{.*run="a run".*\} (\S+)$', output)
+    assert {name: float(value) for name, value in read} == {
+        "ray_sepdist_loss_total": 3.5,
+        "ray_sepdist_validation_si_snri": 4.0,
+        "ray_sepdist_restarts_total": 2.0,
+    }
+
+
 # What Python runs before all else: the first calls that set up a process group fail.
 FAILING_STARTS = """
 import os, sys
@@ -194,7 +290,7 @@ def test_a_run_whose_first_starts_fail_ends_like_one_left_alone(tiny_data, tmp_p
     alone = left_alone(tiny_data, tmp_path / "alone", 10, [*TINY, "validation.every_steps=40"])
     run = start_that_fails(tiny_data, tmp_path, how, 2, "cluster.num_workers=1")
     try:
-        run.finish()
+        run.finish(900)  # a start takes over a minute on a busy machine
         assert (history(run.run_dir), final_hash(run.run_dir)) == alone
         happened = [event["event"] for event in run.events()]
         assert happened == ["failed", "failed", "started", "finished"]
@@ -209,7 +305,7 @@ def test_a_run_that_never_starts_ends_with_the_workers_error_in_one_line(
     limit = ["cluster.num_workers=1", "cluster.max_failures=2"]
     run = start_that_fails(tiny_data, tmp_path, "raises", 9, *limit)
     try:
-        assert run.driver.wait(200) == 1
+        assert run.driver.wait(900) == 1
         lines = run.log.read_text().splitlines()
         assert "error: Gloo connectFullMesh failed" in lines
         assert not [line for line in lines if "Traceback" in line]

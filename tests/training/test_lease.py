@@ -137,7 +137,8 @@ def test_storage_that_is_away_for_a_while_costs_no_lease(
         assert storage.read_bytes(f"{tmp_path}/lease/000001.json") != before
 
 
-def compete(run_dir: str, start: Any, results: Any) -> None:
+def compete(run_dir: str, environment: dict[str, str], start: Any, results: Any) -> None:
+    os.environ.update(environment)  # the fork server has that of its own start
     start.wait()
     try:
         with lease(run_dir, lambda _: None, lambda _: None):
@@ -155,7 +156,8 @@ def test_of_many_that_start_together_one_gets_the_lease(
     put_foreign(run_dir, 1, released=True)
     context = mp.get_context("forkserver")
     start, results = context.Event(), context.Queue()
-    racers = [context.Process(target=compete, args=(run_dir, start, results)) for _ in range(4)]
+    arguments = (run_dir, dict(os.environ), start, results)
+    racers = [context.Process(target=compete, args=arguments) for _ in range(4)]
     for one in racers:
         one.start()
     start.set()

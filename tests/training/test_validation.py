@@ -64,7 +64,7 @@ def run(
 
 
 def by_hand(dataset: Dataset, seconds: float) -> list[float]:
-    """SI-SNR of the sources that sound, mean of each mixture that has one."""
+    """SI-SNR, mean over sources, of each mixture in which both sound: one alone is none."""
     found = []
     for number in range(dataset.manifest.num_samples):
         batch = dataset.full(number, seconds)
@@ -73,7 +73,7 @@ def by_hand(dataset: Dataset, seconds: float) -> list[float]:
         for order in ((0, 1), (1, 0)):
             pairs = zip(estimates[list(order)], batch.sources[0].numpy(), strict=True)
             tried.append([oracle_si_snr(e, s) for e, s in pairs if s.any()])
-        if tried[0]:
+        if len(tried[0]) == 2:
             found.append(max(np.mean(values) for values in tried))
     return found
 
@@ -87,12 +87,11 @@ def test_a_score_is_over_the_sources_that_sound_and_the_others_are_counted(
     expected = by_hand(dataset, seconds)
     assert means["score"] == means["si_snr"] == pytest.approx(np.mean(expected), abs=1e-3)
     assert means.get("silent_sources", 0) == num_silent
-    assert means["si_snr"] > -25 and len(expected) == 5
+    assert len(expected) == 5 - num_silent
+    assert -10 < means["si_snri"] < 10, "the mixture is 80 dB and more above a voice that is alone"
     if num_silent:
         assert means["loss"] > -means["si_snr"] + 5, "as in training, unless skip_silent"
-        assert run(dataset, seconds, Separation(skip_silent=True))["loss"] == pytest.approx(
-            -means["si_snr"], abs=1e-4
-        )
+        assert run(dataset, seconds, Separation(skip_silent=True))["loss"] < means["loss"] - 5
 
 
 def test_a_mixture_whose_sources_are_all_silent_is_in_no_mean(tmp_path: Path) -> None:
@@ -102,8 +101,11 @@ def test_a_mixture_whose_sources_are_all_silent_is_in_no_mean(tmp_path: Path) ->
     assert means["score"] == pytest.approx(np.mean(by_hand(dataset, 2.0)), abs=1e-3)
 
 
-def test_silence_throughout_is_an_error_and_not_a_score(tmp_path: Path) -> None:
-    dataset = data(tmp_path, (4800, 4900))
+@pytest.mark.parametrize("late", [(4800, 4900), (2500, 2100)], ids=["no voice", "one voice"])
+def test_nothing_to_score_is_an_error_and_not_a_score(
+    late: tuple[int, ...], tmp_path: Path
+) -> None:
+    dataset = data(tmp_path, late)
     with pytest.raises(ValueError, match=r"validation\.max_seconds=2\.0"):
         run(dataset, 2.0, Separation())
     assert math.isfinite(run(dataset, 5.0, Separation())["score"])
