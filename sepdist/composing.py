@@ -87,7 +87,7 @@ def _explain(error: Exception, schema: type) -> str:
     _, merging, word = str(error).partition("\n")[0].rpartition("Error merging override ")
     if merging and error.__cause__ and (field := key_field(schema, bare(word))):
         return f"{word}: give {allowed(field)}"
-    text = " ".join(one_line(one) for one in (error, error.__cause__) if one)
+    text = " ".join(one_line(one) for one in (error, error.__cause__) if one and str(one))
     return re.sub(r"Error merging override |\w+ raised while composing config: ", "", text)
 
 

@@ -335,7 +335,7 @@ def missing_keys(node: Any, name: str = "") -> list[str]:
 
 def to_yaml(config: Any) -> str:
     """Return a dataclass as YAML that `from_yaml` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_PlainDumper, sort_keys=False)
 
 
 _PLAIN = {f"tag:yaml.org,2002:{one}" for one in ("str", "int", "float", "bool", "null", "seq")}
@@ -355,8 +355,13 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Quotes the texts that _PlainLoader would take for numbers."""
+
+
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")  # 1e-5, in YAML 1.1 a string
-_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+for _kind in (_PlainLoader, _PlainDumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def parse_plain(text: str | bytes) -> Any:

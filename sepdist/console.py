@@ -63,7 +63,7 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
 
 def exit_status(error: KeyboardInterrupt) -> int:
     """Return the status of a program that a signal ended, as a shell reports it."""
-    return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+    return 128 + getattr(error, "number", signal.SIGINT)
 
 
 @contextmanager

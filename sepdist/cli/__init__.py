@@ -54,9 +54,9 @@ def main() -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    from sepdist.console import Stopped  # late: it imports what --help does not need
-
-    raise Stopped(number)
+    stopped = KeyboardInterrupt()  # console.Stopped cannot be imported amid another import
+    stopped.number = number  # type: ignore[attr-defined]
+    raise stopped
 
 
 def run(verb: str) -> int | None:

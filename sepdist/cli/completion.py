@@ -11,6 +11,7 @@ Where that is nothing, as after output=, the shell completes file names.
 import argparse
 import contextlib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ def candidates(words: Sequence[str]) -> list[str]:
         folders = parser.parse_known_args(given)[0].config_dir
     except argparse.ArgumentError:
         return []
-    use_folders([one for one in folders if Path(one).expanduser().is_dir()], [])
+    use_folders([one for one in folders if os.path.isdir(os.path.expanduser(one))], [])
     return key_candidates(*SCHEMAS[verb], given)
 
 

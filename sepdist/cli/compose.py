@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import pkgutil
 import re
 import sys
@@ -39,6 +40,9 @@ def read_config(
     With `sweep`, a command line that asks for one runs it instead and exits. ConfigError if a word,
     key or option is unknown, a value has the wrong type or a mandatory one is missing.
     """
+    for word in sys.argv[1:]:
+        if any(unicodedata.category(one) == "Cc" for one in word):
+            raise ConfigError(f"cannot read {word!r}: it has a line break or a control character")
     try:
         given, words = option_parser(sweep is not None).parse_known_args()
     except argparse.ArgumentError as error:
@@ -101,7 +105,7 @@ def use_folders(folders: Sequence[str], words: list[str]) -> None:
         found += [part.strip(" '\"") for part in word.partition("=")[2].strip("[]").split(",")]
     composing.user_folders.clear()
     for url in found:
-        folder = Path(url.removeprefix("file://")).expanduser().absolute()
+        folder = Path(os.path.expanduser(url.removeprefix("file://"))).absolute()
         if not url.startswith("pkg://") and not folder.is_dir():
             raise ConfigError(f"{url}: there is no such folder of configs")
         composing.user_folders.append(url if url.startswith("pkg://") else f"file://{folder}")
@@ -113,8 +117,6 @@ def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -
     known = [*dict.fromkeys([*(one.name for one in dataclasses.fields(schema)), *groups])]
     checked = []
     for word in words:
-        if any(unicodedata.category(one) == "Cc" for one in word):
-            raise ConfigError(f"cannot read {word!r}: it has a line break or a control character")
         key, equals, option = word.partition("=")
         if key.startswith("-") or not (equals or key.startswith("~")):
             [usage, *_] = re.findall(r"^    sepdist (?:.*\\\n)*.*", doc or "", re.M) or [""]

@@ -11,6 +11,7 @@ import yaml
 from sepdist.cli import train
 from sepdist.cli.sweep import folder_name
 from sepdist.config import TrainConfig
+from sepdist.console import user_console
 from tests.support.runs import ROOT, program, train_arguments
 
 GIVEN = ["experiment=demo/finetune", "data.train=a b=c", "run_dir=out, (1)"]
@@ -70,6 +71,50 @@ def test_models_and_data_sets_can_be_swept_too(swept) -> None:
     assert [one.data.train for one in runs] == ["x/a", "x_a"] * 2
     assert len({one.run_dir for one in runs}) == 4
     assert all("/" not in one.run_dir.removeprefix("out, (1)/") for one in runs)
+
+
+@pytest.mark.parametrize("first", ["5.0", "0.2"])
+def test_a_sweep_goes_on_after_a_run_that_diverged(
+    first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sepdist.training.launch import TrainingFailedError
+
+    def score(cfg: TrainConfig) -> float:
+        with user_console(TrainingFailedError):
+            if cfg.optim["lr"] > 1:
+                raise TrainingFailedError("no validation had a finite score")
+            return 7.0
+
+    second = "0.2" if first == "5.0" else "5.0"
+    monkeypatch.setattr(train, "train", score)
+    words = ["-m", *GIVEN, f"optim.lr={first},{second}"]
+    monkeypatch.setattr(sys, "argv", ["sepdist train", *words])
+    with pytest.raises(SystemExit) as exit_:
+        train.main()
+    shown = capsys.readouterr()
+    assert exit_.value.code == 0 and shown.err == "error: no validation had a finite score\n"
+    rows = {line.split()[0]: line for line in shown.out.splitlines()[1:]}
+    assert re.search(r"optim.lr=5.0 +- +out", rows["optim.lr=5.0"])
+    assert re.search(r"optim.lr=0.2 +7.000 .*<- best$", rows["optim.lr=0.2"])
+
+
+@pytest.mark.parametrize("error", [ValueError("no data"), KeyboardInterrupt()])
+def test_a_sweep_ends_at_a_mistake_or_ctrl_c(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+
+    def score(cfg: TrainConfig) -> float:
+        runs.append(cfg.run_dir)
+        with user_console():
+            raise error
+
+    monkeypatch.setattr(train, "train", score)
+    monkeypatch.setattr(sys, "argv", ["sepdist train", "-m", *GIVEN, "seed=0,1"])
+    with pytest.raises(SystemExit) as exit_:
+        train.main()
+    assert exit_.value.code == (1 if isinstance(error, ValueError) else 130) and len(runs) == 1
+    assert capsys.readouterr().err in ("error: no data\n", "stopped\n")
 
 
 def test_the_name_of_a_folder_is_safe_short_and_its_own() -> None:

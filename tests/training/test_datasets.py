@@ -156,10 +156,6 @@ def test_each_data_set_has_an_order_and_crops_of_its_own(
     ("more", "message"),
     [
         (["data.extra=[{name: main, url: x}]"], r"two data sets are named 'main'"),
-        (
-            ["data.extra=[{name: a, url: x, weight: -1}]"],
-            r"weight=-1.0 of 'a': it must be positive",
-        ),
         (["mixing=dynamic", "data.noise=true"], r"data\.noise=True with data\.mixing\.noise=None"),
         (
             ["mixing=dynamic", "data.mixing.noise=x"],

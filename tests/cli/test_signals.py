@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM at any moment of any verb, imports and Ray's start included: one line."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sepdist.cli import VERBS
+from tests.support.runs import ROOT
+
+START = "import sepdist.cli as c; print('started', flush=True); c.main()"
+MODEL = ["model=m", "data=d", "output=o"]
+WORDS = {
+    "train": ["experiment=demo/finetune", "data.train=t", "data.validation=v", "run_dir=r"],
+    "pipeline": ["experiment=huang2021/table1", "scale=mini"],
+    "shard": ["write", "corpus=demo", "split=train", "output=o", "num_workers=2"],
+    "recognise": ["corpus=overlap", "corpus.root=s", "output=o"],
+    "separate": ["--model", "m", "--output", "o", "a.wav"],
+    "audit": ["run_dir=r"],
+    "plot": ["runs.a=r", "output=o"],
+    "completion": ["words", "train", "model="],
+    **{verb: MODEL for verb in ("evaluate", "estimate", "labels")},
+}
+
+
+def interrupted(verb: str, number: int, seconds: float, folder: Path) -> tuple[int, str]:
+    """Send a signal some seconds after the start; returns the status and what stderr holds."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, verb, *WORDS[verb]],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    time.sleep(seconds)
+    process.send_signal(number)
+    try:
+        return process.wait(60), process.communicate()[1]
+    finally:
+        process.kill()
+
+
+def assert_one_line(status: int, shown: str, number: int) -> None:
+    """Killed by the signal is what a shell reports as 128 and its number too."""
+    if status not in (0, 1, 2):  # else it ended before the signal came
+        assert status in (128 + number, -number), (status, shown)
+    assert shown.count("\n") <= 1 and "Traceback" not in shown, (status, shown)
+
+
+@pytest.mark.parametrize(
+    ("verb", "number"), [("evaluate", signal.SIGINT), ("audit", signal.SIGTERM)]
+)
+def test_a_signal_while_a_verb_imports_ends_it_with_one_line(
+    verb: str, number: int, tmp_path: Path
+) -> None:
+    assert_one_line(*interrupted(verb, number, 0.15, tmp_path), number)
+
+
+@pytest.mark.slow
+@pytest.mark.seconds(300)
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_signal_at_any_moment_ends_a_verb_with_one_line(verb: str, tmp_path: Path) -> None:
+    draw = random.Random(verb)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        seconds = draw.uniform(0, 6 if verb == "shard" else 2)
+        assert_one_line(*interrupted(verb, number, seconds, tmp_path), number)
