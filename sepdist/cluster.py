@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, cast
 
 from sepdist.config import ConfigError
+from sepdist.console import Stopped
 from sepdist.slots import named_plugins, use_plugins
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ def _start(**options: Any) -> None:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_term)  # Ray's own exits with another status
             return
+        except SystemExit as error:  # so Ray's own handler answers SIGTERM
+            raise Stopped(signal.SIGTERM) from error
         except Exception as error:  # of a start-up time-out Ray raises no narrower class
             ray.shutdown()
             where, text = options["address"], " ".join(str(error).split()) or type(error).__name__

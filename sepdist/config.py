@@ -316,11 +316,10 @@ def number_range(owner: dataclasses.Field | None) -> tuple[float, float]:
 def allowed(owner: dataclasses.Field) -> str:
     """What a field of a config takes, such as "a whole number from 1 to 9"."""
     types: tuple[Any, ...] = (owner.type, *get_args(owner.type))
-    outer = get_origin(owner.type)
     text = next((text for kind, text in KINDS.items() if kind in types), "a mapping {a: b}")
     if text.endswith("number"):
         text += " from {} to {}".format(*number_range(owner))
-    text = f"a list [a,b], each {text}" if outer is list else text
+    text = f"a list [a,b], each {text}" if get_origin(owner.type) is list else text
     return text + (", or null" if type(None) in types else "")
 
 
