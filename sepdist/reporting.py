@@ -186,10 +186,12 @@ class Reporter:
                 with storage.patient(0):
                     storage.put_bytes(self._folder / name, self._notes[name].encode())
                 del self._notes[name]
+            written = self._pool is None
             if self._queued and self._queued.done():
                 queued, self._queued, began = self._queued, None, self._upload_began
                 queued.result()
-            if not self._queued:
+                written = True
+            if written:
                 self._patience.succeeded()
         except OSError as error:
             self._patience.failed(error, began)

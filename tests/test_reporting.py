@@ -263,6 +263,27 @@ def test_a_store_that_is_away_for_too_long_is_one_clear_error(
     assert [row["step"] for row in read_metrics("s3://b/run")] == [1]
 
 
+def test_rows_between_failed_uploads_do_not_reset_the_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects = Objects(monkeypatch)
+    reporter = Reporter("s3://b/run")
+    objects.fail = True
+    reporter.log(1, {"loss/total": 1.0})
+    settled(reporter)
+    reporter.log(2, {"loss/total": 2.0})
+    since = reporter._patience.since
+    assert since is not None
+    settled(reporter)
+    reporter.log(3, {"loss/total": 3.0})
+    assert reporter._patience.since == since
+    objects.fail = False
+    settled(reporter)
+    reporter.log(4, {"loss/total": 4.0})
+    assert reporter._patience.since is None
+    reporter.close()
+
+
 def test_uploads_that_wait_for_each_other_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
     objects = Objects(monkeypatch)
     reporter = Reporter("s3://b/run")

@@ -254,7 +254,7 @@ def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
 
 def _open(path: Path, name: str) -> soundfile.SoundFile:
     storage.size(path)  # its errors name the file and say what to do
-    if not path.is_file():  # opening a pipe may wait for ever
+    if not path.is_file():  # opening a pipe may never return
         raise SeparationError(f"{name} is a folder, pipe or device; give a file of audio")
     try:
         return audio.open_sound(path)

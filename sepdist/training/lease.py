@@ -38,6 +38,7 @@ def lease(run_dir: str, lost: Callable[[str], None], say: Callable[[str], None])
     """
     folder = storage.join(run_dir, "lease")
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "process": process_id(os.getpid())}
+    mine["folder"] = folder  # a copied run has a copy of the lease
     number = _take(folder, mine, say)
     ended = threading.Event()
 
@@ -66,18 +67,16 @@ def lease(run_dir: str, lost: Callable[[str], None], say: Callable[[str], None])
 
 
 def process_id(pid: int) -> list[str]:
-    """What tells a process from all others of this and other hosts; [] where there is no /proc."""
+    """What tells a process from all others of this and other hosts; [] where there is no /proc.
+
+    First the boot and the pid namespace, in which pids mean the same; then when it started.
+    """
     with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = boot + os.readlink("/proc/self/ns/pid")
         started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return [_space(), started]
+        return [space, started]
     return []
-
-
-def _space() -> str:
-    """Name the set of processes whose pids mean the same: of one boot and one pid namespace."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
-        "/proc/self/ns/pid"
-    )
 
 
 def _take(folder: str, mine: Mapping[str, Any], say: Callable[[str], None]) -> int:
@@ -104,13 +103,11 @@ def _wait_until_free(folder: str, number: int, say: Callable[[str], None]) -> No
         holder = _read(folder, number)
         if not holder or holder.get("released"):
             return
-        process = holder.get("process")
-        with contextlib.suppress(OSError):
-            if process and process[0] == _space():  # of this machine
-                if process_id(holder["pid"]) != process:
-                    return
-                first = {}
-        if holder != first:
+        here = holder.get("process", [])[:1] == process_id(os.getpid())[:1] != []
+        ended = here and process_id(holder["pid"]) != holder["process"]
+        if ended or (here and holder.get("folder", folder) != folder):
+            return
+        if here or holder != first:
             raise ConfigError(
                 f"{folder.rpartition('/')[0]} is being trained by {_name(holder)}: let it end, "
                 "stop it (Ctrl-C commits a checkpoint first), or choose another run_dir"

@@ -3,6 +3,7 @@
 import json
 import multiprocessing as mp
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -164,3 +165,12 @@ def test_of_many_that_start_together_one_gets_the_lease(
     assert sorted(results.get(timeout=60) for _ in racers) == ["held"] + ["refused"] * 3
     for one in racers:
         one.join()
+
+
+def test_the_lease_in_a_copy_of_a_run_that_goes_on_is_no_lease_of_the_copy(tmp_path: Path) -> None:
+    with held(tmp_path / "base"):
+        shutil.copytree(tmp_path / "base", tmp_path / "copy")
+        with held(tmp_path / "copy"):
+            assert names(tmp_path / "copy") == ["000002.json"]
+        with pytest.raises(ConfigError, match="base is being trained"), held(tmp_path / "base"):
+            pass
