@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from sepdist.data.dataset import MAX_CROPS, Dataset, Item
 from sepdist.data.members import DataError
-from sepdist.data.order import Order
+from sepdist.data.order import Blend, Order
 from sepdist.seeding import rng
 
 MAX_REPLACEMENTS = 100  # positions tried in a row for one damaged sample
@@ -42,23 +43,28 @@ class Crops:
     def __init__(self, dataset: Dataset, *, seed: int, crop_seconds: float) -> None:
         self.dataset = dataset
         self.url = dataset.url
-        self.order = Order(seed, tuple(shard.num_samples for shard in dataset.manifest.shards))
-        self.num_samples = self.order.num_samples
+        self.num_samples = dataset.manifest.num_samples
         self.seed = seed
+        self.arrange(None, 0)
         self.crop_samples = crop_length(crop_seconds, dataset.manifest.sample_rate)
 
+    def arrange(self, blend: Blend | None, number: int) -> None:
+        """Follow the lanes of data set `number` of `blend`; None: one lane."""
+        sizes = tuple(shard.num_samples for shard in self.dataset.manifest.shards)
+        self.order = Order(self.seed, sizes, blend=blend, number=number)
+
     def item(self, position: int, damages: list[Damage]) -> Item:
-        """Return the crop at `position`; a damaged sample gives way to that of the next one."""
+        """Return the crop at `position`; a damaged sample gives way to the next of its lane."""
         first = len(damages)
-        for candidate in range(position, position + 1 + MAX_REPLACEMENTS):
-            shard_number, number = self.order.locate(candidate)
+        candidates = islice(self.order.candidates(position), 1 + MAX_REPLACEMENTS)
+        for shard_number, number in candidates:
             shard = self.dataset.cache.open(shard_number)
             sample = shard.samples[number]
             starts = self._starts(position, sample.num_samples)
             try:
                 members = self.dataset.read_crop(shard, number, self.crop_samples, starts)
             except DataError as error:
-                damages.append(Damage(self.url, candidate, sample.key, error))
+                damages.append(Damage(self.url, position, sample.key, error))
             else:
                 return Item(sample.key, sample.speakers, members)
         raise beyond_replacing(damages[first:]) from damages[-1].error
@@ -69,9 +75,9 @@ class Crops:
         raw = rng(self.seed, "crop", position).bit_generator.random_raw(MAX_CROPS)
         return (raw % np.uint64(max(0, num_samples - self.crop_samples) + 1)).tolist()
 
-    def prefetch(self, positions: range) -> None:
-        """Get the shards of `positions` and of the next block in the background."""
-        self.dataset.cache.prefetch(self.order.upcoming(positions))
+    def prefetch(self, positions: range, lanes: range) -> None:
+        """Get the shards of `positions` and of the next blocks in the background."""
+        self.dataset.cache.prefetch(self.order.upcoming(positions, lanes))
 
     def digest(self) -> str:
         """The sha256 of the data set."""

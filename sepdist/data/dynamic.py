@@ -20,7 +20,7 @@ from sepdist.data.cache import OpenShard
 from sepdist.data.crops import MAX_REPLACEMENTS, Damage, beyond_replacing, crop_length
 from sepdist.data.dataset import MAX_CROPS, Dataset, Item
 from sepdist.data.members import DataError
-from sepdist.data.order import Order
+from sepdist.data.order import Blend, Order
 from sepdist.seeding import derive, rng
 
 
@@ -41,23 +41,26 @@ class _Clips:
 
     def __init__(self, dataset: Dataset, seeds: Sequence[int]) -> None:
         self.dataset = dataset
-        sizes = tuple(shard.num_samples for shard in dataset.manifest.shards)
-        self.orders = [Order(seed, sizes) for seed in seeds]
+        self.seeds = seeds
+        self.arrange(None, 0)
         self._measured: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def arrange(self, blend: Blend | None, number: int) -> None:
+        sizes = tuple(shard.num_samples for shard in self.dataset.manifest.shards)
+        self.orders = [Order(seed, sizes, blend=blend, number=number) for seed in self.seeds]
 
     def find(self, order: Order, position: int, others: set[str], damages: list[Damage]) -> _Clip:
         """Return the first clip from `position` on that can be mixed and is of none of `others`."""
         first = len(damages)
-        for candidate in range(position, position + 2 * order.num_samples):  # a whole epoch
-            place = shard_number, number = order.locate(candidate)
-            shard = self.dataset.cache.open(shard_number)
+        for place in order.candidates(position):
+            shard, number = self.dataset.cache.open(place[0]), place[1]
             sample = shard.samples[number]
             if sample.speakers[0] in others:
                 continue
             try:
                 loudness, peak = self._measure(place, shard)
             except (DataError, audio.AudioError) as error:  # damaged, too short or too quiet
-                damages.append(Damage(self.dataset.url, candidate, sample.key, error))
+                damages.append(Damage(self.dataset.url, position, sample.key, error))
                 if len(damages) - first > MAX_REPLACEMENTS:
                     break
                 continue
@@ -77,8 +80,8 @@ class _Clips:
             self._measured[place] = loudness, float(np.max(np.abs(wave)))
         return self._measured[place]
 
-    def prefetch(self, positions: range) -> None:
-        by_order = zip_longest(*(order.upcoming(positions) for order in self.orders))
+    def prefetch(self, positions: range, lanes: range) -> None:
+        by_order = zip_longest(*(order.upcoming(positions, lanes) for order in self.orders))
         numbers = [number for turn in by_order for number in turn if number is not None]
         self.dataset.cache.prefetch(numbers)
 
@@ -170,10 +173,15 @@ class DynamicMixing:
         wave = clip.read(wanted, [int(place * num_starts) for place in places])["s1"]
         return audio.resample(wave, as_rate, self.rate)[: self.crop_samples]
 
-    def prefetch(self, positions: range) -> None:
+    def arrange(self, blend: Blend, number: int) -> None:
+        """Follow the lanes of data set `number` of `blend`, in the order of every member."""
+        for clips in self._used:
+            clips.arrange(blend, number)
+
+    def prefetch(self, positions: range, lanes: range) -> None:
         """Get the shards of `positions` and of the next blocks in the background."""
         for clips in self._used:
-            clips.prefetch(positions)
+            clips.prefetch(positions, lanes)
 
     def digest(self) -> str:
         """The sha256 of the data sets."""

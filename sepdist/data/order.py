@@ -1,154 +1,307 @@
 """The order of training data: a pure function from a global position to (data set, shard, sample).
 
-Positions count samples from the start of training and continue across epochs. Each epoch is one
-permutation of a data set: its shards are permuted, then samples within blocks of a few neighbouring
-shards, so a worker needs only those shards at hand. Step s takes the positions
-[s * V * B, (s + 1) * V * B) for V virtual shards of B samples (the micro-batch), and each rank owns
-a contiguous block of virtual shards. So no sample is lost or repeated at any world size, and a
-restart at any step needs no other state and takes no longer.
+Positions count samples from the start of training and continue across epochs. Step s takes the
+positions [s * V * B, (s + 1) * V * B): B (the micro-batch) for each of V virtual shards, and each
+rank owns a contiguous block of virtual shards. Each epoch is one permutation of a data set: its
+shards are permuted and cut into lanes, then the samples of a lane are permuted within blocks of a
+few neighbouring shards. So no sample is lost or repeated at any world size, and a restart at any
+step needs no other state and takes no longer. The versions of the order differ in the lanes:
+
+1  one lane for all virtual shards: every rank needs the shards of the global batch
+2  a lane for each virtual shard, all equally long: a rank needs the shards of its own lanes, of
+   which it shares at most the first and the last with its neighbours
 
 With several data sets, `Blend` maps a global position to a data set and a position in its `Order`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from sepdist.seeding import rng
 
+VERSIONS = (1, 2)
 INTERLEAVES = ("drawn", "even")  # how a `Blend` arranges the units of its data sets
-
-
-class Order:
-    """Map positions to samples of a data set whose shards hold `shard_sizes` samples."""
-
-    def __init__(self, seed: int, shard_sizes: tuple[int, ...], block_shards: int = 8) -> None:
-        if not shard_sizes or min(shard_sizes) < 1 or block_shards < 1:
-            sizes = f"sizes {shard_sizes} in blocks of {block_shards}"
-            raise ValueError(f"no order over shards of {sizes}: both must be positive")
-        self.seed = seed
-        self.shard_sizes = shard_sizes
-        self.block_shards = block_shards
-        self.num_samples = sum(shard_sizes)
-        self._sizes = np.array(shard_sizes)
-        self._epoch_plan = lru_cache(maxsize=4)(self._plan_epoch)
-        self._block_plan = lru_cache(maxsize=8)(self._plan_block)
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """Return (shard number, sample number within the shard) of `position`."""
-        epoch, block, offset = self._find(position)
-        shards, numbers = self._block_plan(epoch, block)
-        return int(shards[offset]), int(numbers[offset])
-
-    def upcoming(self, positions: range) -> list[int]:
-        """Shards to have at hand, in order of first use: up to one block beyond `positions`."""
-        needed: dict[int, None] = {}
-        position = positions.start
-        while len(needed) < len(self.shard_sizes):
-            epoch, block, offset = self._find(position)
-            shards, _ = self._block_plan(epoch, block)
-            needed.update(dict.fromkeys(shards[offset:].tolist()))
-            if position >= positions.stop:
-                break
-            position += len(shards) - offset
-        return list(needed)
-
-    def _find(self, position: int) -> tuple[int, int, int]:
-        """Return (epoch, block within it, offset within the block) of `position`."""
-        if position < 0:
-            raise ValueError(f"position {position}: positions count from 0")
-        epoch, offset = divmod(position, self.num_samples)
-        _, ends = self._epoch_plan(epoch)
-        block = int(np.searchsorted(ends, offset, side="right"))
-        return epoch, block, offset - (int(ends[block - 1]) if block else 0)
-
-    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shards in order, and the number of samples up to the end of each block."""
-        shards = _permutation(len(self.shard_sizes), self.seed, "shard order", epoch)
-        firsts = np.arange(0, len(shards), self.block_shards)
-        return shards, np.cumsum(np.add.reduceat(self._sizes[shards], firsts))
-
-    def _plan_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return shard and sample number for every offset within a block."""
-        order, _ = self._epoch_plan(epoch)
-        shards = order[block * self.block_shards : (block + 1) * self.block_shards]
-        ends = np.cumsum(self._sizes[shards])
-        places = _permutation(int(ends[-1]), self.seed, "sample order", epoch, block)
-        which = np.searchsorted(ends, places, side="right")
-        return shards[which], places - (ends - self._sizes[shards])[which]
 
 
 class Blend:
     """Map global positions to one of several data sets and a position within it.
 
     A unit is `micro_batch` consecutive positions, which all take their samples from one data set.
-    An epoch has `units[i]` units of data set i. With `interleave="drawn"` they are permuted anew in
-    every epoch. "even" spaces each set evenly: of two sets, every window of V consecutive units,
-    also across epochs, holds floor or ceil of each set's share of V.
+    Units are dealt to the lanes in turn. An epoch has `units[i]` units of data set i, and each lane
+    the same number of them in every epoch. With `interleave="drawn"` the units of a lane are
+    permuted anew in every epoch. "even" spaces each set evenly: of two sets, every window of V
+    consecutive units, also across epochs, holds floor or ceil of each set's share of V.
     Each set is read at its own positions 0, 1, 2, ..., so none of its samples is lost or repeated.
     """
 
     def __init__(
-        self, seed: int, units: tuple[int, ...], micro_batch: int, interleave: str = "drawn"
+        self,
+        seed: int,
+        units: tuple[int, ...],
+        micro_batch: int,
+        interleave: str = "drawn",
+        num_lanes: int = 1,
     ) -> None:
-        if not units or min(units) < 1 or micro_batch < 1 or interleave not in INTERLEAVES:
+        if len(units) == 1:
+            units = (num_lanes,)  # any number gives the same
+        positive = bool(units) and min(*units, micro_batch, num_lanes) > 0
+        if not positive or interleave not in INTERLEAVES or sum(units) % num_lanes:
             wanted = f"{units} units per epoch, of {micro_batch} samples each, {interleave!r}"
-            raise ValueError(f"no blend of {wanted}: all positive, one of {INTERLEAVES}")
+            raise ValueError(
+                f"no blend of {wanted}, in {num_lanes} lanes: all positive, one of {INTERLEAVES}, "
+                "as many units in each lane"
+            )
         self.interleave = interleave
         self.seed = seed
         self.units = units
         self.micro_batch = micro_batch
-        self._plan = lru_cache(maxsize=4)(self._plan_epoch)
+        self.num_lanes = num_lanes
+        self._drawn = interleave == "drawn" and len(units) > 1
+        self._sets = self._deal()
+        own = [np.count_nonzero(self._sets == one, axis=0) for one in range(len(units))]
+        self.each = np.array(own)  # [set, lane] units in an epoch
+        self._plan = lru_cache(maxsize=2)(self._plan_epoch)
+        self._unit_lanes = lru_cache(maxsize=64)(self._find_lanes)
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return (number of the data set, position within it) of the global `position`."""
-        if len(self.units) == 1:
-            return 0, position
         epoch, index = divmod(position // self.micro_batch, sum(self.units))
-        number = int(self._plan(epoch)[0][index])
+        number = int(self._at(epoch).sets.flat[index])
         return number, self.passed(position, number)
 
     def passed(self, position: int, number: int) -> int:
         """Count the samples of data set `number` before the global `position`."""
-        if len(self.units) == 1:
-            return position
         unit, offset = divmod(position, self.micro_batch)
         epoch, index = divmod(unit, sum(self.units))
-        sets, before = self._plan(epoch)
-        whole_units = epoch * self.units[number] + int(before[number, index])
-        return whole_units * self.micro_batch + (offset if sets[index] == number else 0)
+        row, lane = divmod(index, self.num_lanes)
+        plan = self._at(epoch)
+        own = plan.sets[row] == number
+        before = int(plan.firsts[number, row]) + int(np.count_nonzero(own[:lane]))
+        whole_units = epoch * self.units[number] + before
+        return whole_units * self.micro_batch + (offset if own[lane] else 0)
 
-    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the data set of every unit, and [set, unit] the units of a set before it."""
-        sets = np.repeat(np.arange(len(self.units)), self.units)
+    def lane(self, number: int, position: int) -> tuple[int, int]:
+        """Return the lane of data set `number` at its own `position`, and the place within it."""
+        unit, offset = divmod(position, self.micro_batch)
+        lane, counts = self._unit_lanes(number, unit)
+        return lane, int(counts[lane]) + offset
+
+    def lane_counts(self, number: int, position: int) -> np.ndarray:
+        """Count the samples of every lane of data set `number` before its own `position`."""
+        unit, offset = divmod(position, self.micro_batch)
+        lane, counts = self._unit_lanes(number, unit)
+        counts = counts.copy()
+        counts[lane] += offset
+        return counts
+
+    def _find_lanes(self, number: int, unit: int) -> tuple[int, np.ndarray]:
+        """Return the lane of a data set's unit, and the samples of every lane before the unit."""
+        epoch, index = divmod(unit, self.units[number])
+        plan = self._at(epoch)
+        row = int(np.searchsorted(plan.firsts[number], index, side="right")) - 1
+        lanes = np.flatnonzero(plan.sets[row] == number)
+        index -= int(plan.firsts[number, row])
+        counts = epoch * self.each[number] + plan.before[number, row]
+        counts[lanes[:index]] += 1
+        return int(lanes[index]), counts * self.micro_batch
+
+    def _at(self, epoch: int) -> "_Units":
+        return self._plan(epoch if self._drawn else 0)
+
+    def _deal(self) -> np.ndarray:
+        """Return [row, lane] the data sets of an epoch's units, those of a drawn one in turn."""
+        sets: np.ndarray = np.repeat(np.arange(len(self.units)), self.units)
         if self.interleave == "even":
             # Each set alone would have its units at equal distances; sort by these times. Equal
             # times, equal as floats too because IEEE division rounds exactly, go to the first set.
             times = np.concatenate([(np.arange(number) + 0.5) / number for number in self.units])
             sets = sets[np.argsort(times, kind="stable")]
-        else:
-            sets = sets[_permutation(len(sets), self.seed, "data set order", epoch)]
-        own = sets == np.arange(len(self.units))[:, None]
-        return sets, np.cumsum(own, axis=1) - own
+        return sets.reshape(-1, self.num_lanes).astype(np.int16)
+
+    def _plan_epoch(self, epoch: int) -> "_Units":
+        sets = self._sets
+        if self._drawn:
+            order = _permutation(sets.shape, self.seed, "data set order", epoch)
+            sets = np.take_along_axis(sets, order, axis=0)
+        own = sets == np.arange(len(self.units))[:, None, None]
+        in_rows = own.sum(axis=2)
+        before = np.cumsum(own, axis=1, dtype=np.int32) - own
+        firsts = np.cumsum(in_rows, axis=1) - in_rows
+        return _Units(sets, firsts, before)
+
+
+class _Units(NamedTuple):
+    """An epoch of a blend, of which a row is one unit of every lane."""
+
+    sets: np.ndarray  # [row, lane] the unit's data set
+    firsts: np.ndarray  # [set, row] units of the set in earlier rows
+    before: np.ndarray  # [set, row, lane] the same, those of one lane
+
+
+class Order:
+    """Map the own positions of data set `number` of a blend to its shards and their samples."""
+
+    def __init__(
+        self,
+        seed: int,
+        shard_sizes: tuple[int, ...],
+        block_shards: int | None = None,
+        blend: Blend | None = None,
+        number: int = 0,
+    ) -> None:
+        self.blend, self.number = blend or Blend(0, (1,), 1), number
+        if block_shards is None:
+            block_shards = 8 if self.blend.num_lanes == 1 else 4
+        if not shard_sizes or min(shard_sizes) < 1 or block_shards < 1:
+            sizes = f"sizes {shard_sizes} in blocks of {block_shards}"
+            raise ValueError(f"no order over shards of {sizes}: both must be positive")
+        self.seed = seed
+        self.block_shards = block_shards
+        self.shard_sizes = shard_sizes
+        self.num_samples = sum(shard_sizes)
+        self._sizes = np.array(shard_sizes)
+        self._epoch_plan = lru_cache(maxsize=4)(self._plan_epoch)
+        self._block_plan = lru_cache(maxsize=8 * self.blend.num_lanes)(self._plan_block)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return (shard number, sample number within the shard) of `position`."""
+        epoch, _, offset = self._find(position)
+        return self._sample(epoch, offset)
+
+    def candidates(self, position: int) -> Iterator[tuple[int, int]]:
+        """Yield the sample of `position`, then what may replace it: all others, its lane's first.
+
+        They are the rest of the lane in this epoch, the lane in the next one, and the whole epoch.
+        """
+        epoch, lane, offset = self._find(position)
+        for one in range(offset, self._epoch_plan(epoch).lanes[lane + 1]):
+            yield self._sample(epoch, one)
+        for one in range(*self._epoch_plan(epoch + 1).lanes[lane : lane + 2]):
+            yield self._sample(epoch + 1, one)
+        for one in range(self.num_samples):
+            yield self._sample(epoch, one)
+
+    def upcoming(self, positions: range, lanes: range = range(1)) -> list[int]:
+        """Shards of `lanes` to have at hand, by first use: up to one block beyond `positions`."""
+        firsts: dict[int, int] = {}  # shard -> samples of its lane before the first use
+        starts, stops = (
+            self.blend.lane_counts(self.number, at).tolist()
+            for at in (positions.start, positions.stop)
+        )
+        epoch = positions.start // self.num_samples
+        for lane in lanes:
+            for shard, ahead in self._ahead(epoch, lane, starts[lane], stops[lane]):
+                firsts[shard] = min(ahead, firsts.get(shard, ahead))
+                if len(firsts) == len(self.shard_sizes):
+                    break
+        return sorted(firsts, key=firsts.__getitem__)
+
+    def _ahead(self, epoch: int, lane: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the shards of a lane from its place `start`, and how many samples come before."""
+        place, occurs = start, self.blend.each[self.number, lane] > 0
+        while occurs:
+            plan = self._epoch_plan(epoch)
+            offset = int(plan.lanes[lane] + place - plan.before[lane])
+            if offset >= plan.lanes[lane + 1]:
+                epoch += 1
+                continue
+            block, within = self._block(epoch, offset)
+            shards = self._block_plan(epoch, block)[0][within:]
+            for shard, use in zip(*np.unique(shards, return_index=True), strict=True):
+                yield int(shard), place - start + int(use)
+            if place >= stop:
+                break
+            place += len(shards)
+
+    def _find(self, position: int) -> tuple[int, int, int]:
+        """Return (epoch, lane, offset within the epoch's shards in order) of `position`."""
+        if position < 0:
+            raise ValueError(f"position {position}: positions count from 0")
+        epoch = position // self.num_samples
+        lane, place = self.blend.lane(self.number, position)
+        plan = self._epoch_plan(epoch)
+        return epoch, lane, int(plan.lanes[lane] + place - plan.before[lane])
+
+    def _sample(self, epoch: int, offset: int) -> tuple[int, int]:
+        block, within = self._block(epoch, offset)
+        shards, numbers = self._block_plan(epoch, block)
+        return int(shards[within]), int(numbers[within])
+
+    def _block(self, epoch: int, offset: int) -> tuple[int, int]:
+        """Return (block, offset within it) of an offset within the epoch."""
+        ends = self._epoch_plan(epoch).block_ends
+        block = int(np.searchsorted(ends, offset, side="right"))
+        return block, offset - (int(ends[block - 1]) if block else 0)
+
+    def _plan_epoch(self, epoch: int) -> "_Epoch":
+        shards = _permutation((len(self.shard_sizes),), self.seed, "shard order", epoch)
+        ends = np.cumsum(self._sizes[shards])
+        before, after = (
+            self.blend.lane_counts(self.number, at * self.num_samples) for at in (epoch, epoch + 1)
+        )
+        lanes = np.concatenate([[0], np.cumsum(after - before)])
+        # Of each shard that ends in a lane, how many shards of the lane come before it.
+        first_shards = np.searchsorted(ends, lanes, side="right")
+        earlier = np.arange(len(shards)) - first_shards[np.searchsorted(lanes, ends) - 1]
+        full = earlier % self.block_shards == self.block_shards - 1
+        return _Epoch(shards, ends, lanes, before, np.union1d(ends[full], lanes[1:]))
+
+    def _plan_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard and sample number for every offset within a block."""
+        shards, ends, _, _, block_ends = self._epoch_plan(epoch)
+        start, stop = int(block_ends[block - 1]) if block else 0, int(block_ends[block])
+        places = start + _permutation((stop - start,), self.seed, "sample order", epoch, block)
+        which = np.searchsorted(ends, places, side="right")
+        return shards[which], places - (ends - self._sizes[shards])[which]
+
+
+class _Epoch(NamedTuple):
+    """An epoch of an order; its offsets count the samples of the shards in their order."""
+
+    shards: np.ndarray
+    ends: np.ndarray  # offset where each of the shards ends
+    lanes: np.ndarray  # [lane] offset where it begins, and the end of the last one
+    before: np.ndarray  # [lane] samples of the lane in earlier epochs
+    block_ends: np.ndarray  # offset where each block ends
 
 
 def units_per_epoch(
-    num_samples: Sequence[int], weights: Sequence[float | None], micro_batch: int
+    num_samples: Sequence[int],
+    weights: Sequence[float | None],
+    micro_batch: int,
+    num_lanes: int = 1,
 ) -> tuple[int, ...]:
-    """Units of each set in an epoch: its weight times those of the first set; None is one pass."""
+    """Units of each set in an epoch: its weight times those of the first set; None is one pass.
+
+    Several lanes have as many units each; the sets have the nearest whole numbers of their shares.
+    """
     first = max(1, round(num_samples[0] / micro_batch))
-    return tuple(
-        max(1, round(size / micro_batch if weight is None else weight * first))
-        for size, weight in zip(num_samples, weights, strict=True)
-    )
+    rest = zip(num_samples[1:], weights[1:], strict=True)
+    wanted = [first, *(size / micro_batch if w is None else w * first for size, w in rest)]
+    units = [max(1, round(one)) for one in wanted]
+    total = num_lanes * max(round(sum(units) / num_lanes), -(-len(units) // num_lanes))
+    shares = [one / sum(wanted) * total for one in wanted]
+    if num_lanes > 1:
+        units = [max(1, int(share)) for share in shares]
+    while (missing := total - sum(units)) != 0:
+        gaps = [share - unit for share, unit in zip(shares, units, strict=True)]
+        if missing > 0:
+            units[gaps.index(max(gaps))] += 1
+        else:
+            taken = (gap for gap, unit in zip(gaps, units, strict=True) if unit > 1)
+            units[gaps.index(min(taken))] -= 1
+    return tuple(units)
 
 
-def _permutation(size: int, seed: int, purpose: str, *position: int) -> np.ndarray:
+def _permutation(shape: tuple[int, ...], seed: int, purpose: str, *position: int) -> np.ndarray:
+    """Permutations of the first axis, one for each index of the others."""
     # NumPy guarantees only the raw stream of a bit generator across versions, not Generator's
     # methods, and a run that continues under another NumPy needs the same order.
-    keys = rng(seed, purpose, *position).bit_generator.random_raw(size)
-    return np.argsort(keys, kind="stable")
+    keys = rng(seed, purpose, *position).bit_generator.random_raw(shape)
+    return np.argsort(keys, axis=0, kind="stable")
 
 
 def owned_virtual_shards(num_virtual_shards: int, rank: int, world_size: int) -> range:

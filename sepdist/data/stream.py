@@ -16,7 +16,13 @@ from sepdist.data.background import Background
 from sepdist.data.crops import Damage
 from sepdist.data.dataset import Item, collate
 from sepdist.data.members import DataError
-from sepdist.data.order import Blend, owned_virtual_shards, positions_of, units_per_epoch
+from sepdist.data.order import (
+    VERSIONS,
+    Blend,
+    owned_virtual_shards,
+    positions_of,
+    units_per_epoch,
+)
 from sepdist.data.records import Batch
 
 logger = logging.getLogger(__name__)
@@ -31,8 +37,11 @@ class Feed(Protocol):
     def item(self, position: int, damages: list[Damage]) -> Item:
         """Return an item, in any thread; append replaced damaged samples to `damages`."""
 
-    def prefetch(self, positions: range) -> None:
-        """Get the shards of the coming positions in the background."""
+    def arrange(self, blend: Blend, number: int) -> None:
+        """Order the samples in the lanes of data set `number` of `blend`."""
+
+    def prefetch(self, positions: range, lanes: range) -> None:
+        """Get the shards of the coming positions in `lanes` in the background."""
 
     def digest(self) -> str:
         """Identify the data."""
@@ -45,7 +54,8 @@ class TrainStream:
     """The batches of one rank, step by step.
 
     `feeds` are the data sets by name, the main one first; a set with a weight w gives w batches per
-    batch of the main one, any other set one pass per epoch. `interleave` is described at `Blend`.
+    batch of the main one, any other set one pass per epoch. `interleave` is described at `Blend`,
+    `order` is one of the versions in order.py.
     `seconds_waited` is how long the consumer waited for data, `num_silent` counts silent sources.
     """
 
@@ -63,16 +73,23 @@ class TrainStream:
         max_damaged: int = 0,
         weights: Mapping[str, float] = MappingProxyType({}),
         interleave: str = "drawn",
+        order: int = VERSIONS[-1],
     ) -> None:
-        if micro_batch < 1:
-            raise ValueError(f"micro_batch={micro_batch}: it must be positive")
+        if micro_batch < 1 or order not in VERSIONS:
+            todo = f"it must be positive; order={order}: it is one of {VERSIONS}"
+            raise ValueError(f"micro_batch={micro_batch}: {todo}")
         self.names, self.feeds = list(feeds), list(feeds.values())
         sizes = [feed.num_samples for feed in self.feeds]
-        units = units_per_epoch(sizes, [weights.get(name) for name in self.names], micro_batch)
-        self.blend = Blend(seed, units, micro_batch, interleave)
+        num_lanes = 1 if order == 1 else num_virtual_shards
+        shares = [weights.get(name) for name in self.names]
+        units = units_per_epoch(sizes, shares, micro_batch, num_lanes)
+        self.blend = Blend(seed, units, micro_batch, interleave, num_lanes)
+        for number, feed in enumerate(self.feeds):
+            feed.arrange(self.blend, number)
         self.num_virtual_shards = num_virtual_shards
         self.micro_batch = micro_batch
         self.owned = owned_virtual_shards(num_virtual_shards, rank, world_size)
+        self._lanes = range(1) if order == 1 else self.owned
         self.prefetch_steps = max(0, prefetch_steps)
         self.max_damaged = max_damaged
         self.seconds_waited = 0.0
@@ -134,7 +151,7 @@ class TrainStream:
         global_batch = self.num_virtual_shards * self.micro_batch
         for number, feed in enumerate(self.feeds):
             first, stop = (self.blend.passed(at * global_batch, number) for at in (step, end))
-            feed.prefetch(range(first, stop))
+            feed.prefetch(range(first, stop), self._lanes)
 
     def _batch(self, step: int, virtual_shard: int) -> tuple[Batch, list[Damage]]:
         damages: list[Damage] = []
@@ -155,4 +172,4 @@ class TrainStream:
                 allowed = f"data.max_damaged={self.max_damaged} are allowed"
                 counts = f"{self.num_damaged} damaged samples, {allowed}"
                 raise DataError(f"{what}; {counts})") from damage.error
-            logger.warning("%s); replaced by the next position", what)
+            logger.warning("%s); replaced by the next sample", what)
