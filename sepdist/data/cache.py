@@ -17,12 +17,14 @@ import fcntl
 import hashlib
 import logging
 import os
+import resource
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
 
@@ -40,7 +42,8 @@ from sepdist.data.shards import (
 
 logger = logging.getLogger(__name__)
 
-MAX_OPEN = 64  # files kept open per process
+SPARE_OPEN = 8  # shards kept open besides those that were announced
+MOST_FILES = 2**16
 NUM_FETCHERS = 2
 
 
@@ -65,7 +68,7 @@ class ShardCache:
         self._lock = threading.Lock()
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._pending: dict[int, Future[OpenShard]] = {}
-        self._wanted: frozenset[int] = frozenset()
+        self._wanted: dict[int, None] = {}  # in order of first use
         # shard -> identity of the file that was checked last, and what was wrong with it
         self._checks: dict[int, tuple[tuple[int, ...], str]] = {}
         self._fetchers = Background(NUM_FETCHERS, "shard")
@@ -87,8 +90,8 @@ class ShardCache:
         Each is tried once. Errors are dropped: `open` tries again and raises its own.
         """
         with self._lock:
-            fresh = [number for number in dict.fromkeys(numbers) if number not in self._wanted]
-            self._wanted = frozenset(numbers)
+            before, self._wanted = self._wanted, dict.fromkeys(numbers)
+            fresh = [number for number in self._wanted if number not in before]
             for number in fresh:
                 if number not in self._open:
                     self._request(number)
@@ -115,8 +118,7 @@ class ShardCache:
             opened = OpenShard(file, samples, damaged)
             with self._lock:
                 self._open[number] = opened
-                if len(self._open) > MAX_OPEN:
-                    self._open.popitem(last=False)  # closed when its last reader drops it
+                self._close_some()
             return opened
         except FileNotFoundError:
             todo = "the shard is missing; write the data set again"
@@ -124,6 +126,19 @@ class ShardCache:
         finally:
             with self._lock:
                 self._pending.pop(number, None)
+
+    def _close_some(self) -> None:
+        """Forget the least recently used shards, then those wanted last, of too many open ones.
+
+        A file is closed when its last reader drops it.
+        """
+        allowed = min(len(self._wanted) + SPARE_OPEN, _most_open())
+        idle = (number for number in list(self._open) if number not in self._wanted)
+        while len(self._open) > allowed:
+            number = next(idle, None)
+            if number is None:
+                number = next(one for one in reversed(self._wanted) if one in self._open)
+            del self._open[number]
 
     def _fetched(self, number: int) -> tuple[BufferedReader, str]:
         """Open the copy, fetched at most twice, as damage may occur on the way; and its problem."""
@@ -194,7 +209,7 @@ class ShardCache:
                 status = path.stat()
                 copies.append((status.st_atime_ns, status.st_size, path))
         with self._lock:
-            wanted = {self._copy_path(number) for number in self._wanted | set(self._pending)}
+            wanted = {self._copy_path(number) for number in {*self._wanted, *self._pending}}
         total, evicted = sum(size for _, size, _ in copies) + num_bytes, set[Path]()
         for _, size, path in sorted(copies):
             if total > self.max_bytes and path not in wanted:
@@ -209,6 +224,20 @@ class ShardCache:
             needed = f"{total / 1e9:.2f} GB of shards are needed at once"
             allowed = f"the {self.max_bytes / 1e9:.2f} GB that cache_gigabytes allows"
             logger.warning("%s: %s, more than %s", self.folder, needed, allowed)
+
+
+@cache
+def _most_open() -> int:
+    """A quarter of the files that this process may open, a limit that is raised up to MOST_FILES.
+
+    The other data sets of a run, and whatever else has files open, share the rest.
+    """
+    soft, hard = (2**63 - 1 if n < 0 else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < (wanted := min(hard, MOST_FILES)):
+        with contextlib.suppress(OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return min(soft, MOST_FILES) // 4
 
 
 def _identity(file: BufferedReader) -> tuple[int, ...]:

@@ -261,7 +261,9 @@ def is_done(stage: Stage) -> bool:
         return True
     # Reading against the schema gives keys that are younger than the marker their defaults.
     had = config.from_yaml(json.dumps(marker["config"]), type(stage.config))
-    changed = config.differences(dataclasses.asdict(had), wanted, FREE_TO_CHANGE)
+    unset = isinstance(stage.config, TrainConfig) and stage.config.data.order is None
+    free = FREE_TO_CHANGE + ("data.order",) * unset  # it has that of its run
+    changed = config.differences(dataclasses.asdict(had), wanted, free)
     if changed:
         raise ConfigError(
             f"stage {stage.name} has finished with another config: {'; '.join(changed)}. Choose "

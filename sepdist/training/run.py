@@ -16,6 +16,7 @@ from rich.console import Console
 from sepdist import config, slots, storage
 from sepdist.config import ConfigError, TrainConfig
 from sepdist.console import progress_bar, signals_to
+from sepdist.data.order import VERSIONS
 from sepdist.objectives.contract import with_defaults
 from sepdist.reporting import read_from, to_json, versions
 from sepdist.training.checkpoint import best_of, find_committed, read_file
@@ -51,6 +52,7 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     ConfigError if an object cannot be built, data is missing, or run_dir holds another run.
     """
     slots.make_paths_absolute(cfg)
+    _settle_order(cfg, console)
     _check_engine(cfg)
     if "lr" not in cfg.optim:
         raise ConfigError("no value given for optim.lr (pass optim.lr=... on the command line)")
@@ -71,6 +73,16 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     digests = {name: feed.digest() for name, feed in feeds.items()}
     _write(cfg, digests | {"validation": validation_set.manifest.digest()})
     return cfg
+
+
+def _settle_order(cfg: TrainConfig, console: Console) -> None:
+    """Go on in the order of the data under which the run began, unless one was asked for."""
+    url = storage.join(cfg.run_dir, "config.yaml")
+    if cfg.data.order is None:
+        begun = config.load_frozen(url).data.order if storage.exists(url) else None
+        cfg.data.order = begun or VERSIONS[-1]
+        if cfg.data.order != VERSIONS[-1]:
+            console.print(f"data.order={begun}: the run began under it and goes on under it")
 
 
 def _check_engine(cfg: TrainConfig) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from sepdist import seeding, slots
 from sepdist.allocator import keep_freed_memory
 from sepdist.config import TrainConfig, differences
+from sepdist.data.order import VERSIONS
 from sepdist.metrics.switching import SwitchTracker
 from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
 from sepdist.training import checkpoint
@@ -47,6 +48,8 @@ class RunState:
             "micro_batch": cfg.data.micro_batch,
             "manifest": data_digest,
         }
+        if cfg.data.order != 1:  # under which checkpoints have no such key
+            self._data["order"] = cfg.data.order or VERSIONS[-1]
         torch.manual_seed(seeding.torch_seed(cfg.seed, "weights"))
         model: nn.Module = slots.build("model", cfg.model)
         num_parameters = sum(p.numel() for p in model.parameters())
@@ -108,8 +111,8 @@ class RunState:
 
     def _load(self, saved: checkpoint.Snapshot) -> None:
         """Continue from a checkpoint, whose weights the engine has already."""
-        before = {name: saved.state[name] for name in self._data}
-        if changes := differences(before, self._data):
+        had, given = {"order": 1} | saved.state, {"order": 1} | self._data
+        if changes := differences({name: had[name] for name in given}, given):
             raise checkpoint.CheckpointError(
                 f"the run's data changed since its checkpoint ({', '.join(changes)}); start "
                 "another run_dir"
