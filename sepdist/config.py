@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sepdist import storage
 
 _T = TypeVar("_T")
+NEWEST_ORDER = 2  # version of the data order (sepdist/data/order.py)
 RETIRED = (("training", "max_failed_checkpoints"),)  # keys of older frozen configs, by section
 
 
@@ -64,7 +65,7 @@ class DataConfig:
     mixing: Any = None  # a configs/mixing node that mixes data.train anew; null = as stored
     extra: list[ExtraConfig] = field(default_factory=list)  # for objectives with several tasks
     interleave: str = "drawn"  # order of the data sets' batches: drawn (permuted) | even
-    order: int | None = number(None, 1, 2)  # version of the data order; null = the run's, 2 if new
+    order: int | None = number(None, 1, NEWEST_ORDER)  # version; null = the run's, 2 if new
     crop_seconds: float = number(3.0, 0.001, 3600)  # length of a training example
     num_virtual_shards: int = number(4, 1, MANY)  # V: fixes the order of data; 1 to V workers
     micro_batch: int = number(2, 1, MANY)  # samples per virtual shard; a step has V times as many
@@ -383,7 +384,7 @@ def from_yaml(text: str, schema: type[_T]) -> _T:
             given[section].pop(key, None)
     if schema is TrainConfig and isinstance(given.get("data"), dict):
         # A run from before the key has order 1.
-        given["data"]["order"] = given["data"].get("order", 1) or 2
+        given["data"]["order"] = given["data"].get("order", 1) or NEWEST_ORDER
     merged = OmegaConf.merge(OmegaConf.structured(schema), given)
     assert isinstance(merged, DictConfig)
     return typed(merged, schema)

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import resource
 import threading
@@ -24,7 +25,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache
 from io import BufferedReader
 from pathlib import Path
 
@@ -43,7 +43,6 @@ from sepdist.data.shards import (
 logger = logging.getLogger(__name__)
 
 SPARE_OPEN = 8  # shards kept open besides those that were announced
-MOST_FILES = 2**16
 NUM_FETCHERS = 2
 
 
@@ -118,7 +117,14 @@ class ShardCache:
             opened = OpenShard(file, samples, damaged)
             with self._lock:
                 self._open[number] = opened
-                self._close_some()
+                # Those not wanted go first, least recently used, then those wanted last; a file is
+                # closed when its last reader drops it.
+                files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**64  # -1: any number
+                allowed = min(len(self._wanted) + SPARE_OPEN, files // 4)
+                need = {one: -place for place, one in enumerate(self._wanted)}
+                by_need = sorted(self._open, key=lambda one: need.get(one, -math.inf))
+                for one in by_need[: max(0, len(self._open) - allowed)]:
+                    del self._open[one]
             return opened
         except FileNotFoundError:
             todo = "the shard is missing; write the data set again"
@@ -126,19 +132,6 @@ class ShardCache:
         finally:
             with self._lock:
                 self._pending.pop(number, None)
-
-    def _close_some(self) -> None:
-        """Forget the least recently used shards, then those wanted last, of too many open ones.
-
-        A file is closed when its last reader drops it.
-        """
-        allowed = min(len(self._wanted) + SPARE_OPEN, _most_open())
-        idle = (number for number in list(self._open) if number not in self._wanted)
-        while len(self._open) > allowed:
-            number = next(idle, None)
-            if number is None:
-                number = next(one for one in reversed(self._wanted) if one in self._open)
-            del self._open[number]
 
     def _fetched(self, number: int) -> tuple[BufferedReader, str]:
         """Open the copy, fetched at most twice, as damage may occur on the way; and its problem."""
@@ -224,20 +217,6 @@ class ShardCache:
             needed = f"{total / 1e9:.2f} GB of shards are needed at once"
             allowed = f"the {self.max_bytes / 1e9:.2f} GB that cache_gigabytes allows"
             logger.warning("%s: %s, more than %s", self.folder, needed, allowed)
-
-
-@cache
-def _most_open() -> int:
-    """A quarter of the files that this process may open, a limit that is raised up to MOST_FILES.
-
-    The other data sets of a run, and whatever else has files open, share the rest.
-    """
-    soft, hard = (2**63 - 1 if n < 0 else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
-    if soft < (wanted := min(hard, MOST_FILES)):
-        with contextlib.suppress(OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    return min(soft, MOST_FILES) // 4
 
 
 def _identity(file: BufferedReader) -> tuple[int, ...]:

@@ -50,8 +50,7 @@ class Crops:
 
     def arrange(self, blend: Blend | None, number: int) -> None:
         """Follow the lanes of data set `number` of `blend`; None: one lane."""
-        sizes = tuple(shard.num_samples for shard in self.dataset.manifest.shards)
-        self.order = Order(self.seed, sizes, blend=blend, number=number)
+        self.order = Order(self.seed, self.dataset.shard_sizes, blend=blend, number=number)
 
     def item(self, position: int, damages: list[Damage]) -> Item:
         """Return the crop at `position`; a damaged sample gives way to the next of its lane."""

@@ -44,7 +44,8 @@ class Dataset:
         self.manifest = read_manifest(url)
         self.members = self._choose_members(num_sources, noise)
         self.cache = ShardCache(url, self.manifest, cache_dir, int(cache_gigabytes * 1e9))
-        self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
+        self.shard_sizes = tuple(shard.num_samples for shard in self.manifest.shards)
+        self._ends = np.cumsum(self.shard_sizes)
 
     def _choose_members(self, num_sources: int, noise: bool) -> tuple[str, ...]:
         found = self.manifest.members

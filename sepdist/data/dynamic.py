@@ -46,7 +46,7 @@ class _Clips:
         self._measured: dict[tuple[int, int], tuple[float, float]] = {}
 
     def arrange(self, blend: Blend | None, number: int) -> None:
-        sizes = tuple(shard.num_samples for shard in self.dataset.manifest.shards)
+        sizes = self.dataset.shard_sizes
         self.orders = [Order(seed, sizes, blend=blend, number=number) for seed in self.seeds]
 
     def find(self, order: Order, position: int, others: set[str], damages: list[Damage]) -> _Clip:

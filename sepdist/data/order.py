@@ -22,7 +22,6 @@ import numpy as np
 
 from sepdist.seeding import rng
 
-VERSIONS = (1, 2)
 INTERLEAVES = ("drawn", "even")  # how a `Blend` arranges the units of its data sets
 
 
@@ -49,11 +48,8 @@ class Blend:
             units = (num_lanes,)  # any number gives the same
         positive = bool(units) and min(*units, micro_batch, num_lanes) > 0
         if not positive or interleave not in INTERLEAVES or sum(units) % num_lanes:
-            wanted = f"{units} units per epoch, of {micro_batch} samples each, {interleave!r}"
-            raise ValueError(
-                f"no blend of {wanted}, in {num_lanes} lanes: all positive, one of {INTERLEAVES}, "
-                "as many units in each lane"
-            )
+            wanted = f"{units} units per epoch in {num_lanes} lanes, of {micro_batch} samples each"
+            raise ValueError(f"no blend of {wanted}, {interleave!r}: all positive, {INTERLEAVES}")
         self.interleave = interleave
         self.seed = seed
         self.units = units
@@ -69,7 +65,7 @@ class Blend:
     def locate(self, position: int) -> tuple[int, int]:
         """Return (number of the data set, position within it) of the global `position`."""
         epoch, index = divmod(position // self.micro_batch, sum(self.units))
-        number = int(self._at(epoch).sets.flat[index])
+        number = int(self._at(epoch)[0].flat[index])
         return number, self.passed(position, number)
 
     def passed(self, position: int, number: int) -> int:
@@ -77,38 +73,32 @@ class Blend:
         unit, offset = divmod(position, self.micro_batch)
         epoch, index = divmod(unit, sum(self.units))
         row, lane = divmod(index, self.num_lanes)
-        plan = self._at(epoch)
-        own = plan.sets[row] == number
-        before = int(plan.firsts[number, row]) + int(np.count_nonzero(own[:lane]))
+        sets, firsts, _ = self._at(epoch)
+        own = sets[row] == number
+        before = int(firsts[number, row]) + int(np.count_nonzero(own[:lane]))
         whole_units = epoch * self.units[number] + before
         return whole_units * self.micro_batch + (offset if own[lane] else 0)
 
-    def lane(self, number: int, position: int) -> tuple[int, int]:
-        """Return the lane of data set `number` at its own `position`, and the place within it."""
-        unit, offset = divmod(position, self.micro_batch)
-        lane, counts = self._unit_lanes(number, unit)
-        return lane, int(counts[lane]) + offset
-
-    def lane_counts(self, number: int, position: int) -> np.ndarray:
-        """Count the samples of every lane of data set `number` before its own `position`."""
+    def lanes(self, number: int, position: int) -> tuple[int, np.ndarray]:
+        """Return the lane of a data set's own `position`, and how many of each lane precede it."""
         unit, offset = divmod(position, self.micro_batch)
         lane, counts = self._unit_lanes(number, unit)
         counts = counts.copy()
         counts[lane] += offset
-        return counts
+        return lane, counts
 
     def _find_lanes(self, number: int, unit: int) -> tuple[int, np.ndarray]:
         """Return the lane of a data set's unit, and the samples of every lane before the unit."""
         epoch, index = divmod(unit, self.units[number])
-        plan = self._at(epoch)
-        row = int(np.searchsorted(plan.firsts[number], index, side="right")) - 1
-        lanes = np.flatnonzero(plan.sets[row] == number)
-        index -= int(plan.firsts[number, row])
-        counts = epoch * self.each[number] + plan.before[number, row]
+        sets, firsts, before = self._at(epoch)
+        row = int(np.searchsorted(firsts[number], index, side="right")) - 1
+        lanes = np.flatnonzero(sets[row] == number)
+        index -= int(firsts[number, row])
+        counts = epoch * self.each[number] + before[number, row]
         counts[lanes[:index]] += 1
         return int(lanes[index]), counts * self.micro_batch
 
-    def _at(self, epoch: int) -> "_Units":
+    def _at(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self._plan(epoch if self._drawn else 0)
 
     def _deal(self) -> np.ndarray:
@@ -121,7 +111,9 @@ class Blend:
             sets = sets[np.argsort(times, kind="stable")]
         return sets.reshape(-1, self.num_lanes).astype(np.int16)
 
-    def _plan_epoch(self, epoch: int) -> "_Units":
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return [row, lane] the data set of each unit; of each set the units in earlier rows, of
+        all lanes [set, row] and of one [set, row, lane]."""
         sets = self._sets
         if self._drawn:
             order = _permutation(sets.shape, self.seed, "data set order", epoch)
@@ -130,15 +122,7 @@ class Blend:
         in_rows = own.sum(axis=2)
         before = np.cumsum(own, axis=1, dtype=np.int32) - own
         firsts = np.cumsum(in_rows, axis=1) - in_rows
-        return _Units(sets, firsts, before)
-
-
-class _Units(NamedTuple):
-    """An epoch of a blend, of which a row is one unit of every lane."""
-
-    sets: np.ndarray  # [row, lane] the unit's data set
-    firsts: np.ndarray  # [set, row] units of the set in earlier rows
-    before: np.ndarray  # [set, row, lane] the same, those of one lane
+        return sets, firsts, before
 
 
 class Order:
@@ -187,10 +171,7 @@ class Order:
     def upcoming(self, positions: range, lanes: range = range(1)) -> list[int]:
         """Shards of `lanes` to have at hand, by first use: up to one block beyond `positions`."""
         firsts: dict[int, int] = {}  # shard -> samples of its lane before the first use
-        starts, stops = (
-            self.blend.lane_counts(self.number, at).tolist()
-            for at in (positions.start, positions.stop)
-        )
+        starts, stops = self._places(positions.start), self._places(positions.stop)
         epoch = positions.start // self.num_samples
         for lane in lanes:
             for shard, ahead in self._ahead(epoch, lane, starts[lane], stops[lane]):
@@ -221,9 +202,13 @@ class Order:
         if position < 0:
             raise ValueError(f"position {position}: positions count from 0")
         epoch = position // self.num_samples
-        lane, place = self.blend.lane(self.number, position)
+        lane, places = self.blend.lanes(self.number, position)
         plan = self._epoch_plan(epoch)
-        return epoch, lane, int(plan.lanes[lane] + place - plan.before[lane])
+        return epoch, lane, int(plan.lanes[lane] + places[lane] - plan.before[lane])
+
+    def _places(self, position: int) -> np.ndarray:
+        """Count the samples of every lane before `position`."""
+        return self.blend.lanes(self.number, position)[1]
 
     def _sample(self, epoch: int, offset: int) -> tuple[int, int]:
         block, within = self._block(epoch, offset)
@@ -239,9 +224,8 @@ class Order:
     def _plan_epoch(self, epoch: int) -> "_Epoch":
         shards = _permutation((len(self.shard_sizes),), self.seed, "shard order", epoch)
         ends = np.cumsum(self._sizes[shards])
-        before, after = (
-            self.blend.lane_counts(self.number, at * self.num_samples) for at in (epoch, epoch + 1)
-        )
+        before = self._places(epoch * self.num_samples)
+        after = self._places((epoch + 1) * self.num_samples)
         lanes = np.concatenate([[0], np.cumsum(after - before)])
         # Of each shard that ends in a lane, how many shards of the lane come before it.
         first_shards = np.searchsorted(ends, lanes, side="right")
@@ -282,17 +266,15 @@ def units_per_epoch(
     rest = zip(num_samples[1:], weights[1:], strict=True)
     wanted = [first, *(size / micro_batch if w is None else w * first for size, w in rest)]
     units = [max(1, round(one)) for one in wanted]
-    total = num_lanes * max(round(sum(units) / num_lanes), -(-len(units) // num_lanes))
-    shares = [one / sum(wanted) * total for one in wanted]
     if num_lanes > 1:
+        total = num_lanes * max(round(sum(units) / num_lanes), -(-len(units) // num_lanes))
+        shares = [one / sum(wanted) * total for one in wanted]
         units = [max(1, int(share)) for share in shares]
-    while (missing := total - sum(units)) != 0:
-        gaps = [share - unit for share, unit in zip(shares, units, strict=True)]
-        if missing > 0:
-            units[gaps.index(max(gaps))] += 1
-        else:
-            taken = (gap for gap, unit in zip(gaps, units, strict=True) if unit > 1)
-            units[gaps.index(min(taken))] -= 1
+        by_need = sorted(range(len(units)), key=lambda i: units[i] - shares[i])
+        for i in by_need[: max(0, total - sum(units))]:
+            units[i] += 1
+        while sum(units) > total:
+            units[units.index(max(units))] -= 1
     return tuple(units)
 
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 from sepdist import seeding, slots
-from sepdist.config import ConfigError, TrainConfig
+from sepdist.config import NEWEST_ORDER, ConfigError, TrainConfig
 from sepdist.data.crops import Crops
 from sepdist.data.dataset import Dataset
-from sepdist.data.order import INTERLEAVES, VERSIONS
+from sepdist.data.order import INTERLEAVES
 from sepdist.data.records import MAIN
 from sepdist.data.stream import Feed, TrainStream
 from sepdist.training.world import World
@@ -78,5 +78,5 @@ def open_stream(cfg: TrainConfig, feeds: dict[str, Feed], world: World) -> Train
         max_damaged=data.max_damaged,
         weights={one.name: one.weight for one in data.extra if one.weight is not None},
         interleave=data.interleave,
-        order=data.order or VERSIONS[-1],
+        order=data.order or NEWEST_ORDER,
     )

@@ -14,9 +14,8 @@ import torch
 from rich.console import Console
 
 from sepdist import config, slots, storage
-from sepdist.config import ConfigError, TrainConfig
+from sepdist.config import NEWEST_ORDER, ConfigError, TrainConfig
 from sepdist.console import progress_bar, signals_to
-from sepdist.data.order import VERSIONS
 from sepdist.objectives.contract import with_defaults
 from sepdist.reporting import read_from, to_json, versions
 from sepdist.training.checkpoint import best_of, find_committed, read_file
@@ -80,8 +79,8 @@ def _settle_order(cfg: TrainConfig, console: Console) -> None:
     url = storage.join(cfg.run_dir, "config.yaml")
     if cfg.data.order is None:
         begun = config.load_frozen(url).data.order if storage.exists(url) else None
-        cfg.data.order = begun or VERSIONS[-1]
-        if cfg.data.order != VERSIONS[-1]:
+        cfg.data.order = begun or NEWEST_ORDER
+        if cfg.data.order < NEWEST_ORDER:
             console.print(f"data.order={begun}: the run began under it and goes on under it")
 
 

@@ -9,7 +9,6 @@ from torch import nn
 from sepdist import seeding, slots
 from sepdist.allocator import keep_freed_memory
 from sepdist.config import TrainConfig, differences
-from sepdist.data.order import VERSIONS
 from sepdist.metrics.switching import SwitchTracker
 from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
 from sepdist.training import checkpoint
@@ -49,7 +48,7 @@ class RunState:
             "manifest": data_digest,
         }
         if cfg.data.order != 1:  # under which checkpoints have no such key
-            self._data["order"] = cfg.data.order or VERSIONS[-1]
+            self._data["order"] = cfg.data.order
         torch.manual_seed(seeding.torch_seed(cfg.seed, "weights"))
         model: nn.Module = slots.build("model", cfg.model)
         num_parameters = sum(p.numel() for p in model.parameters())
