@@ -75,7 +75,7 @@ def test_a_local_data_set_is_read_in_place_and_hashed_once(
     tmp_path: Path, cache_of: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy.write(tmp_path / "set", SIZES)
-    monkeypatch.setattr("sepdist.data.cache.MAX_OPEN", 1)
+    monkeypatch.setattr("sepdist.data.cache.SPARE_OPEN", 1)
     hashed: list[str] = []
     digest = hashlib.file_digest
     monkeypatch.setattr(
@@ -90,11 +90,39 @@ def test_a_local_data_set_is_read_in_place_and_hashed_once(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("most_files", [-1, 12])
+def test_open_shards_are_those_announced_and_a_few_or_the_first_of_them_a_quarter_of_the_limit(
+    most_files: int, tmp_path: Path, cache_of: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy.write(tmp_path / "set", (1,) * 9)
+    monkeypatch.setattr("sepdist.data.cache.SPARE_OPEN", 1)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (most_files, most_files))
+    cache, wanted = cache_of(str(tmp_path / "set")), [5, 3, 8, 0, 6]
+
+    def announce(numbers: list[int]) -> set[int]:
+        cache.prefetch(numbers)
+        for future in list(cache._pending.values()):
+            future.result(60)
+        return set(cache._open)
+
+    assert announce(wanted) == set(wanted if most_files < 0 else [5, 3, 8])
+    for number in wanted:
+        cache.open(number)
+    if most_files < 0:
+        kept = [cache.open(number) for number in wanted]
+        cache.open(1)
+        assert set(cache._open) == {*wanted, 1}
+        cache.open(2)
+        assert set(cache._open) == {*wanted, 2}, "what was not announced goes first"
+        assert all(cache.open(n) is one for n, one in zip(wanted, kept, strict=True))
+    assert announce([8, 4]) >= {8, 4} and len(cache._open) == 3
+
+
 def test_a_local_shard_that_changes_is_hashed_again(
     tmp_path: Path, cache_of: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = toy.write(tmp_path / "set", SIZES)
-    monkeypatch.setattr("sepdist.data.cache.MAX_OPEN", 1)
+    monkeypatch.setattr("sepdist.data.cache.SPARE_OPEN", 1)
     cache = cache_of(str(tmp_path / "set"))
     check_readable(cache, 0)
     check_readable(cache, 1)  # closes 0

@@ -20,6 +20,7 @@ from sepdist.data import order as order_module
 from sepdist.data.crops import Crops
 from sepdist.data.dataset import Dataset
 from sepdist.data.members import DataError
+from sepdist.data.order import Blend
 from sepdist.data.records import Batch
 from sepdist.data.shards import read_index, read_manifest
 from sepdist.data.stream import TrainStream
@@ -72,6 +73,7 @@ def rows(steps: list[list[Batch]]) -> Iterator[tuple[int, str, bytes]]:
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
+    order=st.sampled_from([1, 2]),
     name=st.sampled_from(sorted(SIZES)),
     num_virtual_shards=st.integers(1, 5),
     micro_batch=st.integers(1, 3),
@@ -83,13 +85,14 @@ def rows(steps: list[list[Batch]]) -> Iterator[tuple[int, str, bytes]]:
 )
 def test_every_position_comes_once_with_the_same_audio_at_any_world_size_cut_and_thread_count(
     sets: dict[str, str],
+    order: int,
     name: str,
     num_virtual_shards: int,
     micro_batch: int,
     legs: list[tuple[int, int, int, int]],
 ) -> None:
     dataset = Dataset(sets[name])
-    shape = {"num_virtual_shards": num_virtual_shards, "micro_batch": micro_batch}
+    shape = {"num_virtual_shards": num_virtual_shards, "micro_batch": micro_batch, "order": order}
     delivered: list[tuple[int, str, bytes]] = []
     step = 0
     for wanted_world, num_steps, num_threads, prefetch_steps in legs:
@@ -102,8 +105,10 @@ def test_every_position_comes_once_with_the_same_audio_at_any_world_size_cut_and
         step += num_steps
     total = step * num_virtual_shards * micro_batch
     assert sorted(position for position, _, _ in delivered) == list(range(total))
-    plain = {"num_virtual_shards": 1, "micro_batch": 1, "num_threads": 1, "prefetch_steps": 0}
-    assert sorted(delivered) == sorted(rows(take(dataset, 0, total, **plain)))
+    plain, num_steps = {"num_threads": 1, "prefetch_steps": 0}, step
+    if order == 1:  # which does not depend on the shape of a step
+        shape, num_steps = {"num_virtual_shards": 1, "micro_batch": 1, "order": 1}, total
+    assert sorted(delivered) == sorted(rows(take(dataset, 0, num_steps, **plain, **shape)))
     dataset.cache.close()
 
 
@@ -196,8 +201,11 @@ def test_a_stream_that_could_deliver_nothing_is_refused(
         open_stream(Dataset(sets["even"]), **changes)
 
 
+# A step of 8 touches one or two epochs of 21, each of one permutation and up to two blocks: of the
+# data set, or of each of four lanes.
+@pytest.mark.parametrize(("order", "most_draws"), [(1, 6), (2, 18)])
 def test_a_start_at_step_a_million_does_what_a_start_at_step_0_does(
-    sets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    order: int, most_draws: int, sets: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw, read = order_module.rng, dataset_module.read_sample
     counts = {"rng": 0, "read": 0}
@@ -215,12 +223,11 @@ def test_a_start_at_step_a_million_does_what_a_start_at_step_0_does(
     for first_step in (0, 10**6):
         counts |= {"rng": 0, "read": 0}
         dataset = Dataset(sets["ragged"])
-        take(dataset, first_step, 1, prefetch_steps=0, num_threads=1)
+        take(dataset, first_step, 1, prefetch_steps=0, num_threads=1, order=order)
         seen.append(dict(counts))
         dataset.cache.close()
     assert seen[0]["read"] == seen[1]["read"] == 8  # the samples of one step and no other
-    # A step of 8 touches one or two epochs of 21, each of one permutation and up to two blocks.
-    assert max(one["rng"] for one in seen) <= 6
+    assert max(one["rng"] for one in seen) <= most_draws
 
 
 def test_resuming_at_a_step_gives_what_the_uninterrupted_stream_gives_there(
@@ -287,8 +294,9 @@ def test_an_exception_in_a_thread_reaches_the_consumer_at_the_step_that_needed_i
     stream.close()
 
 
+@pytest.mark.parametrize("order", [1, 2])
 def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_gives_alone(
-    sets: dict[str, str],
+    order: int, sets: dict[str, str]
 ) -> None:
     def feeds() -> dict[str, Crops]:
         """One set as SE reads it and one as separation does, with different seeds."""
@@ -298,12 +306,15 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
             "se": Crops(se, seed=6, crop_seconds=CROP / toy.RATE),
         }
 
+    blends: list[Blend] = []
+
     def run(world_size: int, **changes: object) -> list[Batch]:
         batches = []
         for rank in range(world_size):
             options = {"num_virtual_shards": 4, "micro_batch": 2, "world_size": world_size}
-            options |= {"seed": 5, "rank": rank, "num_threads": 2, **changes}
+            options |= {"seed": 5, "rank": rank, "num_threads": 2, "order": order, **changes}
             stream = TrainStream(feeds(), **options)  # type: ignore[arg-type]
+            blends.append(stream.blend)
             steps = stream.steps(0)
             batches += [batch for _ in range(10) for batch in next(steps)]
             stream.close()
@@ -318,7 +329,8 @@ def test_several_data_sets_come_in_batches_of_one_each_with_the_audio_that_each_
     # 21 and 12 samples: 10 and 6 batches in every 16.
     for first in (0, 16):
         assert [batch.data_set for batch in alone[first : first + 16]].count("se") == 6
-    for name, crops in feeds().items():
+    for number, (name, crops) in enumerate(feeds().items()):
+        crops.arrange(blends[0], number)
         found = [batch for batch in alone if batch.data_set == name]
         expected = [crops.item(position, []) for position in range(2 * len(found))]
         assert [id_ for batch in found for id_ in batch.ids] == [item.id for item in expected]
@@ -405,13 +417,15 @@ def test_a_damaged_sample_ends_the_run_and_is_named_with_shard_key_and_byte_offs
             assert "data.max_damaged=0 are allowed" in message
 
 
+@pytest.mark.parametrize("order", [1, 2])
 def test_a_damaged_sample_is_replaced_by_the_next_position_the_same_in_every_world_and_counted(
-    tmp_path: Path,
+    order: int, tmp_path: Path
 ) -> None:
+    """Next in the order of the data set, or in the lane: positions of the same virtual shard."""
     broken = (2, 8, 9)
     damaged_set(tmp_path / "broken", broken)
     toy.write(tmp_path / "healthy", (6, 6))
-    undamaged = take(Dataset(str(tmp_path / "healthy")), 0, 9)  # 72 positions, 6 epochs
+    undamaged = take(Dataset(str(tmp_path / "healthy")), 0, 12, order=order)  # 8 epochs
     healthy = [id_ for _, id_, _ in rows(undamaged)]
     by_world = []
     for world_size in (1, 2, 3):
@@ -419,7 +433,8 @@ def test_a_damaged_sample_is_replaced_by_the_next_position_the_same_in_every_wor
         replaced = 0
         for rank in range(world_size):
             dataset = Dataset(str(tmp_path / "broken"))
-            stream = open_stream(dataset, rank=rank, world_size=world_size, max_damaged=3)
+            how = {"rank": rank, "world_size": world_size, "order": order}
+            stream = open_stream(dataset, max_damaged=3, **how)
             steps = stream.steps(0)
             delivered += rows([next(steps) for _ in range(8)])
             replaced = max(replaced, stream.num_damaged)
@@ -430,7 +445,10 @@ def test_a_damaged_sample_is_replaced_by_the_next_position_the_same_in_every_wor
     assert [position for position, _, _ in by_world[0]] == list(range(64))
     bad = {f"mix-{number}" for number in broken}
     for position, id_, _ in by_world[0]:
-        assert id_ == next(one for one in healthy[position:] if one not in bad)
+        later = range(position, len(healthy))
+        if order == 2:
+            later = [one for one in later if one // 2 % 4 == position // 2 % 4]
+        assert id_ == next(healthy[one] for one in later if healthy[one] not in bad)
 
 
 def test_one_damaged_sample_more_than_allowed_ends_the_run(tmp_path: Path) -> None:
@@ -449,7 +467,7 @@ def test_a_data_set_of_nothing_but_damage_is_an_error_and_not_an_endless_search(
 ) -> None:
     damaged_set(tmp_path, (1, 2), sizes=(2,))
     stream = open_stream(Dataset(str(tmp_path)), max_damaged=5)
-    with pytest.raises(DataError, match="101 damaged samples in a row"):
+    with pytest.raises(DataError, match=r"[2-9] damaged samples in a row"):
         next(stream.steps(0))
     stream.close()
 
