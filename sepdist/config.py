@@ -383,8 +383,7 @@ def from_yaml(text: str, schema: type[_T]) -> _T:
         if isinstance(given.get(section), dict):
             given[section].pop(key, None)
     if schema is TrainConfig and isinstance(given.get("data"), dict):
-        # A run from before the key has order 1.
-        given["data"]["order"] = given["data"].get("order", 1) or NEWEST_ORDER
+        given["data"].setdefault("order", 1)  # a run from before there was another
     merged = OmegaConf.merge(OmegaConf.structured(schema), given)
     assert isinstance(merged, DictConfig)
     return typed(merged, schema)

@@ -78,10 +78,10 @@ def _settle_order(cfg: TrainConfig, console: Console) -> None:
     """Go on in the order of the data under which the run began, unless one was asked for."""
     url = storage.join(cfg.run_dir, "config.yaml")
     if cfg.data.order is None:
-        begun = config.load_frozen(url).data.order if storage.exists(url) else None
-        cfg.data.order = begun or NEWEST_ORDER
-        if cfg.data.order < NEWEST_ORDER:
-            console.print(f"data.order={begun}: the run began under it and goes on under it")
+        begun = storage.exists(url)
+        cfg.data.order = config.load_frozen(url).data.order if begun else NEWEST_ORDER
+        if cfg.data.order == 1:
+            console.print("data.order=1: the run began under it and goes on under it")
 
 
 def _check_engine(cfg: TrainConfig) -> None:

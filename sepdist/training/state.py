@@ -8,7 +8,7 @@ from torch import nn
 
 from sepdist import seeding, slots
 from sepdist.allocator import keep_freed_memory
-from sepdist.config import TrainConfig, differences
+from sepdist.config import NEWEST_ORDER, TrainConfig, differences
 from sepdist.metrics.switching import SwitchTracker
 from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
 from sepdist.training import checkpoint
@@ -48,7 +48,7 @@ class RunState:
             "manifest": data_digest,
         }
         if cfg.data.order != 1:  # under which checkpoints have no such key
-            self._data["order"] = cfg.data.order
+            self._data["order"] = cfg.data.order or NEWEST_ORDER
         torch.manual_seed(seeding.torch_seed(cfg.seed, "weights"))
         model: nn.Module = slots.build("model", cfg.model)
         num_parameters = sum(p.numel() for p in model.parameters())
