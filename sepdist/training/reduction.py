@@ -126,10 +126,13 @@ def _reduce_block(mine_NL: Tensor, counts: list[int], additions: list[tuple[Rows
     padded = torch.nn.functional.pad(mine_NL, (0, chunk * world_size - length))
     outgoing = padded.view(num_mine, world_size, chunk).transpose(0, 1).contiguous().view(-1)
     incoming = outgoing.new_empty(sum(counts) * chunk)
-    uneven = {"input_split_sizes": [num_mine * chunk] * world_size}
-    uneven["output_split_sizes"] = [count * chunk for count in counts]
-    even = min(counts) == max(counts)  # no need to check a thousand sizes
-    dist.all_to_all_single(incoming, outgoing, **({} if even else uneven))
+    even = min(counts) == max(counts)  # then there is no need to check a thousand sizes
+    dist.all_to_all_single(
+        incoming,
+        outgoing,
+        output_split_sizes=None if even else [count * chunk for count in counts],
+        input_split_sizes=None if even else [num_mine * chunk] * world_size,
+    )
     rows = incoming.view(-1, chunk)
     for into, rest in additions:
         sums = rows[into].add_(rows[rest])
