@@ -298,7 +298,7 @@ def check(value: Any, key: str = "", owner: dataclasses.Field | None = None) -> 
     elif isinstance(value, str):
         if owner and owner.default != "" and owner.type in (str, str | None) and not value.strip():
             raise ConfigError(f"{key}={value}: it is empty")
-        if owner and number_or_auto(owner) and value != "auto":
+        if owner and int in get_args(owner.type) and value != "auto":
             raise ConfigError(f"{key}={value}: give {allowed(owner)}")
         if not owner and value.startswith("~") and os.path.expanduser(value) == value:
             raise ConfigError(f"{key}={value}: there is no such home; ./~ begins a plain name")
@@ -316,11 +316,6 @@ def number_range(owner: dataclasses.Field | None) -> tuple[float, float]:
     return owner.metadata.get("range", (0, MOST))
 
 
-def number_or_auto(owner: dataclasses.Field) -> bool:
-    """Return whether a field takes a number or the word auto."""
-    return {int, str} <= set(get_args(owner.type))
-
-
 def allowed(owner: dataclasses.Field) -> str:
     """What a field of a config takes, such as "a whole number from 1 to 9"."""
     types: tuple[Any, ...] = (owner.type, *get_args(owner.type))
@@ -328,7 +323,7 @@ def allowed(owner: dataclasses.Field) -> str:
     if text.endswith("number"):
         text += " from {} to {}".format(*number_range(owner))
     text = f"a list [a,b], each {text}" if get_origin(owner.type) is list else text
-    text += ", or auto" if number_or_auto(owner) else ""
+    text += ", or auto" if {int, str} <= {*types} else ""
     return text + (", or null" if type(None) in types else "")
 
 

@@ -23,8 +23,7 @@ class SwitchTracker:
 
     def update(self, ids: Sequence[str], permutation: Iterable[Any], positions: Iterable) -> None:
         """Note the permutation rank of each item; a later position replaces an earlier one."""
-        rows = zip(map(int, positions), map(_key, ids), map(int, permutation), strict=True)
-        self._noted += rows
+        self._noted += zip(map(int, positions), map(_key, ids), map(int, permutation), strict=True)
 
     def take(self) -> np.ndarray:
         """Return what this worker has noted since the last call, for `add`."""
@@ -54,9 +53,8 @@ class SwitchTracker:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the table, for `load`."""
-        self._current = [np.concatenate(self._current)]
-        tables = {"previous": self._previous, "current": self._current[0]}
-        return {name: torch.from_numpy(table) for name, table in tables.items()}
+        current = torch.from_numpy(np.concatenate(self._current))
+        return {"previous": torch.from_numpy(self._previous), "current": current}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Continue from `tensors`, or from the dicts by id that older checkpoints have."""

@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
@@ -72,9 +72,7 @@ class Snapshot:
     optimizer: OptimizerState
     state: dict[str, Any]
     score: float | None = None  # validation score, higher is better; None if there was none
-    ledger: list[RunsByRank] = field(
-        default_factory=list
-    )  # of all ranks, since the snapshot before
+    ledger: list[RunsByRank] = field(default_factory=list)  # since the snapshot before
     tables: Mapping[str, Any] = field(default_factory=dict)  # of the SwitchTracker
     url: str = ""  # where it was read from
     lineage: Mapping[str, Any] = field(default_factory=dict)  # as it was read
@@ -241,16 +239,14 @@ class Checkpointer:
             "optimizer_scalars": snapshot.optimizer.scalars,
             "ledger": asdict(ledger),
         }
-        tables = (
-            {SWITCHES: safetensors.torch.save(dict(snapshot.tables))} if snapshot.tables else {}
-        )
+        tables = dict(snapshot.tables)
         return {
             "model.safetensors": weights,
             "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
             "state.json": to_json(state, lambda number: {_MARK: str(number)}).encode(),
             "model.yaml": yaml.safe_dump(card, sort_keys=False).encode(),
             "lineage.json": to_json(lineage, indent=1).encode(),
-        } | ({SWITCHES: tables} if tables else {})
+        } | ({SWITCHES: safetensors.torch.save(tables)} if tables else {})
 
     def _prune(self, written: Committed) -> None:
         """Remove earlier checkpoints but those that `keep_last`, `keep_best` and `keep_every` keep.
@@ -451,12 +447,12 @@ def _load(one: Committed) -> Snapshot:
     tensors = safetensors.torch.load(contents["optimizer.safetensors"])
     weights = safetensors.torch.load(contents["model.safetensors"])
     optimizer = OptimizerState(tensors, state["optimizer_scalars"])
-    lineage, tables = json.loads(contents["lineage.json"]), state.get("switches", {})  # as it was
+    lineage = json.loads(contents["lineage.json"])
+    tables = state.get("switches", {})  # of older checkpoints
     if SWITCHES in contents:
         tables = safetensors.torch.load(contents[SWITCHES])
-    return Snapshot(
-        one.step, weights, optimizer, state, one.score, [], tables, url=one.url, lineage=lineage
-    )
+    found = Snapshot(one.step, weights, optimizer, state, one.score, [], tables)
+    return replace(found, url=one.url, lineage=lineage)
 
 
 def collect_orphans(run_dir: str) -> list[str]:

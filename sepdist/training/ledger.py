@@ -23,7 +23,7 @@ from sepdist.reporting import to_json
 Ranges = list[list[int]]  # [[start, stop], ...]
 # [first step, number of steps, positions from one to the next, outcome, ranges in the first step]
 Run = list[Any]
-RunsByRank = list[list[Run]]
+RunsByRank = list[list[Run]]  # of all ranks, from one snapshot to the next
 
 APPLIED = "applied"
 SKIPPED = "skipped"  # fetched, but the gradient was not applied
@@ -87,10 +87,7 @@ def steps_of(runs: list[Run]) -> Iterator[tuple[int, str, Ranges]]:
 def put_segment(
     run_dir: str, name: str, consumed: list[RunsByRank], previous: SegmentRef | None
 ) -> SegmentRef:
-    """Write a segment to run_dir/ledger/<name>.json; returns its reference for the checkpoint.
-
-    `consumed` has the runs of each rank, once for every snapshot since the one committed before.
-    """
+    """Write a segment to run_dir/ledger/<name>.json; returns its reference for the checkpoint."""
     before = asdict(previous) if previous else None
     segment = to_json({"previous": before, "runs": consumed}, separators=(",", ":")).encode()
     name = f"ledger/{name}.json"

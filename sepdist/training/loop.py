@@ -33,7 +33,7 @@ from sepdist.training.state import RunState
 from sepdist.training.stopping import StopRequest
 from sepdist.training.validation import listen, validate
 from sepdist.training.watchdog import Watchdog
-from sepdist.training.world import World, gather_objects, gather_to_main, join_world
+from sepdist.training.world import World, broadcast_object, gather_to_main, join_world
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def train(
                 if checkpointer and (leaving or stopped):
                     checkpointer.settle(also_failing=True)
                 if leaving or stopped:
-                    gather_objects(None, world)  # nobody leaves before it is committed
+                    broadcast_object(None, world)  # nobody leaves before it is committed
             watchdog.beat()
             if stopped:
                 break

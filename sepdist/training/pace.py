@@ -1,7 +1,8 @@
-"""When a checkpoint is due: every so many steps, or as often as its cost and failures suggest."""
+"""When a checkpoint is due: every so many steps, or as costs and failures suggest."""
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Iterator
 
@@ -9,46 +10,38 @@ from sepdist.config import TrainingConfig
 from sepdist.training.world import World, broadcast_object
 
 FIRST_STEPS = 100  # to the first checkpoint of an attempt, which measures its cost
-MOST_SECONDS = 3600.0  # a run is also killed by what no failure rate counts
+MOST_SECONDS = 3600.0  # between two; not every end of a run is in a rate of failures
 
 
 class Pace:
-    """After which steps of an attempt, which begins at `step`, to write a checkpoint.
+    """After which steps of an attempt, which begins at `step`, a checkpoint is due.
 
-    `training.checkpoint_every=auto` means Young's interval, from the mean seconds for which a
-    checkpoint has held training up and those of a step. The main rank measures them for all.
+    `training.checkpoint_every=auto` takes Young's interval (1974), which loses least: sqrt(2 C M)
+    for a mean time M between failures, if a checkpoint holds training up for C. Means of C and of
+    the seconds of a step are those of the main rank in this attempt.
     """
 
     def __init__(self, training: TrainingConfig, step: int, world: World) -> None:
-        self._world = world
+        self._world, self._first, self._last = world, step, step
         self._auto = training.checkpoint_every == "auto"
         self._every = FIRST_STEPS if self._auto else int(training.checkpoint_every)
         self._failure_seconds = training.worker_mtbf_hours * 3600 / world.size
-        self._first = self._last = step
-        self._num_saved, self._cost, self._began = 0, 0.0, time.monotonic()
+        self._began, self._costs = time.monotonic(), list[float]()
 
     def due(self, step: int) -> bool:
-        """Return whether to write one after `step` steps of the run, the same on all ranks."""
+        """Return whether one is due after `step` steps of the run, the same on all ranks."""
         return step >= self._last + self._every if self._auto else step % self._every == 0
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Measure a checkpoint written inside; collective for "auto"."""
+        """Measure the checkpoint that is written inside; collective for "auto"."""
         began = time.monotonic()
         yield
         now = time.monotonic()
-        self._last, self._num_saved, self._cost = (
-            step,
-            self._num_saved + 1,
-            now - began + self._cost,
-        )
-        if self._auto and step > self._first:
-            step_seconds = (now - self._began - self._cost) / (step - self._first)
-            seconds = young(self._cost / self._num_saved, self._failure_seconds)
-            steps = max(1, round(min(seconds, MOST_SECONDS) / max(step_seconds, 1e-9)))
-            self._every = broadcast_object(steps, self._world)
-
-
-def young(cost: float, failure_seconds: float) -> float:
-    """The seconds between checkpoints that lose least (Young, 1974), a checkpoint taking `cost`."""
-    return math.sqrt(2 * cost * failure_seconds)
+        self._costs.append(now - began)
+        self._last = step
+        if self._auto:
+            mean, total = statistics.mean(self._costs), sum(self._costs)
+            seconds = min(math.sqrt(2 * mean * self._failure_seconds), MOST_SECONDS)
+            steps = round(seconds * (step - self._first) / (now - self._began - total))
+            self._every = broadcast_object(max(1, steps), self._world)

@@ -50,14 +50,6 @@ class TreeSum:
         return total
 
 
-def covering_nodes(leaves: range, num_leaves: int) -> list[Node]:
-    """Return the nodes whose values a rank that owns `leaves` ends up with."""
-    tree = TreeSum(num_leaves)
-    for leaf in leaves:
-        tree.push((0, leaf), 0)
-    return [node for node, _ in tree.partials]
-
-
 @cache
 def plan(num_leaves: int, world_size: int) -> tuple[list[list[Node]], list[tuple[Rows, Rows]]]:
     """Return each rank's nodes, and the additions that finish the tree, level by level.
@@ -65,8 +57,12 @@ def plan(num_leaves: int, world_size: int) -> tuple[list[list[Node]], list[tuple
     The values of all nodes, in order, are the rows of a matrix. An addition (a, b) adds the rows b
     to the rows a, so that a level is one operation; the total ends in row 0.
     """
-    owned = [owned_virtual_shards(num_leaves, rank, world_size) for rank in range(world_size)]
-    nodes = [covering_nodes(leaves, num_leaves) for leaves in owned]
+    nodes = []
+    for rank in range(world_size):
+        part = TreeSum(num_leaves)
+        for leaf in owned_virtual_shards(num_leaves, rank, world_size):
+            part.push((0, leaf), 0)
+        nodes.append([node for node, _ in part.partials])
     levels = defaultdict[int, list[tuple[int, int]]](list)
 
     def add(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
@@ -88,14 +84,6 @@ def _rows(numbers: Sequence[int]) -> Rows:
     return slice(even.start, even.stop, step) if [*even] == [*numbers] else [*numbers]
 
 
-def tree_sum(leaves: list[Tensor]) -> Tensor:
-    """Return the canonical sum of all leaves in one process."""
-    tree = TreeSum(len(leaves))
-    for position, leaf in enumerate(leaves):
-        tree.push((0, position), leaf)
-    return tree.result()
-
-
 def reduce_canonically(
     local: TreeSum, rank: int, world_size: int, block_elements: int = 4_000_000
 ) -> Tensor:
@@ -112,32 +100,27 @@ def reduce_canonically(
     mine = [value for _, value in local.partials]
     assert [node for node, _ in local.partials] == nodes[rank], "leaves of another rank were pushed"
     counts, total = [len(theirs) for theirs in nodes], mine[0]
-    for start in range(0, len(total), block_elements):
-        block = torch.stack([value[start : start + block_elements] for value in mine])
-        total[start : start + block_elements] = _reduce_block(block, counts, additions)
-    return total
-
-
-def _reduce_block(mine_NL: Tensor, counts: list[int], additions: list[tuple[Rows, Rows]]) -> Tensor:
-    """Return the sum [L] of the partial sums of all ranks, of which each has `counts[rank]`."""
-    world_size, (num_mine, length) = len(counts), mine_NL.shape
-    chunk = -(-length // world_size)
-    # Chunk c of every partial sum goes to rank c, which finishes the tree on it.
-    padded = torch.nn.functional.pad(mine_NL, (0, chunk * world_size - length))
-    outgoing = padded.view(num_mine, world_size, chunk).transpose(0, 1).contiguous().view(-1)
-    incoming = outgoing.new_empty(sum(counts) * chunk)
     even = min(counts) == max(counts)  # then there is no need to check a thousand sizes
-    dist.all_to_all_single(
-        incoming,
-        outgoing,
-        output_split_sizes=None if even else [count * chunk for count in counts],
-        input_split_sizes=None if even else [num_mine * chunk] * world_size,
-    )
-    rows = incoming.view(-1, chunk)
-    for into, rest in additions:
-        sums = rows[into].add_(rows[rest])
-        if isinstance(into, list):  # not a view but a copy of these rows
-            rows[into] = sums
-    gathered = outgoing.new_empty(chunk * world_size)
-    dist.all_gather_into_tensor(gathered, rows[0])
-    return gathered[:length]
+    for start in range(0, len(total), block_elements):
+        block_NL = torch.stack([value[start : start + block_elements] for value in mine])
+        length = block_NL.shape[1]
+        chunk = -(-length // world_size)
+        # Chunk c of every partial sum goes to rank c, which finishes the tree on it.
+        padded = torch.nn.functional.pad(block_NL, (0, chunk * world_size - length))
+        outgoing = padded.view(len(mine), world_size, chunk).transpose(0, 1).contiguous().view(-1)
+        incoming = outgoing.new_empty(sum(counts) * chunk)
+        dist.all_to_all_single(
+            incoming,
+            outgoing,
+            output_split_sizes=None if even else [count * chunk for count in counts],
+            input_split_sizes=None if even else [len(mine) * chunk] * world_size,
+        )
+        rows = incoming.view(-1, chunk)
+        for into, rest in additions:
+            sums = rows[into].add_(rows[rest])
+            if isinstance(into, list):  # not a view but a copy of these rows
+                rows[into] = sums
+        gathered = outgoing.new_empty(chunk * world_size)
+        dist.all_gather_into_tensor(gathered, rows[0])
+        total[start : start + block_elements] = gathered[:length]
+    return total

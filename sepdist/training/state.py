@@ -17,12 +17,7 @@ from sepdist.training.engine import Engine
 from sepdist.training.handoff import inherit, load_weights
 from sepdist.training.ledger import Ledger, SegmentRef
 from sepdist.training.schedule import GradientGuard, PlateauSchedule
-from sepdist.training.world import (
-    World,
-    broadcast_object,
-    broadcast_tensors,
-    gather_to_main,
-)
+from sepdist.training.world import World, broadcast_object, broadcast_tensors, gather_to_main
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +122,7 @@ class RunState:
         samples_per_step = self._data["num_virtual_shards"] * self._data["micro_batch"]
         state = self._data | {name: one.state_dict() for name, one in self._counters.items()}
         state |= {"samples_seen": self.step * samples_per_step, "world_size": self._world.size}
-        tables = self.switches.tensors() if self._world.is_main else {}
+        tables = self.switches.tensors()
         return checkpoint.Snapshot(self.step, weights, optimizer, state, score, consumed, tables)
 
     def checkpointer(self) -> checkpoint.Checkpointer:
@@ -152,14 +147,13 @@ def load_for_all(run_dir: str, world: World) -> checkpoint.Snapshot | None:
 
     The label-switch table stays on the main rank.
     """
-    found = head = error = None
+    found = error = None
     try:
-        if world.is_main and (found := checkpoint.load_newest(run_dir)):
-            optimizer = replace(found.optimizer, tensors={})
-            head = replace(found, weights={}, optimizer=optimizer, tables={})
+        found = checkpoint.load_newest(run_dir) if world.is_main else None
     except (checkpoint.CheckpointError, OSError) as its_error:
         error = its_error
-    head, error = broadcast_object((head, error), world)
+    head = found and replace(found, weights={}, optimizer=replace(found.optimizer, tensors={}))
+    head, error = broadcast_object((head and replace(head, tables={}), error), world)
     if error:
         raise error
     if head:

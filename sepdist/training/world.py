@@ -48,15 +48,6 @@ def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:
     return values.cpu()
 
 
-def gather_objects(value: object, world: World) -> list:
-    """Return every rank's `value` (picklable), in rank order, on every rank."""
-    if world.size == 1:
-        return [value]
-    gathered: list = [None] * world.size
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
 def gather_to_main(value: object, world: World) -> list:
     """Return every rank's `value` (picklable), in rank order, on the main rank; [] elsewhere."""
     if world.size == 1:

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from sepdist.data.order import owned_virtual_shards
-from sepdist.training.reduction import TreeSum, covering_nodes, plan, reduce_canonically, tree_sum
+from sepdist.training.reduction import TreeSum, plan, reduce_canonically
 
 
 def leaves_of(num_leaves: int) -> list[Tensor]:
@@ -19,6 +19,13 @@ def leaves_of(num_leaves: int) -> list[Tensor]:
         torch.randn(11, generator=generator) * 10 ** spread.uniform(-4, 4)
         for _ in range(num_leaves)
     ]
+
+
+def tree_sum(leaves: list[Tensor]) -> Tensor:
+    tree = TreeSum(len(leaves))
+    for position, leaf in enumerate(leaves):
+        tree.push((0, position), leaf)
+    return tree.result()
 
 
 def recursive_sum(leaves: list[Tensor]) -> Tensor:
@@ -48,8 +55,7 @@ def test_any_contiguous_division_over_ranks_gives_the_same_bits(num_leaves: int)
             part = TreeSum(num_leaves)
             for leaf in owned:
                 part.push((0, leaf), leaves[leaf])
-            assert [node for node, _ in part.partials] == covering_nodes(owned, num_leaves)
-            assert nodes[rank] == covering_nodes(owned, num_leaves)
+            assert nodes[rank] == [node for node, _ in part.partials]
             rows += [value for _, value in part.partials]
         matrix = torch.stack(rows)
         for into, rest in additions:
