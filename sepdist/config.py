@@ -113,7 +113,8 @@ class TrainingConfig:
 
     max_steps: int = number(MISSING, 1)  # length of the run
     log_every: int = number(20, 1)  # steps
-    checkpoint_every: int = number(500, 1)  # steps
+    checkpoint_every: int | str = number(500, 1)  # steps; auto: by what one costs and the next key
+    worker_mtbf_hours: float = number(50_000.0, 0.01)  # mean time between failures of one worker
     keep_last: int = number(2, 1)  # newest checkpoints to keep
     keep_best: bool = True  # keep the one with the best validation score too
     keep_every: int = 0  # keep every checkpoint whose step is a multiple of this; 0 = none
@@ -299,6 +300,8 @@ def check(value: Any, key: str = "", owner: dataclasses.Field | None = None) -> 
     elif isinstance(value, str):
         if owner and owner.default != "" and owner.type in (str, str | None) and not value.strip():
             raise ConfigError(f"{key}={value}: it is empty")
+        if owner and int in get_args(owner.type) and value != "auto":
+            raise ConfigError(f"{key}={value}: give {allowed(owner)}")
         if not owner and value.startswith("~") and os.path.expanduser(value) == value:
             raise ConfigError(f"{key}={value}: there is no such home; ./~ begins a plain name")
     elif isinstance(value, int | float):
@@ -322,6 +325,7 @@ def allowed(owner: dataclasses.Field) -> str:
     if text.endswith("number"):
         text += " from {} to {}".format(*number_range(owner))
     text = f"a list [a,b], each {text}" if get_origin(owner.type) is list else text
+    text += ", or auto" if {int, str} <= {*types} else ""
     return text + (", or null" if type(None) in types else "")
 
 

@@ -224,7 +224,7 @@ def test_while_storage_is_away_checkpoints_wait_in_the_background_and_only_the_n
     through(lambda number, line: "reset" if away.is_set() else "")
     writer, snapshots = checkpointer(f"s3://{bucket}/run"), [snapshot(n) for n in range(1, 6)]
     for one in snapshots:
-        one.ledger = [[one.step, APPLIED, [[[one.step, one.step + 1]]]]]
+        one.ledger = [[[[one.step, 1, 1, APPLIED, [[one.step, one.step + 1]]]]]]
     with storage.patient(60, whole_process=True):
         writer.save(snapshots[0])
         deadline = time.monotonic() + 30

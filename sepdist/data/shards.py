@@ -17,11 +17,11 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,45 +30,20 @@ import numpy as np
 from sepdist import audio, storage
 from sepdist.data import inputs
 from sepdist.data import members as sample_files
+from sepdist.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    canonical,
+    dump,
+    read_manifest,
+)
 from sepdist.data.members import DataError, people, split_members
 from sepdist.data.records import Mixture, Utterance
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+NUM_READERS = 32  # indices read at once, as storage answers slowly
 MAX_NUMBER = 2**34  # of a length, an offset or a size
-# Name and sha256 of a shard.
-SHARD = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar [0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """The manifest's entry of one shard."""
-
-    name: str
-    bytes: int
-    num_samples: int
-    sha256: str
-    index_sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a finished data set holds; every sample has all `members` ("s1", "s2", "noise")."""
-
-    format_version: int
-    corpus: str
-    split: str
-    sample_rate: int
-    members: tuple[str, ...]
-    num_samples: int
-    hours: float
-    num_speakers: int
-    speakers: tuple[str, ...]
-    shards: tuple[ShardInfo, ...]
-
-    def digest(self) -> str:
-        """The sha256 of the data set, which covers every byte of its shards and indices."""
-        return hashlib.sha256(_canonical(asdict(self))).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -158,8 +133,8 @@ def try_shard(
         if _sha256_of(stored) != index["sha256"]:
             raise DataError(f"{url}: reads back other bytes than were written; use other disks")
     if made_of is not None:
-        storage.put_bytes(_index_url(output_url, name, ".inputs"), _dump(made_of | {"bad": bad}))
-    text = _dump(index)
+        storage.put_bytes(_index_url(output_url, name, ".inputs"), dump(made_of | {"bad": bad}))
+    text = dump(index)
     storage.put_bytes(_index_url(output_url, name), text)
     return Outcome(_info(index, text), bad)
 
@@ -175,7 +150,7 @@ def write_manifest(
         raise DataError(f"{output_url}: no shards to finish a data set of")
     manifest = _describe(output_url, corpus, split, sample_rate, infos)
     url = storage.join(output_url, MANIFEST)
-    text = _dump(asdict(manifest) | {"digest": manifest.digest()})
+    text = dump(manifest.as_dict() | {"digest": manifest.digest()})
     with contextlib.suppress(FileExistsError):
         storage.put_bytes(url, text, create_only=True)
     found = read_manifest(output_url)
@@ -187,11 +162,7 @@ def write_manifest(
 
 def _fingerprint(records: Sequence[Utterance | Mixture]) -> str:
     identity = [[record.id, record.sample_rate, *people(record)] for record in records]
-    return hashlib.sha256(_canonical([FORMAT_VERSION, identity])).hexdigest()
-
-
-def _dump(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    return hashlib.sha256(canonical([FORMAT_VERSION, identity])).hexdigest()
 
 
 def read_inputs(url: str | Path, name: str) -> dict[str, Any]:
@@ -270,14 +241,7 @@ def _describe(
     members: tuple[str, ...] = ()
     shard_of: dict[str, str] = {}
     speakers, num_frames = set[str](), 0
-    for shard in infos:
-        index = _load_index(url, shard)
-        if index["sample_rate"] != sample_rate:
-            rates = f"{index['sample_rate']} Hz in a data set of {sample_rate} Hz"
-            raise DataError(f"{shard.name}: {rates}")
-        place = storage.join(url, shard.name)
-        if not storage.exists(place) or storage.size(place) != shard.bytes:
-            raise DataError(f"{place}: the shard is missing or truncated; write it again")
+    for shard, index in _checked_indices(url, sample_rate, infos):
         for sample in _samples(index):
             what = f"{shard.name}, {sample.key}"
             sources, estimates, rest = split_members([n for n in sample.members if n != "json"])
@@ -303,37 +267,28 @@ def _describe(
     )
 
 
+def _checked_indices(
+    url: str | Path, sample_rate: int, infos: Sequence[ShardInfo]
+) -> Iterator[tuple[ShardInfo, dict[str, Any]]]:
+    """Yield shards with their indices, in order; DataError for the first that is not as written."""
+
+    def load(shard: ShardInfo) -> dict[str, Any]:
+        index, place = _load_index(url, shard), storage.join(url, shard.name)
+        if index["sample_rate"] != sample_rate:
+            rates = f"{index['sample_rate']} Hz in a data set of {sample_rate} Hz"
+            raise DataError(f"{shard.name}: {rates}")
+        with contextlib.suppress(FileNotFoundError):
+            if storage.size(place) == shard.bytes:
+                return index
+        raise DataError(f"{place}: the shard is missing or truncated; write it again")
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        for first in range(0, len(infos), NUM_READERS):  # no more, as indices are large
+            some = infos[first : first + NUM_READERS]
+            yield from zip(some, pool.map(load, some), strict=True)
+
+
 # Reading.
-
-
-def read_manifest(url: str | Path) -> Manifest:
-    """Read the manifest of the data set at `url`; DataError if it is missing or unreadable."""
-    place = storage.join(url, MANIFEST)
-    try:
-        raw = json.loads(storage.read_bytes(place))
-        version, digest = raw["format_version"], raw.pop("digest", None)  # older ones have none
-        if version != FORMAT_VERSION:
-            known = f"this version of sepdist reads format {FORMAT_VERSION}"
-            raise DataError(f"{place}: is of format {version}, {known}; write it again")
-        lists = {name: tuple(raw[name]) for name in ("members", "speakers")}
-        shards = tuple(ShardInfo(**shard) for shard in raw["shards"])
-        for shard in shards:  # names of local copies too: nothing may lead out of the cache
-            if not SHARD.fullmatch(f"{shard.name} {shard.sha256}"):
-                raise DataError(f"{place}: {shard.name!r}, {shard.sha256!r} is no shard")
-        manifest = Manifest(**raw | lists | {"shards": shards})
-        total = sum(shard.num_samples for shard in manifest.shards)
-    except FileNotFoundError:
-        todo = f"run sepdist shard write ... output={url} (finished shards are kept)"
-        raise DataError(f"no {MANIFEST} in {url}: not a finished data set; {todo}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
-        todo = "restore it or write it again"
-        raise DataError(f"{place}: is not a readable manifest ({error}); {todo}") from error
-    if manifest.num_samples != total or total < 1:
-        counts = f"it counts {manifest.num_samples} samples and its shards {total}"
-        raise DataError(f"{place}: was changed, {counts}")
-    if digest not in (None, manifest.digest()):
-        raise DataError(f"{place}: was changed or damaged, its digest is not {digest}; restore it")
-    return manifest
 
 
 def read_index(url: str | Path, shard: ShardInfo) -> list[Sample]:
@@ -399,8 +354,8 @@ def verify(url: str | Path) -> list[str]:
     except DataError as error:
         return [str(error)]
     place = storage.join(url, MANIFEST)
-    older = asdict(manifest)
-    texts = _dump(older | {"digest": manifest.digest()}), _dump(older)
+    older = manifest.as_dict()
+    texts = dump(older | {"digest": manifest.digest()}), dump(older)
     if storage.read_bytes(place) not in texts:
         return [f"{place}: is not as it was written; restore it"]
     return [problem for shard in manifest.shards for problem in _verify_shard(url, manifest, shard)]
@@ -494,7 +449,3 @@ def require_regular(path: Path) -> Path:
 def _sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

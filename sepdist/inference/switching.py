@@ -1,7 +1,6 @@
 """Measure label switching: how often the permutations change between a run's checkpoints."""
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -16,8 +15,9 @@ from sepdist.inference import scoring
 from sepdist.inference.export import load_export
 from sepdist.metrics.permutation import best_permutation, permutation_rank
 from sepdist.metrics.si_snr import pairwise_si_snr
+from sepdist.metrics.switching import SwitchTracker
 from sepdist.reporting import read_metrics, to_csv, versions
-from sepdist.training.checkpoint import find_committed, read_file
+from sepdist.training.checkpoint import find_committed, load_snapshot
 
 Permutations = dict[str, int]  # utterance id -> rank of its best permutation
 
@@ -51,10 +51,10 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         for step, permutations in found.items()
     }
     # The permutations of the last whole epoch before a checkpoint, as the run saw its crops.
-    in_training = {
-        one.step: json.loads(read_file(one, "state.json"))["switches"]["previous"]
-        for one in checkpoints
-    }
+    in_training, tracker = {}, SwitchTracker()
+    for one in checkpoints:
+        tracker.load(load_snapshot(one.url).tables)
+        in_training[one.step] = tracker.previous(list(found[one.step]))
     results = {
         "run": cfg.model,
         "data": cfg.data,

@@ -3,7 +3,8 @@
     run_dir/checkpoints/step-000000500-<unique>/
         model.safetensors      fp32 weights       model.yaml    the model's config, its sample rate
         optimizer.safetensors  whole tensors      lineage.json  run, step, hash, parent's lineage
-        state.json             counters, ledger   COMMIT        sizes and sha256 of all, put last
+        switches.safetensors   label assignments  state.json    counters, ledger
+        COMMIT                 sizes and sha256 of all, put last
 
 A folder without COMMIT does not exist for any reader. Tensors are stored whole, not by rank, so a
 checkpoint loads at any world size and ZeRO stage; no file is a pickle. A checkpoint is also an
@@ -22,7 +23,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
@@ -32,11 +33,12 @@ from torch import Tensor
 from sepdist import storage
 from sepdist.patience import Patience
 from sepdist.reporting import to_json
-from sepdist.training.ledger import Entry, SegmentRef, put_segment
+from sepdist.training.ledger import RunsByRank, SegmentRef, put_segment
 
 logger = logging.getLogger(__name__)
 
 COMMIT = "COMMIT"
+SWITCHES = "switches.safetensors"
 COLLECTED = b'{"collected": true}'  # a COMMIT that keeps another writer from putting its own
 FORMAT = 1  # of COMMIT
 _MARK = "not_finite"  # of a number that JSON cannot hold
@@ -70,7 +72,8 @@ class Snapshot:
     optimizer: OptimizerState
     state: dict[str, Any]
     score: float | None = None  # validation score, higher is better; None if there was none
-    ledger: list[Entry] = field(default_factory=list)  # of all ranks, since the snapshot before
+    ledger: list[RunsByRank] = field(default_factory=list)  # since the snapshot before
+    tables: Mapping[str, Any] = field(default_factory=dict)  # of the SwitchTracker
     url: str = ""  # where it was read from
     lineage: Mapping[str, Any] = field(default_factory=dict)  # as it was read
 
@@ -109,7 +112,7 @@ class Checkpointer:
 
     def __post_init__(self) -> None:
         self.folder = storage.join(self.run_dir, "checkpoints")
-        self._consumed: list[Entry] = []  # since the newest commit
+        self._consumed: list[RunsByRank] = []  # since the newest commit
         self._patience = Patience(self.patience_seconds, "checkpoint")
         self._failure: OSError | None = None  # of the last write, if it is tolerated
         self._fatal: Exception | None = None
@@ -210,7 +213,6 @@ class Checkpointer:
             if after:
                 after.result()
             data = to_json(commit).encode()
-            data = to_json(commit).encode()
             storage.put_bytes(storage.join(url, COMMIT), data, create_only=True)
         except OSError:
             self._unfinished.append(url)
@@ -237,13 +239,14 @@ class Checkpointer:
             "optimizer_scalars": snapshot.optimizer.scalars,
             "ledger": asdict(ledger),
         }
+        tables = dict(snapshot.tables)
         return {
             "model.safetensors": weights,
             "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
             "state.json": to_json(state, lambda number: {_MARK: str(number)}).encode(),
             "model.yaml": yaml.safe_dump(card, sort_keys=False).encode(),
             "lineage.json": to_json(lineage, indent=1).encode(),
-        }
+        } | ({SWITCHES: safetensors.torch.save(tables)} if tables else {})
 
     def _prune(self, written: Committed) -> None:
         """Remove earlier checkpoints but those that `keep_last`, `keep_best` and `keep_every` keep.
@@ -445,7 +448,11 @@ def _load(one: Committed) -> Snapshot:
     weights = safetensors.torch.load(contents["model.safetensors"])
     optimizer = OptimizerState(tensors, state["optimizer_scalars"])
     lineage = json.loads(contents["lineage.json"])
-    return Snapshot(one.step, weights, optimizer, state, one.score, url=one.url, lineage=lineage)
+    tables = state.get("switches", {})  # of older checkpoints
+    if SWITCHES in contents:
+        tables = safetensors.torch.load(contents[SWITCHES])
+    found = Snapshot(one.step, weights, optimizer, state, one.score, [], tables)
+    return replace(found, url=one.url, lineage=lineage)
 
 
 def collect_orphans(run_dir: str) -> list[str]:

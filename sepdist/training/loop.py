@@ -28,11 +28,12 @@ from sepdist.training.engine import StepResult
 from sepdist.training.lease import lease
 from sepdist.training.ledger import APPLIED, SKIPPED
 from sepdist.training.meter import GOODPUT_FILE, Meter, continue_goodput
+from sepdist.training.pace import Pace
 from sepdist.training.state import RunState
 from sepdist.training.stopping import StopRequest
 from sepdist.training.validation import listen, validate
 from sepdist.training.watchdog import Watchdog
-from sepdist.training.world import World, gather_objects, join_world
+from sepdist.training.world import World, broadcast_object, gather_to_main, join_world
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def train(
         last = cfg.training.max_steps
         logger.info("training from step %d to %d on %d worker(s)", state.step, last, world.size)
         global_batch = cfg.data.num_virtual_shards * cfg.data.micro_batch
-        meter = Meter(stream, world, goodput)
+        meter, pace = Meter(stream, world, goodput), Pace(cfg.training, state.step, world)
         steps = stream.steps(state.step)
         for step in range(state.step, last):
             if schedule.should_stop:
@@ -138,12 +139,12 @@ def train(
             if leaving:
                 logger.warning("step %d: a node is about to go; committing a checkpoint", done)
             stopped = result.stopping and done < last
-            due = done % cfg.training.checkpoint_every == 0 or done == last
+            due = pace.due(done) or done == last
             if not (due or leaving or stopped or score is not None):
                 continue
             rows = reporter.flush() if reporter else None
             watchdog.expect_slow()
-            with meter.timing("checkpoint"):
+            with meter.timing("checkpoint"), pace.saving(done):
                 if checkpointer:
                     checkpointer.settle()  # here, as the others wait in a collective operation
                 snapshot = state.snapshot(score)
@@ -153,7 +154,7 @@ def train(
                 if checkpointer and (leaving or stopped):
                     checkpointer.settle(also_failing=True)
                 if leaving or stopped:
-                    gather_objects(None, world)  # nobody leaves before it is committed
+                    broadcast_object(None, world)  # nobody leaves before it is committed
             watchdog.beat()
             if stopped:
                 break
@@ -172,13 +173,13 @@ def track_switches(
     positions: range,
     world: World,
 ) -> dict[str, float]:
-    """Record the label assignments of a step; returns the switch rate if an epoch ended.
+    """Record the label assignments of a step; the main rank gets the rate if an epoch ended.
 
-    Epochs are those of the main data set. When ranks exchange their tables depends on positions
+    Epochs are those of the main data set. When ranks gather their notes depends on positions
     alone, because they may have batches of different data sets.
     """
     items = [
-        (stream.main_epoch(int(position)), id_, int(rank))
+        (stream.main_epoch(int(position)), id_, int(rank), int(position))
         for batch, metrics in zip(batches, result.local_metrics, strict=True)
         if batch.data_set == MAIN and "permutation" in metrics
         for position, id_, rank in zip(
@@ -188,10 +189,10 @@ def track_switches(
     rates = {}
     last = stream.main_epoch(positions.stop)
     for epoch in range(stream.main_epoch(positions.start), last + 1):
-        mine = [(id_, rank) for item_epoch, id_, rank in items if item_epoch == epoch]
-        switches.update([id_ for id_, _ in mine], [rank for _, rank in mine])
+        mine = [item for item_epoch, *item in items if item_epoch == epoch]
+        switches.update(*zip(*mine, strict=True)) if mine else None
         if epoch < last:
-            switches.merge(gather_objects(switches.state_dict(), world))
+            switches.add(gather_to_main(switches.take(), world))
             rate = switches.end_epoch()
             if rate is not None:
                 rates = {"switching/rate": rate, "switching/epoch": float(epoch)}

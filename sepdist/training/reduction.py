@@ -7,6 +7,13 @@ which rank computes a node, so any contiguous division of the virtual shards ove
 the same bits.
 """
 
+import itertools
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,47 +21,67 @@ from torch import Tensor
 from sepdist.data.order import owned_virtual_shards
 
 Node = tuple[int, int]  # (level, index)
+Rows = slice | list[int]
 
 
 class TreeSum:
     """Adds leaves from left to right; joins siblings at once, to hold O(log V) partial sums."""
 
-    def __init__(self, num_leaves: int) -> None:
+    def __init__(self, num_leaves: int, add: Callable[[Any, Any], Any] = operator.add) -> None:
         self.num_leaves = num_leaves
-        self.partials: list[tuple[Node, Tensor]] = []
+        self.partials: list[tuple[Node, Any]] = []
+        self._add = add
 
-    def push(self, node: Node, value: Tensor) -> None:
+    def push(self, node: Node, value: Any) -> None:
         """Append the value of the next node to the right."""
         (level, index), total = node, value
         while True:
             if self.partials and index % 2 == 1 and self.partials[-1][0] == (level, index - 1):
-                total = self.partials.pop()[1] + total
+                total = self._add(self.partials.pop()[1], total)
             elif not (index % 2 == 0 and index > 0 and ((index + 1) << level) >= self.num_leaves):
                 break  # a left child whose sibling exists (or the root): wait for it
             level, index = level + 1, index >> 1
         self.partials.append(((level, index), total))
 
-    def result(self) -> Tensor:
+    def result(self) -> Any:
         """Return the sum of all leaves, once every one of them has been pushed."""
         [((_, index), total)] = self.partials
         assert index == 0, index
         return total
 
 
-def covering_nodes(leaves: range, num_leaves: int) -> list[Node]:
-    """Return the nodes whose values a rank that owns `leaves` ends up with."""
-    tree = TreeSum(num_leaves)
-    for leaf in leaves:
-        tree.push((0, leaf), torch.zeros(()))
-    return [node for node, _ in tree.partials]
+@cache
+def plan(num_leaves: int, world_size: int) -> tuple[list[list[Node]], list[tuple[Rows, Rows]]]:
+    """Return each rank's nodes, and the additions that finish the tree, level by level.
+
+    The values of all nodes, in order, are the rows of a matrix. An addition (a, b) adds the rows b
+    to the rows a, so that a level is one operation; the total ends in row 0.
+    """
+    nodes = []
+    for rank in range(world_size):
+        part = TreeSum(num_leaves)
+        for leaf in owned_virtual_shards(num_leaves, rank, world_size):
+            part.push((0, leaf), 0)
+        nodes.append([node for node, _ in part.partials])
+    levels = defaultdict[int, list[tuple[int, int]]](list)
+
+    def add(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
+        level = max(left[0], right[0])
+        levels[level].append((left[1], right[1]))
+        return level + 1, left[1]
+
+    tree = TreeSum(num_leaves, add)
+    for row, node in enumerate(itertools.chain.from_iterable(nodes)):
+        tree.push(node, (0, row))
+    pairs = [zip(*levels[level], strict=True) for level in sorted(levels)]
+    return nodes, [(_rows(a), _rows(b)) for a, b in pairs]
 
 
-def tree_sum(leaves: list[Tensor]) -> Tensor:
-    """Return the canonical sum of all leaves in one process."""
-    tree = TreeSum(len(leaves))
-    for position, leaf in enumerate(leaves):
-        tree.push((0, position), leaf)
-    return tree.result()
+def _rows(numbers: Sequence[int]) -> Rows:
+    """Return numbers that are evenly spaced as a slice, which needs no copies."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    even = range(numbers[0], numbers[-1] + 1, step)
+    return slice(even.start, even.stop, step) if [*even] == [*numbers] else [*numbers]
 
 
 def reduce_canonically(
@@ -69,38 +96,31 @@ def reduce_canonically(
     """
     if world_size == 1:
         return local.result()
-    num_leaves = local.num_leaves
-    nodes = [
-        covering_nodes(owned_virtual_shards(num_leaves, other, world_size), num_leaves)
-        for other in range(world_size)
-    ]
+    nodes, additions = plan(local.num_leaves, world_size)
     mine = [value for _, value in local.partials]
     assert [node for node, _ in local.partials] == nodes[rank], "leaves of another rank were pushed"
-    total = mine[0]
+    counts, total = [len(theirs) for theirs in nodes], mine[0]
+    even = min(counts) == max(counts)  # then there is no need to check a thousand sizes
     for start in range(0, len(total), block_elements):
-        block = torch.stack([value[start : start + block_elements] for value in mine])
-        total[start : start + block_elements] = _reduce_block(block, nodes, num_leaves)
+        block_NL = torch.stack([value[start : start + block_elements] for value in mine])
+        length = block_NL.shape[1]
+        chunk = -(-length // world_size)
+        # Chunk c of every partial sum goes to rank c, which finishes the tree on it.
+        padded = torch.nn.functional.pad(block_NL, (0, chunk * world_size - length))
+        outgoing = padded.view(len(mine), world_size, chunk).transpose(0, 1).contiguous().view(-1)
+        incoming = outgoing.new_empty(sum(counts) * chunk)
+        dist.all_to_all_single(
+            incoming,
+            outgoing,
+            output_split_sizes=None if even else [count * chunk for count in counts],
+            input_split_sizes=None if even else [len(mine) * chunk] * world_size,
+        )
+        rows = incoming.view(-1, chunk)
+        for into, rest in additions:
+            sums = rows[into].add_(rows[rest])
+            if isinstance(into, list):  # not a view but a copy of these rows
+                rows[into] = sums
+        gathered = outgoing.new_empty(chunk * world_size)
+        dist.all_gather_into_tensor(gathered, rows[0])
+        total[start : start + block_elements] = gathered[:length]
     return total
-
-
-def _reduce_block(mine_NL: Tensor, nodes: list[list[Node]], num_leaves: int) -> Tensor:
-    """Return the sum [L] of every rank's N partial sums, whose nodes are listed by rank."""
-    world_size, (num_mine, length) = len(nodes), mine_NL.shape
-    chunk = -(-length // world_size)
-    # Chunk c of every partial sum goes to rank c, which finishes the tree on it.
-    padded = torch.nn.functional.pad(mine_NL, (0, chunk * world_size - length))
-    outgoing = padded.view(num_mine, world_size, chunk).transpose(0, 1).contiguous().view(-1)
-    incoming = outgoing.new_empty(sum(map(len, nodes)) * chunk)
-    dist.all_to_all_single(
-        incoming,
-        outgoing,
-        output_split_sizes=[len(theirs) * chunk for theirs in nodes],
-        input_split_sizes=[num_mine * chunk] * world_size,
-    )
-    tree = TreeSum(num_leaves)
-    in_order = [node for theirs in nodes for node in theirs]
-    for node, value in zip(in_order, incoming.view(-1, chunk), strict=True):
-        tree.push(node, value)
-    gathered = outgoing.new_empty(chunk * world_size)
-    dist.all_gather_into_tensor(gathered, tree.result().contiguous())
-    return gathered[:length]

@@ -1,6 +1,7 @@
 """The state of a run: everything that a checkpoint holds, built, loaded and saved in one place."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
 from sepdist.training import checkpoint
 from sepdist.training.engine import Engine
 from sepdist.training.handoff import inherit, load_weights
-from sepdist.training.ledger import Ledger, SegmentRef, merge
+from sepdist.training.ledger import Ledger, SegmentRef
 from sepdist.training.schedule import GradientGuard, PlateauSchedule
-from sepdist.training.world import World, gather_objects
+from sepdist.training.world import World, broadcast_object, broadcast_tensors, gather_to_main
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class RunState:
     engine     weights and optimizer state
     schedule   learning rate and early stopping
     guard      norms of the last gradients, and how many steps in a row were skipped
-    switches   label assignments, by utterance
+    switches   label assignments by utterance, on the main rank
     objective  its own state, if it has any
     ledger     positions consumed since the last checkpoint, whose segment `segment` names
 
@@ -55,7 +56,7 @@ class RunState:
         if world.device.type == "cpu" and num_parameters <= SMALL_MODEL:
             keep_freed_memory()
         self.objective: Objective = with_defaults(slots.build("objective", cfg.objective))
-        saved = self._agree_on_newest()
+        saved = load_for_all(cfg.run_dir, world)
         self._lineage = self._fill(model, saved) | self.objective.lineage()
         self.engine: Engine = slots.build(
             "engine",
@@ -77,23 +78,16 @@ class RunState:
         )
         self.guard = GradientGuard(training.spike_factor, training.max_skipped)
         self.switches = SwitchTracker()
-        self.ledger = Ledger()
+        self.ledger = Ledger(cfg.data.num_virtual_shards * cfg.data.micro_batch)
         self.step = 0
         self.segment: SegmentRef | None = None
         self._counters: dict[str, Any] = {  # by their keys in state.json
             "schedule": self.schedule,
             "guard": self.guard,
-            "switches": self.switches,
             "objective": self.objective,
         }
         if saved is not None:
             self._load(saved)
-
-    def _agree_on_newest(self) -> checkpoint.Snapshot | None:
-        """Load the checkpoint that the main rank finds: an older attempt may still write one."""
-        saved = checkpoint.load_newest(self._cfg.run_dir) if self._world.is_main else None
-        url = gather_objects(saved.url if saved else "", self._world)[0]
-        return checkpoint.load_snapshot(url) if url and saved is None else saved
 
     def _fill(self, model: nn.Module, saved: checkpoint.Snapshot | None) -> dict[str, Any]:
         """Fill `model` from the checkpoint or the parent stage; returns the lineage of the run."""
@@ -119,17 +113,19 @@ class RunState:
         self.engine.load_optimizer_state(saved.optimizer)
         for name, counter in self._counters.items():
             counter.load_state_dict(saved.state[name])
+        self.switches.load(saved.tables)
         self.step, self.segment = saved.step, SegmentRef(**saved.state["ledger"])
 
     def snapshot(self, score: float | None) -> checkpoint.Snapshot:
         """Gather what a checkpoint holds; collective, and complete on the main rank only."""
         weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
-        self.switches.merge(gather_objects(self.switches.state_dict(), self._world))
-        consumed = merge(gather_objects(self.ledger.take(), self._world))
+        self.switches.add(gather_to_main(self.switches.take(), self._world))
+        consumed = [gather_to_main(self.ledger.take(), self._world)]
         samples_per_step = self._data["num_virtual_shards"] * self._data["micro_batch"]
         state = self._data | {name: one.state_dict() for name, one in self._counters.items()}
         state |= {"samples_seen": self.step * samples_per_step, "world_size": self._world.size}
-        return checkpoint.Snapshot(self.step, weights, optimizer, state, score, consumed)
+        tables = self.switches.tensors()
+        return checkpoint.Snapshot(self.step, weights, optimizer, state, score, consumed, tables)
 
     def checkpointer(self) -> checkpoint.Checkpointer:
         """Return the writer of this run's checkpoints."""
@@ -146,3 +142,24 @@ class RunState:
             patience_seconds=training.storage_patience_seconds,
             previous=self.segment,
         )
+
+
+def load_for_all(run_dir: str, world: World) -> checkpoint.Snapshot | None:
+    """Read the newest checkpoint of a run on the main rank, for all ranks; all raise its error.
+
+    The label-switch table stays on the main rank.
+    """
+    found = error = None
+    try:
+        found = checkpoint.load_newest(run_dir) if world.is_main else None
+    except (checkpoint.CheckpointError, OSError) as its_error:
+        error = its_error
+    head = found and replace(found, weights={}, optimizer=replace(found.optimizer, tensors={}))
+    head, error = broadcast_object((head and replace(head, tables={}), error), world)
+    if error:
+        raise error
+    if head:
+        head.weights = broadcast_tensors(found.weights if found else {}, world)
+        head.optimizer.tensors = broadcast_tensors(found.optimizer.tensors if found else {}, world)
+        head.tables = found.tables if found else {}
+    return head

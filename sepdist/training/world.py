@@ -1,10 +1,13 @@
 """The workers of a run: this process's rank and device, and small collective operations."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,31 @@ def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:
     return values.cpu()
 
 
-def gather_objects(value: object, world: World) -> list:
-    """Return every rank's `value` (picklable), in rank order, on every rank."""
+def gather_to_main(value: object, world: World) -> list:
+    """Return every rank's `value` (picklable), in rank order, on the main rank; [] elsewhere."""
     if world.size == 1:
         return [value]
-    gathered: list = [None] * world.size
-    dist.all_gather_object(gathered, value)
-    return gathered
+    gathered: list | None = [None] * world.size if world.is_main else None
+    dist.gather_object(value, gathered)
+    return gathered or []
+
+
+def broadcast_object(value: Any, world: World) -> Any:
+    """Return the main rank's `value` (picklable) on every rank."""
+    box = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def broadcast_tensors(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Return the main rank's `tensors` (on CPU) on every rank, sent one by one."""
+    layout = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+    received = {}
+    for name, (shape, dtype) in broadcast_object(layout, world).items():
+        value = tensors[name] if world.is_main else torch.empty(shape, dtype=dtype)
+        sent = value.reshape(-1).view(torch.uint8).to(world.device)  # gloo knows few types
+        if world.size > 1 and sent.numel():
+            dist.broadcast(sent, src=0)
+        received[name] = sent.cpu().view(dtype).view(shape)
+    return received

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,6 +21,7 @@ import soundfile
 import webdataset
 
 from sepdist import storage
+from sepdist.data import manifest as manifests
 from sepdist.data import members as sample_files
 from sepdist.data import shards
 from sepdist.data.records import Mixture, Utterance
@@ -464,6 +466,34 @@ def test_shards_that_do_not_fit_together_make_no_data_set(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"one.tar: the shard is missing or truncated"):
         shards.write_manifest(tmp_path, "toy", "train", RATE, [one])
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_indices_are_read_at_the_same_time_and_the_first_wrong_shard_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infos = list(write(tmp_path, num_shards=40, per_shard=1).shards)
+    together, read_bytes = threading.Barrier(8), storage.read_bytes
+
+    def waiting(url: str) -> bytes:
+        if "/index/" in url:
+            together.wait(timeout=60)  # 8 readers, or BrokenBarrierError
+        return read_bytes(url)
+
+    monkeypatch.setattr(storage, "read_bytes", waiting)
+    found = shards.write_manifest(tmp_path, "toy", "train", RATE, infos)
+    assert found.shards == tuple(infos)
+    monkeypatch.undo()  # after an error, readings are given up
+    for number in (39, 5, 3):
+        (tmp_path / infos[number].name).unlink()
+        with pytest.raises(DataError, match=rf"{infos[number].name}: the shard is missing"):
+            shards.write_manifest(tmp_path, "toy", "train", RATE, infos)
+
+
+def test_the_digest_is_worked_out_once_for_a_manifest(tmp_path: Path, monkeypatch) -> None:
+    digest = write(tmp_path).digest()
+    read = shards.read_manifest(tmp_path)
+    monkeypatch.setattr(manifests, "canonical", never)
+    assert read.digest() == digest
 
 
 # Damage.

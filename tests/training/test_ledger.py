@@ -1,5 +1,6 @@
 """The audit finds all lost and repeated positions of the committed history, and only those."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from sepdist.training.ledger import (
     LedgerError,
     SegmentRef,
     as_ranges,
-    merge,
+    put_segment,
+    read_history,
 )
 
 V, B = 4, 2
@@ -61,7 +63,7 @@ class Run:
     def steps(
         self, first: int, stop: int, world_size: int, *, outcome: str = APPLIED, drop=(), again=()
     ) -> "Run":
-        ledgers = [Ledger() for _ in range(world_size)]
+        ledgers = [Ledger(V * B) for _ in range(world_size)]
         for step in range(first, stop):
             for rank, ledger in enumerate(ledgers):
                 shards = list(owned_virtual_shards(V, rank, world_size))
@@ -71,7 +73,7 @@ class Run:
                     ]
                 ledger.record(step, outcome, [batch(step, shard) for shard in shards])
         state = {"num_virtual_shards": V, "micro_batch": B}
-        consumed = merge([ledger.take() for ledger in ledgers])
+        consumed = [[ledger.take() for ledger in ledgers]]
         self.writer.save(
             Snapshot(stop, {"w": torch.zeros(1)}, OptimizerState({}, {}), state, None, consumed)
         )
@@ -126,7 +128,7 @@ def test_a_replayed_step_is_repeated_and_a_jump_is_lost(tmp_path: Path) -> None:
 
 def test_positions_beyond_the_committed_steps_are_repeated(tmp_path: Path) -> None:
     run = Run(tmp_path).steps(0, 2, 1)
-    run.writer._consumed = merge([[[9, APPLIED, [[9 * V * B, 9 * V * B + 3]]]]])
+    run.writer._consumed = [[[[9, 1, V * B, APPLIED, [[9 * V * B, 9 * V * B + 3]]]]]]
     run.steps(2, 3, 1)
     assert audit(str(tmp_path)).repeated == [[72, 75]]
 
@@ -169,6 +171,56 @@ def test_a_failed_save_keeps_its_steps_for_the_next_segment(tmp_path: Path, monk
     assert audit(str(tmp_path)).steps == 2
     run.steps(4, 5, 1)
     assert audit(str(tmp_path)).sound and audit(str(tmp_path)).steps == 5
+
+
+def test_a_segment_of_a_thousand_ranks_takes_kilobytes_and_says_what_each_of_them_fetched(
+    tmp_path: Path,
+) -> None:
+    ranks, steps = 1024, range(695, 705)
+    by_rank = []
+    for rank in range(ranks):
+        ledger = Ledger(3 * ranks)
+        for step in steps:
+            positions = torch.tensor(list(positions_of(step, rank, ranks, 3)))
+            one = Batch([], positions, torch.zeros(3, 1), None, None, positions)
+            ledger.record(step, SKIPPED if step == 700 else APPLIED, [one])
+        by_rank.append(ledger.take())
+        assert ledger.take() == []
+    segment = put_segment(str(tmp_path), "x", [by_rank], None)
+    assert (
+        tmp_path / segment.name
+    ).stat().st_size < 150_000  # three runs of each rank, however long
+    history = list(read_history(str(tmp_path), segment))
+    assert [step for step, _, _ in history] == list(steps)
+    assert [step for step, outcome, _ in history if outcome == SKIPPED] == [700]
+    for step, _, ranges in history[::3]:
+        assert ranges == [
+            [[(step * ranks + rank) * 3, (step * ranks + rank) * 3 + 3]] for rank in range(ranks)
+        ]
+
+
+def test_a_history_begun_by_an_older_version_goes_on(tmp_path: Path) -> None:
+    """Its segments list every step; the lost positions are found in them too."""
+    steps = [
+        [step, APPLIED, [[[8 * step, 8 * step + 4]], [[8 * step + 4, 8 * step + 8]]]]
+        for step in range(3)
+    ]
+    steps[1][2][0] = [[8, 11]]
+    text = json.dumps({"previous": None, "steps": steps}).encode()
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "older.json").write_bytes(text)
+    older = SegmentRef("ledger/older.json", hashlib.sha256(text).hexdigest())
+    Run(tmp_path, older).steps(3, 6, 4)
+    found = audit(str(tmp_path))
+    assert found.world_sizes == {2: 3, 4: 3} and found.outcomes == {APPLIED: 6, SKIPPED: 0}
+    assert found.lost == [[11, 12]] and found.num_repeated == 0
+
+
+def test_ranks_that_fetched_different_steps_are_an_error(tmp_path: Path) -> None:
+    runs = [[[0, 2, 8, APPLIED, [[0, 4]]]], [[0, 1, 8, APPLIED, [[4, 8]]], [1, 1, 8, SKIPPED, []]]]
+    segment = put_segment(str(tmp_path), "x", [runs], None)
+    with pytest.raises(LedgerError, match="ranks disagree on step 1"):
+        list(read_history(str(tmp_path), segment))
 
 
 def test_ranges_join_only_what_follows_on() -> None:

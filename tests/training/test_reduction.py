@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from sepdist.data.order import owned_virtual_shards
-from sepdist.training.reduction import TreeSum, covering_nodes, reduce_canonically, tree_sum
+from sepdist.training.reduction import TreeSum, plan, reduce_canonically
 
 
 def leaves_of(num_leaves: int) -> list[Tensor]:
@@ -19,6 +19,13 @@ def leaves_of(num_leaves: int) -> list[Tensor]:
         torch.randn(11, generator=generator) * 10 ** spread.uniform(-4, 4)
         for _ in range(num_leaves)
     ]
+
+
+def tree_sum(leaves: list[Tensor]) -> Tensor:
+    tree = TreeSum(len(leaves))
+    for position, leaf in enumerate(leaves):
+        tree.push((0, position), leaf)
+    return tree.result()
 
 
 def recursive_sum(leaves: list[Tensor]) -> Tensor:
@@ -41,16 +48,27 @@ def test_the_tree_sum_is_the_recursive_definition_to_the_last_bit(num_leaves: in
 def test_any_contiguous_division_over_ranks_gives_the_same_bits(num_leaves: int) -> None:
     leaves = leaves_of(num_leaves)
     for world_size in range(1, num_leaves + 1):
-        whole = TreeSum(num_leaves)
+        nodes, additions = plan(num_leaves, world_size)
+        rows = []
         for rank in range(world_size):
             owned = owned_virtual_shards(num_leaves, rank, world_size)
             part = TreeSum(num_leaves)
             for leaf in owned:
                 part.push((0, leaf), leaves[leaf])
-            assert [node for node, _ in part.partials] == covering_nodes(owned, num_leaves)
-            for node, value in part.partials:
-                whole.push(node, value)
-        assert torch.equal(whole.result(), tree_sum(leaves))
+            assert nodes[rank] == [node for node, _ in part.partials]
+            rows += [value for _, value in part.partials]
+        matrix = torch.stack(rows)
+        for into, rest in additions:
+            matrix[into] = matrix[into] + matrix[rest]
+        assert torch.equal(matrix[0], recursive_sum(leaves))
+
+
+@pytest.mark.parametrize(("num_leaves", "world_size"), [(1024, 1024), (1024, 64), (96, 96)])
+def test_a_level_of_the_tree_is_one_addition_without_copies(num_leaves, world_size) -> None:
+    nodes, additions = plan(num_leaves, world_size)
+    assert [len(one) for one in nodes] == [1] * world_size
+    assert len(additions) == (world_size - 1).bit_length()
+    assert all(isinstance(rows, slice) for pair in additions for rows in pair)
 
 
 def test_a_plain_running_sum_would_not_do() -> None:
@@ -80,6 +98,5 @@ def _reduce_in_a_process(rank: int, world_size: int, num_leaves: int, store: str
 def test_processes_with_gloo_agree_with_one_process_to_the_last_bit(
     world_size, num_leaves, tmp_path
 ) -> None:
-    mp.spawn(
-        _reduce_in_a_process, (world_size, num_leaves, str(tmp_path / "store")), nprocs=world_size
-    )
+    arguments = (world_size, num_leaves, str(tmp_path / "store"))
+    mp.start_processes(_reduce_in_a_process, arguments, world_size, start_method="forkserver")

@@ -1,0 +1,47 @@
+"""When a checkpoint is due: every so many steps, or as costs and failures suggest."""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Iterator
+
+from sepdist.config import TrainingConfig
+from sepdist.training.world import World, broadcast_object
+
+FIRST_STEPS = 100  # to the first checkpoint of an attempt, which measures its cost
+MOST_SECONDS = 3600.0  # between two; not every end of a run is in a rate of failures
+
+
+class Pace:
+    """After which steps of an attempt, which begins at `step`, a checkpoint is due.
+
+    `training.checkpoint_every=auto` takes Young's interval (1974), which loses least: sqrt(2 C M)
+    for a mean time M between failures, if a checkpoint holds training up for C. Means of C and of
+    the seconds of a step are those of the main rank in this attempt.
+    """
+
+    def __init__(self, training: TrainingConfig, step: int, world: World) -> None:
+        self._world, self._first, self._last = world, step, step
+        self._auto = training.checkpoint_every == "auto"
+        self._every = FIRST_STEPS if self._auto else int(training.checkpoint_every)
+        self._failure_seconds = training.worker_mtbf_hours * 3600 / world.size
+        self._began, self._costs = time.monotonic(), list[float]()
+
+    def due(self, step: int) -> bool:
+        """Return whether one is due after `step` steps of the run, the same on all ranks."""
+        return step >= self._last + self._every if self._auto else step % self._every == 0
+
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Measure the checkpoint that is written inside; collective for "auto"."""
+        began = time.monotonic()
+        yield
+        now = time.monotonic()
+        self._costs.append(now - began)
+        self._last = step
+        if self._auto:
+            mean, total = statistics.mean(self._costs), sum(self._costs)
+            seconds = min(math.sqrt(2 * mean * self._failure_seconds), MOST_SECONDS)
+            steps = round(seconds * (step - self._first) / (now - self._began - total))
+            self._every = broadcast_object(max(1, steps), self._world)
