@@ -20,7 +20,7 @@ from sepdist import seeding
 from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
 from sepdist.data.records import Batch
-from sepdist.objectives.contract import Metrics, Objective
+from sepdist.objectives.contract import Metrics, Objective, mean_of
 from sepdist.training.checkpoint import OptimizerState
 from sepdist.training.reduction import TreeSum, reduce_canonically
 from sepdist.training.world import World, sum_over_world
@@ -153,9 +153,8 @@ class DeepSpeedEngine:
         table[0, 0] = losses
         for shard, items in zip(self.owned, metrics, strict=True):
             for row, name in enumerate(names, 1):
-                if items[name].numel():
-                    table[0, row, shard] = items[name].double().mean()
-                    table[1, row, shard] = 1
+                table[0, row, shard], count = mean_of(items[name])
+                table[1, row, shard] = count > 0
         table[1, 0, self.owned[0]] = stopping
         sums, counts = sum_over_world(table, self.world).sum(2).tolist()
         columns = zip(names, sums[1:], counts[1:], strict=True)
