@@ -1,18 +1,17 @@
 """Every model and every objective, small, on the fake device: one JSON line of what each waits for.
 
-    python -m tests.support.fake_cases [--table]
+    python -m tests.support.fake_cases [--quick] [--table]
 
 A case is an objective of configs/objective with a model of configs/model that it fits, in training
-(forward and backward) or validation, in fp32 or under bf16 autocast. It runs twice, because a first
-run may fill caches; the second one's waits are reported. `--table` prints them by objective.
+(forward and backward) or validation, in fp32 or under bf16 autocast. `--quick` has each objective
+with one model and each model with one objective; `--table` prints lines to read.
 """
 
 import functools
-import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import nn
 from sepdist import slots
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import Objective, with_defaults
+from sepdist.objectives.semisupervised import SemiSupervised
 from tests.support.batches import batch_of
 from tests.support.fake_device import FakeDevice
 from tests.support.ssqp import TINY
@@ -57,8 +57,8 @@ NUM_ITEMS = 4
 class Case:
     """An objective, a model that it fits, and a batch."""
 
-    name: str
     kind: str  # of configs/objective
+    label: str
     preset: str  # of configs/model
     model: Callable[[], nn.Module]
     objective: Callable[[], Objective]
@@ -117,8 +117,7 @@ def cases(
     for model, more in models.items():
         build = functools.partial(small, model, outputs, **more)
         for kind in [only] if only else ["training", "validation"]:
-            shown = f"{name} {label} {model} {kind}"
-            yield Case(shown, name, model, build, make, given, kind == "training")
+            yield Case(name, label, model, build, make, given, kind == "training")
 
 
 def every_case(folder: Path) -> Iterator[Case]:
@@ -131,11 +130,11 @@ def every_case(folder: Path) -> Iterator[Case]:
     for number in (2, 3, 4):
         models = SEPARATORS if number == 2 else one
         yield from cases("separation", f"{number}", number, batch(number), models)
-        yield from cases("soft_pit", f"{number}", number, batch(number), models)
-        yield from cases("fixed_permutations", f"{number}", number, batch(number), models, **fixed)
         more = {"threshold": -30.0, "skip_silent": True}
         yield from cases("separation", f"{number} audible", number, batch(number), one, **more)
-        yield from cases("multitask", f"{number}", number + 1, batch(number), models)
+        yield from cases("soft_pit", f"{number}", number, batch(number), models)
+        yield from cases("fixed_permutations", f"{number}", number, batch(number), models, **fixed)
+    yield from cases("multitask", "separation", 3, batch(2))
     extra = batch(2, data_set="enhancement")
     yield from cases("multitask", "enhancement", 3, extra, only="training")
     yield from cases("enhancement", "1", 1, batch(1), skip_silent=True)
@@ -146,7 +145,9 @@ def every_case(folder: Path) -> Iterator[Case]:
         more = {"data_set": "unlabelled"}
         yield from cases("mixit", f"{outputs} labelled", outputs, batch(2), models, **more)
         kind = "training"
-        yield from cases("mixit", "unlabelled", outputs, unlabelled, models, kind, **more)
+        yield from cases(
+            "mixit", f"{outputs} unlabelled", outputs, unlabelled, models, kind, **more
+        )
     for estimator in ESTIMATORS:
         more = {"estimator": estimator, "labelled_share": 0.5, "epoch_samples": 1}
         models = SEPARATORS if estimator == "sisnr_cnn" else one
@@ -154,7 +155,9 @@ def every_case(folder: Path) -> Iterator[Case]:
         label = f"by {estimator}"
         yield from cases("semisupervised", label, 2, batch(2, length), models, **more)
         given = replace(batch(2, length), data_set="unlabelled", sources=None)
-        yield from cases("semisupervised", f"unlabelled {label}", 2, given, models, "training", **more)
+        yield from cases(
+            "semisupervised", f"unlabelled {label}", 2, given, models, "training", **more
+        )
     for estimator, sizes in ESTIMATORS.items():
         given = batch(2, LENGTHS.get(estimator, 160))
         kinds = [{}, {"mode": "otfs"}] if "mode" in str(sizes) or "ssqp" in estimator else [{}]
@@ -177,38 +180,52 @@ def every_case(folder: Path) -> Iterator[Case]:
 
 
 def run(case: Case, bf16: bool) -> list[str]:
-    """What the second of two runs on the fake device waits for."""
+    """What a run on the fake device waits for."""
     with FakeDevice() as fake:
         model = case.model().to(fake.device).train(case.training)
         objective = case.objective()
         objective.check_model(model)
-        for _ in range(2):
-            fake.waits.clear()
-            model.zero_grad()
-            with torch.autocast("fake", torch.bfloat16, bf16), torch.set_grad_enabled(case.training):
-                loss, metrics = objective(model, case.batch.to(fake.device))
-            if case.training:
-                loss.backward()
-                grads = [p.grad for p in model.parameters() if p.grad is not None]
-                assert grads and all(grad.dtype == torch.float32 for grad in grads)
+        if isinstance(objective, SemiSupervised):
+            objective.estimator.to(fake.device)  # as its first batch does
+        fake.waits.clear()
+        with torch.autocast("fake", torch.bfloat16, bf16), torch.set_grad_enabled(case.training):
+            loss, metrics = objective(model, case.batch.to(fake.device))
+        if case.training:
+            loss.backward()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            assert grads and all(grad.dtype == torch.float32 for grad in grads)
         for name, value in (metrics | {"loss": loss}).items():
             assert value.device == fake.device, f"{name} is on {value.device}"
         return list(fake.waits)
 
 
+def chosen(cases: Iterable[Case], quickly: bool) -> Iterator[tuple[Case, bool]]:
+    """All cases in both precisions; or quickly, what is new of an objective or of a model."""
+    seen: set[tuple[Any, ...]] = set()
+    for case in cases:
+        of_model = (case.preset, case.training)
+        kinds = {False: {of_model}, True: {of_model, (case.kind, case.label, case.training)}}
+        for bf16, keys in kinds.items():
+            new = {(bf16, *key) for key in keys} - seen
+            if new or not quickly:
+                seen |= new
+                yield case, bf16
+
+
 def main() -> None:
-    """Run all cases."""
-    shown = "--table" in sys.argv
+    """Run the cases."""
     with tempfile.TemporaryDirectory() as folder:
-        for case, bf16 in itertools.product(every_case(Path(folder)), (False, True)):
-            row = {"case": f"{case.name} {'bf16' if bf16 else 'fp32'}"}
-            row |= {"objective": case.kind, "model": case.preset, "waits": [], "error": ""}
+        for case, bf16 in chosen(every_case(Path(folder)), "--quick" in sys.argv):
+            mode = "training" if case.training else "validation"
+            names = (case.kind, case.label, case.preset, mode, "bf16" if bf16 else "fp32")
+            row: dict[str, Any] = {"case": " ".join(names), "waits": [], "error": ""}
+            row |= {"objective": case.kind, "model": case.preset}
             try:
                 row["waits"] = run(case, bf16)
             except Exception as error:
-                row["error"] = f"{type(error).__name__}: {error}"[:2000]
-            line = f"{row['case']:60} {len(row['waits'])} {row['waits'] or ''} {row['error'][:300]}"
-            print(line if shown else json.dumps(row), flush=True)
+                row["error"] = f"{type(error).__name__}: {error}"[:1000]
+            line = f"{row['case']:70} {len(row['waits'])} {row['waits'] or ''} {row['error']}"
+            print(line.rstrip() if "--table" in sys.argv else json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
