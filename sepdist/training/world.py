@@ -37,6 +37,24 @@ def join_world() -> World:
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 
+def choose_kernels(tf32: bool, determinism: bool) -> None:
+    """Choose the kernels of this process on a GPU: TF32 where not autocast, deterministic ones.
+
+    cuDNN's recurrent networks and cuBLAS repeat their bits only with a workspace of fixed size, of
+    the attentions only the plain one does. RuntimeError later, if an operation has no such kernel.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    if determinism:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:
     """Sum over ranks, on CPU; exact at every world size if ranks fill disjoint elements."""
     if world.size > 1:
