@@ -65,9 +65,10 @@ class Contrastive:
             hidden_N[spans] = True
             centres_K = torch.from_numpy(spans[:, self.span // 2])
             targets_K = hidden_N.nonzero()[:, 0] if self.all_frames else centres_K
-            targets.append(targets_K.to(device))
-            negatives.append(self._negatives(draw, len(targets_K)).to(device))
-        features_BNF, predictions_BNF = model(given_BT, hidden_BN.to(device))
+            targets.append(targets_K.to(device, non_blocking=True))
+            negatives_KM = self._negatives(draw, len(targets_K))
+            negatives.append(negatives_KM.to(device, non_blocking=True))
+        features_BNF, predictions_BNF = model(given_BT, hidden_BN.to(device, non_blocking=True))
         losses, accuracies = [], []
         with torch.autocast(device.type, enabled=False):
             for item, (targets_K, negatives_KM) in enumerate(zip(targets, negatives, strict=True)):

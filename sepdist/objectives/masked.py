@@ -76,7 +76,7 @@ class Masked:
         lengths = batch.lengths.tolist()
         plans = [self._plan(draw, n, size) for draw, n in zip(draws, lengths, strict=True)]
         from_BT, shown_BT, counts_BT, passed_BK = (
-            torch.from_numpy(np.stack(rows)).to(clean_BT.device)
+            torch.from_numpy(np.stack(rows)).to(clean_BT.device, non_blocking=True)
             for rows in zip(*plans, strict=True)
         )
         altered_BT = given_BT.gather(1, from_BT) * shown_BT

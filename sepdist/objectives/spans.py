@@ -51,4 +51,5 @@ def noisy(
             f"noise_probability={probability} needs noise: set data.noise=true, or it to 0"
         )
     gains_B = torch.tensor([gain if uniform(draw) < probability else 0.0 for draw in draws])
-    return clean_BT + gains_B.to(clean_BT.device)[:, None] * batch.noise, clean_BT
+    gains_B = gains_B.to(clean_BT.device, non_blocking=True)
+    return clean_BT + gains_B[:, None] * batch.noise, clean_BT

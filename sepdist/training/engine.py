@@ -20,17 +20,19 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from sepdist import seeding
 from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
 from sepdist.data.records import Batch
-from sepdist.objectives.contract import Metrics, Objective
+from sepdist.objectives.contract import Metrics, Objective, mean_of
 from sepdist.training.checkpoint import OptimizerState
 from sepdist.training.merging import run_merged
 from sepdist.training.reduction import TreeSum, reduce_canonically
-from sepdist.training.world import World, choose_kernels, sum_over_world
+from sepdist.training.world import World, choose_kernels, sum_over_world, to_host
+
+# Names of metrics, their sums and counts (the first: loss, stopping), [norm, applied], whole ones.
+Unread = tuple[list[str], Tensor, Tensor, list[Metrics]]
 
 
 @dataclass
@@ -128,8 +130,9 @@ class DeepSpeedEngine:
             }
         )
         self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self._unread: list[tuple[list[str], list[dict[str, int]], Tensor]] = []
+        self._unread: list[Unread] = []
         self._patterns: set[tuple[str, ...]] = set()
+        self._compiled = world.size == 1 or self.zero_stage == 3  # whose forward is collective
         if not by_zero:
             self._engine.enable_backward_allreduce = self.zero_stage > 0
             if self.zero_stage > 0:
@@ -174,13 +177,26 @@ class DeepSpeedEngine:
         """
         assert len(batches) == len(self.owned), (len(batches), self.owned)
         self.model.train()
+        if not self._compiled:
+            self._compile_by_one(batches[: len(self._passes[0])])
         if self.canonical or self.zero_stage == 0:
             losses, metrics, total = self._gradient(batches)
             outcome = self._apply(total, norm_limit)
         else:
             losses, metrics, outcome = self._step_by_zero(batches)
         self._unread.append(self._measure(losses, metrics, outcome, stopping))
-        return self._read() if read or not self._guarded else []
+        if self._guarded and not read:
+            return []
+        unread, self._unread = to_host(self._unread), []
+        return [self._result(*one) for one in unread]
+
+    def _compile_by_one(self, batches: list[Batch]) -> None:
+        """Let one rank of each node compile the model, so that the others find it on disk."""
+        if os.environ["LOCAL_RANK"] == "0":
+            loss = self._forward(self.model, batches)[0][0]
+            torch.autograd.grad(loss, [p for _, p in self._named], allow_unused=True)
+        dist.barrier()
+        self._compiled = True
 
     def _forward(self, model: nn.Module, batches: list[Batch]) -> list[tuple[Tensor, Metrics]]:
         # Dropout masks belong to positions, so that they are the same at any world size.
@@ -272,52 +288,38 @@ class DeepSpeedEngine:
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         # If it has an overflow, ZeRO skipped the step and reports an infinite norm.
         outcome = torch.tensor([norm, float(not self._optimizer.overflow)], dtype=torch.float64)
-        return losses, all_metrics, outcome
+        return losses, all_metrics, outcome.to(self.world.device)
 
     def _measure(
         self, losses: list[Tensor], metrics: list[Metrics], outcome: Tensor, stopping: bool
-    ) -> tuple[list[str], list[dict[str, int]], Tensor]:
-        """Return the numbers of a step in one tensor, and the names that `_read` needs."""
+    ) -> Unread:
+        """Add up over the world what a step measured."""
         names = sorted(name for name, value in metrics[0].items() if value.is_floating_point())
-        device, own = self.world.device, slice(self.owned[0], self.owned[-1] + 1)
+        own = slice(self.owned[0], self.owned[-1] + 1)
         # By metric and virtual shard: the value, and 1 where there is one.
         shape = (2, 1 + len(names), self.num_virtual_shards)
-        table = torch.zeros(shape, dtype=torch.float64, device=device)
+        table = torch.zeros(shape, dtype=torch.float64, device=self.world.device)
         table[0, 0, own] = torch.stack(losses)
         table[1, 0, self.owned[0]] = float(stopping)
         for row, name in enumerate(names, 1):
-            values = [one[name].to(device, torch.float64).reshape(-1) for one in metrics]
-            padded = pad_sequence(values, batch_first=True, padding_value=math.nan)
-            counts = (~padded.isnan()).sum(1)
-            table[0, row, own] = padded.nansum(1) / counts.clamp_min(1)
-            table[1, row, own] = counts.clamp_max(1)
+            values = [one[name] for one in metrics]
+            if len({value.shape for value in values}) == 1:  # few operations
+                means, counts = torch.vmap(mean_of)(torch.stack(values))
+            else:
+                means, counts = map(torch.stack, zip(*map(mean_of, values), strict=True))
+            table[0, row, own], table[1, row, own] = means, counts > 0
         if self.world.size > 1:
             dist.all_reduce(table)  # exact, as ranks fill disjoint elements
         whole = [{k: v for k, v in one.items() if not v.is_floating_point()} for one in metrics]
-        parts = [table.sum(2).view(-1), outcome.to(device)]
-        parts += [value.reshape(-1).double() for one in whole for value in one.values()]
-        sizes = [{name: value.numel() for name, value in one.items()} for one in whole]
-        return names, sizes, torch.cat(parts)
+        return names, table.sum(2), outcome, whole
 
-    def _read(self) -> list[StepResult]:
-        """Return the results of the steps not read yet; the only wait for the device."""
-        unread, self._unread = self._unread, []
-        numbers = torch.cat([values for _, _, values in unread]).cpu()
-        each = numbers.split([len(values) for _, _, values in unread])
-        results = []
-        for (names, sizes, _), values in zip(unread, each, strict=True):
-            width = 1 + len(names)
-            sums, counts = values[: 2 * width].view(2, width).tolist()
-            norm, applied = values[2 * width :][:2].tolist()
-            rest = iter(
-                values[2 * width + 2 :].long().split([n for s in sizes for n in s.values()])
-            )
-            whole = [{name: next(rest) for name in one} for one in sizes]
-            columns = zip(names, sums[1:], counts[1:], strict=True)
-            means = {name: total / count for name, total, count in columns if count}
-            loss = sums[0] / self.num_virtual_shards
-            results.append(StepResult(loss, means, norm, bool(applied), whole, counts[0] > 0))
-        return results
+    def _result(self, names: list[str], table: Tensor, outcome: Tensor, whole: Any) -> StepResult:
+        sums, counts = table.tolist()
+        columns = zip(names, sums[1:], counts[1:], strict=True)
+        means = {name: total / count for name, total, count in columns if count}
+        norm, applied = outcome.tolist()
+        loss, stop = sums[0] / self.num_virtual_shards, counts[0] > 0
+        return StepResult(loss, means, norm, bool(applied), whole, stop)
 
     def _is_new(self, data_sets: list[str]) -> bool:
         """Return whether a rank has batches of these data sets for the first time; collective."""

@@ -32,7 +32,7 @@ from sepdist.training.state import RunState
 from sepdist.training.stopping import StopRequest
 from sepdist.training.validation import listen, validate
 from sepdist.training.watchdog import Watchdog
-from sepdist.training.world import World, gather_objects, join_world
+from sepdist.training.world import World, gather_objects, join_world, keep_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def train(
     no validation had a finite score.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
+    keep_compiled(cfg.data.cache_dir)
     stopped = False
     with contextlib.ExitStack() as stack:
         # 1. Data: the order depends on the position alone, so the step is all the state there is.

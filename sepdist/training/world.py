@@ -1,10 +1,16 @@
 """The workers of a run: this process's rank and device, and small collective operations."""
 
 import os
+import platform
+import re
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,31 @@ def choose_kernels(tf32: bool, determinism: bool) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def keep_compiled(cache_dir: str) -> None:
+    """Have torch keep compiled models below `cache_dir`, apart by kind of CPU, from run to run."""
+    cpu = Path("/proc/cpuinfo")
+    found = re.search("^flags.*", cpu.read_text(), re.M) if cpu.exists() else None
+    kind = f"{platform.machine()}-{zlib.crc32(found[0].encode() if found else b''):08x}"
+    folder = os.path.join(os.path.expanduser(cache_dir), "inductor", kind)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+
+
 def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:
     """Sum over ranks, on CPU; exact at every world size if ranks fill disjoint elements."""
     if world.size > 1:
         values = values.to(world.device)
         dist.all_reduce(values)
     return values.cpu()
+
+
+def to_host(values: Any) -> Any:
+    """Return nested lists, tuples and dictionaries with their tensors on CPU, copied at once."""
+    leaves, shape = tree_flatten(values)
+    tensors = [x for x in leaves if torch.is_tensor(x)]
+    numbers = torch.cat([x.reshape(-1).double() for x in tensors]).cpu()  # the only wait
+    pieces = iter(numbers.split([x.numel() for x in tensors]))
+    copied = [next(pieces).view(x.shape).to(x.dtype) if torch.is_tensor(x) else x for x in leaves]
+    return tree_unflatten(copied, shape)
 
 
 def gather_objects(value: object, world: World) -> list:
