@@ -29,7 +29,9 @@ def test_no_model_and_no_objective_mixes_devices_or_waits_for_the_device() -> No
     assert faults(rows) == {}
     for group in ("model", "objective"):
         files = {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")}
-        assert {row[group] for row in rows} == files, f"of configs/{group} have a case"
+        assert {row[group] for row in rows if group in row} == files, (
+            f"of configs/{group} have a case"
+        )
 
 
 @pytest.mark.slow

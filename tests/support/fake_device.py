@@ -96,14 +96,11 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnDevice":
-        made = Tensor._make_wrapper_subclass(
-            cls,
-            inner.shape,
-            inner.stride(),
-            inner.storage_offset(),
-            dtype=inner.dtype,
-            device=torch.device(NAME, 0),
-        )
+        place = {"dtype": inner.dtype, "device": torch.device(NAME, 0)}
+        with torch.inference_mode(False):  # or views of parameters could not be made there
+            made = Tensor._make_wrapper_subclass(
+                cls, inner.shape, inner.stride(), inner.storage_offset(), **place
+            )
         made.inner = inner
         return made
 
@@ -126,10 +123,13 @@ class FakeDevice(TorchDispatchMode):
 
     def __enter__(self) -> "FakeDevice":
         self._threads = torch.autograd.set_multithreading_enabled(False)
+        # torch.tensor(..., device=...) then makes a host tensor first, and copies it in sight.
+        torch._C._set_only_lift_cpu_tensors(True)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(False)
         self._threads.__exit__(None, None, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -140,6 +140,11 @@ class FakeDevice(TorchDispatchMode):
         host = [x for x in tensors if not isinstance(x, OnDevice)]
         if len(host) == len(tensors) and (place is None or elsewhere):
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        ):
+            with self:  # elsewhere such operations have come apart before they are seen here
+                return func.decompose(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self._wait(func)
             return torch.ones((), dtype=args[0].dtype).item()
