@@ -6,7 +6,7 @@ so a list of 50,000 records can be cut into shards and sent to other machines.
 Shapes: B batch, S sources, T samples (audio frames).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+AUDIO = ("mixture", "sources", "noise", "estimates")  # the fields of a batch with samples
 MAIN = "main"  # name of `data.train`, the data set whose task validation measures
 
 
@@ -63,9 +64,37 @@ class Batch:
     num_silent: int = 0  # sources, or mixtures where these are unknown, that hold no sound
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch with its audio on `device`."""
-        audio = {name: getattr(self, name) for name in ("mixture", "sources", "noise", "estimates")}
-        moved = {
-            name: x.to(device, non_blocking=True) for name, x in audio.items() if x is not None
-        }
+        """Return the batch with its audio on `device`; a GPU copies it while the caller goes on."""
+        audio = {name: getattr(self, name) for name in AUDIO}
+        moved: Any = {name: send(x, device) for name, x in audio.items() if x is not None}
         return replace(self, **moved)
+
+    def without_audio(self) -> "Batch":
+        """Return the rest of the batch, which takes little memory."""
+        nothing: Any = dict.fromkeys(AUDIO)
+        return replace(self, **nothing | {"mixture": torch.empty(0)})
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to `device`, to a GPU without a wait: only pinned memory can be so."""
+    pinned = torch.device(device).type == "cuda" and x.device.type == "cpu"
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
+
+
+def on_device(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """Yield batches on `device`, for a GPU copied on a stream beside that of the computation.
+
+    As a step does not wait for the GPU, the copies of the next run while it computes.
+    """
+    if device.type != "cuda":
+        yield from ([batch.to(device) for batch in batches] for batches in steps)
+        return
+    beside, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batches in steps:
+        with torch.cuda.stream(beside):
+            moved = [batch.to(device) for batch in batches]
+        computing.wait_stream(beside)
+        for tensor in (getattr(batch, name) for batch in moved for name in AUDIO):
+            if tensor is not None:
+                tensor.record_stream(computing)  # until when its memory is not used again
+        yield moved

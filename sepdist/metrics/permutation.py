@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_EXHAUSTIVE = 3  # 6 permutations; for more sources the Hungarian method on the CPU is faster
+# Sources whose permutations are all tried; for more, the Hungarian method on the CPU. It is faster
+# there from 4 on, but a GPU would wait for it (8! = 40,320 permutations are little to a GPU).
+MAX_EXHAUSTIVE, MAX_EXHAUSTIVE_ON_DEVICE = 3, 8
 
 
 def best_permutation(scores_BSS: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,8 +27,10 @@ def best_permutation(scores_BSS: Tensor) -> tuple[Tensor, Tensor]:
             f"scores have shape {tuple(scores_BSS.shape)}, not [B, S, S]: one estimate per source"
         )
     num_sources, known_BSS = scores_BSS.shape[1], scores_BSS.detach()
-    if num_sources <= MAX_EXHAUSTIVE:
-        order_BS = all_orders(num_sources).to(known_BSS.device)[total_scores(known_BSS).argmax(1)]
+    on_cpu = known_BSS.device.type == "cpu"
+    if num_sources <= (MAX_EXHAUSTIVE if on_cpu else MAX_EXHAUSTIVE_ON_DEVICE):
+        orders_PS = all_orders(num_sources).to(known_BSS.device, non_blocking=True)
+        order_BS = orders_PS[total_scores(known_BSS).argmax(1)]
     else:
         order_BS = _hungarian(known_BSS)
     return scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1).mean(-1), order_BS
@@ -56,7 +60,7 @@ def all_orders(num_sources: int) -> Tensor:
 def total_scores(scores_BSS: Tensor) -> Tensor:
     """Summed score of each permutation of `all_orders`, [B, P], differentiable."""
     num_sources = scores_BSS.shape[1]
-    orders_PS = all_orders(num_sources).to(scores_BSS.device)
+    orders_PS = all_orders(num_sources).to(scores_BSS.device, non_blocking=True)
     return scores_BSS[:, orders_PS, torch.arange(num_sources, device=scores_BSS.device)].sum(-1)
 
 

@@ -38,11 +38,10 @@ def silent_sources(sources: Tensor) -> Tensor:
 
 
 def mean_audible(values_BS: Tensor, silent_BS: Tensor) -> Tensor:
-    """Mean over the audible sources of each item, [K]; items that have none are left out."""
+    """Mean over the audible sources of each item, [B]; 0 for an item that has none."""
     num_audible_B = (~silent_BS).sum(-1).clamp_min(1).to(values_BS.dtype)
     # A factor, exactly 1 without silence, so that the bits are those of a plain mean.
-    means_B = values_BS.masked_fill(silent_BS, 0.0).mean(-1) * (silent_BS.shape[-1] / num_audible_B)
-    return means_B[~silent_BS.all(-1)]
+    return values_BS.masked_fill(silent_BS, 0.0).mean(-1) * (silent_BS.shape[-1] / num_audible_B)
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -208,7 +208,8 @@ def log_mel(wave_BT: Tensor, num_bands: int) -> Tensor:
         spectrum = torch.stft(wave_BT, MEL_WINDOW, MEL_HOP, window=window, return_complex=True)
         # abs() has no gradient at zero.
         power = torch.view_as_real(spectrum[..., :-1]).square().sum(-1)
-        levels = (_mel_filters(num_bands).to(power) @ power).clamp_min(1e-10).log10()
+        filters = _mel_filters(num_bands).to(power, non_blocking=True)
+        levels = (filters @ power).clamp_min(1e-10).log10()
         return (levels.maximum(levels.amax((1, 2), keepdim=True) - 8) + 4) / 4
 
 
@@ -227,7 +228,7 @@ def upsample(wave: Tensor, factor: int) -> Tensor:
     """
     if factor == 1:
         return wave
-    taps = _sinc_taps(factor).to(wave)
+    taps = _sinc_taps(factor).to(wave, non_blocking=True)
     phases = F.conv1d(wave.reshape(-1, 1, wave.shape[-1]), taps, padding=HALF_WIDTH)
     return phases.transpose(1, 2).reshape(*wave.shape[:-1], -1)
 

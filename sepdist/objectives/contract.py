@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from sepdist.data.records import Batch
@@ -35,9 +36,25 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss (0-d) and the metrics of one batch.
 
-        A metric is 0-d (the batch mean) or 1-D, one value for each item that has one (0 to B).
+        A metric is 0-d (the batch mean), 1-D (a value per item, or none), or `measured`.
         """
         ...
+
+
+def measured(values_B: Tensor, has_value_B: Tensor) -> Tensor:
+    """Return a metric that some items may lack, [2, B]: the values, and 1 where there is one.
+
+    Its shape does not depend on the data, which the host would have to wait for on a GPU.
+    """
+    return torch.stack([values_B, has_value_B.to(values_B.dtype)])
+
+
+def mean_of(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean over the items that have a value, float64, and their number; both 0-d."""
+    has_value_B = torch.ones_like(metric, dtype=torch.float64)
+    values_B, has_value_B = metric.double() if metric.ndim == 2 else (metric.double(), has_value_B)
+    count = has_value_B.sum()
+    return torch.where(has_value_B > 0, values_B, 0.0).sum() / count.clamp_min(1), count
 
 
 def with_defaults(objective: Any) -> Objective:

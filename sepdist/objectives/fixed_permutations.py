@@ -40,7 +40,9 @@ class FixedPermutations:
         metrics = report(scores_BSS.detach(), order_BS, batch)
         if not model.training:
             return -best_B.mean(), metrics
-        given_BS = self._orders(batch.ids, scores_BSS.shape[1]).to(order_BS.device)
+        given_BS = self._orders(batch.ids, scores_BSS.shape[1]).to(
+            order_BS.device, non_blocking=True
+        )
         given_B = scores_BSS.gather(1, given_BS.unsqueeze(1)).squeeze(1).mean(-1)
         return -given_B.mean(), metrics | {"agreement": (given_BS == order_BS).all(1).float()}
 

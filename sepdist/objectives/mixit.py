@@ -19,7 +19,7 @@ from sepdist.data.records import MAIN, Batch
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import mean_audible, pairwise_si_snr, silent_sources
-from sepdist.objectives.contract import Metrics, check_data_set, sources_of
+from sepdist.objectives.contract import Metrics, check_data_set, measured, sources_of
 from sepdist.objectives.separation import report, unscored
 
 
@@ -79,7 +79,8 @@ class MixIT:
         estimates_PMT = model(mixtures_P2T.sum(1))
         with torch.autocast(mixture_BT.device.type, enabled=False):
             estimates_PMT = estimates_PMT.float()
-            divisions_K2M = divisions(estimates_PMT.shape[1]).to(estimates_PMT)
+            divisions_K2M = divisions(estimates_PMT.shape[1])
+            divisions_K2M = divisions_K2M.to(estimates_PMT.device, non_blocking=True)
             with torch.no_grad():  # one division at a time: all together take K times the memory
                 tried = [
                     self.loss(division @ estimates_PMT - mixtures_P2T, mixtures_P2T)
@@ -115,10 +116,12 @@ class MixIT:
                 metrics = report(scores_BSS, best_permutation(scores_BSS)[1], batch)
                 scores_BMS = pairwise_si_snr(estimates_BMT, sources_BST)
                 choices = itertools.permutations(range(num_outputs), num_sources)
-                chosen = (scores_BMS[:, choice, range(num_sources)] for choice in choices)
-                totals = [mean_audible(scores_BS, unscored(batch)) for scores_BS in chosen]
+                chosen = ([scores_BMS[:, i, j] for j, i in enumerate(one)] for one in choices)
+                unscored_BS = unscored(batch)
+                totals = [mean_audible(torch.stack(one, 1), unscored_BS) for one in chosen]
+                oracle_B = torch.stack(totals).amax(0)
         del metrics["permutation"]  # of the loudest outputs, which the loss does not know
-        return loss, metrics | {"oracle_si_snr": torch.stack(totals).amax(0)}
+        return loss, metrics | {"oracle_si_snr": measured(oracle_B, ~unscored_BS.all(1))}
 
     def loss(self, error: Tensor, reference: Tensor, eps: float = 1e-8) -> Tensor:
         """10 log10((|error|^2 + tau |reference|^2) / |reference|^2), over the last axis.

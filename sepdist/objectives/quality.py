@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sepdist.data.records import Batch
 from sepdist.metrics.si_snr import mean_audible, si_snr, silent_sources
-from sepdist.objectives.contract import Metrics, sources_of
+from sepdist.objectives.contract import Metrics, measured, sources_of
 
 
 class Quality:
@@ -59,4 +59,8 @@ class Quality:
             "predicted": predicted_BS.detach(),
             "true_si_snr": true_BS,
         }
-        return loss, {name: mean_audible(values, silent_BS) for name, values in metrics.items()}
+        has_value_B = ~silent_BS.all(1)
+        return loss, {
+            name: measured(mean_audible(values_BS, silent_BS), has_value_B)
+            for name, values_BS in metrics.items()
+        }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sepdist.data.records import MAIN, Batch
 from sepdist.metrics.permutation import best_permutation
 from sepdist.metrics.si_snr import silent_sources
-from sepdist.objectives.contract import Metrics, check_data_set, sources_of
+from sepdist.objectives.contract import Metrics, check_data_set, measured, sources_of
 from sepdist.objectives.separation import report, score_pairs
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class SemiSupervised:
         estimates_BST = model(batch.mixture)
         share, f = self.labelled_share, self.weight(int(batch.positions[0]))
         if model.training:
-            metrics["unsupervised_weight"] = torch.tensor(f, dtype=torch.float64)
+            metrics["unsupervised_weight"] = batch.mixture.new_full((), f, dtype=torch.float64)
             if batch.data_set == self.data_set:
                 predicted_B = self.predict(batch.mixture, estimates_BST)
                 metrics["predicted_si_snr"] = predicted_B.detach()
@@ -102,7 +102,8 @@ class SemiSupervised:
             return -(1 - f) / share * best_B.mean(), metrics
         predicted_B = self.predict(batch.mixture, estimates_BST)
         true_B = ~silent_sources(sources_of(batch)).any(1)  # others have no true score of the whole
-        metrics |= {"predicted_si_snr": predicted_B[true_B], "gap": (predicted_B - best_B)[true_B]}
+        pair = {"predicted_si_snr": predicted_B, "gap": predicted_B - best_B}
+        metrics |= {name: measured(values_B, true_B) for name, values_B in pair.items()}
         return -best_B.mean(), metrics
 
     def weight(self, position: int) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sepdist.data.records import Batch
 from sepdist.metrics.permutation import best_permutation, permutation_rank
 from sepdist.metrics.si_snr import mean_audible, pairwise_si_snr, si_snr, silent_sources
-from sepdist.objectives.contract import Metrics, check_outputs, sources_of
+from sepdist.objectives.contract import Metrics, check_outputs, measured, sources_of
 
 
 class Separation:
@@ -30,11 +30,13 @@ class Separation:
         """Return loss and metrics; `batch.sources` must be as many as the model's outputs."""
         scores_BSS = pair_scores(model, batch)
         best_B, order_BS = best_permutation(scores_BSS)
+        counts_B = None
         if self.skip_silent:
             scores_BS = scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1)
-            best_B = mean_audible(scores_BS, silent_sources(sources_of(batch)))
+            silent_BS = silent_sources(sources_of(batch))
+            best_B, counts_B = mean_audible(scores_BS, silent_BS), ~silent_BS.all(1)
         metrics = report(scores_BSS.detach(), order_BS, batch)
-        return mean_above(-best_B, self.threshold), metrics
+        return mean_above(-best_B, self.threshold, counts_B), metrics
 
 
 def pair_scores(model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
@@ -53,13 +55,14 @@ def score_pairs(estimates_BST: Tensor, batch: Batch) -> Tensor:
 
 
 def report(scores_BSS: Tensor, order_BS: Tensor, batch: Batch) -> Metrics:
-    """Metrics of a permutation: `permutation` [B]; `si_snr` and `si_snri` in dB, `mean_audible`."""
+    """Metrics of a permutation: `permutation` [B]; `si_snr` and `si_snri` in dB, `measured`."""
     unscored_BS = unscored(batch)
     scores_BS = scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1)
     before_BS = si_snr(batch.mixture.unsqueeze(1), sources_of(batch))
-    scores_K, before_K = (mean_audible(one, unscored_BS) for one in (scores_BS, before_BS))
-    rank_B = permutation_rank(order_BS)
-    return {"si_snr": scores_K, "si_snri": scores_K - before_K, "permutation": rank_B}
+    scores_B, before_B = (mean_audible(one, unscored_BS) for one in (scores_BS, before_BS))
+    pair = {"si_snr": scores_B, "si_snri": scores_B - before_B}
+    found = {name: measured(values_B, ~unscored_BS.all(1)) for name, values_B in pair.items()}
+    return found | {"permutation": permutation_rank(order_BS)}
 
 
 def unscored(batch: Batch) -> Tensor:
@@ -69,10 +72,10 @@ def unscored(batch: Batch) -> Tensor:
     return silent_BS | (alone_BS & silent_BS.any(1, keepdim=True))
 
 
-def mean_above(losses_B: Tensor, threshold: float | None) -> Tensor:
-    """Mean of the losses above the threshold; zero with zero gradient if there are none."""
-    if threshold is None:
-        return losses_B.mean() if len(losses_B) else losses_B.sum()
-    # `~(<=)` keeps NaN: a broken item must be noticed, not skipped.
-    kept = ~(losses_B <= threshold)
-    return torch.where(kept, losses_B, 0.0).sum() / kept.sum().clamp_min(1)
+def mean_above(losses_B: Tensor, threshold: float | None, counts_B: Tensor | None = None) -> Tensor:
+    """Mean of the losses that count and exceed the threshold; zero without gradient if none do."""
+    kept_B = torch.ones_like(losses_B, dtype=torch.bool) if counts_B is None else counts_B
+    if threshold is not None:
+        # `~(<=)` keeps NaN: a broken item must be noticed, not skipped.
+        kept_B = kept_B & ~(losses_B <= threshold)
+    return torch.where(kept_B, losses_B, 0.0).sum() / kept_B.sum().clamp_min(1)

@@ -1,8 +1,12 @@
 """The engine: one optimizer step over the batches of all ranks, by DeepSpeed.
 
 Reduction is `canonical` (a fixed tree of additions over the virtual shards, with the same bits at
-every world size; see reduction.py) or `native` (DeepSpeed's all-reduce). Precision `bf16` means
-autocast: weights, optimizer state, SI-SNR and PIT stay in fp32, so checkpoints do not depend on it.
+every world size; see reduction.py) or `native` (an all-reduce, DeepSpeed's own from ZeRO 1 on; see
+merging.py). Precision `bf16` means autocast: weights, optimizer state, SI-SNR and PIT stay in fp32,
+so checkpoints do not depend on it.
+
+On a GPU at ZeRO 0 a step never waits for the device: the guard decides there, and what a step
+measured is read when the loop asks for it. DeepSpeed's ZeRO waits once a step, for the norm.
 """
 
 import contextlib
@@ -14,16 +18,21 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sepdist import seeding
 from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
 from sepdist.data.records import Batch
-from sepdist.objectives.contract import Metrics, Objective
+from sepdist.objectives.contract import Metrics, Objective, mean_of
 from sepdist.training.checkpoint import OptimizerState
+from sepdist.training.merging import run_merged
 from sepdist.training.reduction import TreeSum, reduce_canonically
-from sepdist.training.world import World, sum_over_world
+from sepdist.training.world import World, choose_kernels, sum_over_world, to_host
+
+# Names of metrics, their sums and counts (the first: loss, stopping), [norm, applied], whole ones.
+Unread = tuple[list[str], Tensor, Tensor, list[Metrics]]
 
 
 @dataclass
@@ -34,7 +43,7 @@ class StepResult:
     means: dict[str, float]  # over the batches that measured something; lacks a metric if none did
     grad_norm: float
     applied: bool  # False: the gradient was not finite or above the limit; weights are unchanged
-    local_metrics: list[Metrics]  # of this rank's batches, in their order
+    local_metrics: list[Metrics]  # of this rank's batches, in their order: those of whole numbers
     stopping: bool = False  # whether a rank was asked to stop
 
 
@@ -44,8 +53,9 @@ class Engine(Protocol):
     model: nn.Module
     world: World
     set_lr: Callable[[float], None]  # of the next step
-    # Takes this rank's batches, a limit of the norm, and whether it was asked to stop; collective.
-    step: Callable[..., StepResult]
+    # Takes this rank's batches, a limit of the norm, whether it was asked to stop, and whether to
+    # read what steps measured; returns the results of the steps read, this one's last; collective.
+    step: Callable[..., list[StepResult]]
     autocast: Callable[[], contextlib.AbstractContextManager]  # the precision of a forward pass
     weights: Callable[[], dict[str, Tensor]]  # fp32 and buffers, on the main rank; collective
     optimizer_state: Callable[[], OptimizerState]  # on the main rank; collective
@@ -71,6 +81,9 @@ class DeepSpeedEngine:
     zero_stage: int = 0
     precision: str = "fp32"
     reduction: str = "canonical"
+    merge_shards: int | None = None
+    tf32: bool = False
+    determinism: bool = False
     clip_norm: float = 5.0
     bucket_elements: int = 1_000_000
     allow_slow_bf16: bool = False
@@ -80,23 +93,34 @@ class DeepSpeedEngine:
         check_engine_options(
             self.zero_stage, self.precision, self.reduction, num_shards, world.size
         )
-        if self.precision == "bf16" and world.device.type == "cpu" and not self.allow_slow_bf16:
+        self.on_device = world.device.type != "cpu"
+        if self.precision == "bf16" and not self.on_device and not self.allow_slow_bf16:
             refuse_slow_bf16()
+        if self.on_device:
+            choose_kernels(self.tf32, self.determinism)
         self.canonical = self.reduction == "canonical"
         self.owned = owned_virtual_shards(num_shards, world.rank, world.size)
+        merged = len(self.owned) if self.merge_shards == 0 else self.merge_shards
+        merged = 1 if self.canonical else merged or (len(self.owned) if self.on_device else 1)
+        firsts = range(0, len(self.owned), merged)
+        self._passes = [self.owned[first : first + merged] for first in firsts]
         self.model.to(world.device)
         autocast = {"enabled": self.precision == "bf16", "dtype": "bfloat16"}
+        by_zero = self.zero_stage > 0 and not self.canonical
         self._initialize(
             {
                 "train_micro_batch_size_per_gpu": self.micro_batch,
-                "gradient_accumulation_steps": 1 if self.canonical else len(self.owned),
-                "gradient_clipping": 0.0 if self.canonical else self.clip_norm,
+                "gradient_accumulation_steps": len(self._passes) if by_zero else 1,
+                "gradient_clipping": self.clip_norm if by_zero else 0.0,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**62,
+                "timers": {"throughput": {"enabled": False}},  # it waits for the device
                 # DeepSpeed's forward ends any other autocast; gradients are reduced in fp32.
                 "torch_autocast": autocast | {"lower_precision_safe_modules": []},
                 "zero_optimization": {
                     "stage": self.zero_stage,
+                    "overlap_comm": self.zero_stage == 3
+                    or (self.on_device and self.zero_stage > 0),
                     # The defaults, 5e8, cost 2 GB per worker, and 14 times the time on CPU.
                     "reduce_bucket_size": self.bucket_elements,
                     "allgather_bucket_size": self.bucket_elements,
@@ -106,10 +130,15 @@ class DeepSpeedEngine:
             }
         )
         self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        if self.canonical:
+        self._unread: list[Unread] = []
+        self._patterns: set[tuple[str, ...]] = set()
+        self._compiled = world.size == 1 or self.zero_stage == 3  # whose forward is collective
+        if not by_zero:
             self._engine.enable_backward_allreduce = self.zero_stage > 0
             if self.zero_stage > 0:
                 self._optimizer.gradient_average = False
+        # Fused optimizers can leave out a step by themselves.
+        self._guarded = self.on_device and self.zero_stage == 0 and fuse(self._optimizer)
 
     def _initialize(self, options: dict[str, Any]) -> None:
         import deepspeed  # here, because it takes seconds that a driver need not spend
@@ -133,42 +162,50 @@ class DeepSpeedEngine:
             group["lr"] = lr
 
     def step(
-        self, batches: list[Batch], norm_limit: float = math.inf, stopping: bool = False
-    ) -> StepResult:
+        self,
+        batches: list[Batch],
+        norm_limit: float = math.inf,
+        stopping: bool = False,
+        read: bool = True,
+    ) -> list[StepResult]:
         """Make one optimizer step; `batches` are those of this rank's virtual shards; collective.
 
-        A gradient that is not finite, or in canonical reduction above `norm_limit`, is not applied.
-        The result's `stopping` is true on all ranks if the argument is on one.
+        A gradient that is not finite, or above `norm_limit` (but for ZeRO's own reduction), is not
+        applied. Returns the results of the steps since the last reading, this one's last; on a GPU
+        at ZeRO 0 none unless `read`, on which ranks agree. A result's `stopping` is true on all
+        ranks if the argument is on one.
         """
         assert len(batches) == len(self.owned), (len(batches), self.owned)
         self.model.train()
-        losses = torch.zeros(self.num_virtual_shards, dtype=torch.float64)
-        if self.canonical:
-            metrics, grad_norm, applied = self._step_canonical(batches, losses, norm_limit)
+        if not self._compiled:
+            self._compile_by_one(batches[: len(self._passes[0])])
+        if self.canonical or self.zero_stage == 0:
+            losses, metrics, total = self._gradient(batches)
+            outcome = self._apply(total, norm_limit)
         else:
-            metrics, grad_norm, applied = self._step_native(batches, losses)
-        names = sorted(name for name, value in metrics[0].items() if value.is_floating_point())
-        # By metric and virtual shard: the value, and 1 where there is one.
-        table = torch.zeros(2, 1 + len(names), self.num_virtual_shards, dtype=torch.float64)
-        table[0, 0] = losses
-        for shard, items in zip(self.owned, metrics, strict=True):
-            for row, name in enumerate(names, 1):
-                if items[name].numel():
-                    table[0, row, shard] = items[name].double().mean()
-                    table[1, row, shard] = 1
-        table[1, 0, self.owned[0]] = stopping
-        sums, counts = sum_over_world(table, self.world).sum(2).tolist()
-        columns = zip(names, sums[1:], counts[1:], strict=True)
-        means = {name: total / count for name, total, count in columns if count}
-        loss, stop = sums[0] / self.num_virtual_shards, counts[0] > 0
-        return StepResult(loss, means, grad_norm, applied, metrics, stop)
+            losses, metrics, outcome = self._step_by_zero(batches)
+        self._unread.append(self._measure(losses, metrics, outcome, stopping))
+        if self._guarded and not read:
+            return []
+        unread, self._unread = to_host(self._unread), []
+        return [self._result(*one) for one in unread]
 
-    def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+    def _compile_by_one(self, batches: list[Batch]) -> None:
+        """Let one rank of each node compile the model, so that the others find it on disk."""
+        if os.environ["LOCAL_RANK"] == "0":
+            loss = self._forward(self.model, batches)[0][0]
+            torch.autograd.grad(loss, [p for _, p in self._named], allow_unused=True)
+        dist.barrier()
+        self._compiled = True
+
+    def _forward(self, model: nn.Module, batches: list[Batch]) -> list[tuple[Tensor, Metrics]]:
         # Dropout masks belong to positions, so that they are the same at any world size.
-        torch.manual_seed(seeding.torch_seed(self.seed, "dropout", int(batch.positions[0])))
+        first = int(batches[0].positions[0])
+        torch.manual_seed(seeding.torch_seed(self.seed, "dropout", first))
         with self.autocast():
-            loss, metrics = self.objective(model, batch.to(self.world.device))
-        return loss, {name: value.detach().cpu() for name, value in metrics.items()}
+            moved = [batch.to(self.world.device) for batch in batches]
+            results = run_merged(self.objective, model, moved)
+        return [(loss, {k: v.detach() for k, v in found.items()}) for loss, found in results]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return the context of a forward pass, which sets its precision."""
@@ -176,27 +213,48 @@ class DeepSpeedEngine:
             return contextlib.nullcontext()
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
 
-    def _step_canonical(
-        self, batches: list[Batch], losses: Tensor, norm_limit: float
-    ) -> tuple[list[Metrics], float, bool]:
+    def _gradient(self, batches: list[Batch]) -> tuple[list[Tensor], list[Metrics], Tensor]:
+        """Return losses and metrics of this rank's batches, and the global mean gradient, 1-D."""
         tree = TreeSum(self.num_virtual_shards)
         params = [p for _, p in self._named]
-        all_metrics = []
-        for shard, batch in zip(self.owned, batches, strict=True):
-            loss, metrics = self._forward(self.model, batch)
-            # Parameters that this batch does not use get zeros, so that gradients never shift.
+        losses, all_metrics = list[Tensor](), list[Metrics]()
+        total: Tensor | None = None
+        for shards in self._passes:
+            own = batches[shards[0] - self.owned[0] :][: len(shards)]
+            results = self._forward(self.model, own)
+            loss = sum_of([loss for loss, _ in results])
+            # Parameters that this pass does not use get zeros, so that gradients never shift.
             grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-            tree.push((0, shard), torch.cat([grad.reshape(-1).float() for grad in grads]))
+            flat = torch.cat([grad.reshape(-1).float() for grad in grads])
             del grads  # as large as the model
-            losses[shard] = loss.detach()
-            all_metrics.append(metrics)
-        total = reduce_canonically(tree, self.world.rank, self.world.size)
-        total.div_(self.num_virtual_shards)
-        norm = float(torch.linalg.vector_norm(total, dtype=torch.float64))
-        if not math.isfinite(norm) or norm > norm_limit:
-            return all_metrics, norm, False
-        if self.clip_norm and norm > self.clip_norm:
-            total.mul_(self.clip_norm / norm)
+            if self.canonical:
+                tree.push((0, shards[0]), flat)
+            else:
+                total = flat if total is None else total.add_(flat)
+            losses += [loss.detach() for loss, _ in results]
+            all_metrics += [metrics for _, metrics in results]
+        if total is None:
+            total = reduce_canonically(tree, self.world.rank, self.world.size)
+        elif self.world.size > 1:
+            dist.all_reduce(total)
+        return losses, all_metrics, total.div_(self.num_virtual_shards)
+
+    def _apply(self, total: Tensor, norm_limit: float) -> Tensor:
+        """Make the step with the gradient `total`, or leave it out; returns [norm, applied]."""
+        params = [p for _, p in self._named]
+        norm = torch.linalg.vector_norm(total, dtype=torch.float64)
+        limit = min(norm_limit, torch.finfo(torch.float64).max)
+        applied = norm <= limit  # not if it is NaN either
+        outcome = torch.stack([norm, applied.double()])
+        if self._guarded:
+            vars(self._optimizer).update(grad_scale=None, found_inf=(~applied).float())
+            if self.clip_norm:
+                total.mul_((self.clip_norm / norm).clamp(max=1.0))
+        else:
+            if not applied:
+                return outcome
+            if self.clip_norm and norm > self.clip_norm:
+                total.mul_(self.clip_norm / float(norm))
         slices = zip(total.split([p.numel() for p in params]), params, strict=True)
         pieces = [piece.view_as(p) for piece, p in slices]
         if self.zero_stage == 0:
@@ -210,32 +268,64 @@ class DeepSpeedEngine:
             products = [(p * piece).sum() for p, piece in zip(params, pieces, strict=True)]
             self._engine.backward(sum(products))
         self._engine.step()
-        return all_metrics, norm, True
+        return outcome
 
-    def _step_native(
-        self, batches: list[Batch], losses: Tensor
-    ) -> tuple[list[Metrics], float, bool]:
-        all_metrics = []
-        for shard, batch in zip(self.owned, batches, strict=True):
-            loss, metrics = self._forward(self._engine, batch)
-            if self.zero_stage > 0 and self.world.size > 1:
+    def _step_by_zero(self, batches: list[Batch]) -> tuple[list[Tensor], list[Metrics], Tensor]:
+        """Make a step with ZeRO's own reduction; returns losses, metrics and [norm, applied]."""
+        losses, all_metrics = list[Tensor](), list[Metrics]()
+        check = self.world.size > 1 and self._is_new([batch.data_set for batch in batches])
+        for shards in self._passes:
+            own = batches[shards[0] - self.owned[0] :][: len(shards)]
+            results = self._forward(self._engine, own)
+            loss = sum_of([loss for loss, _ in results])
+            if check:
                 self._check_same_branch(loss)
-            self._engine.backward(loss)
-            losses[shard] = loss.detach()
-            all_metrics.append(metrics)
-            if shard == self.owned[-1] and self.zero_stage == 0:
-                grads = [p.grad for _, p in self._named if p.grad is not None]
-                norm = float(torch.stack([g.double().square().sum() for g in grads]).sum().sqrt())
-                if not math.isfinite(norm):
-                    self._engine.zero_grad()
-                    self._engine.micro_steps += 1
-                    return all_metrics, norm, False
+            # DeepSpeed divides by the number of passes.
+            self._engine.backward(loss * (len(self._passes) / len(self.owned)))
+            losses += [loss.detach() for loss, _ in results]
+            all_metrics += [metrics for _, metrics in results]
             self._engine.step()
-        if self.zero_stage > 0:
-            norm = float(self._engine.get_global_grad_norm() or 0.0)
-            if self._optimizer.overflow:  # ZeRO skipped the step and reports an infinite norm
-                return all_metrics, norm, False
-        return all_metrics, norm, True
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        # If it has an overflow, ZeRO skipped the step and reports an infinite norm.
+        outcome = torch.tensor([norm, float(not self._optimizer.overflow)], dtype=torch.float64)
+        return losses, all_metrics, outcome.to(self.world.device)
+
+    def _measure(
+        self, losses: list[Tensor], metrics: list[Metrics], outcome: Tensor, stopping: bool
+    ) -> Unread:
+        """Add up over the world what a step measured."""
+        names = sorted(name for name, value in metrics[0].items() if value.is_floating_point())
+        own = slice(self.owned[0], self.owned[-1] + 1)
+        # By metric and virtual shard: the value, and 1 where there is one.
+        shape = (2, 1 + len(names), self.num_virtual_shards)
+        table = torch.zeros(shape, dtype=torch.float64, device=self.world.device)
+        table[0, 0, own] = torch.stack(losses)
+        table[1, 0, self.owned[0]] = float(stopping)
+        for row, name in enumerate(names, 1):
+            values = [one[name] for one in metrics]
+            if len({value.shape for value in values}) == 1:  # few operations
+                means, counts = torch.vmap(mean_of)(torch.stack(values))
+            else:
+                means, counts = map(torch.stack, zip(*map(mean_of, values), strict=True))
+            table[0, row, own], table[1, row, own] = means, counts > 0
+        if self.world.size > 1:
+            dist.all_reduce(table)  # exact, as ranks fill disjoint elements
+        whole = [{k: v for k, v in one.items() if not v.is_floating_point()} for one in metrics]
+        return names, table.sum(2), outcome, whole
+
+    def _result(self, names: list[str], table: Tensor, outcome: Tensor, whole: Any) -> StepResult:
+        sums, counts = table.tolist()
+        columns = zip(names, sums[1:], counts[1:], strict=True)
+        means = {name: total / count for name, total, count in columns if count}
+        norm, applied = outcome.tolist()
+        loss, stop = sums[0] / self.num_virtual_shards, counts[0] > 0
+        return StepResult(loss, means, norm, bool(applied), whole, stop)
+
+    def _is_new(self, data_sets: list[str]) -> bool:
+        """Return whether a rank has batches of these data sets for the first time; collective."""
+        new = tuple(data_sets) not in self._patterns
+        self._patterns.add(tuple(data_sets))
+        return bool(sum_over_world(torch.tensor(float(new)), self.world))
 
     def _check_same_branch(self, loss: Tensor) -> None:
         """Raise BranchError if the losses of the ranks reach different parameters; collective.
@@ -293,7 +383,9 @@ class DeepSpeedEngine:
         state = self._torch_optimizer().state
         for p in self._held():
             state[p] = {key: torch.zeros_like(p, dtype=torch.float32) for key in keys}
-            state[p] |= {key: torch.tensor(value) for key, value in saved.scalars.items()}
+            device = p.device if self._guarded else None  # where a fused optimizer counts steps
+            scalars = saved.scalars.items()
+            state[p] |= {key: torch.tensor(value, device=device) for key, value in scalars}
         if self.zero_stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()
         for name, p in self._named:
@@ -326,6 +418,19 @@ class DeepSpeedEngine:
 
 def _copy(value: Tensor) -> Tensor:
     return value.detach().cpu().clone()
+
+
+def sum_of(losses: list[Tensor]) -> Tensor:
+    """Return the sum of 0-d losses; the loss itself if it is the only one."""
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> bool:
+    """Fuse an optimizer of torch that can be; returns whether it skips steps by `found_inf`."""
+    for group in optimizer.param_groups:
+        if "fused" in group and group["fused"] is None and not group.get("foreach"):
+            group["fused"] = optimizer._step_supports_amp_scaling = True  # type: ignore
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def used_parameters(loss: Tensor, params: list[Tensor]) -> Tensor:

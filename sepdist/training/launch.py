@@ -207,7 +207,6 @@ def worker_environment(cfg: TrainConfig) -> dict[str, str]:
     environment = {
         "OMP_NUM_THREADS": str(cfg.cluster.threads_per_worker),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "PYTHONWARNINGS": "ignore",
     }
     return environment if cfg.cluster.use_gpu else environment | {"DS_ACCELERATOR": "cpu"}

@@ -18,7 +18,7 @@ import torch
 from sepdist import config, slots, storage
 from sepdist.config import TrainConfig
 from sepdist.console import Stopped, signals_to, user_console
-from sepdist.data.records import MAIN, Batch
+from sepdist.data.records import MAIN, Batch, on_device
 from sepdist.data.stream import TrainStream
 from sepdist.metrics.switching import SwitchTracker
 from sepdist.reporting import Reporter
@@ -33,7 +33,13 @@ from sepdist.training.state import RunState
 from sepdist.training.stopping import StopRequest
 from sepdist.training.validation import listen, validate
 from sepdist.training.watchdog import Watchdog
-from sepdist.training.world import World, broadcast_object, gather_to_main, join_world
+from sepdist.training.world import (
+    World,
+    broadcast_object,
+    gather_to_main,
+    join_world,
+    keep_compiled,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +64,7 @@ def train(
     no validation had a finite score.
     """
     torch.set_num_threads(cfg.cluster.threads_per_worker)
+    keep_compiled(cfg.data.cache_dir)
     stopped = False
     with contextlib.ExitStack() as stack:
         # 1. Data: the order depends on the position alone, so the step is all the state there is.
@@ -93,8 +100,9 @@ def train(
         logger.info("training from step %d to %d on %d worker(s)", state.step, last, world.size)
         global_batch = cfg.data.num_virtual_shards * cfg.data.micro_batch
         meter, pace = Meter(stream, world, goodput), Pace(cfg.training, state.step, world)
-        steps = stream.steps(state.step)
-        for step in range(state.step, last):
+        steps = on_device(stream.steps(state.step), world.device)
+        first, unread = state.step, list[tuple[int, list[Batch]]]()
+        for step in range(first, last):
             if schedule.should_stop:
                 stagnant = cfg.training.early_stop_patience
                 logger.info("early stop: %d validations without improvement", stagnant)
@@ -102,25 +110,33 @@ def train(
             if objective.stop_reason:
                 logger.warning("step %d: the run ends: %s", step, objective.stop_reason)
                 break
-            batches = next(steps)
+            batches, done = next(steps), step + 1
+            logs = done % cfg.training.log_every == 0 or done == last
+            validates = done % cfg.validation.every_steps == 0 or done == last
+            due = pace.due(done) or done == last
+            leaving = done % cfg.cluster.preemption_check_steps == 0 and preempted()
             engine.set_lr(schedule.lr(step))
-            result = engine.step(batches, state.guard.limit, stopping())
-            state.step = done = step + 1
-            state.ledger.record(step, APPLIED if result.applied else SKIPPED, batches)
-            state.guard.observe(step, result.grad_norm, result.applied)
-            positions = range(step * global_batch, done * global_batch)
-            log(track_switches(state.switches, batches, result, stream, positions, world))
-            meter.add(result)
+            read = step == first or logs or validates or due or leaving
+            results = engine.step(batches, state.guard.limit, stopping(), read)
+            state.step = done
+            unread.append((step, [batch.without_audio() for batch in batches]))
+            for (number, own), result in zip(unread, results, strict=bool(results)):
+                state.ledger.record(number, APPLIED if result.applied else SKIPPED, own)
+                state.guard.observe(number, result.grad_norm, result.applied)
+                positions = range(number * global_batch, (number + 1) * global_batch)
+                log(track_switches(state.switches, own, result, stream, positions, world))
+                meter.add(result)
+            unread = [] if results else unread
             watchdog.beat()
 
-            if done % cfg.training.log_every == 0 or done == last:
+            if logs:
                 metrics = meter.read(global_batch * cfg.data.crop_seconds)
                 log(metrics | {"optim/lr": schedule.lr(step)})
                 if reporter and goodput:
                     reporter.note(GOODPUT_FILE, goodput.note(time.time()))
 
             score = None
-            if done % cfg.validation.every_steps == 0 or done == last:
+            if validates:
                 watchdog.expect_slow()
                 with meter.timing("validation"):
                     metrics = validate(
@@ -135,11 +151,9 @@ def train(
                 logger.info("step %d: validation %s%s", done, values, best)
                 report({"step": float(done)} | metrics)
 
-            leaving = done % cfg.cluster.preemption_check_steps == 0 and preempted()
             if leaving:
                 logger.warning("step %d: a node is about to go; committing a checkpoint", done)
-            stopped = result.stopping and done < last
-            due = pace.due(done) or done == last
+            stopped = any(result.stopping for result in results) and done < last
             if not (due or leaving or stopped or score is not None):
                 continue
             rows = reporter.flush() if reporter else None

@@ -28,6 +28,7 @@ from sepdist.training.stopping import StopRequest
 # What may change between the first start of a run and a later one; anything else makes it another
 # run. run_dir: it may have been moved. data_root: the paths that came of it are in `data`.
 FREE_TO_CHANGE: tuple[str, ...] = ("training", "cluster", "validation", "engine.zero", "data_root")
+FREE_TO_CHANGE += ("engine.merge_shards", "engine.tf32", "engine.determinism")
 FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads", "run_dir")
 
 

@@ -10,7 +10,7 @@ from sepdist.data.dataset import Dataset
 from sepdist.metrics.permutation import best_permutation, reorder
 from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import pairwise_si_snr
-from sepdist.objectives.contract import OUTPUT_RULES, Objective
+from sepdist.objectives.contract import OUTPUT_RULES, Objective, mean_of
 from sepdist.reporting import Reporter
 from sepdist.training.engine import Engine
 from sepdist.training.world import World, sum_over_world
@@ -43,8 +43,8 @@ def validate(
         silent = torch.tensor(float(batch.num_silent))
         for name, value in (metrics | {"loss": loss, "silent_sources": silent}).items():
             row = rows.setdefault(name, torch.zeros(2, count, dtype=torch.float64))
-            if index < count and value.is_floating_point() and value.numel():
-                row[0, index], row[1, index] = value.double().mean().cpu(), 1  # a value is there
+            if index < count and value.is_floating_point():
+                row[:, index] = torch.stack(mean_of(value)).cpu()
         beat()
     names = sorted(rows)
     summed = sum_over_world(torch.stack([rows[name] for name in names]), world)

@@ -1,13 +1,18 @@
 """The workers of a run: this process's rank and device, and small collective operations."""
 
 import os
+import platform
+import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,49 @@ def join_world() -> World:
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 
+def choose_kernels(tf32: bool, determinism: bool) -> None:
+    """Choose the kernels of this process on a GPU: TF32 where not autocast, deterministic ones.
+
+    cuDNN's recurrent networks and cuBLAS repeat their bits only with a workspace of fixed size, of
+    the attentions only the plain one does. RuntimeError later, if an operation has no such kernel.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    if determinism:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def keep_compiled(cache_dir: str) -> None:
+    """Have torch keep compiled models below `cache_dir`, apart by kind of CPU, from run to run."""
+    cpu = Path("/proc/cpuinfo")
+    found = re.search("^flags.*", cpu.read_text(), re.M) if cpu.exists() else None
+    kind = f"{platform.machine()}-{zlib.crc32(found[0].encode() if found else b''):08x}"
+    folder = os.path.join(os.path.expanduser(cache_dir), "inductor", kind)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+
+
 def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:
     """Sum over ranks, on CPU; exact at every world size if ranks fill disjoint elements."""
     if world.size > 1:
         values = values.to(world.device)
         dist.all_reduce(values)
     return values.cpu()
+
+
+def to_host(values: Any) -> Any:
+    """Return nested lists, tuples and dictionaries with their tensors on CPU, copied at once."""
+    leaves, shape = tree_flatten(values)
+    tensors = [x for x in leaves if torch.is_tensor(x)]
+    numbers = torch.cat([x.reshape(-1).double() for x in tensors]).cpu()  # the only wait
+    pieces = iter(numbers.split([x.numel() for x in tensors]))
+    copied = [next(pieces).view(x.shape).to(x.dtype) if torch.is_tensor(x) else x for x in leaves]
+    return tree_unflatten(copied, shape)
 
 
 def gather_to_main(value: object, world: World) -> list:

@@ -104,7 +104,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         engine.set_lr(1e-2 / (1 + step))
         owned = owned_virtual_shards(num_shards, rank, world_size)
         before = engine.weights()
-        result = engine.step([batch_of(step, shard, num_shards) for shard in owned])
+        [result] = engine.step([batch_of(step, shard, num_shards) for shard in owned])
         losses.append(result.loss.hex())
         norms.append(result.grad_norm)
         applied.append(result.applied)

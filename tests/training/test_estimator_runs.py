@@ -117,7 +117,7 @@ def zero_rank(rank: int, folder: str, family: str) -> None:
         for step in range(3):
             batch = batch_of(voices(1, 2, 2000, seed=2 * step + rank))
             batch.estimates = batch.sources + 0.2 * batch.sources.flip(1)
-            losses.append(engine.step([batch]).loss)
+            losses.append(engine.step([batch])[-1].loss)
         weights = engine.weights()
         assert rank or set(weights) == names
         found.append((losses, weights))

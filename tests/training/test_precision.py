@@ -84,7 +84,9 @@ def note_dtypes(rank: int, world_size: int, folder: str) -> None:
             reduction=reduction,
             allow_slow_bf16=True,
         )
-        losses = [engine.step([batch_of(shard) for shard in engine.owned]).loss for _ in range(2)]
+        losses = [
+            engine.step([batch_of(shard) for shard in engine.owned])[-1].loss for _ in range(2)
+        ]
         trained, _ = dict(seen), seen.clear()
         data_set: Any = SimpleNamespace(
             manifest=SimpleNamespace(num_samples=2), full=lambda index, _: batch_of(index)

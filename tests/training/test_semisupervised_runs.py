@@ -81,7 +81,7 @@ def engine_rank(rank: int, world_size: int, folder: str) -> None:
             zero_stage=stage,
             clip_norm=0.0,
         )
-        results = [engine.step([batch_of(step, rank)]) for step in range(3)]
+        results = [engine.step([batch_of(step, rank)])[-1] for step in range(3)]
         weights = engine.weights()
         if rank == 0:
             losses, metrics = (

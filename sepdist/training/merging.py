@@ -1,0 +1,78 @@
+"""Run an objective on several batches with one forward pass of the model for all of them.
+
+The objective is still called for each batch, so losses and metrics are those of the batch. It is
+called up to its first call of the model, for the inputs, and once more to receive the outputs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from sepdist.data.records import Batch
+from sepdist.objectives.contract import Metrics
+
+
+class _Asked(BaseException):  # not an Exception, so that no objective catches it
+    """Ends an objective at a call of the model whose outputs are not known yet."""
+
+
+class _Answers:
+    """Stands for the model: gives the `outputs` of its calls in order, and raises _Asked after."""
+
+    def __init__(self, model: Callable[..., Any], outputs: Sequence[Any]) -> None:
+        self._model, self._outputs = model, iter(outputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        for output in self._outputs:
+            return output
+        raise _Asked((inputs, options), torch.is_grad_enabled())
+
+
+def run_merged(
+    objective: Callable[..., tuple[Tensor, Metrics]],
+    model: Callable[..., Any],
+    batches: Sequence[Batch],
+) -> list[tuple[Tensor, Metrics]]:
+    """Return loss and metrics of each batch; equal to separate calls up to rounding and dropout.
+
+    Calls merge, whatever the data sets of the batches, if their tensors differ in the first axis
+    alone. The model must treat items apart, as batch normalisation does not.
+    """
+    if len(batches) == 1:
+        return [objective(model, batches[0])]
+    outputs: list[list[Any]] = [[] for _ in batches]
+    results: dict[int, tuple[Tensor, Metrics]] = {}
+    while len(results) < len(batches):
+        asked: dict[str, list[tuple[int, Any]]] = {}
+        for number in sorted(set(range(len(batches))) - results.keys()):
+            try:
+                results[number] = objective(_Answers(model, outputs[number]), batches[number])
+            except _Asked as call:
+                kind = tree_map_only(Tensor, lambda x: (x.dtype, x.shape[1:]), call.args)
+                asked.setdefault(repr(kind), []).append((number, call.args))
+        for calls in asked.values():
+            for (number, _), output in zip(calls, _answer(model, calls), strict=True):
+                outputs[number].append(output)
+    return [results[number] for number in range(len(batches))]
+
+
+def _answer(model: Callable[..., Any], calls: Sequence[tuple[int, Any]]) -> list[Any]:
+    """Return the model's outputs of each call, from one call on all of them."""
+    flat = [tree_flatten(arguments) for _, (arguments, _) in calls]
+    columns = [
+        torch.cat(column) if torch.is_tensor(column[0]) else column[0]
+        for column in zip(*(leaves for leaves, _ in flat), strict=True)
+    ]
+    sizes = [next(len(x) for x in leaves if torch.is_tensor(x)) for leaves, _ in flat]
+    inputs, options = tree_unflatten(columns, flat[0][1])
+    with torch.set_grad_enabled(calls[0][1][1]):
+        together = model(*inputs, **options)
+    leaves, shape = tree_flatten(together)
+    pieces = [x.split(sizes) if torch.is_tensor(x) else [x] * len(sizes) for x in leaves]
+    return [tree_unflatten(own, shape) for own in zip(*pieces, strict=True)]
