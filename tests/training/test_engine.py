@@ -271,9 +271,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all_and_the_nex
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ((4, "fp32", "native", 4, 1), "choose 0, 1, 2 or 3"),
-        ((0, "fp16", "native", 4, 1), "choose fp32 or bf16"),
-        ((0, "fp32", "ring", 4, 1), "canonical or native"),
+        ((4, "fp32", "native", 4, 1), r"zero_stage=4: choose one of \(0, 1, 2, 3\)"),
+        ((0, "fp16", "native", 4, 1), r"\('fp32', 'bf16'\)"),
+        ((0, "fp32", "ring", 4, 1), r"\('canonical', 'native'\)"),
         ((0, "fp32", "canonical", 4, 5), "num_virtual_shards"),
         ((3, "fp32", "canonical", 4, 2), "reduction=native"),
         ((0, "fp32", "native", 4, 3), "divides"),
