@@ -51,8 +51,8 @@ class Engine(Protocol):
     model: nn.Module
     world: World
     set_lr: Callable[[float], None]  # of the next step
-    # Takes this rank's batches, a limit of the norm, whether it was asked to stop, and whether to
-    # read what steps measured; returns the results of the steps read, this one's last; collective.
+    # (this rank's batches, limit of the norm, whether asked to stop, whether to read results) ->
+    # results of the steps not read before, this one's last; collective.
     step: Callable[..., list[StepResult]]
     autocast: Callable[[], contextlib.AbstractContextManager]  # the precision of a forward pass
     weights: Callable[[], dict[str, Tensor]]  # fp32 and buffers, on the main rank; collective
@@ -112,8 +112,7 @@ class DeepSpeedEngine:
                 "torch_autocast": autocast | {"lower_precision_safe_modules": []},
                 "zero_optimization": {
                     "stage": self.zero_stage,
-                    "overlap_comm": self.zero_stage == 3
-                    or (self.on_device and self.zero_stage > 0),
+                    "overlap_comm": self.zero_stage == 3 or self.on_device,
                     # The defaults, 5e8, cost 2 GB per worker, and 14 times the time on CPU.
                     "reduce_bucket_size": self.bucket_elements,
                     "allgather_bucket_size": self.bucket_elements,
@@ -126,10 +125,8 @@ class DeepSpeedEngine:
         self._unread: list[tuple[Any, ...]] = []
         self._patterns: set[tuple[str, ...]] = set()
         self._compiled = world.size == 1 or self.zero_stage == 3  # whose forward is collective
-        if not self._by_zero:
-            self._engine.enable_backward_allreduce = self.zero_stage > 0
-            if self.zero_stage > 0:
-                self._optimizer.gradient_average = False
+        if self.canonical and self.zero_stage > 0:
+            self._optimizer.gradient_average = False
         # Fused optimizers leave out a step by `found_inf` and count steps on the device.
         self._fused = getattr(self._torch_optimizer(), "_step_supports_amp_scaling", False)
         self._guarded = self.on_device and self.zero_stage == 0 and self._fused
@@ -163,10 +160,10 @@ class DeepSpeedEngine:
     ) -> list[StepResult]:
         """Make one optimizer step; `batches` are those of this rank's virtual shards; collective.
 
-        A gradient that is not finite, or above `norm_limit` (but for ZeRO's own reduction), is not
-        applied. Returns the results of the steps since the last reading, this one's last; on a GPU
-        at ZeRO 0 none unless `read`, on which ranks agree. A result's `stopping` is true on all
-        ranks if the argument is on one.
+        A gradient that is not finite, or (unless ZeRO reduces it) above `norm_limit`, is not
+        applied. Returns the results of the steps not read before, this one's last; where a step
+        does not wait for its device, none unless `read`, which is equal on all ranks. `stopping`
+        is true in all ranks' results if it is on one.
         """
         assert len(batches) == len(self.owned), (len(batches), self.owned)
         self.model.train()

@@ -41,10 +41,9 @@ def join_world() -> World:
 
 
 def choose_kernels(tf32: bool, determinism: bool) -> None:
-    """Choose the kernels of this process on a GPU: TF32 where not autocast, deterministic ones.
+    """Choose this process's kernels on a GPU: TF32 where not autocast, or ones that repeat bits.
 
-    cuDNN's recurrent networks and cuBLAS repeat their bits only with a workspace of fixed size, of
-    the attentions only the plain one does. RuntimeError later, if an operation has no such kernel.
+    Of the attentions the plain one does; cuBLAS and cuDNN's LSTM do with a workspace of fixed size.
     """
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sepdist.training import engine as engine_module
 from sepdist.training.engine import DeepSpeedEngine, StepResult
 from sepdist.training.world import World
-from tests.training.test_engine import MICRO_BATCH, NUM_SHARDS, SquaredError, Toy, batch_of
+from tests.support.steps import MICRO_BATCH, NUM_SHARDS, SquaredError, Toy, batch_of
 
 NUM_STEPS, POISONED = 6, 3
 
