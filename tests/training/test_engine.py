@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -10,32 +11,44 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
+from torch import Tensor, nn
 
 from sepdist import config
 from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
+from sepdist.data.records import Batch
 from sepdist.training.checkpoint import OptimizerState
 from sepdist.training.engine import DeepSpeedEngine, check_engine_options
 from sepdist.training.run import freeze
 from sepdist.training.world import World
 from tests.support.runs import frozen, program
-from tests.support.steps import NUM_SHARDS, SquaredError, Toy, batch_of
+from tests.support.steps import MICRO_BATCH, NUM_SHARDS, SquaredError, Toy, batch_of
 
 
 def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
     """Steps [first, last) of a run, its state taken from and left in `folder`."""
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
     store = f"file://{folder}/store-{options['key']}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     torch.manual_seed(0)
     model, saved = Toy(), None
+    model.drop.p = options.get("dropout", 0.2)
     num_shards = options.get("num_shards", NUM_SHARDS)
     if options["first"]:
         saved = torch.load(f"{folder}/state.pt", weights_only=True)
         model.load_state_dict(saved["weights"])
+    objective = SquaredError(options.get("branching", 0), options.get("poisoned", -1))
+    calls = Path(folder, f"{options['key']}.calls")
+
+    def noted(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with calls.open("a") as file:
+            file.write(f"{rank}\n")
+        return objective(model, batch)
+
     engine = DeepSpeedEngine(
         model,
-        SquaredError(options.get("branching", 0), options.get("poisoned", -1)),
+        noted,
         lambda params: torch.optim.Adam(params, lr=1e-2),
         World(rank, world_size, torch.device("cpu")),
         seed=0,
@@ -45,6 +58,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         precision=options.get("precision", "fp32"),
         allow_slow_bf16=True,
         reduction=options.get("reduction", "canonical"),
+        merge_shards=options.get("merge_shards", 1),
         clip_norm=0.5,
     )
     if saved:
@@ -196,6 +210,28 @@ def test_native_reduction_agrees_to_rounding_and_resumes(
     assert losses == pytest.approx(
         [float.fromhex(loss) for loss in uninterrupted["losses"]], rel=1e-4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_merged_virtual_shards_give_the_steps_of_separate_ones(stage: int, tmp_path: Path) -> None:
+    """Without dropout, whose masks are other ones; 6 virtual shards in passes of 2 and 1."""
+    options = {"last": 4, "num_shards": 6, "dropout": 0.0}
+    expected = run(tmp_path, 1, 0, **options)
+    ours = run(tmp_path, 2, stage, reduction="native", merge_shards=2, **options)
+    for name in ("losses", "norms"):
+        found, wanted = (
+            [float.fromhex(one) if name == "losses" else one for one in made[name]]
+            for made in (ours, expected)
+        )
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_node_runs_a_pass_before_the_others_begin(tmp_path: Path) -> None:
+    run(tmp_path, 3, 0, last=1)
+    calls = (tmp_path / "3-0-0-1-.calls").read_text().split()
+    assert calls[0] == "0" and sorted(calls) == ["0", "0", "0", "1", "2"]
 
 
 @pytest.mark.parametrize(
