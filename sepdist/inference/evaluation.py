@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         for number in list(found)[: cfg.num_listening]:
             folder = storage.join(cfg.output, "listening", str(number))
             write_listening(folder, *separate(number), export.sample_rate)
-    scores = list(found.values())
+    scores: list[Score] = list(found.values())
     results = summarise(cfg, export, manifest, scores) | unscored
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
     gains = np.array([score.si_snri for score in scores])
@@ -93,10 +94,10 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     return results
 
 
-def scorer(cfg: EvaluateConfig) -> Callable[[int], Score]:
-    """A function that gives the score of a mixture."""
+def scorer(cfg: EvaluateConfig) -> Callable[[int], Callable[[], Score]]:
+    """A function that separates a mixture and gives a function that scores it."""
     rate, separate = read_manifest(cfg.data).sample_rate, scoring.mixture_separator(cfg)
-    return lambda number: score_utterance(*separate(number), rate)
+    return lambda number: partial(score_utterance, *separate(number), rate)
 
 
 def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:

@@ -3,9 +3,17 @@
 Shapes: S sources, T samples.
 """
 
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -26,9 +34,9 @@ from sepdist.reporting import to_csv, to_json
 
 NO_LIMIT_SECONDS = 1e6
 SAVE_SECONDS = 60.0  # between two writes of the table of utterances so far
+NUM_SCORERS = 4  # processes that score while a device separates
 _Cfg = TypeVar("_Cfg", EvaluateConfig, RecogniseConfig)
 _Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class EvaluationError(ValueError):
@@ -130,13 +138,13 @@ def single_threaded() -> Iterator[None]:
 
 
 def run_on_data_set(
-    prepare: Callable[[_Cfg], Callable[[_Item], _Result]],
+    prepare: Callable[[_Cfg], Callable[[_Item], Any]],
     cfg: _Cfg,
     items: Sequence[_Item],
     names: Sequence[Mapping[str, Any]],
     console: Console,
     results_name: str = "results.json",
-) -> tuple[dict[int, _Result], dict[str, Any]]:
+) -> tuple[dict[int, Any], dict[str, Any]]:
     """Return `prepare(cfg)(item)` by the item's number, and `unscored`, those that failed, and why.
 
     With `num_workers` above 0 each partition is a Ray task, which opens model and data itself, so
@@ -150,7 +158,7 @@ def run_on_data_set(
     numbered = list(enumerate(items))
     calls = [(prepare, cfg, numbered[k::num_partitions]) for k in range(num_partitions)]
     found = run_tasks(_run_partition, calls, cfg.num_workers, num_gpus=float(cfg.use_gpu))
-    results: dict[int, _Result] = {}
+    results: dict[int, Any] = {}
     rows: dict[int, dict[str, Any]] = {}
 
     def save() -> float:
@@ -183,16 +191,57 @@ def run_on_data_set(
 def _run_partition(
     prepare: Callable[[Any], Callable[[Any], Any]], cfg: Any, items: Sequence[tuple[int, Any]]
 ) -> Iterator[tuple[int, Any, str]]:
-    """The number, result and reason ("" with a result) of numbered items."""
+    """The number, result and reason ("" with a result) of numbered items, in their order.
+
+    `prepare(cfg)` gives results, or partial functions of no argument that compute them on the CPU.
+    With `use_gpu` a pool of processes does that while the device goes on with the next items.
+    """
     with single_threaded():
-        score = prepare(cfg)
-        for number, item in items:
-            try:
-                yield number, score(item), ""
-            except (ConfigError, storage.StorageError):  # concerns all
-                raise
-            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of torch
-                yield number, None, printable(str(error).partition("\n")[0]) or repr(error)
+        begin = prepare(cfg)
+        begun = ((number, *_attempt(begin, item)) for number, item in items)
+        yield from _end_in_pool(begun) if cfg.use_gpu else (_end(*one) for one in begun)
+
+
+def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """The result and ""; or None and why there is none."""
+    try:
+        return function(*arguments), ""
+    except (ConfigError, storage.StorageError):  # concerns all
+        raise
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of torch
+        return None, printable(str(error).partition("\n")[0]) or repr(error)
+
+
+def _end(number: int, found: Any, reason: str) -> tuple[int, Any, str]:
+    return number, *(_attempt(found) if isinstance(found, partial) else (found, reason))
+
+
+def _end_in_pool(begun: Iterable[tuple[int, Any, str]]) -> Iterator[tuple[int, Any, str]]:
+    running: deque[Callable[[], tuple[int, Any, str]]] = deque()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(NUM_SCORERS, context, _start_scorer) as pool:
+        for one in begun:
+            # As bytes, because tensors would go through shared memory, which may be small.
+            sent = isinstance(one[1], partial) and pool.submit(_end_pickled, pickle.dumps(one))
+            running.append(sent.result if sent else partial(_end, *one))
+            if len(running) > 2 * NUM_SCORERS:
+                yield running.popleft()()
+        yield from (end() for end in running)
+
+
+def _end_pickled(begun: bytes) -> tuple[int, Any, str]:
+    return _end(*pickle.loads(begun))
+
+
+def _start_scorer() -> None:
+    """Compute as `single_threaded`; leave Ctrl-C to the parent and end with it, even if killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    ended = partial(multiprocessing.connection.wait, [parent.sentinel])
+    threading.Thread(target=lambda: ended() and os._exit(1), daemon=True).start()
+    torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def write_results(
