@@ -119,11 +119,9 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     si_snr, sdr = pairwise_si_snr(waves[None], sources_ST[None])[0], pairwise_sdr(waves, sources_ST)
     _, order = best_permutation(si_snr[None, :-1])
     before, after = si_snr[-1], si_snr[:-1].gather(0, order)[0]
-    si_snrs = (float(before.mean()), float(after.mean()), float((after - before).mean()))
-    sdr_before, sdr_after = float(sdr[-1].mean()), float(best_permutation(sdr[None, :-1])[0])
-    values = dict(
-        zip(METRICS, (*si_snrs, sdr_before, sdr_after, sdr_after - sdr_before), strict=True)
-    )
+    sdr_before, sdr_after = sdr[-1].mean(), best_permutation(sdr[None, :-1])[0]
+    means = [before.mean(), after.mean(), (after - before).mean(), sdr_before, sdr_after]
+    values = dict(zip(METRICS, map(float, [*means, sdr_after - sdr_before]), strict=True))
     for metric, value in values.items():
         if not np.isfinite(value):
             raise EvaluationError(f"{name}: its {metric} is {value}")

@@ -3,17 +3,17 @@
 Shapes: S sources, T samples.
 """
 
-import multiprocessing.connection
-import os
+import ctypes
+import multiprocessing
 import pickle
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -193,53 +193,46 @@ def _run_partition(
 ) -> Iterator[tuple[int, Any, str]]:
     """The number, result and reason ("" with a result) of numbered items, in their order.
 
-    `prepare(cfg)` gives results, or partial functions of no argument that compute them on the CPU.
-    With `use_gpu` a pool of processes does that while the device goes on with the next items.
+    `prepare(cfg)` gives results, or partial functions that compute them on the CPU. With `use_gpu`
+    a pool of processes calls these, while the device goes on with the next items.
     """
     with single_threaded():
         begin = prepare(cfg)
-        begun = ((number, *_attempt(begin, item)) for number, item in items)
-        yield from _end_in_pool(begun) if cfg.use_gpu else (_end(*one) for one in begun)
+        if not cfg.use_gpu:
+            yield from ((number, *_attempt(begin, item)) for number, item in items)
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(NUM_SCORERS, context, _start_scorer) as pool:
+
+            def start(item: Any) -> Callable[[], tuple[Any, str]]:
+                found, reason = _attempt(lambda: [begin(item)])  # in a list, not called
+                if found and isinstance(found[0], partial):
+                    # As bytes, because tensors would go through shared memory, which may be small.
+                    return pool.submit(_attempt, pickle.loads, pickle.dumps(found[0])).result
+                return lambda: (found and found[0], reason)
+
+            started = ((number, start(item)) for number, item in items)
+            running = deque(islice(started, 2 * NUM_SCORERS))
+            while running:
+                running.extend(islice(started, 1))
+                number, end = running.popleft()
+                yield number, *end()
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
-    """The result and ""; or None and why there is none."""
+    """The result, called if it is a partial function, and ""; or None and why there is none."""
     try:
-        return function(*arguments), ""
+        found = function(*arguments)
+        return (found() if isinstance(found, partial) else found), ""
     except (ConfigError, storage.StorageError):  # concerns all
         raise
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of torch
         return None, printable(str(error).partition("\n")[0]) or repr(error)
 
 
-def _end(number: int, found: Any, reason: str) -> tuple[int, Any, str]:
-    return number, *(_attempt(found) if isinstance(found, partial) else (found, reason))
-
-
-def _end_in_pool(begun: Iterable[tuple[int, Any, str]]) -> Iterator[tuple[int, Any, str]]:
-    running: deque[Callable[[], tuple[int, Any, str]]] = deque()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(NUM_SCORERS, context, _start_scorer) as pool:
-        for one in begun:
-            # As bytes, because tensors would go through shared memory, which may be small.
-            sent = isinstance(one[1], partial) and pool.submit(_end_pickled, pickle.dumps(one))
-            running.append(sent.result if sent else partial(_end, *one))
-            if len(running) > 2 * NUM_SCORERS:
-                yield running.popleft()()
-        yield from (end() for end in running)
-
-
-def _end_pickled(begun: bytes) -> tuple[int, Any, str]:
-    return _end(*pickle.loads(begun))
-
-
 def _start_scorer() -> None:
-    """Compute as `single_threaded`; leave Ctrl-C to the parent and end with it, even if killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    ended = partial(multiprocessing.connection.wait, [parent.sentinel])
-    threading.Thread(target=lambda: ended() and os._exit(1), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end with it even if it is killed
     torch.set_num_threads(1)
     keep_freed_memory()
 
