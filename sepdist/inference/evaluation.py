@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import fast_bss_eval
 import numpy as np
 import soundfile
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -25,7 +25,8 @@ from sepdist.inference import scoring
 from sepdist.inference.export import Export, load_separator
 from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.permutation import best_permutation
-from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
+from sepdist.metrics.sdr import TAPS, pairwise_sdr
+from sepdist.metrics.si_snr import pairwise_si_snr
 from sepdist.reporting import versions
 
 METRICS = {
@@ -43,8 +44,6 @@ STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
     "min": np.min,
     "max": np.max,
 }
-SDR_TAPS = 512  # of the filter that BSS Eval allows, fast_bss_eval's default
-SDR_LIMIT_DB = 100.0  # a perfect estimate has an infinite SDR
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         for number in list(found)[: cfg.num_listening]:
             folder = storage.join(cfg.output, "listening", str(number))
             write_listening(folder, *separate(number), export.sample_rate)
-    scores = list(found.values())
+    scores: list[Score] = list(found.values())
     results = summarise(cfg, export, manifest, scores) | unscored
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
     gains = np.array([score.si_snri for score in scores])
@@ -95,10 +94,10 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     return results
 
 
-def scorer(cfg: EvaluateConfig) -> Callable[[int], Score]:
-    """A function that gives the score of a mixture."""
+def scorer(cfg: EvaluateConfig) -> Callable[[int], Callable[[], Score]]:
+    """A function that separates a mixture and gives a function that scores it."""
     rate, separate = read_manifest(cfg.data).sample_rate, scoring.mixture_separator(cfg)
-    return lambda number: score_utterance(*separate(number), rate)
+    return lambda number: partial(score_utterance, *separate(number), rate)
 
 
 def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
@@ -112,20 +111,17 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     assert len(batch.ids) == 1 and batch.sources is not None, f"{name}: one mixture with sources"
     sources_ST, mixture_T = batch.sources[0].double(), batch.mixture[0].double()
     scoring.check_audible(name, estimates_ST, sources_ST)
-    if mixture_T.numel() < SDR_TAPS:
-        raise EvaluationError(f"{name}: {mixture_T.numel()} samples; SDR needs {SDR_TAPS}")
+    if mixture_T.numel() < TAPS:
+        raise EvaluationError(f"{name}: {mixture_T.numel()} samples; SDR needs {TAPS}")
     # At one level, because the epsilon in SI-SNR is absolute and an estimate's level is arbitrary.
-    wide_ST = estimates_ST.double() / estimates_ST.double().std(-1, keepdim=True)
-    _, order = best_permutation(pairwise_si_snr(wide_ST[None], sources_ST[None]))
-    as_estimates_ST = (mixture_T / mixture_T.std()).expand_as(sources_ST)
-    before, after = si_snr(as_estimates_ST, sources_ST), si_snr(wide_ST[order[0]], sources_ST)
-    sdr = partial(fast_bss_eval.sdr, sources_ST.numpy(), clamp_db=SDR_LIMIT_DB)
-    both = (as_estimates_ST, wide_ST)
-    sdr_before, sdr_after = (float(np.mean(sdr(waves_ST.numpy()))) for waves_ST in both)
-    si_snrs = (float(before.mean()), float(after.mean()), float((after - before).mean()))
-    values = dict(
-        zip(METRICS, (*si_snrs, sdr_before, sdr_after, sdr_after - sdr_before), strict=True)
-    )
+    wide_ST, mixture_T = estimates_ST.double(), mixture_T / mixture_T.std()
+    waves = torch.cat([wide_ST / wide_ST.std(-1, keepdim=True), mixture_T[None]])
+    si_snr, sdr = pairwise_si_snr(waves[None], sources_ST[None])[0], pairwise_sdr(waves, sources_ST)
+    _, order = best_permutation(si_snr[None, :-1])
+    before, after = si_snr[-1], si_snr[:-1].gather(0, order)[0]
+    sdr_before, sdr_after = sdr[-1].mean(), best_permutation(sdr[None, :-1])[0]
+    means = [before.mean(), after.mean(), (after - before).mean(), sdr_before, sdr_after]
+    values = dict(zip(METRICS, map(float, [*means, sdr_after - sdr_before]), strict=True))
     for metric, value in values.items():
         if not np.isfinite(value):
             raise EvaluationError(f"{name}: its {metric} is {value}")
@@ -189,7 +185,7 @@ def summarise(
             "noise": cfg.noise,
             "max_seconds": cfg.max_seconds,
         },
-        "versions": versions("torch", "numpy", "fast-bss-eval"),
+        "versions": versions("torch", "numpy", "scipy"),
     }
 
 

@@ -3,9 +3,17 @@
 Shapes: S sources, T samples.
 """
 
+import ctypes
+import multiprocessing
+import pickle
+import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -26,9 +34,9 @@ from sepdist.reporting import to_csv, to_json
 
 NO_LIMIT_SECONDS = 1e6
 SAVE_SECONDS = 60.0  # between two writes of the table of utterances so far
+NUM_SCORERS = 4  # processes that score while a device separates
 _Cfg = TypeVar("_Cfg", EvaluateConfig, RecogniseConfig)
 _Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class EvaluationError(ValueError):
@@ -130,13 +138,13 @@ def single_threaded() -> Iterator[None]:
 
 
 def run_on_data_set(
-    prepare: Callable[[_Cfg], Callable[[_Item], _Result]],
+    prepare: Callable[[_Cfg], Callable[[_Item], Any]],
     cfg: _Cfg,
     items: Sequence[_Item],
     names: Sequence[Mapping[str, Any]],
     console: Console,
     results_name: str = "results.json",
-) -> tuple[dict[int, _Result], dict[str, Any]]:
+) -> tuple[dict[int, Any], dict[str, Any]]:
     """Return `prepare(cfg)(item)` by the item's number, and `unscored`, those that failed, and why.
 
     With `num_workers` above 0 each partition is a Ray task, which opens model and data itself, so
@@ -150,7 +158,7 @@ def run_on_data_set(
     numbered = list(enumerate(items))
     calls = [(prepare, cfg, numbered[k::num_partitions]) for k in range(num_partitions)]
     found = run_tasks(_run_partition, calls, cfg.num_workers, num_gpus=float(cfg.use_gpu))
-    results: dict[int, _Result] = {}
+    results: dict[int, Any] = {}
     rows: dict[int, dict[str, Any]] = {}
 
     def save() -> float:
@@ -183,16 +191,50 @@ def run_on_data_set(
 def _run_partition(
     prepare: Callable[[Any], Callable[[Any], Any]], cfg: Any, items: Sequence[tuple[int, Any]]
 ) -> Iterator[tuple[int, Any, str]]:
-    """The number, result and reason ("" with a result) of numbered items."""
+    """The number, result and reason ("" with a result) of numbered items, in their order.
+
+    `prepare(cfg)` gives results, or partial functions that compute them on the CPU. With `use_gpu`
+    a pool of processes calls these, while the device goes on with the next items.
+    """
     with single_threaded():
-        score = prepare(cfg)
-        for number, item in items:
-            try:
-                yield number, score(item), ""
-            except (ConfigError, storage.StorageError):  # concerns all
-                raise
-            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of torch
-                yield number, None, printable(str(error).partition("\n")[0]) or repr(error)
+        begin = prepare(cfg)
+        if not cfg.use_gpu:
+            yield from ((number, *_attempt(begin, item)) for number, item in items)
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(NUM_SCORERS, context, _start_scorer) as pool:
+
+            def start(item: Any) -> Callable[[], tuple[Any, str]]:
+                found, reason = _attempt(lambda: [begin(item)])  # in a list, not called
+                if found and isinstance(found[0], partial):
+                    # As bytes, because tensors would go through shared memory, which may be small.
+                    return pool.submit(_attempt, pickle.loads, pickle.dumps(found[0])).result
+                return lambda: (found and found[0], reason)
+
+            started = ((number, start(item)) for number, item in items)
+            running = deque(islice(started, 2 * NUM_SCORERS))
+            while running:
+                running.extend(islice(started, 1))
+                number, end = running.popleft()
+                yield number, *end()
+
+
+def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """The result, called if it is a partial function, and ""; or None and why there is none."""
+    try:
+        found = function(*arguments)
+        return (found() if isinstance(found, partial) else found), ""
+    except (ConfigError, storage.StorageError):  # concerns all
+        raise
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of torch
+        return None, printable(str(error).partition("\n")[0]) or repr(error)
+
+
+def _start_scorer() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end with it even if it is killed
+    torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def write_results(

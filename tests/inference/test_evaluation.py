@@ -2,7 +2,10 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -221,3 +224,47 @@ def test_the_program_composes_runs_and_names_what_is_missing(
     assert "data" in capsys.readouterr().err
     assert run_verb(program, *fixed, f"data={work / 'nowhere'}") == 1
     assert str(work / "nowhere") in capsys.readouterr().err.replace("\n", "")
+
+
+def test_with_a_device_other_processes_score_and_give_the_rows_of_this_one(
+    work: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [{"id": f"m{number}"} for number in range(7)]
+    cfg = options(work, "one")
+    alone = scoring.run_on_data_set(evaluation.scorer, cfg, range(7), names, console)
+
+    def here(*_: object) -> None:
+        raise AssertionError("scored in the process of the device")
+
+    here.__module__, here.__qualname__ = evaluation.__name__, "score_utterance"  # as it is pickled
+    monkeypatch.setattr(evaluation, "score_utterance", here)
+    monkeypatch.setattr(scoring, "check_workers", lambda cfg: None)
+    monkeypatch.setattr(scoring, "device_of", lambda cfg: torch.device("cpu"))
+    monkeypatch.setattr(scoring, "NUM_SCORERS", 1)  # so that seven mixtures wait for each other
+    cfg = options(work, "pool", use_gpu=True)
+    assert scoring.run_on_data_set(evaluation.scorer, cfg, range(7), names, console) == alone
+    first, second = (work / name / "utterances.csv" for name in ("one", "pool"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_results_keep_their_order_and_failures_of_either_half_their_reasons(
+    monkeypatch: pytest.MonkeyPatch, use_gpu: bool
+) -> None:
+    monkeypatch.setattr(scoring, "NUM_SCORERS", 1)
+    threads = lambda number, *_: ThreadPoolExecutor(number)  # noqa: E731
+    monkeypatch.setattr(scoring, "ProcessPoolExecutor", threads)
+    halves = {
+        "at once": lambda: 1,
+        "no separation": lambda: torch.zeros(2) @ torch.zeros(3),
+        "scored": lambda: partial(math.sqrt, 4.0),
+        "no score": lambda: partial(math.sqrt, -1.0),
+    }
+    items = list(enumerate([*halves, *halves]))
+    cfg = EvaluateConfig(use_gpu=use_gpu)
+    found = list(scoring._run_partition(lambda _: lambda name: halves[name](), cfg, items))
+    assert [number for number, _, _ in found] == list(range(8))
+    assert [result for _, result, _ in found] == 2 * [1, None, 2.0, None]
+    reasons = [reason for _, _, reason in found]
+    assert reasons[:4] == reasons[4:]
+    assert reasons[0] == reasons[2] == "" and "size" in reasons[1] and "domain" in reasons[3]
