@@ -150,9 +150,8 @@ def decode(data: bytes, num_samples: int, start: int, stop: int, place: str) -> 
     try:
         os.pwrite(file, data, 0)
         with soundfile.SoundFile(file, closefd=False) as stream:
-            if stream.frames != num_samples:
-                found = f"has {stream.frames} samples, the index says {num_samples}"
-                raise DataError(f"{damaged} {found}")
+            if (found := stream.frames * stream.channels) != num_samples:
+                raise DataError(f"{damaged} has {found} samples, the index says {num_samples}")
             stream.seek(start)
             size = stream.buffer_read_into(wave, "float32")
     except soundfile.LibsndfileError as error:
