@@ -102,12 +102,10 @@ def _to_int16(wave_T: np.ndarray, what: str, may_be_silent: bool) -> np.ndarray:
         found = f"{getattr(wave_T, 'dtype', type(wave_T).__name__)} {list(np.shape(wave_T))}"
         raise DataError(f"{what}: is {found}, not a one-dimensional array of floats")
     try:
-        audio.check(wave_T, what)
+        audio.check(wave_T, what, may_be_silent=may_be_silent)
     except audio.AudioError as error:
-        if not (may_be_silent and np.max(np.abs(wave_T), initial=0) < audio.SILENCE):
-            raise DataError(str(error)) from error
-    peak = float(np.max(np.abs(wave_T), initial=0))
-    if peak > 1.0:
+        raise DataError(str(error)) from error
+    if (peak := float(np.abs(wave_T).max())) > 1.0:
         raise DataError(f"{what}: outside [-1, 1], its peak is {peak:.4g}; scale it in the corpus")
     # Not by libsndfile, which multiplies by 32767 and divides by 32768: 16-bit audio would change.
     scaled = np.rint(wave_T.astype(np.float64) * _FULL_SCALE)
