@@ -82,11 +82,6 @@ def open_sound(path: str | Path) -> soundfile.SoundFile:
     return sound
 
 
-def check_container(path: str | Path) -> None:
-    """Raise what `open_sound` raises."""
-    open_sound(path).close()
-
-
 def _is_cut(path: str | Path, sound: soundfile.SoundFile) -> bool:
     """Whether a header declares more samples than the file has, or an Ogg stream has no last page.
 

@@ -7,6 +7,7 @@ separator may accompany the sources. A record that cannot be stored is refused h
 
 import io
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -101,12 +102,10 @@ def _to_int16(wave_T: np.ndarray, what: str, may_be_silent: bool) -> np.ndarray:
         found = f"{getattr(wave_T, 'dtype', type(wave_T).__name__)} {list(np.shape(wave_T))}"
         raise DataError(f"{what}: is {found}, not a one-dimensional array of floats")
     try:
-        audio.check(wave_T, what)
+        audio.check(wave_T, what, may_be_silent=may_be_silent)
     except audio.AudioError as error:
-        if not (may_be_silent and np.max(np.abs(wave_T), initial=0) < audio.SILENCE):
-            raise DataError(str(error)) from error
-    peak = float(np.max(np.abs(wave_T), initial=0))
-    if peak > 1.0:
+        raise DataError(str(error)) from error
+    if (peak := float(np.abs(wave_T).max())) > 1.0:
         raise DataError(f"{what}: outside [-1, 1], its peak is {peak:.4g}; scale it in the corpus")
     # Not by libsndfile, which multiplies by 32767 and divides by 32768: 16-bit audio would change.
     scaled = np.rint(wave_T.astype(np.float64) * _FULL_SCALE)
@@ -143,15 +142,21 @@ def decode(data: bytes, num_samples: int, start: int, stop: int, place: str) -> 
     Damage raises a DataError that begins with `place`; FLAC's frame checksums detect a flipped bit.
     """
     damaged = f"{place}: damaged,"
+    wave = np.empty(stop - start, np.float32)
+    # A file in memory: of a BytesIO each read would call back into Python, which holds the GIL.
+    file = os.memfd_create("member")
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as stream:
-            found = stream.frames
-            if found != num_samples:
+        os.pwrite(file, data, 0)
+        with soundfile.SoundFile(file, closefd=False) as stream:
+            if (found := stream.frames * stream.channels) != num_samples:
                 raise DataError(f"{damaged} has {found} samples, the index says {num_samples}")
             stream.seek(start)
-            wave = stream.read(stop - start, dtype="float32")
+            size = stream.buffer_read_into(wave, "float32")
     except soundfile.LibsndfileError as error:
-        raise DataError(f"{damaged} {error}; fetch the shard again or write it again") from error
-    if len(wave) != stop - start:
-        raise DataError(f"{damaged} decodes to {len(wave)} of {stop - start} samples")
+        reason = error.error_string
+        raise DataError(f"{damaged} {reason}; fetch the shard again or write it again") from error
+    finally:
+        os.close(file)
+    if size != len(wave):
+        raise DataError(f"{damaged} decodes to {size} of {len(wave)} samples")
     return wave

@@ -405,7 +405,7 @@ def _verify_sample(tar: BinaryIO, sample: Sample, manifest: Manifest) -> Iterato
 
 def _place(tar: BinaryIO, sample: Sample, member: str) -> str:
     offset, _ = sample.members.get(member, (-1, 0))
-    return f"{Path(tar.name).name}, {sample.key}.{member} at byte {offset}"
+    return f"{os.path.basename(tar.name)}, {sample.key}.{member} at byte {offset}"
 
 
 def _index_url(url: str | Path, name: str, kind: str = "") -> str:
