@@ -7,17 +7,12 @@ backward pass and recomputes what is cheap. `torch.compile` turns `block_forward
 share one compilation of each, whatever their dilation and the length of the input. Without a C++
 compiler the same functions run uncompiled.
 
-Sums over frames are taken in double precision. Inductor sums float32 in pieces of 4096, which would
-make it compile again for more frames than that.
+On CPUs sums over frames are taken in double precision: Inductor sums float32 in pieces of 4096,
+which would make it compile again for more frames than that.
 
 Shapes: B batch, N frames, F features, H hidden channels, K taps.
 """
 
-import functools
-import logging
-import os
-import shutil
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sepdist.models.compiling import compiled_if, on_gpu
 from sepdist.models.frames import EPS, widen
-
-logger = logging.getLogger(__name__)
 
 MAX_REACH = 2**16  # frames of padding on either side, which take memory
 
@@ -55,12 +49,14 @@ def _per_item(x_B: Tensor) -> Tensor:
 
 def _sum_frames(x_BNH: Tensor) -> Tensor:
     """Per item, [B, H]."""
+    if on_gpu(x_BNH):
+        return x_BNH.sum(1)
     return x_BNH.sum(1, dtype=torch.float64).to(x_BNH.dtype)
 
 
 def _sum_all_frames(x_BNH: Tensor) -> Tensor:
-    """Over the batch too, [H]; item by item, because one item fits the cache."""
-    return _sum_frames(x_BNH).sum(0)
+    """Over the batch too, [H]; on a CPU item by item, because one item fits the cache."""
+    return x_BNH.sum((0, 1)) if on_gpu(x_BNH) else _sum_frames(x_BNH).sum(0)
 
 
 def _moments(x_BNH: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +105,12 @@ def block_forward(
     mean2, rstd2 = _moments(widen(p))
     folded = w.out_weight * w.gain2
     offset = (w.out_weight * w.shift2).sum(1) + w.out_bias - mean2 * rstd2 * folded.sum(1)
-    out = widen(F.linear(p, folded.to(dtype))) * rstd2 + offset
-    num_features = x.shape[2]
-    residual, new_skip = out[..., :num_features], out[..., num_features:]
+    product, sizes = widen(F.linear(p, folded.to(dtype))), (x.shape[2], skip.shape[2])
+    # Each part by itself: from one sum of both, Inductor would write it and read it again.
+    residual, new_skip = (
+        part * rstd2 + shift
+        for part, shift in zip(product.split(sizes, 2), offset.split(sizes, 2), strict=True)
+    )
     return x + residual, skip + new_skip, y, p, mean1, rstd1, mean2, rstd2
 
 
@@ -186,34 +185,6 @@ def block_backward(
         din_weight, din_bias, dprelu1, dgain1.sum(0), dshift1.sum(0), dtaps, dtaps_bias,
         dprelu2, dgain2, dshift2, dout_weight, dout_bias,
     )  # fmt: skip
-
-
-@functools.cache
-def has_compiler() -> bool:
-    """Whether `torch.compile` finds a C++ compiler and can link; warn once if not."""
-    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    reason = f"no C++ compiler found ({', '.join(names)})"
-    if any(shutil.which(name) for name in names):
-        reason = f"torch cannot link in {torch.__file__}, a path with a blank"
-        if torch.__file__.split() == [torch.__file__]:
-            return True
-    logger.warning("%s: models run uncompiled, about half as fast", reason)
-    return False
-
-
-@functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Inductor's cache on disk does not tell instruction sets apart: kernels made for one crash, or
-    # compute garbage, in a process that uses another (ATEN_CPU_CAPABILITY, a shared folder). The
-    # width of its vectors, set here to what it would choose itself, is part of the cache's key.
-    width = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
-    options: dict[str, Any] = {"cpp.simdlen": width}
-    return torch.compile(function, dynamic=True, options=options)
-
-
-def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, under `torch.compile` if that is wanted and possible."""
-    return _compile(function) if wanted and has_compiler() else function
 
 
 class _BlockFunction(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.models import OperationCounter
-from sepdist.models import conv_block
+from sepdist.models import compiling
 from sepdist.models.conv_block import ConvBlock
 from sepdist.models.conv_tasnet import ConvTasNet, NormLinear
 from sepdist.models.frames import cut_frames, overlap_add
@@ -24,7 +24,7 @@ from tests.support.model_checks import depend_on_speakers, gradients, moved_diff
 @pytest.fixture(scope="module", autouse=True)
 def no_compilations_of_other_tests() -> None:
     torch._dynamo.reset()
-    conv_block._compile.cache_clear()
+    compiling._compile.cache_clear()
 
 
 def small(**changes: object) -> ConvTasNet:
@@ -292,9 +292,9 @@ def test_kernels_on_disk_serve_the_instruction_set_that_they_were_compiled_for(
     tmp_path: Path,
 ) -> None:
     code = (
-        "import torch; from sepdist.models import conv_tasnet, conv_block; "
+        "import torch; from sepdist.models import conv_tasnet, compiling; "
         "masks, encoded = torch.randn(2, 30, 3, 37), torch.randn(2, 30, 37); "
-        "masked = conv_block.compiled_if(True, conv_tasnet.apply_masks)(masks, encoded); "
+        "masked = compiling.compiled_if(True, conv_tasnet.apply_masks)(masks, encoded); "
         "assert torch.equal(masked, conv_tasnet.apply_masks(masks, encoded))"
     )
     for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}):
@@ -346,11 +346,11 @@ def test_where_torch_cannot_compile_the_model_runs_as_it_is_and_says_so_once(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: found)
     monkeypatch.setattr(torch, "__file__", torch_file)
-    conv_block.has_compiler.cache_clear()
+    compiling.has_compiler.cache_clear()
     mixture = torch.randn(1, 300)
     with caplog.at_level(logging.WARNING):
         estimates = small(compile=True)(mixture)
-    conv_block.has_compiler.cache_clear()
+    compiling.has_compiler.cache_clear()
     assert torch.equal(estimates, small()(mixture))
     assert [record.message for record in caplog.records if "uncompiled" in record.message] == [
         f"{reason}: models run uncompiled, about half as fast"

@@ -1,0 +1,47 @@
+"""`torch.compile` for functions of the models, with the settings that all of them share."""
+
+import functools
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether to prefer what suits GPUs: few launches, and reductions that fill all of it."""
+    return x.is_cuda
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether `torch.compile` finds a C++ compiler and can link; warn once if not."""
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    reason = f"no C++ compiler found ({', '.join(names)})"
+    if any(shutil.which(name) for name in names):
+        reason = f"torch cannot link in {torch.__file__}, a path with a blank"
+        if torch.__file__.split() == [torch.__file__]:
+            return True
+    logger.warning("%s: models run uncompiled, about half as fast", reason)
+    return False
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Inductor's cache on disk does not tell instruction sets apart: kernels made for one crash, or
+    # compute garbage, in a process that uses another (ATEN_CPU_CAPABILITY, a shared folder). The
+    # width of its vectors, set here to what it would choose itself, is part of the cache's key.
+    width = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
+    # On GPUs, kernels that need not wait for each other are launched as one.
+    options: dict[str, Any] = {"cpp.simdlen": width, "combo_kernels": True}
+    return torch.compile(function, dynamic=True, options=options)
+
+
+def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, under `torch.compile` if that is wanted and possible."""
+    return _compile(function) if wanted and has_compiler() else function
