@@ -1,5 +1,6 @@
 """Hand-off between stages: find, check and load the weights of an earlier one."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,31 +38,27 @@ def check_weights(
     CheckpointError if any other parameter is missing, unexpected or of another shape, or nothing
     in the model has such a prefix.
     """
-    own = model.state_dict()
+    own, kind = model.state_dict(), type(model).__name__
 
-    def below(name: str, prefix: str) -> bool:
-        return f"{name}.".startswith(prefix.rstrip(".") + ".")
+    def below(name: str, prefixes: Sequence[str]) -> bool:
+        return f"{name}.".startswith(tuple(prefix.rstrip(".") + "." for prefix in prefixes))
 
     for prefix in reinit:
-        if not any(below(name, prefix) for name in own):
-            kind = type(model).__name__
+        if not any(below(name, [prefix]) for name in own):
             raise CheckpointError(f"init.reinit: no parameter of {kind} begins with {prefix!r}")
-    kept = {name: own[name] for name in own if any(below(name, prefix) for prefix in reinit)}
+    kept = {name: own[name] for name in own if below(name, reinit)}
     wanted = own.keys() - kept.keys()
-    given = {name for name in weights if not any(below(name, prefix) for prefix in reinit)}
+    given = {name for name in weights if not below(name, reinit)}
     problems = [f"missing {name}" for name in sorted(wanted - given)]
     problems += [f"unexpected {name}" for name in sorted(given - wanted)]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in sorted(wanted & given)
-        if weights[name].shape != own[name].shape
-    ]
+    for name in sorted(wanted & given):
+        has, wants = tuple(weights[name].shape), tuple(own[name].shape)
+        problems += [f"{name} is {has}, the model's is {wants}"] if has != wants else []
     if problems:
         shown, more = "; ".join(problems[:6]), len(problems) - 6
         shown += f"; and {more} more" if more > 0 else ""
         outputs = list(getattr(model, "output_parameters", ()))
         hint = f"; to start the output layer afresh set init.reinit={outputs}" if outputs else ""
-        kind = type(model).__name__
         raise CheckpointError(f"{source or 'these weights'} do not fit this {kind}: {shown}{hint}")
     return kept
 
@@ -90,9 +87,8 @@ def find_export(url: str) -> str:
         return url
     committed = find_committed(storage.join(url, "checkpoints"))
     if not committed:
-        raise CheckpointError(
-            f"{url}: neither a folder with model.safetensors nor a run_dir with a checkpoint"
-        )
+        what = "neither a folder with model.safetensors nor a run_dir with a checkpoint"
+        raise CheckpointError(f"{url}: {what}")
     return (best_of(committed) or committed[-1]).url
 
 
@@ -101,13 +97,10 @@ def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
     folder = find_export(url)
     names = storage.list_names(folder)
     one = parse_commit(folder) if COMMIT in names else None
-    *_, place, name = storage.absolute(folder).rsplit("/", 2)
-    in_run = place == "checkpoints" and name.startswith("step-")
+    in_run = re.search(r"/checkpoints/step-[^/]*$", storage.absolute(folder))
     if one is None and (in_run or {"state.json", "optimizer.safetensors"} & set(names)):
-        raise CheckpointError(
-            f"{folder}: a checkpoint without COMMIT was never finished or is being removed; take "
-            "another one of its run"
-        )
+        why = "was never finished or is being removed; take another one of its run"
+        raise CheckpointError(f"{folder}: a checkpoint without COMMIT {why}")
 
     def read(name: str) -> bytes:
         return read_file(one, name) if one else storage.read_bytes(storage.join(folder, name))

@@ -34,19 +34,16 @@ def parse_card(data: bytes, folder: str) -> dict[str, Any]:
     node = card.get("model") if isinstance(card, dict) else None
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         raise CheckpointError(f"{url}: it must be a mapping whose `model` has a _target_")
-    least, most = SAMPLE_RATES
-    _check_number(url, "sample_rate", card.get("sample_rate"), least, most)
-    for name in OUTPUT_RULES:
-        _check_number(url, name, card.get(name) or 0, 0, MAX_OUTPUTS)
+    numbers = {"sample_rate": (card.get("sample_rate"), *SAMPLE_RATES)}
+    numbers |= {name: (card.get(name) or 0, 0, MAX_OUTPUTS) for name in OUTPUT_RULES}
+    for name, (value, least, most) in numbers.items():
+        if type(value) is not int or not least <= value <= most:
+            needs = f"must be a whole number, {least} to {most}"
+            raise CheckpointError(f"{url}: {name}={value!r} {needs}")
     for name, value in _leaves(node, "model"):
         if isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
             raise CheckpointError(f"{url}: {name}={value} is not between +-{MAX_NUMBER}")
     return card
-
-
-def _check_number(url: str, name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise CheckpointError(f"{url}: {name}={value!r} must be a whole number, {least} to {most}")
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -78,7 +75,6 @@ def check_arguments(node: Mapping[str, Any], folder: str) -> None:
             check_arguments(part, folder)
     names = (*getattr(kind, "path_arguments", ()), *getattr(kind, "outside_arguments", ()))
     if given := [name for name in names if node.get(name) is not None]:
-        raise CheckpointError(
-            f"{folder}/model.yaml: {given[0]}={node[given[0]]!r} leads out of the model's folder; "
-            "a stored model has all its weights in model.safetensors"
-        )
+        wrong = f"{given[0]}={node[given[0]]!r} leads out of the model's folder"
+        has = "a stored model has all its weights in model.safetensors"
+        raise CheckpointError(f"{folder}/model.yaml: {wrong}; {has}")
