@@ -8,7 +8,6 @@ import pytest
 
 from sepdist.papers import pipeline
 
-
 _MADE: dict[tuple[str, ...], Any] = {}
 
 
