@@ -23,8 +23,6 @@ from sepdist import storage
 
 _T = TypeVar("_T")
 RETIRED = (("training", "max_failed_checkpoints"),)  # keys of older frozen configs, by section
-
-
 MOST = 2**31 - 1  # of a number, where its field names no other range
 SEEDS = (0, 2**63 - 1)
 MANY = 65_536  # workers, threads, samples of a batch

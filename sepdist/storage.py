@@ -339,8 +339,7 @@ def _split(url: str | Path, *, whole_bucket: bool = False) -> tuple[str, str]:
 
 
 def _where(url: str | Path) -> dict[str, str]:
-    bucket, key = _split(url)
-    return {"Bucket": bucket, "Key": key}
+    return dict(zip(("Bucket", "Key"), _split(url), strict=True))
 
 
 def _call(url: str | Path, action: str, method: str, **arguments: Any) -> Any:
@@ -448,17 +447,18 @@ def _persist(
 
     `judge(error, tried)` returns the error to raise, and whether the fault may pass.
     """
-    seconds, wait, first = _here.get(), FIRST_WAIT_SECONDS, 0.0
+    seconds, wait, first, me = _here.get(), FIRST_WAIT_SECONDS, 0.0, threading.get_ident()
     if seconds is None:
         default = PATIENCE_SECONDS if _everywhere is None else _everywhere
         seconds = s3.seconds_of("SEPDIST_STORAGE_PATIENCE_SECONDS", default)
-    _waiting[threading.get_ident()] = time.monotonic() + HANGING_SECONDS
+    _waiting[me], attempt = time.monotonic() + HANGING_SECONDS, 0
     try:
-        for attempt in itertools.count(1):
+        while True:
             try:
                 result = function()
+                break
             except Exception as error:
-                now = time.monotonic()
+                now, attempt = time.monotonic(), attempt + 1
                 first = first or now
                 tried = f" after {attempt} attempts in {now - first:.0f} s" if attempt > 1 else ""
                 explained, may_pass = judge(error, tried)
@@ -469,15 +469,13 @@ def _persist(
                 if now - _warned.get(place, -math.inf) >= WARNING_SECONDS:
                     _warned[place] = now
                     logger.warning("%s; trying again for %.0f s", explained, left)
-                _waiting[threading.get_ident()] = first
-                if _on_wait:
-                    _on_wait()
-                time.sleep(min(left, wait * random.SystemRandom().uniform(0.5, 1.0)))
-                wait = min(2 * wait, MAX_WAIT_SECONDS)
-            else:
-                if first and time.monotonic() - first > WARNING_SECONDS and _warned.pop(place, 0):
-                    logger.warning("%s: goes on after %.0f s", place, time.monotonic() - first)
-                return result
+            _waiting[me] = first
+            if _on_wait:
+                _on_wait()
+            time.sleep(min(left, wait * random.SystemRandom().uniform(0.5, 1.0)))
+            wait = min(2 * wait, MAX_WAIT_SECONDS)
     finally:
-        _waiting.pop(threading.get_ident(), None)
-    raise AssertionError("unreachable")
+        _waiting.pop(me, None)
+    if first and time.monotonic() - first > WARNING_SECONDS and _warned.pop(place, 0):
+        logger.warning("%s: goes on after %.0f s", place, time.monotonic() - first)
+    return result
