@@ -117,9 +117,7 @@ def divide(
     """
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    literals: dict[str, str] = {}
-    overrides: list[str] = []
-    doubtful: dict[str, str] = {}
+    literals, overrides, doubtful = dict[str, str](), list[str](), dict[str, str]()
     for word in words:
         key, _, value = word.partition("=")
         name, field = bare(word), key_field(schema, bare(word))
@@ -174,14 +172,15 @@ def key_field(schema: Any, key: str, within: str = "") -> dataclasses.Field | No
             return None
         raise ConfigError(f"no key {within + key!r}: there are {', '.join(known)}")
     found: Any = known[head]
-    if rest and dataclasses.is_dataclass(found.type):
-        return key_field(found.type, rest, f"{within}{head}.")
+    within += f"{head}."
     if rest and get_origin(found.type) in (dict, list):
-        found, (name, _, inner) = copy.copy(found), rest.partition(".")
+        found, (name, _, rest) = copy.copy(found), rest.partition(".")
         found.type = get_args(found.type)[-1]
-        if dataclasses.is_dataclass(found.type) and inner:
-            return key_field(found.type, inner, f"{within}{head}.{name}.")
-        return found
+        if not dataclasses.is_dataclass(found.type):
+            return found
+        within += f"{name}."
+    if rest and dataclasses.is_dataclass(found.type):
+        return key_field(found.type, rest, within)
     return None if rest else found
 
 

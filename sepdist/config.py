@@ -24,8 +24,6 @@ from sepdist import storage
 _T = TypeVar("_T")
 NEWEST_ORDER = 2  # version of the data order (sepdist/data/order.py)
 RETIRED = (("training", "max_failed_checkpoints"),)  # keys of older frozen configs, by section
-
-
 MOST = 2**31 - 1  # of a number, where its field names no other range
 SEEDS = (0, 2**63 - 1)
 MANY = 65_536  # workers, threads, samples of a batch
@@ -102,7 +100,7 @@ class InitConfig:
     """Hand-off: initial weights from an earlier stage, and what to initialise anew."""
 
     path_arguments: ClassVar = ("weights",)
-    weights: str | None = None  # a run_dir, export or .safetensors file; null = from scratch
+    weights: str | None = None  # a run_dir or an export folder; null = from scratch
     submodule: str | None = None  # take only the parameters below this prefix; None = all
     reinit: list[str] = field(default_factory=list)  # prefixes of parameters to initialise anew
 
@@ -239,10 +237,8 @@ def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
     value = cluster.num_workers
     pair = value if isinstance(value, list | tuple) else [value, value]
     if [type(one) for one in pair] != [int, int] or not 1 <= pair[0] <= pair[1] <= MANY:
-        raise ConfigError(
-            f"cluster.num_workers={value!r}: give a number of workers from 1 up to "
-            f"{MANY}, or [min, max] with 1 <= min <= max"
-        )
+        takes = f"a number of workers from 1 up to {MANY}, or [min, max] with 1 <= min <= max"
+        raise ConfigError(f"cluster.num_workers={value!r}: give {takes}")
     return pair[0], pair[1]
 
 
@@ -258,9 +254,8 @@ def config_dir() -> str:
 def typed(composed: DictConfig, schema: type[_T]) -> _T:
     """Return a composed config as dataclasses; ConfigError names a mandatory value left at ???."""
     if missing := missing_keys(OmegaConf.to_container(composed)):
-        raise ConfigError(
-            f"no value given for {', '.join(missing)} (pass {missing[0]}=... on the command line)"
-        )
+        todo = f"pass {missing[0]}=... on the command line"
+        raise ConfigError(f"no value given for {', '.join(missing)} ({todo})")
     try:
         result = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:

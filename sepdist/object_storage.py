@@ -110,18 +110,17 @@ def request(method: str, most: int = 2**62, **arguments: Any) -> Any:
 
     global _generation
     variables = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
-    for last in (False, True):
+    refused = -1  # the generation of the credentials that were
+    while True:
         with _lock:  # threads share a connection
-            used = _generation
+            _generation = used = max(_generation, refused + 1)
             filesystem = _connect(os.getpid(), _timeout_seconds(), hash(variables), used)
         try:
             return sync(filesystem.loop, _send, filesystem, method, most, arguments)
         except Exception as error:
-            if last or not is_refusal(error):
+            if refused >= 0 or not is_refusal(error):
                 raise
-        with _lock:
-            _generation = max(_generation, used + 1)  # by one, however many threads were refused
-    raise AssertionError("unreachable")
+        refused = used
 
 
 async def _send(filesystem: Any, method: str, most: int, arguments: dict[str, Any]) -> Any:

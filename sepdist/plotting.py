@@ -50,17 +50,11 @@ def spectrogram_figure(waves: Mapping[str, np.ndarray], rate: int) -> Figure:
     size = (1.2 + 4.2 * len(columns), 0.8 + 2.4 * len(rows))
     figure = Figure(size, dpi=80, layout="constrained")
     panels = figure.subplot_mosaic(rows, sharex=True, sharey=True)
+    options: Any = {"origin": "lower", "aspect": "auto", "cmap": "magma"}
     for name, axes in panels.items():
-        wave = np.asarray(waves[name])
-        image = axes.imshow(
-            decibel_spectrogram(wave, rate),
-            origin="lower",
-            aspect="auto",
-            extent=(0.0, len(wave) / rate, 0.0, rate / 2000),
-            vmin=-DYNAMIC_RANGE_DB,
-            vmax=0.0,
-            cmap="magma",
-        )
+        options["extent"] = (0.0, len(waves[name]) / rate, 0.0, rate / 2000)
+        image = axes.imshow(decibel_spectrogram(waves[name], rate), **options)
+        image.set_clim(-DYNAMIC_RANGE_DB, 0.0)
         axes.set_title(name)
     for names in columns.values():
         panels[names[-1]].tick_params(labelbottom=True)
@@ -111,9 +105,8 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
     figure, upper, lower = two_axes()
     for number, (name, curves) in enumerate(runs.items()):
         if not curves.predicted:
-            raise ConfigError(
-                f"{name}: no validation/predicted_si_snr in its log: not a semi-supervised run"
-            )
+            lacks = "no validation/predicted_si_snr in its log"
+            raise ConfigError(f"{name}: {lacks}: not a semi-supervised run")
         colour = COLOURS[number % len(COLOURS)]
         true, predicted = (zip(*curve, strict=True) for curve in (curves.si_snr, curves.predicted))
         upper.plot(*true, "-", color=colour, label=f"{name}, true")
@@ -144,9 +137,8 @@ def histogram(sets: Mapping[str, np.ndarray], title: str = "") -> Figure:
     for axes, colour, (name, values) in zip(panels, COLOURS, sets.items(), strict=False):
         axes.hist(np.clip(values, low, high), bins=np.linspace(low, high, 41), color=colour)
         axes.axvline(values.mean(), color="black", linewidth=1)
-        axes.set(
-            title=f"{name}: mean {values.mean():.1f}, std {values.std():.1f}", xlabel="SI-SNR in dB"
-        )
+        about = f"mean {values.mean():.1f}, std {values.std():.1f}"
+        axes.set(title=f"{name}: {about}", xlabel="SI-SNR in dB")
     panels[0].set_ylabel("estimates")
     figure.suptitle(title)
     return figure
@@ -159,7 +151,8 @@ def scatter(predictions: Mapping[str, np.ndarray], title: str = "") -> Figure:
     for colour, (name, pair) in zip(COLOURS, predictions.items(), strict=False):
         axes.scatter(pair[0], pair[1], s=14, alpha=0.6, linewidths=0, color=colour, label=name)
     every = np.concatenate([pair.ravel() for pair in predictions.values()])
-    axes.plot([every.min(), every.max()], [every.min(), every.max()], color="grey", linestyle=":")
+    ends = [every.min(), every.max()]
+    axes.plot(ends, ends, color="grey", linestyle=":")
     axes.set(xlabel="SI-SNR in dB", ylabel="predicted SI-SNR in dB", title=title)
     axes.set_aspect("equal")
     axes.grid(alpha=0.3)
@@ -180,10 +173,7 @@ def improvements(gains: np.ndarray, before: Sequence[float], after: Sequence[flo
     right.scatter(before, after, s=12, alpha=0.6, linewidths=0)
     ends = [min(*before, *after), max(*before, *after)]
     right.plot(ends, ends, color="grey", linestyle=":", label="no improvement")
-    right.set(
-        xlabel="SI-SNR of the mixture in dB",
-        ylabel="SI-SNR of the estimate in dB",
-        title="output over input, by source",
-    )
+    right.set(xlabel="SI-SNR of the mixture in dB", ylabel="SI-SNR of the estimate in dB")
+    right.set_title("output over input, by source")
     right.legend()
     return figure

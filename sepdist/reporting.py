@@ -57,21 +57,19 @@ class Reporter:
         self, run_dir: str, *, resume_step: int = 0, patience_seconds: float = 600.0
     ) -> None:
         self._run_dir = str(run_dir)
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._pool: ThreadPoolExecutor | None = None  # uploads, where run_dir is on s3://
-        if storage.is_remote(self._run_dir):
-            self._scratch = tempfile.TemporaryDirectory(prefix="sepdist-report-")
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="report")
+        remote = storage.is_remote(self._run_dir)
+        self._scratch = tempfile.TemporaryDirectory(prefix="sepdist-report-") if remote else None
+        self._pool = ThreadPoolExecutor(1, "report") if remote else None  # for uploads
         self._folder = Path(self._scratch.name if self._scratch else self._run_dir)
         rows = read_metrics(self._run_dir)
         self.kept = [row for row in rows if row["step"] <= resume_step]
         self._seconds_before = max((row["seconds"] for row in self.kept), default=0.0)
-        text = "".join(to_json(row) + "\n" for row in self.kept)
-        if rows != self.kept or not self._scratch:
-            storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text.encode())
+        text = "".join(to_json(row) + "\n" for row in self.kept).encode()
         self._metrics = self._folder / "metrics.jsonl"
-        if self._scratch:
-            self._metrics.write_text(text)
+        if rows != self.kept or not remote:
+            storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text)
+        if remote:
+            self._metrics.write_bytes(text)
         (self._folder / "tensorboard").mkdir(parents=True, exist_ok=True)
         self._events: Path | None = None  # the event file that grows
         self._purge_step = resume_step + 1
@@ -157,11 +155,11 @@ class Reporter:
         if self._events is None:
             name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{uuid.uuid4().hex}"
             self._events = self._folder / "tensorboard" / name
-            start, first = SessionLog(status=SessionLog.START), self._purge_step
-            # A start with a step has TensorBoard forget the events of that step and later ones.
-            header = [Event(step=first, file_version="brain.Event:2")]
-            events = [*header, Event(step=first, session_log=start)][: 1 + bool(first)] + events
-            self._purge_step = 0
+            first, self._purge_step = self._purge_step, 0
+            if first:  # a start with a step has TensorBoard forget that step and later ones
+                start = SessionLog(status=SessionLog.START)
+                events.insert(0, Event(step=first, session_log=start))
+            events.insert(0, Event(step=first, file_version="brain.Event:2"))
         stream = io.BytesIO()
         for event in events:
             event.wall_time = now
@@ -214,7 +212,7 @@ class Reporter:
             if self._uploaded.get(path) != state:
                 url = storage.join(self._run_dir, *path.relative_to(self._folder).parts)
                 try:
-                    storage.put_bytes(url, path.read_bytes())
+                    storage.put_file(path, url)
                 except OSError:
                     self._with_events |= with_events
                     raise
@@ -248,9 +246,8 @@ def read_metrics(run_dir: str) -> list[dict[str, float]]:
             row = json.loads(line)
             row["step"], row["seconds"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ReportingError(
-                f"{url}: line {number} is damaged; repair or move the file"
-            ) from error
+            wrong = f"{url}: line {number} is damaged"
+            raise ReportingError(f"{wrong}; repair or move the file") from error
         rows.append(row)
     return rows
 

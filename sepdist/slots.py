@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import os
+import pkgutil
 import sys
 import types
 import typing
@@ -38,9 +39,7 @@ class Slot:
 
     def takes(self, found: Any) -> bool:
         """Whether `found` is a class of this slot's kind."""
-        if not isinstance(found, type):
-            return False
-        bases = inspect.getmro(found)
+        bases = inspect.getmro(found) if isinstance(found, type) else ()
         if self.base:
             return self.base in {f"{one.__module__}.{one.__qualname__}" for one in bases}
         return any(self.method in vars(one) for one in bases)
@@ -78,10 +77,8 @@ def use_plugins(names: Sequence[str]) -> None:
                 sys.path.append(os.getcwd())
                 importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError(
-                f"plugins: {name} cannot be imported ({error}); install it, or start in the folder "
-                "that holds it, on every machine of the run"
-            ) from error
+            todo = "install it, or start in the folder that holds it, on every machine of the run"
+            raise ConfigError(f"plugins: {name} cannot be imported ({error}); {todo}") from error
         if name not in _named:
             _named.append(name)
 
@@ -105,8 +102,7 @@ def resolve(slot: str, target: Any) -> Any:
     """
     kind = SLOTS[slot]
     if target == kind.function != "":
-        module_name, _, attribute = target.rpartition(".")
-        return getattr(importlib.import_module(module_name), attribute)
+        return pkgutil.resolve_name(target)
     ours = _below(target, kind.packages)
     plugins = [] if ours else [one for one in named_plugins() if _below(target, (one,))]
     if not ours and not plugins:
@@ -191,28 +187,22 @@ def _refuse_parts(name: str, value: Any) -> None:
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value of a config is of an annotated type; types that no config holds fit."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
         return any(fits(value, one) for one in inner)
-    if hint in (None, type(None)):
-        return value is None
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    if hint in (int, float):
-        numbers = int if hint is int else int | float
-        return isinstance(value, numbers) and not isinstance(value, bool)
-    kind = origin or hint
-    if not isinstance(kind, type):
+    if kind in (bool, str, type(None)):
+        return isinstance(value, kind)
+    if kind in (int, float):
+        return isinstance(value, kind | int) and not isinstance(value, bool)
+    if not isinstance(kind, type) or not issubclass(kind, Mapping | Sequence):
         return True
     if issubclass(kind, Mapping):
         return isinstance(value, Mapping)
-    if issubclass(kind, Sequence):
-        if not isinstance(value, list | tuple):
-            return False
-        if kind is tuple and inner and inner[-1] is not ...:
-            return len(value) == len(inner) and all(map(fits, value, inner))
-        return all(fits(one, inner[0]) for one in value) if inner else True
-    return True
+    if not isinstance(value, list | tuple):
+        return False
+    if kind is tuple and inner and inner[-1] is not ...:
+        return len(value) == len(inner) and all(map(fits, value, inner))
+    return all(fits(one, inner[0]) for one in value) if inner else True
 
 
 def make_paths_absolute(part: Any, slot: str = "") -> None:
@@ -220,18 +210,15 @@ def make_paths_absolute(part: Any, slot: str = "") -> None:
 
     A config class lists its path fields in `path_arguments`, and so does the class of a part.
     """
+    fields: dict[Any, Any] = {}
+    owner, inner = part, {name: name for name in SLOTS}
     if isinstance(part, list):
-        for one in part:
-            make_paths_absolute(one)
-        return
-    owner: Any
-    if dataclasses.is_dataclass(part):
-        fields, owner, inner = vars(part), part, {name: name for name in SLOTS}
+        fields = dict(enumerate(part))
+    elif dataclasses.is_dataclass(part):
+        fields = vars(part)
     elif isinstance(part, dict) and slot and "_target_" in part:
         fields, owner = part, resolve(slot, part["_target_"])
         inner = getattr(owner, "parts", {})
-    else:
-        return
     for name in getattr(owner, "path_arguments", ()):
         if fields.get(name):
             fields[name] = storage.absolute(fields[name])

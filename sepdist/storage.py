@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from sepdist import object_storage as s3
 from sepdist.object_storage import StorageError
@@ -110,11 +110,6 @@ def absolute(url: str | Path) -> str:
     return "s3://" + "/".join(_split(url, whole_bucket=True)).rstrip("/")
 
 
-def same_place(url: str | Path, other: str | Path) -> bool:
-    """Whether two urls are one file or folder, however they are spelled or linked."""
-    return absolute(url) == absolute(other)
-
-
 def exists(url: str | Path) -> bool:
     """Whether `url` is a file or a folder; in object storage a folder has something in it."""
     try:
@@ -160,10 +155,7 @@ def read_bytes(url: str | Path) -> bytes:
 
 def put_bytes(url: str | Path, data: bytes, *, create_only: bool = False) -> None:
     """Write a whole file atomically; with `create_only` FileExistsError if it exists."""
-    if is_remote(url):
-        _put_object(url, len(data), lambda start, stop: data[start:stop], create_only)
-    else:
-        _put_local(url, lambda: [data], create_only)
+    _put(url, len(data), lambda start, stop: data[start:stop], create_only)
 
 
 def put_file(local: str | Path, url: str | Path) -> None:
@@ -172,11 +164,7 @@ def put_file(local: str | Path, url: str | Path) -> None:
         source = open(_no_pipe(local, "read"), "rb")  # noqa: SIM115 (writing names another file)
     with source:
         handle, length = source.fileno(), os.fstat(source.fileno()).st_size
-        if is_remote(url):
-            _put_object(url, length, lambda a, b: os.pread(handle, b - a, a))
-        else:
-            starts = range(0, length, 2**20)
-            _put_local(url, lambda: (os.pread(handle, 2**20, at) for at in starts))
+        _put(url, length, lambda start, stop: os.pread(handle, stop - start, start))
 
 
 def fetch_file(url: str | Path, local: str | Path) -> None:
@@ -185,6 +173,17 @@ def fetch_file(url: str | Path, local: str | Path) -> None:
         _put_local(local, lambda: _blocks(url))
     else:
         put_file(url, local)
+
+
+def _put(
+    url: str | Path, length: int, block: Callable[[int, int], bytes], create_only: bool = False
+) -> None:
+    """Write `length` bytes from `block(start, stop)` atomically."""
+    if is_remote(url):
+        _put_object(url, length, block, create_only)
+    else:
+        starts = range(0, length, 2**20)
+        _put_local(url, lambda: (block(at, at + 2**20) for at in starts), create_only)
 
 
 def remove(url: str | Path) -> None:
@@ -250,9 +249,9 @@ def _put_local(
 ) -> None:
     def put() -> None:
         with _local(url, "write"), _temp_beside(_no_pipe(url, "write")) as temp:
-            with open(temp, "r+b") as file:
-                file.writelines(blocks())
-            _publish(temp, _path(url), create_only)
+            temp.writelines(blocks())
+            temp.flush()
+            _publish(Path(temp.name), _path(url), create_only)
 
     def judge(error: Exception, tried: str) -> tuple[Exception, bool]:
         chosen = _everywhere is not None or _here.get() is not None
@@ -262,8 +261,8 @@ def _put_local(
 
 
 @contextlib.contextmanager
-def _temp_beside(target: Path) -> Iterator[Path]:
-    """Yield a new empty file in the folder of `target`, locked while in use, removed afterwards."""
+def _temp_beside(target: Path) -> Iterator[IO[bytes]]:
+    """Yield a new file in the folder of `target`, locked while in use, removed afterwards."""
     try:
         missing = [one for one in (target.parent, *target.parent.parents) if not one.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -271,13 +270,22 @@ def _temp_beside(target: Path) -> Iterator[Path]:
         raise disk_error(target, "write", error) from None
     for folder in missing:
         _flush(folder.parent)
-    _sweep(target)
-    temp, handle = _create_locked(target)
-    try:
-        yield temp
-    finally:
-        os.close(handle)
-        temp.unlink(missing_ok=True)
+    for left in target.parent.iterdir():  # of killed writers, whose locks ended with them
+        if left.name.startswith(f".{target.name}.") and left.name.endswith(TEMP_SUFFIX):
+            gone_or_locked = (FileNotFoundError, BlockingIOError, PermissionError)
+            with contextlib.suppress(*gone_or_locked), open(left, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+    while True:
+        temp = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{TEMP_SUFFIX}")
+        with open(temp, "xb") as new:
+            fcntl.flock(new, fcntl.LOCK_EX)
+            if os.fstat(new.fileno()).st_nlink:  # else another swept it before it was locked
+                try:
+                    yield new
+                    return
+                finally:
+                    temp.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -303,26 +311,6 @@ def _remove_path(path: Path) -> None:
                 return
             if not tries_left or error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
                 raise
-
-
-def _create_locked(target: Path) -> tuple[Path, int]:
-    while True:
-        temp = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{TEMP_SUFFIX}")
-        handle = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.fstat(handle).st_nlink:  # else another process swept it before it was locked
-            return temp, handle
-        os.close(handle)
-
-
-def _sweep(target: Path) -> None:
-    """Remove the files of killed writers of `target`, whose locks ended with them."""
-    for temp in target.parent.iterdir():
-        if temp.name.startswith(f".{target.name}.") and temp.name.endswith(TEMP_SUFFIX):
-            gone_or_locked = (FileNotFoundError, BlockingIOError, PermissionError)
-            with contextlib.suppress(*gone_or_locked), open(temp, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                temp.unlink()
 
 
 def _publish(temp: Path, target: Path, create_only: bool) -> None:
@@ -351,8 +339,7 @@ def _split(url: str | Path, *, whole_bucket: bool = False) -> tuple[str, str]:
 
 
 def _where(url: str | Path) -> dict[str, str]:
-    bucket, key = _split(url)
-    return {"Bucket": bucket, "Key": key}
+    return dict(zip(("Bucket", "Key"), _split(url), strict=True))
 
 
 def _call(url: str | Path, action: str, method: str, **arguments: Any) -> Any:
@@ -460,17 +447,18 @@ def _persist(
 
     `judge(error, tried)` returns the error to raise, and whether the fault may pass.
     """
-    seconds, wait, first = _here.get(), FIRST_WAIT_SECONDS, 0.0
+    seconds, wait, first, me = _here.get(), FIRST_WAIT_SECONDS, 0.0, threading.get_ident()
     if seconds is None:
         default = PATIENCE_SECONDS if _everywhere is None else _everywhere
         seconds = s3.seconds_of("SEPDIST_STORAGE_PATIENCE_SECONDS", default)
-    _waiting[threading.get_ident()] = time.monotonic() + HANGING_SECONDS
+    _waiting[me], attempt = time.monotonic() + HANGING_SECONDS, 0
     try:
-        for attempt in itertools.count(1):
+        while True:
             try:
                 result = function()
+                break
             except Exception as error:
-                now = time.monotonic()
+                now, attempt = time.monotonic(), attempt + 1
                 first = first or now
                 tried = f" after {attempt} attempts in {now - first:.0f} s" if attempt > 1 else ""
                 explained, may_pass = judge(error, tried)
@@ -481,15 +469,13 @@ def _persist(
                 if now - _warned.get(place, -math.inf) >= WARNING_SECONDS:
                     _warned[place] = now
                     logger.warning("%s; trying again for %.0f s", explained, left)
-                _waiting[threading.get_ident()] = first
-                if _on_wait:
-                    _on_wait()
-                time.sleep(min(left, wait * random.SystemRandom().uniform(0.5, 1.0)))
-                wait = min(2 * wait, MAX_WAIT_SECONDS)
-            else:
-                if first and time.monotonic() - first > WARNING_SECONDS and _warned.pop(place, 0):
-                    logger.warning("%s: goes on after %.0f s", place, time.monotonic() - first)
-                return result
+            _waiting[me] = first
+            if _on_wait:
+                _on_wait()
+            time.sleep(min(left, wait * random.SystemRandom().uniform(0.5, 1.0)))
+            wait = min(2 * wait, MAX_WAIT_SECONDS)
     finally:
-        _waiting.pop(threading.get_ident(), None)
-    raise AssertionError("unreachable")
+        _waiting.pop(me, None)
+    if first and time.monotonic() - first > WARNING_SECONDS and _warned.pop(place, 0):
+        logger.warning("%s: goes on after %.0f s", place, time.monotonic() - first)
+    return result

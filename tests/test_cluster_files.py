@@ -20,6 +20,7 @@ from ray.runtime_env import RuntimeEnv
 
 from sepdist import composing, config
 from sepdist.training import meter
+from tests.support.runs import started
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -67,29 +68,19 @@ def test_the_folder_holds_the_files_that_these_tests_check() -> None:
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """keep-ray.sh with a `ray` that runs the given lines of shell and writes down its calls."""
-    running: list[subprocess.Popen[str]] = []
+    command = ["bash", str(CLUSTER / "keep-ray.sh"), "--address=h:6379", "--num-cpus=2"]
+    with started() as run:
 
-    def start(*lines: str) -> subprocess.Popen[str]:
-        ray = tmp_path / "bin" / "ray"
-        ray.parent.mkdir()
-        calls = shlex.quote(str(tmp_path / "calls"))
-        ray.write_text("\n".join(["#!/bin/bash", f'echo "$@" >> {calls}', *lines, ""]))
-        ray.chmod(0o755)
-        path = f"{ray.parent}:{os.environ['PATH']}"
-        running.append(
-            subprocess.Popen(
-                ["bash", str(CLUSTER / "keep-ray.sh"), "--address=h:6379", "--num-cpus=2"],
-                env={**os.environ, "PATH": path, "KEEP_RAY_SECONDS": "0.05"},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return running[-1]
+        def start(*lines: str) -> subprocess.Popen[str]:
+            ray = tmp_path / "bin" / "ray"
+            ray.parent.mkdir()
+            calls = shlex.quote(str(tmp_path / "calls"))
+            ray.write_text("\n".join(["#!/bin/bash", f'echo "$@" >> {calls}', *lines, ""]))
+            ray.chmod(0o755)
+            changes = {"PATH": f"{ray.parent}:{os.environ['PATH']}", "KEEP_RAY_SECONDS": "0.05"}
+            return run(*command, env=os.environ | changes, stderr=subprocess.PIPE)
 
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
+        yield start
 
 
 def calls_of_ray(folder: Path, count: int) -> list[str]:

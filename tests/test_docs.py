@@ -212,7 +212,7 @@ def composed(verb: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -
 
     def read(*given: Any) -> None:
         if len(given) > 3:  # what a sweep would call
-            given = (*given[:3], lambda words: sweeps.append(list(words)))
+            given = (*given[:3], lambda words: sweeps.append(list(words)) or 0)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 READ_CONFIG(*given)

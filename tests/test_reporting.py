@@ -159,6 +159,7 @@ class Objects:
         self.puts: list[str] = []
         self.fail = False
         monkeypatch.setattr(storage, "put_bytes", self.put_bytes)
+        monkeypatch.setattr(storage, "put_file", self.put_file)
         monkeypatch.setattr(storage, "read_bytes", self.objects.__getitem__)
         monkeypatch.setattr(storage, "exists", self.objects.__contains__)
 
@@ -167,6 +168,9 @@ class Objects:
             raise OSError("the store is gone")
         self.objects[url] = data
         self.puts.append(url)
+
+    def put_file(self, local: Path, url: str) -> None:
+        self.put_bytes(url, local.read_bytes())
 
     def download(self, prefix: str, folder: Path) -> Path:
         folder.mkdir()
@@ -288,7 +292,7 @@ def test_uploads_that_wait_for_each_other_become_one(monkeypatch: pytest.MonkeyP
     objects = Objects(monkeypatch)
     reporter = Reporter("s3://b/run")
     goes_on = threading.Event()
-    monkeypatch.setattr(storage, "put_bytes", lambda *a: goes_on.wait(10) and objects.put_bytes(*a))
+    monkeypatch.setattr(storage, "put_file", lambda *a: goes_on.wait(10) and objects.put_file(*a))
     uploads = []
     for step in range(1, 20):
         reporter.log(step, {"loss/total": float(step)})

@@ -18,7 +18,7 @@ import pytest
 from sepdist.reporting import read_metrics
 from tests.support.disturb import FRESH, left_alone
 from tests.support.lab.hosts import Host, Lab, why_not_here
-from tests.support.runs import ROOT, TINY, final_hash, history, train_arguments
+from tests.support.runs import ROOT, TINY, final_hash, history, started, train_arguments
 
 SCRIPT = str(ROOT / "cluster" / "slurm" / "train.sbatch")
 # A step on two nodes, each with what the environment of the test calls the step's own.
@@ -66,39 +66,27 @@ def job(tmp_path: Path) -> Iterator[Job]:
         (programs / name).chmod(0o755)
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").touch()
-    running: list[subprocess.Popen[str]] = []
+    usual = {
+        "HOME": str(tmp_path),
+        "CALLS": str(tmp_path / "calls"),
+        "SEPDIST_VENV": str(tmp_path / "venv"),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",  # of an exclusive node
+        "SLURM_CPUS_ON_NODE": "64",
+        "STEP_GPUS": "2",
+        "STEP_DEVICES": "",
+        "TENTHS": "1",
+    }
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with started() as run:
 
-    def start(*words: str, **environment: str) -> subprocess.Popen[str]:
-        usual = {
-            "HOME": str(tmp_path),
-            "CALLS": str(tmp_path / "calls"),
-            "SEPDIST_VENV": str(tmp_path / "venv"),
-            "PATH": f"{programs}:{os.environ['PATH']}",
-            "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_GPUS_ON_NODE": "8",  # of an exclusive node
-            "SLURM_CPUS_ON_NODE": "64",
-            "STEP_GPUS": "2",
-            "STEP_DEVICES": "",
-            "TENTHS": "1",
-        }
-        usual |= environment
-        running.append(
-            subprocess.Popen(
-                ["bash", SCRIPT, "experiment=demo/finetune", *words],
-                cwd=ROOT,
-                env=usual,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-        return running[-1]
+        def start(*words: str, **environment: str) -> subprocess.Popen[str]:
+            command = ["bash", SCRIPT, "experiment=demo/finetune", *words]
+            return run(*command, env=usual | environment, **options)
 
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
+        yield start
 
 
 def calls(folder: Path, what: str) -> list[str]:

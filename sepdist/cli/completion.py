@@ -43,16 +43,14 @@ def main() -> int | None:
     if what == "words":
         last = words[-1] if words else ""
         with contextlib.suppress(Exception):  # of a broken file, which the command itself will name
-            print(
-                *(f"{one}\n" for one in candidates(words) if one.startswith(last)), sep="", end=""
-            )
+            sys.stdout.writelines(f"{one}\n" for one in candidates(words) if one.startswith(last))
         return None
     if what in FIRST["completion"]:
         print(Path(__file__).with_suffix(f".{what}").read_text(), end="")
         return None
     wanted = what in ("-h", "--help")
-    text = f"usage: sepdist completion bash|zsh|fish\n\n{__doc__}"
-    print(text, end="", file=sys.stdout if wanted else sys.stderr)
+    out = sys.stdout if wanted else sys.stderr
+    print(f"usage: sepdist completion bash|zsh|fish\n\n{__doc__}", end="", file=out)
     return 0 if wanted else 2
 
 
@@ -64,12 +62,11 @@ def candidates(words: Sequence[str]) -> list[str]:
     current, before = given[-1], given[-2] if len(given) > 1 else ""
     if verb in FIRST and len(given) == 1:
         return list(FIRST[verb])
+    if verb not in ("separate", *SCHEMAS):
+        return []
+    parser = option_parser(sweeps=verb == "train")
     if verb == "separate":
         parser = importlib.import_module("sepdist.cli.separate")._parser()
-    elif verb in SCHEMAS:
-        parser = option_parser(sweeps=verb == "train")
-    else:
-        return []
     known = parser._option_string_actions
     if before in known and known[before].nargs != 0:
         return list(known[before].choices or ())

@@ -33,12 +33,12 @@ def read_config(
     name: str,
     schema: type[_T],
     doc: str | None,
-    sweep: Callable[[Sequence[str]], None] | None = None,
+    sweep: Callable[[Sequence[str]], int] | None = None,
 ) -> _T:
     """configs/<name>.yaml with the changes of the command line; --help prints `doc` and the keys.
 
-    With `sweep`, a command line that asks for one runs it instead and exits. ConfigError if a word,
-    key or option is unknown, a value has the wrong type or a mandatory one is missing.
+    With `sweep`, a command line that asks for one runs it instead and exits with its status.
+    ConfigError for an unknown word, key or option, a wrong value or a missing one.
     """
     for word in sys.argv[1:]:
         if any(unicodedata.category(one) == "Cc" for one in word):
@@ -54,11 +54,15 @@ def read_config(
     words = check(name, schema, doc, words)
     asked = any(re.match(r"hydra([/.]sweeper|\.mode=M)", word) for word in words)
     if sweep and (asked or given.multirun):
-        sweep(words)
-        sys.exit(0)
+        sys.exit(sweep(words))
     composed = composing.compose(name, words, schema)
     if given.cfg:
-        print_yaml(composed)
+        try:
+            print(OmegaConf.to_yaml(composed, resolve=True), end="")
+        except InterpolationToMissingValueError:  # a value that others refer to is not given
+            print(OmegaConf.to_yaml(composed), end="")
+        except OmegaConfBaseException as error:
+            raise ConfigError(config.one_line(error)) from error
         sys.exit(0)
     return finish(composed, schema)
 
@@ -105,10 +109,12 @@ def use_folders(folders: Sequence[str], words: list[str]) -> None:
         found += [part.strip(" '\"") for part in word.partition("=")[2].strip("[]").split(",")]
     composing.user_folders.clear()
     for url in found:
-        folder = Path(os.path.expanduser(url.removeprefix("file://"))).absolute()
-        if not url.startswith("pkg://") and not folder.is_dir():
-            raise ConfigError(f"{url}: there is no such folder of configs")
-        composing.user_folders.append(url if url.startswith("pkg://") else f"file://{folder}")
+        if not url.startswith("pkg://"):
+            folder = Path(os.path.expanduser(url.removeprefix("file://"))).absolute()
+            if not folder.is_dir():
+                raise ConfigError(f"{url}: there is no such folder of configs")
+            url = f"file://{folder}"
+        composing.user_folders.append(url)
 
 
 def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -> list[str]:
@@ -156,31 +162,19 @@ def options(name: str, group: str) -> list[str]:
     return found
 
 
-def print_yaml(composed: DictConfig) -> None:
-    """Print a config, resolved unless a value that others refer to is missing."""
-    try:
-        print(OmegaConf.to_yaml(composed, resolve=True), end="")
-    except InterpolationToMissingValueError:
-        print(OmegaConf.to_yaml(composed), end="")
-    except OmegaConfBaseException as error:
-        raise ConfigError(config.one_line(error)) from error
-
-
 def help_text(
     name: str, schema: type[Any], doc: str | None, line_options: Sequence[tuple[str, str]]
 ) -> str:
     """The usage, `doc`, the groups with their options, and every key with default and comment."""
-    groups = {
-        f"{group}={option or 'null'}": ", ".join(options(name, group))
-        for group, option in composing.groups(name).items()
+    groups, keys = composing.groups(name), composing.keys(name, schema)
+    sections = {
+        "Options": dict(line_options),
+        "Parts (files of configs/ or of DIR)": {
+            f"{one}={option or 'null'}": ", ".join(options(name, one))
+            for one, option in groups.items()
+        },
+        "Keys (??? is mandatory)": {f"{k}={v}": text for k, v, text in keys if k not in groups},
     }
-    keys = {
-        f"{key}={shown}": comment
-        for key, shown, comment in composing.keys(name, schema)
-        if key not in composing.groups(name)
-    }
-    sections = {"Options": dict(line_options), "Parts (files of configs/ or of DIR)": groups}
-    sections["Keys (??? is mandatory)"] = keys
     lines = [f"usage: {sys.argv[0]} KEY=VALUE ...", "", (doc or "").strip()]
     for title, table in sections.items():
         lines += ["", f"{title}:"] if table else []

@@ -106,7 +106,5 @@ def _check_names(stems: Mapping[str, str], output: str, file_format: str) -> Non
     for recording, stem in stems.items():
         for name in output_names(stem, 8, file_format):
             if os.path.realpath(os.path.join(os.path.expanduser(output), name)) in places:
-                raise SeparationError(
-                    f"an output of {recording} would replace the recording {name}: "
-                    "use another --output"
-                )
+                wrong = f"an output of {recording} would replace the recording {name}"
+                raise SeparationError(f"{wrong}: use another --output")

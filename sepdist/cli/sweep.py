@@ -18,10 +18,11 @@ _QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.output_su
 _MAX_NAME_BYTES = 150
 
 
-def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]) -> str:
-    """Train each run of the sweep that the words of a command line describe; returns a table.
+def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]) -> int:
+    """Train each run of the sweep that the words of a command line describe, and print a table.
 
     A run whose training fails has no score; other errors end the sweep. The same command goes on.
+    Returns the exit status: 1 if every run failed.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
@@ -34,10 +35,11 @@ def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]
     varied = {one.get_key_element() for one in parsed if one.is_sweep_override()}
     fixed = {one.get_key_element() for one in parsed} - varied
     runs: list[tuple[str, float, str]] = []
+    failed: list[str] = []
 
     def job(composed: DictConfig) -> float:
-        given = HydraConfig.get().overrides.task
-        swept = [one for one in given if one.partition("=")[0] not in fixed]
+        task = HydraConfig.get().overrides.task
+        swept = [one for one in task if one.partition("=")[0] not in fixed]
         composing.set_literals(composed, literals)
         with user_console():  # exits: Hydra would print more of an error than its line
             cfg = finish(composed, TrainConfig)
@@ -52,6 +54,7 @@ def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]
             if not isinstance(error.__context__, TrainingFailedError):
                 raise
             score = None
+            failed.append(cfg.run_dir)
         runs.append((" ".join(swept), -math.inf if score is None else score, cfg.run_dir))
         return runs[-1][1]
 
@@ -60,7 +63,8 @@ def run_sweep(words: Sequence[str], train: Callable[[TrainConfig], float | None]
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         hydra.multirun("train", job, [*quiet, *overrides, "hydra.mode=MULTIRUN"])
-    return to_table(runs)
+    print(to_table(runs))
+    return int(len(failed) == len(runs))
 
 
 def folder_name(swept: Iterable[str]) -> str:

@@ -7,8 +7,8 @@
 
 The same command again resumes from the newest checkpoint of its run_dir. In a sweep every run has a
 folder of its own in run_dir, named after its values, such as optim.lr=0.001,seed=0; a table of the
-best validation scores ends it. Keys of a part's file, such as model.num_blocks, are changed alike;
-+KEY=VALUE adds a key, and --cfg job shows what there is.
+best validation scores ends it; the exit status is 1 if every run failed. Keys of a part's file,
+such as model.num_blocks, are changed alike; +KEY=VALUE adds a key, --cfg job shows what there is.
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ def train(cfg: TrainConfig) -> float | None:
         return run(cfg, console)
 
 
-def sweep(words: Sequence[str]) -> None:
-    """Train every run of a sweep and print the table."""
+def sweep(words: Sequence[str]) -> int:
+    """Train every run of a sweep; returns the exit status."""
     from sepdist.cli.sweep import run_sweep
 
-    print(run_sweep(words, train))
+    return run_sweep(words, train)

@@ -16,9 +16,9 @@ import zlib
 from _ctypes import dlclose
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soxr
@@ -35,8 +35,7 @@ BABBLE_SECONDS = 12.0
 ESPEAK_RATE = 22050
 
 
-@dataclass(frozen=True)
-class Voice:
+class Voice(NamedTuple):
     """A speaker: a row of `voices` in demo.yaml."""
 
     sex: str
@@ -64,7 +63,7 @@ def _with_siblings(voices: tuple[Voice, ...]) -> tuple[Voice, ...]:
         for shift, steps in ((27, 1), (54, 3)) if variants.count(voice.variant) == 1 else ():
             accent = accents[(accents.index(voice.accent) + steps) % len(accents)]
             pitch, rate = 10 + (voice.pitch - 10 + shift) % 80, voice.rate - shift // 4
-            family.append(replace(voice, accent=accent, pitch=pitch, rate=rate))
+            family.append(voice._replace(accent=accent, pitch=pitch, rate=rate))
     return tuple(family)
 
 
@@ -91,21 +90,20 @@ class DemoCorpus:
     name = "demo"
 
     def __post_init__(self) -> None:
+        wrong = ""
         if not 4000 <= self.sample_rate <= ESPEAK_RATE:
-            raise ConfigError(
-                f"demo corpus: sample_rate={self.sample_rate}, must be 4000 to {ESPEAK_RATE} Hz"
-            )
+            wrong = f"sample_rate={self.sample_rate}, must be 4000 to {ESPEAK_RATE} Hz"
         if not (self.min_seconds >= 2.0 and self.min_seconds + 1.0 <= self.max_seconds <= 60.0):
-            raise ConfigError(
-                "demo corpus: needs 2 <= min_seconds, min_seconds + 1 <= max_seconds <= 60, has "
-                f"min_seconds={self.min_seconds}, max_seconds={self.max_seconds}"
-            )
+            wrong = "needs 2 <= min_seconds, min_seconds + 1 <= max_seconds <= 60, has "
+            wrong += f"min_seconds={self.min_seconds}, max_seconds={self.max_seconds}"
         for split in VOICES:
             if (count := getattr(self, f"num_{split}")) < 0:
-                raise ConfigError(f"demo corpus: num_{split}={count} must not be negative")
+                wrong = f"num_{split}={count} must not be negative"
         if importlib.util.find_spec("espeakng_loader") is None:
-            todo = "run: pip install espeakng-loader (the extra `demo` has it)"
-            raise ConfigError(f"demo corpus: its voices need eSpeak NG; {todo}")
+            wrong = "its voices need eSpeak NG; run: pip install espeakng-loader (the extra "
+            wrong += "`demo` has it)"
+        if wrong:
+            raise ConfigError(f"demo corpus: {wrong}")
 
     def records(self, split: str) -> Iterator[Mixture]:
         """Yield the mixtures of a split, always the same ones in the same order."""
@@ -117,13 +115,9 @@ class DemoCorpus:
             first, second = random.choice(len(voices), size=2, replace=False)
             pair = (voices[first], voices[second])
             texts = (draw_text(random, split, seconds), draw_text(random, split, seconds))
-            yield Mixture(
-                id=f"demo-{split}-{number:06d}",
-                speakers=tuple(voice.name for voice in pair),
-                sample_rate=self.sample_rate,
-                load=functools.partial(self._render, split, number, pair, texts),
-                texts=texts,
-            )
+            names = (pair[0].name, pair[1].name)
+            load = functools.partial(self._render, split, number, pair, texts)
+            yield Mixture(f"demo-{split}-{number:06d}", names, self.sample_rate, load, texts)
 
     def _render(
         self, split: str, number: int, voices: tuple[Voice, Voice], texts: tuple[str, str]
@@ -151,10 +145,8 @@ class DemoCorpus:
             too_long = duration > self.max_seconds
             wanted = 0.94 * self.max_seconds if too_long else 1.06 * self.min_seconds
             rate = round(min(max(rate * duration / wanted, 80), 400))
-        raise ValueError(
-            f"voice {voice.name} took {duration:.2f} s, not {self.min_seconds} to "
-            f"{self.max_seconds} s, to say {text!r}"
-        )
+        bounds = f"{self.min_seconds} to {self.max_seconds} s"
+        raise ValueError(f"voice {voice.name} took {duration:.2f} s, not {bounds}, to say {text!r}")
 
     def _noise(
         self, random: np.random.Generator, split: str, speaking: tuple[Voice, Voice], length: int

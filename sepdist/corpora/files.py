@@ -89,16 +89,12 @@ def load_generated(
         members[member] = wave
         first = next(iter(members))
         if wave.size != members[first].size:
-            raise AudioError(
-                f"{path}: {wave.size} samples where {paths[first]} has {members[first].size}; "
-                "generate it again"
-            )
+            other = f"{paths[first]} has {members[first].size}"
+            raise AudioError(f"{path}: {wave.size} samples where {other}; generate it again")
     if (mixed := members.pop("mix", None)) is not None:
         total = np.clip(sum(members.values()), -1.0, 1.0)
         off = float(np.max(np.abs(mixed - total))) / audio.SILENCE
         if off > len(files) / 2 + 0.5:
-            raise AudioError(
-                f"{mixture}: is not the sum of {', '.join(members)}, it differs by up to {off:.0f} "
-                "steps of 16 bits; generate it again"
-            )
+            differs = f"it differs by up to {off:.0f} steps of 16 bits; generate it again"
+            raise AudioError(f"{mixture}: is not the sum of {', '.join(members)}, {differs}")
     return members

@@ -36,9 +36,8 @@ def parse_meeting(name: str) -> tuple[str, int] | None:
 def read_transcripts(path: Path) -> dict[str, str]:
     """Read key without .wav -> text from lines of <key>TAB<text>; AudioError names a bad line."""
     if not path.is_file():
-        raise AudioError(
-            f"{path}: no such transcript; LibriCSS's segment_libricss.py writes it with the audio"
-        )
+        origin = "LibriCSS's segment_libricss.py writes it with the audio"
+        raise AudioError(f"{path}: no such transcript; {origin}")
     texts: dict[str, str] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         key, _, text = line.partition("\t")
@@ -73,18 +72,13 @@ class LibriCss:
             alone = sorted(files.keys() ^ texts.keys())
             if alone or not files:
                 lacks = "transcript" if alone and alone[0] in files else "audio"
-                raise AudioError(
-                    f"{folder}: {alone[0] if alone else meeting} has no {lacks} ({len(files)} "
-                    f"files, {len(texts)} transcripts); run segment_libricss.py again"
-                )
+                counts = f"{len(files)} files, {len(texts)} transcripts"
+                wrong = f"{alone[0] if alone else meeting} has no {lacks} ({counts})"
+                raise AudioError(f"{folder}: {wrong}; run segment_libricss.py again")
             for name in sorted(files, key=lambda name: int(name.removeprefix("utterance_"))):
-                yield Mixture(
-                    id=sample_key(f"{meeting}_{name}"),
-                    speakers=(),
-                    sample_rate=self.sample_rate,
-                    load=partial(load_mixture, str(files[name]), self.sample_rate),
-                    texts=(texts[name],),
-                )
+                read = partial(load_mixture, str(files[name]), self.sample_rate)
+                key = sample_key(f"{meeting}_{name}")
+                yield Mixture(key, (), self.sample_rate, read, texts=(texts[name],))
 
     def _meetings(self, split: str) -> Iterator[tuple[str, Path, dict[str, str]]]:
         """Yield (name, folder of audio, texts by file stem) of each meeting by session."""

@@ -49,21 +49,16 @@ def write_recipes(path: Path, recipes: Sequence[Recipe]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.put_bytes(str(path), content)
     elif path.read_bytes() != content:
-        raise FileExistsError(
-            f"{path} holds other mixtures: remove it, or give another metadata_out or seed"
-        )
+        todo = "remove it, or give another metadata_out or seed"
+        raise FileExistsError(f"{path} holds other mixtures: {todo}")
 
 
 def read_recipes(path: Path, num_sources: int) -> list[Recipe]:
     """Read a LibriMix metadata CSV; ValueError names the file and line of a fault."""
     if not path.is_file():
-        tables = sorted(
-            p.name for p in path.parent.glob("libri*mix_*.csv") if "_info" not in p.name
-        )
-        raise ValueError(
-            f"{path}: no such metadata; {path.parent} has "
-            f"{', '.join(tables) or 'no libri*mix_*.csv'}"
-        )
+        tables = sorted(one.name for one in path.parent.glob("libri*mix_*.csv"))
+        there = ", ".join(name for name in tables if "_info" not in name) or "no libri*mix_*.csv"
+        raise ValueError(f"{path}: no such metadata; {path.parent} has {there}")
     recipes = []
     for line, row in enumerate(read_rows(path), start=2):
         names = [f"source_{number}" for number in range(1, num_sources + 1)]
@@ -73,11 +68,9 @@ def read_recipes(path: Path, num_sources: int) -> list[Recipe]:
             noise = clips[num_sources] if len(clips) > num_sources else None
             recipes.append(Recipe(row["mixture_ID"], tuple(clips[:num_sources]), noise))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}, line {line}: not a row of libri{num_sources}mix metadata "
-                f"({error!r}); its columns are mixture_ID, source_<i>_path, source_<i>_gain, "
-                "noise_path, noise_gain"
-            ) from error
+            wrong = f"not a row of libri{num_sources}mix metadata ({error!r})"
+            columns = "mixture_ID, source_<i>_path, source_<i>_gain, noise_path, noise_gain"
+            raise ValueError(f"{path}, line {line}: {wrong}; its columns are {columns}") from error
     require_unique((recipe.id for recipe in recipes), str(path))
     return recipes
 
@@ -121,25 +114,21 @@ class LibriMix:
     def __post_init__(self) -> None:
         ways = [name for name in ("metadata", "generated", "draw") if getattr(self, name)]
         if len(ways) != 1:
-            raise ValueError(
-                f"LibriMix: give exactly one of metadata, generated and draw, not {ways or 'none'}"
-            )
+            one = "exactly one of metadata, generated and draw"
+            raise ValueError(f"LibriMix: give {one}, not {ways or 'none'}")
         if self.mode not in ("min", "max"):
             raise ValueError(f"LibriMix: mode is min or max, not {self.mode!r}")
         if not 1 <= self.num_speakers <= 3:
             raise ValueError(f"LibriMix: num_speakers is 1, 2 or 3, not {self.num_speakers}")
         no_noise = self.noise and self.noise_root is None
         if not self.generated and (self.speech_root is None or no_noise):
-            raise ValueError(
-                f"LibriMix: {ways[0]} needs speech_root, and noise_root unless noise=false"
-            )
+            needs = "speech_root, and noise_root unless noise=false"
+            raise ValueError(f"LibriMix: {ways[0]} needs {needs}")
         if self.draw and self.num_mixtures < 1:
             raise ValueError("LibriMix: draw needs num_mixtures, at least 1")
         if len(self.speakers) != 2 or not 0 <= self.speakers[0] < self.speakers[1] <= 1:
-            raise ValueError(
-                "LibriMix: speakers is [from, to) with 0 <= from < to <= 1, not "
-                f"{list(self.speakers)}"
-            )
+            needs = "[from, to) with 0 <= from < to <= 1"
+            raise ValueError(f"LibriMix: speakers is {needs}, not {list(self.speakers)}")
         self.name = f"libri{self.num_speakers}mix"
         self.speech = Path(self.speech_root or "").expanduser()
         self.noises = Path(self.noise_root or "").expanduser() if self.noise else None
@@ -153,11 +142,8 @@ class LibriMix:
         files = [self.speech / clip.path for recipe in recipes for clip in recipe.sources]
         if self.noises is not None:
             files += [self.noises / recipe.noise.path for recipe in recipes if recipe.noise]
-        require_files(
-            files,
-            "check speech_root and noise_root; LibriMix's augment_train_noise.py makes the noises "
-            "ending in sp08 and sp12",
-        )
+        advice = "LibriMix's augment_train_noise.py makes the noises ending in sp08 and sp12"
+        require_files(files, f"check speech_root and noise_root; {advice}")
         texts = cache(transcripts)
         options = (self.speech, self.noises, self.sample_rate, self.mode, self.num_speakers)
         for recipe in recipes:
@@ -191,13 +177,10 @@ class LibriMix:
         return recipes
 
     def _noise_split(self, root: Path, split: str) -> str:
-        if self.noise_split is not None:
-            return self.noise_split
-        if (root / split).is_dir():
-            return split
-        for prefix, name in NOISE_SPLITS.items():
-            if split.startswith(prefix):
-                return name
+        own = split if (root / split).is_dir() else None
+        paired = [name for prefix, name in NOISE_SPLITS.items() if split.startswith(prefix)]
+        if found := [one for one in (self.noise_split, own, *paired) if one is not None]:
+            return found[0]
         raise ValueError(f"LibriMix: no noise split goes with {split!r} by name; give noise_split")
 
     def _generated_records(self, root: Path, split: str) -> Iterator[Mixture]:
@@ -226,9 +209,8 @@ class LibriMix:
             name = row.get("mixture_ID", "")
             for column in ("mixture_ID", *columns.values()):
                 if not row.get(column):
-                    raise ValueError(
-                        f"{table}: mixture {name} has no {column}; is num_speakers right?"
-                    )
+                    lacks = f"mixture {name} has no {column}"
+                    raise ValueError(f"{table}: {lacks}; is num_speakers right?")
             # Absolute paths of the machine that generated them; the last two names hold anywhere.
             paths = {
                 member: base.joinpath(split, *PurePosixPath(row[column]).parts[-2:])

@@ -21,10 +21,8 @@ def utterance_paths(root: Path, split: str) -> list[Path]:
     paths = audio.find_files(folder)
     for path in paths:
         if len(path.relative_to(folder).parts) != 3:
-            raise AudioError(
-                f"{path}: not at <speaker>/<chapter>/<file> below {folder}; "
-                f"is {root} LibriSpeech's root?"
-            )
+            wrong = f"not at <speaker>/<chapter>/<file> below {folder}"
+            raise AudioError(f"{path}: {wrong}; is {root} LibriSpeech's root?")
     require_unique((path.stem for path in paths), str(folder))
     return paths
 

@@ -65,9 +65,8 @@ class Overlap:
         """Yield the mixtures of an overlap, always the same ones in the same order."""
         found = re.fullmatch(r"OV(\d{1,3})", split)
         if found is None or int(found[1]) > 100:
-            raise ValueError(
-                f"corpus overlap: split {split!r} must be OV0 to OV100, the overlap in percent"
-            )
+            needs = "OV0 to OV100, the overlap in percent"
+            raise ValueError(f"corpus overlap: split {split!r} must be {needs}")
         share = int(found[1]) / 100
         root = Path(self.root).expanduser()
         read, texts = cache(transcripts), dict[Path, str]()
@@ -79,10 +78,8 @@ class Overlap:
                 speakers[speaker_of(path)].append(path)
         report_left_out(root, len(paths) - len(texts), "utterances without a transcript")
         if len(speakers) < 2:
-            raise ValueError(
-                f"{root / self.speech_split}: {len(speakers)} speaker(s) with a transcript "
-                "(*.trans.txt), an overlap needs 2"
-            )
+            has = f"{len(speakers)} speaker(s) with a transcript (*.trans.txt)"
+            raise ValueError(f"{root / self.speech_split}: {has}, an overlap needs 2")
         seconds = {path: audio.duration_seconds(path) for path in texts}
         for number in range(self.num_mixtures):
             turn, place = divmod(number, len(texts))
@@ -97,18 +94,15 @@ class Overlap:
             wanted = share * seconds[target]
             other = next((path for path in others if seconds[path] >= wanted), None)
             if other is None:
-                raise ValueError(
-                    f"{target}: no other speaker has an utterance of {wanted:.1f} s, {split} of it"
-                )
+                lacks = f"an utterance of {wanted:.1f} s, {split} of it"
+                raise ValueError(f"{target}: no other speaker has {lacks}")
             both = (target, other) if share else (target,)
-            files = tuple(map(str, both))
+            options = (levels[: len(both)], share, at_end, self.sample_rate)
             yield Mixture(
                 id="_".join([f"{number:04d}", *(path.stem for path in both)]),
                 speakers=tuple(speaker_of(path) for path in both),
                 sample_rate=self.sample_rate,
-                load=partial(
-                    overlapped, files, levels[: len(both)], share, at_end, self.sample_rate
-                ),
+                load=partial(overlapped, tuple(map(str, both)), *options),
                 texts=(texts[target], "")[: len(both)],
                 may_be_silent=True,  # the piece that overlaps
             )

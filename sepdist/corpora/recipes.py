@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
-from threading import Lock
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ Mode = Literal["min", "max"]
 SPEECH_LUFS = (-33.0, -25.0)
 NOISE_LUFS = (-38.0, -30.0)
 MAX_PEAK = 0.9  # of a mixture, and of a source that would reach full scale
-KEPT_BYTES = 2**30  # decoded audio that a draw keeps in memory
 MAX_ATTEMPTS = 1000  # to find a combination of utterances that was not drawn before
 
 
@@ -62,9 +60,7 @@ def extend_noise(noise_T: np.ndarray, rate: int, num_samples: int) -> np.ndarray
         return noise_T[:num_samples]
     if size < 4:
         raise AudioError(f"a noise of {size} samples cannot be extended to {num_samples}")
-    overlap = rate // 2 + 1
-    if size <= overlap:
-        overlap = size // 2
+    overlap = rate // 2 + 1 if size > rate // 2 + 1 else size // 2
     rise = np.hanning(2 * overlap - 1)[:overlap].astype(noise_T.dtype)
     extended = np.empty(num_samples + size, dtype=noise_T.dtype)
     extended[:size] = noise_T
@@ -84,12 +80,10 @@ def fit_lengths(waves: Sequence[np.ndarray], mode: Mode) -> list[np.ndarray]:
     return [audio.fit(wave, size) for wave in waves]
 
 
-def _require_equal_rates(path: Path, rate: int, speech_rate: int) -> None:
+def _require_equal_rates(path: Path | None, rate: int, speech_rate: int) -> None:
     if rate != speech_rate:
-        raise AudioError(
-            f"{path}: its rate is {rate} Hz, but the speech it is mixed with has {speech_rate} Hz; "
-            "convert one of them"
-        )
+        other = f"the speech it is mixed with has {speech_rate} Hz"
+        raise AudioError(f"{path}: its rate is {rate} Hz, but {other}; convert one of them")
 
 
 def render(
@@ -143,17 +137,15 @@ def choose(
     """
     names = sorted(speakers)
     if len(names) < num_sources:
-        raise ValueError(
-            f"split {split!r} has {len(names)} speakers, a mixture needs {num_sources} of them"
-        )
+        needs = f"a mixture needs {num_sources} of them"
+        raise ValueError(f"split {split!r} has {len(names)} speakers, {needs}")
     chosen: list[Choice] = []
     seen: set[frozenset[Path]] = set()
     for number in range(num_mixtures):
         draw = rng(seed, "librimix draw", split, number)
         for _ in range(MAX_ATTEMPTS):
-            drawn = [
-                speakers[names[i]] for i in draw.choice(len(names), num_sources, replace=False)
-            ]
+            numbers = draw.choice(len(names), num_sources, replace=False)
+            drawn = [speakers[names[number]] for number in numbers]
             paths = tuple(utterances[int(draw.integers(len(utterances)))] for utterances in drawn)
             if frozenset(paths) not in seen:
                 break
@@ -178,26 +170,9 @@ class _Measures(NamedTuple):
     rate: int
 
 
-def _measure(wave_T: np.ndarray, rate: int, path: Path) -> _Measures:
+def _measure(path: Path, wave_T: np.ndarray, rate: int) -> _Measures:
     lufs = audio.loudness(wave_T, rate, str(path))
     return _Measures(lufs, float(np.max(np.abs(wave_T))), wave_T.size, rate)
-
-
-class _Waves(dict[Path, tuple[np.ndarray, int]]):
-    """Decoded files, kept in memory up to `KEPT_BYTES`; others are decoded again when needed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._num_bytes = 0
-        self._lock = Lock()
-
-    def __missing__(self, path: Path) -> tuple[np.ndarray, int]:
-        loaded = audio.load_channel(path)
-        with self._lock:
-            if self._num_bytes + loaded[0].nbytes <= KEPT_BYTES:
-                self._num_bytes += loaded[0].nbytes
-                self[path] = loaded
-        return loaded
 
 
 def guarded_gains(
@@ -223,7 +198,7 @@ def guarded_gains(
     return gains
 
 
-def _gains(waves: _Waves, measures: Mapping[Path, _Measures], choice: Choice) -> list[float]:
+def _gains(measures: Mapping[Path, _Measures], choice: Choice) -> list[float]:
     """Return the gains of a drawn mixture in max mode, noise last.
 
     The noise is measured as it will be mixed, cut or extended to the longest source. Sources are
@@ -231,31 +206,29 @@ def _gains(waves: _Waves, measures: Mapping[Path, _Measures], choice: Choice) ->
     differ by 1e-7 dB in the median, at most by 0.2 dB, and an utterance is measured only once.
     """
     found = [measures[path] for path in choice.sources]
-    rate = found[0].rate
-    for path in choice.sources:
-        _require_equal_rates(path, measures[path].rate, rate)
+    rate, longest = found[0].rate, max(one.size for one in found)
     targets, noises = list(choice.levels), []
     if choice.noise is not None:
-        whole, own = waves[choice.noise]
-        _require_equal_rates(choice.noise, own, rate)
-        noises.append(extend_noise(whole, rate, max(one.size for one in found)))
-        found.append(_measure(noises[0], rate, choice.noise))
+        noise, own = audio.load_channel(choice.noise, longest)
+        noises.append(extend_noise(noise, own, longest))
+        found.append(_measure(choice.noise, noises[0], own))
         targets.append(choice.noise_level)
+    for path, one in zip((*choice.sources, choice.noise), found, strict=False):
+        _require_equal_rates(path, one.rate, rate)
     return guarded_gains(
         targets,
         [one.lufs for one in found],
         [one.peak for one in found],
-        lambda: [*(waves[path][0] for path in choice.sources), *noises],
+        lambda: [*(audio.load_channel(path)[0] for path in choice.sources), *noises],
     )
 
 
 def level(choices: Sequence[Choice], speech_root: Path, noise_root: Path | None) -> list[Recipe]:
     """Turn drawn mixtures into recipes with measured gains, equal for any number of threads."""
-    waves = _Waves()
     used = list(dict.fromkeys(path for choice in choices for path in choice.sources))
 
     def recipe(choice: Choice) -> Recipe:
-        gains, noise = _gains(waves, measures, choice), None
+        gains, noise = _gains(measures, choice), None
         if choice.noise and noise_root:
             noise = Clip(choice.noise.relative_to(noise_root).as_posix(), gains.pop())
         paths = [path.relative_to(speech_root).as_posix() for path in choice.sources]
@@ -263,8 +236,7 @@ def level(choices: Sequence[Choice], speech_root: Path, noise_root: Path | None)
         return Recipe("_".join(path.stem for path in choice.sources), sources, noise)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
-        # Load each file once, before mixtures that share it are computed in parallel.
-        measured = pool.map(lambda path: _measure(*waves[path], path), used)
+        # A source is measured once, however many mixtures it is in.
+        measured = pool.map(lambda path: _measure(path, *audio.load_channel(path)), used)
         measures = dict(zip(used, measured, strict=True))
-        list(pool.map(waves.__getitem__, {choice.noise for choice in choices if choice.noise}))
         return list(pool.map(recipe, choices))

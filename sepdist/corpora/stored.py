@@ -34,17 +34,12 @@ class Stored:
         open_data.cache_clear()  # another data set may lie there by now
         self.name, self.sample_rate = self.manifest.corpus, self.manifest.sample_rate
         if not noise and "mix" in self.manifest.members:
-            raise ConfigError(
-                f"corpus.noise=false: {data} has mixtures only, with whatever noise is in them"
-            )
+            has = "mixtures only, with whatever noise is in them"
+            raise ConfigError(f"corpus.noise=false: {data} has {has}")
         sources, _, others = split_members(self.manifest.members)
-        self.options = {
-            "url": data,
-            "num_sources": len(sources) or 1,
-            "noise": noise and "noise" in others,
-            "cache_dir": cache_dir,
-            "cache_gigabytes": cache_gigabytes,
-        }
+        self.options = {"url": data, "num_sources": len(sources) or 1}
+        self.options |= {"noise": noise and "noise" in others}
+        self.options |= {"cache_dir": cache_dir, "cache_gigabytes": cache_gigabytes}
 
     def identity(self) -> str:
         """Identify the audio behind the records."""

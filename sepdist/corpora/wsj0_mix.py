@@ -39,9 +39,8 @@ def _parse(path: Path, expected: str, parse: Callable[[list[str]], _T]) -> list[
             try:
                 rows.append(parse(fields))
             except (IndexError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected {expected}, found {line!r} ({error})"
-                ) from error
+                wrong = f"expected {expected}, found {line!r} ({error})"
+                raise ValueError(f"{path}, line {number}: {wrong}") from error
     return rows
 
 
@@ -56,9 +55,8 @@ def read_levels(path: Path) -> dict[str, float]:
 
     files = sorted(path.glob("[!.]*.txt")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise ValueError(
-            f"{path}: no activlev_*.txt there; they are in metadata/activlev of pywsj0-mix"
-        )
+        origin = "they are in metadata/activlev of pywsj0-mix"
+        raise ValueError(f"{path}: no activlev_*.txt there; {origin}")
     return {k: v for file in files for k, v in _parse(file, "'<utterance> <level>'", parse)}
 
 
@@ -71,9 +69,8 @@ def read_list(path: Path, num_speakers: int) -> list[list[tuple[str, float]]]:
         return [(name, float(level)) for name, level in zip(fields[::2], fields[1::2], strict=True)]
 
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no such list; the lists of tr, cv and tt come with pywsj0-mix's metadata"
-        )
+        origin = "the lists of tr, cv and tt come with pywsj0-mix's metadata"
+        raise ValueError(f"{path}: no such list; {origin}")
     return _parse(path, f"{num_speakers} x '<wav> <dB>'", parse)
 
 
@@ -137,9 +134,8 @@ class Wsj0Mix:
         if self.generated is not None:
             yield from self._generated_records(Path(self.generated).expanduser(), split)
             return
-        wsj0, lists, levels_path = (
-            Path(given or "").expanduser() for given in (self.wsj0, self.lists, self.levels)
-        )
+        given = (self.wsj0, self.lists, self.levels)
+        wsj0, lists, levels_path = (Path(one or "").expanduser() for one in given)
         list_path = lists / f"mix_{self.num_speakers}_spk_{split}.txt"
         mixtures = read_list(list_path, self.num_speakers)
         levels = read_levels(levels_path)
@@ -147,18 +143,14 @@ class Wsj0Mix:
         paths = {name: wsj0 / name.removeprefix("wsj0/") for clips in mixtures for name, _ in clips}
         for path in paths.values():
             if path.stem not in levels:
-                raise ValueError(
-                    f"{levels_path}: no active level of utterance {path.stem}, in {list_path}"
-                )
+                lacks = f"no active level of utterance {path.stem}"
+                raise ValueError(f"{levels_path}: {lacks}, in {list_path}")
         require_files(paths.values(), f"{list_path} needs it; wsj0 is the folder of si_tr_s/")
         for clips in mixtures:
             files = tuple((str(paths[n]), levels[paths[n].stem], level) for n, level in clips)
-            yield Mixture(
-                id=sample_key(mixture_name(clips)),
-                speakers=tuple(PurePosixPath(name).parts[-2] for name, _ in clips),
-                sample_rate=self.sample_rate,
-                load=partial(mix, files, self.sample_rate, self.mode),
-            )
+            speakers = tuple(PurePosixPath(name).parts[-2] for name, _ in clips)
+            read = partial(mix, files, self.sample_rate, self.mode)
+            yield Mixture(sample_key(mixture_name(clips)), speakers, self.sample_rate, read)
 
     def _generated_records(self, root: Path, split: str) -> Iterator[Mixture]:
         rate = f"wav{self.sample_rate // 1000}k"

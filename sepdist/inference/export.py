@@ -14,8 +14,7 @@ from sepdist.config import ConfigError
 from sepdist.metrics.selection import speakers_of
 from sepdist.objectives.contract import OUTPUT_RULES
 from sepdist.training.checkpoint import CheckpointError
-from sepdist.training.handoff import check_weights, load_weights, read_export
-from sepdist.training.model_card import check_arguments
+from sepdist.training.handoff import check_arguments, check_weights, load_weights, read_export
 
 MAX_MODULES = 5_000  # in a model
 SLACK = 10_000_000  # parameters more than the weights have, until a constructor is stopped

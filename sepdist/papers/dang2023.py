@@ -69,18 +69,14 @@ TABLE1: dict[str, Numbers] = {  # LCC on the estimates of SF, DR and CTN
     "ssqp_ctn_hubert": [0.84, 0.89, 0.89],
     "ssqp_ctn_wavlm": [0.86, 0.90, 0.89],
 }
-TABLE1_MINI: dict[str, Numbers] = dict.fromkeys(
-    ("realm_dr", "ssqp_dr", "realm_ctn", "ssqp_ctn"), ()
-)
+TABLE1_MINI: dict[str, Numbers] = {"realm_dr": (), "ssqp_dr": (), "realm_ctn": (), "ssqp_ctn": ()}
 
 
 def table1(mini: bool) -> PipelineConfig:
     """Correlation of predicted and true SI-SNR, by encoder and by the separators' estimates."""
-    stages, rows = figure3(mini).stages, TABLE1_MINI if mini else TABLE1
+    stages, rows, titles = figure3(mini).stages, TABLE1_MINI if mini else TABLE1, {}
     for name in rows:
         stages |= scored(name, estimator(name, mini))
-    titles = {}
-    for name in rows:
         kind, separator, *encoder = name.split("_")
         titles[name] = ", ".join((ESTIMATORS[kind], separator.upper(), *encoder))
     tables = [estimator_table("Table 1, LCC", "lcc", rows, titles)]

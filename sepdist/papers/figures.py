@@ -27,7 +27,7 @@ def draw(cfg: FigureConfig, console: Console) -> None:
     read, paint = FIGURES[cfg.kind]
     figure = paint({title: read(folder) for title, folder in cfg.runs.items()}, cfg.title)
     storage.put_bytes(cfg.output, to_png(figure))
-    console.print(f"figure: {cfg.output}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"figure: {cfg.output}")
 
 
 def read_curves(run_dir: str) -> Curves:
@@ -44,26 +44,20 @@ def read_curves(run_dir: str) -> Curves:
 
     si_snr = curve("validation/si_snr")
     if not si_snr:
-        raise ConfigError(
-            f"{run_dir}: its metrics.jsonl has no validation/si_snr; there is nothing to draw"
-        )
-    switches = [
-        (row["switching/epoch"] + 1, 100 * row["switching/rate"])
-        for row in rows
-        if "switching/rate" in row
-    ]
-    return Curves(
-        si_snr, switches, curve("validation/predicted_si_snr"), curve("train/unsupervised_weight")
-    )
+        lacks = "its metrics.jsonl has no validation/si_snr"
+        raise ConfigError(f"{run_dir}: {lacks}; there is nothing to draw")
+    known = [row for row in rows if "switching/rate" in row]
+    switches = [(row["switching/epoch"] + 1, 100 * row["switching/rate"]) for row in known]
+    predicted, weight = map(curve, ("validation/predicted_si_snr", "train/unsupervised_weight"))
+    return Curves(si_snr, switches, predicted, weight)
 
 
 def read_si_snr(data: str) -> np.ndarray:
     """Read the true SI-SNR in dB of every estimate of a data set; ConfigError if it has none."""
     found = [value for one in all_metadata(data) for value in one.get("si_snr", ())]
     if not found:
-        raise ConfigError(
-            f"{data}: has no estimates of known SI-SNR; write it with corpus=separated"
-        )
+        todo = "write it with corpus=separated"
+        raise ConfigError(f"{data}: has no estimates of known SI-SNR; {todo}")
     return np.array(found)
 
 
@@ -71,10 +65,12 @@ def read_predictions(output: str) -> np.ndarray:
     """Read [2, mixtures], true and predicted SI-SNR, from an output of `sepdist estimate`."""
     text = storage.read_bytes(storage.join(output, "utterances.csv")).decode()
     rows = [row for row in csv.DictReader(io.StringIO(text)) if not row.get("reason")]
-    sides = [[name for name in rows[0] if name.startswith(one)] for one in ("true_", "predicted_")]
-    return np.array(
-        [[np.mean([float(row[name]) for name in names]) for row in rows] for names in sides]
-    )
+
+    def means(side: str) -> list[float]:
+        names = [name for name in rows[0] if name.startswith(side)]
+        return [float(np.mean([float(row[name]) for name in names])) for row in rows]
+
+    return np.array([means("true_"), means("predicted_")])
 
 
 FIGURES: dict[str, tuple[Callable[[str], Any], Callable[[Mapping[str, Any], str], Figure]]] = {

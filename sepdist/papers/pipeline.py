@@ -69,19 +69,18 @@ def run(cfg: PipelineConfig, console: Console) -> None:
     data set is missing.
     """
     stages = plan(cfg)
-    done = [is_done(stage) for stage in stages]
-    to_run = [stage for stage, skip in zip(stages, done, strict=True) if not skip]
+    to_run = [stage for stage in stages if not is_done(stage)]
     wanted = {url for stage in to_run for url in data_sets(stage)}
     for url in sorted(wanted - {stage.folder for stage in stages}):
         read_manifest(url)
     storage.put_bytes(storage.join(cfg.output, "pipeline.yaml"), config.to_yaml(cfg).encode())
     needed = max(map(num_cpus, to_run), default=0)
     with connected(needed, address=address(stages)) if needed else contextlib.nullcontext():
-        for number, (stage, skip) in enumerate(zip(stages, done, strict=True), start=1):
+        for number, stage in enumerate(stages, start=1):
             title = f"stage {number} of {len(stages)}: {stage.name} ({stage.kind}, "
-            title += f"seed {stage.seed}){' has finished before' if skip else ''}"
+            title += f"seed {stage.seed}){'' if stage in to_run else ' has finished before'}"
             console.rule(title, align="left")
-            if not skip:
+            if stage in to_run:
                 began = time.monotonic()
                 # A copy, because a program may complete its config.
                 RUNNERS[stage.kind](copy.deepcopy(stage.config), console)
@@ -91,16 +90,15 @@ def run(cfg: PipelineConfig, console: Console) -> None:
         files = {"md": to_markdown(results), "json": to_json(results, indent=1)}
         for suffix, text in files.items():
             storage.put_bytes(storage.join(cfg.output, f"{cfg.results}.{suffix}"), text.encode())
-        console.print(files["md"], markup=False, highlight=False, soft_wrap=True)
-    console.print(f"results: {cfg.output}", markup=False, highlight=False, soft_wrap=True)
+        console.print(files["md"])
+    console.print(f"results: {cfg.output}")
 
 
 def plan(cfg: PipelineConfig) -> list[Stage]:
     """Compose every stage of every seed, in the order in which they run."""
     if not cfg.stages or not cfg.seeds:
-        raise ConfigError(
-            "a pipeline has at least one stage and one seed; choose one with experiment=..."
-        )
+        todo = "choose one with experiment=..."
+        raise ConfigError(f"a pipeline has at least one stage and one seed; {todo}")
     for kind in cfg.overrides:
         if kind not in RUNNERS:
             raise ConfigError(f"overrides.{kind}: kinds of stages are {', '.join(RUNNERS)}")
@@ -128,10 +126,8 @@ def check_tables(cfg: PipelineConfig) -> None:
                 name, colon, _ = cell.partition(":")
                 known = colon and name in cfg.stages and cfg.stages[name].kind in WITH_NUMBERS
                 if cell != NO_CELL and not known:
-                    raise ConfigError(
-                        f"{where}: {cell!r} is not STAGE:NUMBER of a stage of kind "
-                        f"{', '.join(WITH_NUMBERS)}, nor {NO_CELL!r}"
-                    )
+                    what = f"STAGE:NUMBER of a stage of kind {', '.join(WITH_NUMBERS)}"
+                    raise ConfigError(f"{where}: {cell!r} is not {what}, nor {NO_CELL!r}")
 
 
 def resolve(cfg: PipelineConfig, seed: int, name: str, earlier: dict[str, Stage]) -> Stage:
@@ -143,6 +139,7 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, earlier: dict[str, Stage]
         with_folders(change, earlier)
         for change in (*stage.settings, *cfg.overrides.get(stage.kind, []), *stage.overrides)
     ]
+    fixed: dict[str, Any] = {"plugins": cfg.plugins, "output": folder}
     resolved: Any
     if stage.kind == "train":
         fixed = {"name": f"{cfg.name}-{name}-{seed}", "run_dir": folder, "seed": seed}
@@ -152,11 +149,9 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, earlier: dict[str, Stage]
         choices = [f"{group}={option}" for group, option in chosen.items() if option]
         resolved = composed("train", [*choices, *overrides], fixed, TrainConfig)
     elif stage.kind == "shards":
-        fixed = {"split": name, "output": folder, "plugins": cfg.plugins}
-        resolved = composed("shard", overrides, fixed, ShardConfig)
+        resolved = composed("shard", overrides, fixed | {"split": name}, ShardConfig)
     elif stage.kind == "recognise":
-        fixed = {"model": uses[0].folder if uses else None, "output": folder}
-        fixed |= {"plugins": cfg.plugins}
+        fixed["model"] = uses[0].folder if uses else None
         resolved = composed("recognise", overrides, fixed, RecogniseConfig)
     elif stage.kind == "figure":
         runs = {cfg.stages[used.name].title or used.name: used.folder for used in uses}
@@ -168,7 +163,7 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, earlier: dict[str, Stage]
         base = EvaluateConfig(uses[0].folder, scored, folder, data.num_sources, data.noise)
         base.plugins = cfg.plugins
         resolved = merged(base, overrides)
-    return Stage(seed, name, stage.kind, folder, tuple(used.folder for used in uses), resolved)
+    return Stage(seed, name, stage.kind, folder, resolved)
 
 
 def used_stages(stage: StageConfig, earlier: dict[str, Stage]) -> list[Stage]:
@@ -179,10 +174,8 @@ def used_stages(stage: StageConfig, earlier: dict[str, Stage]) -> list[Stage]:
     kinds = KINDS_USED.get(stage.kind, ("train",))
     fitting = [name for name, one in earlier.items() if one.kind in kinds]
     if not set(stage.uses) <= set(fitting) or not least <= len(stage.uses) <= most:
-        raise ConfigError(
-            f"uses={stage.uses}: a stage of kind {stage.kind} uses {least} to {most} of {fitting} "
-            f"({', '.join(kinds)})"
-        )
+        takes = f"a stage of kind {stage.kind} uses {least} to {most} of {fitting}"
+        raise ConfigError(f"uses={stage.uses}: {takes} ({', '.join(kinds)})")
     return [earlier[used] for used in stage.uses]
 
 
@@ -191,9 +184,8 @@ def with_folders(change: str, earlier: dict[str, Stage]) -> str:
 
     def folder(found: re.Match[str]) -> str:
         if found[1] not in earlier:
-            raise ConfigError(
-                f"{change}: {found[0]} is none of the earlier stages {', '.join(earlier)}"
-            )
+            there = ", ".join(earlier)
+            raise ConfigError(f"{change}: {found[0]} is none of the earlier stages {there}")
         return earlier[found[1]].folder
 
     return re.sub(r"(?<!\w)@(\w+)", folder, change)
@@ -216,10 +208,10 @@ def composed(name: str, overrides: Sequence[str], fixed: dict[str, Any], schema:
 
 def data_sets(stage: Stage) -> list[str]:
     """The data sets that a stage reads."""
-    if isinstance(stage.config, TrainConfig):
+    if stage.kind == "train":
         data = stage.config.data
         return [data.train, data.validation, *(one.url for one in data.extra)]
-    if isinstance(stage.config, ShardConfig):
+    if stage.kind == "shards":
         corpus = stage.config.corpus or {}
         return [corpus["data"]] if "data" in corpus else []
     return [stage.config.data] if isinstance(stage.config, EvaluateConfig) else []
@@ -227,7 +219,7 @@ def data_sets(stage: Stage) -> list[str]:
 
 def num_cpus(stage: Stage) -> int:
     """The number of CPUs that the stage takes of a Ray started here."""
-    if isinstance(stage.config, TrainConfig):
+    if stage.kind == "train":
         cluster = stage.config.cluster
         return math.ceil(config.worker_range(cluster)[1] * cluster.cpus_per_worker)
     return int(getattr(stage.config, "num_workers", 0))
@@ -235,20 +227,12 @@ def num_cpus(stage: Stage) -> int:
 
 def address(stages: Sequence[Stage]) -> str | None:
     """The Ray cluster of the training stages; ConfigError if they name several."""
-    named = {
-        stage.config.cluster.address for stage in stages if isinstance(stage.config, TrainConfig)
-    }
+    named = {stage.config.cluster.address for stage in stages if stage.kind == "train"}
     if len(named) > 1:
-        raise ConfigError(
-            "the stages name several clusters, but a pipeline joins only one: cluster.address is "
-            f"{', '.join(sorted(map(str, named)))}"
-        )
+        several = ", ".join(sorted(map(str, named)))
+        text = "the stages name several clusters, but a pipeline joins only one"
+        raise ConfigError(f"{text}: cluster.address is {several}")
     return next(iter(named), None)
-
-
-def digest(values: dict[str, Any]) -> str:
-    """The sha256 of a config."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def is_done(stage: Stage) -> bool:
@@ -256,15 +240,12 @@ def is_done(stage: Stage) -> bool:
     # A figure takes no time and may have new curves to show, so it is always drawn again.
     if stage.kind == "figure" or not storage.exists(storage.join(stage.folder, MARKER)):
         return False
-    marker, wanted = read_marker(stage), dataclasses.asdict(stage.config)
-    if marker["sha256"] == digest(wanted):
-        return True
     # Reading against the schema gives keys that are younger than the marker their defaults.
-    had = config.from_yaml(json.dumps(marker["config"]), type(stage.config))
+    had = config.from_yaml(json.dumps(read_marker(stage)["config"]), type(stage.config))
+    before, after = dataclasses.asdict(had), dataclasses.asdict(stage.config)
     unset = isinstance(stage.config, TrainConfig) and stage.config.data.order is None
     free = FREE_TO_CHANGE + ("data.order",) * unset  # it has that of its run
-    changed = config.differences(dataclasses.asdict(had), wanted, free)
-    if changed:
+    if changed := config.differences(before, after, free):
         raise ConfigError(
             f"stage {stage.name} has finished with another config: {'; '.join(changed)}. Choose "
             f"another output, or move {stage.folder} and the folders of the stages that use it "
@@ -276,6 +257,7 @@ def is_done(stage: Stage) -> bool:
 def mark_done(stage: Stage, seconds: float) -> None:
     """Write the marker of a stage; it comes after all other files of the stage."""
     values = dataclasses.asdict(stage.config)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     marker = {"stage": stage.name, "kind": stage.kind, "seed": stage.seed}
-    marker |= {"seconds": round(seconds, 1), "sha256": digest(values), "config": values}
+    marker |= {"seconds": round(seconds, 1), "sha256": digest, "config": values}
     storage.put_bytes(storage.join(stage.folder, MARKER), to_json(marker, indent=1).encode())

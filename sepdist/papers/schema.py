@@ -83,5 +83,4 @@ class Stage:
     name: str
     kind: str
     folder: str
-    uses: tuple[str, ...]  # folders of earlier stages
     config: Any  # the whole config of its program

@@ -7,7 +7,7 @@ from typing import Any
 
 from sepdist import storage
 from sepdist.config import ConfigError
-from sepdist.papers.schema import PipelineConfig, Stage, TableConfig
+from sepdist.papers.schema import PipelineConfig, RowConfig, Stage
 from sepdist.reporting import read_metrics
 
 MARKER = "stage.json"
@@ -22,21 +22,21 @@ def read_marker(stage: Stage) -> dict[str, Any]:
 def fill_tables(cfg: PipelineConfig, stages: Sequence[Stage]) -> dict[str, Any]:
     """Return all tables with the numbers of each seed in their cells, and the stages' minutes."""
     minutes = {f"seed-{one.seed}/{one.name}": read_marker(one)["seconds"] / 60 for one in stages}
-    tables = [asdict(table) | {"rows": fill_rows(table, stages)} for table in cfg.tables]
+    tables = [
+        asdict(table) | {"rows": [fill_row(row, stages) for row in table.rows]}
+        for table in cfg.tables
+    ]
     return {"name": cfg.name, "title": cfg.title, "tables": tables, "minutes_of_stages": minutes}
 
 
-def fill_rows(table: TableConfig, stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Return the rows of a table with the paper's number and that of each seed in their cells."""
-    rows = []
-    for row in table.rows:
-        cells = []
-        for cell, paper in zip(row.cells, row.paper or [None] * len(row.cells), strict=True):
-            name, _, path = cell.partition(":")
-            seeds = {str(one.seed): number_of(one, path) for one in stages if one.name == name}
-            cells.append({"paper": paper, "seeds": seeds})
-        rows.append({"title": row.title, "cells": cells})
-    return rows
+def fill_row(row: RowConfig, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Return a row of a table with the paper's number and that of each seed in its cells."""
+    cells = []
+    for cell, paper in zip(row.cells, row.paper or [None] * len(row.cells), strict=True):
+        name, _, path = cell.partition(":")
+        seeds = {str(one.seed): number_of(one, path) for one in stages if one.name == name}
+        cells.append({"paper": paper, "seeds": seeds})
+    return {"title": row.title, "cells": cells}
 
 
 def number_of(stage: Stage, path: str) -> float | None:
@@ -56,9 +56,8 @@ def number_of(stage: Stage, path: str) -> float | None:
         found = json.loads(storage.read_bytes(storage.join(stage.folder, "results.json")))
     for key in path.split("."):
         if not isinstance(found, dict) or key not in found:
-            raise ConfigError(
-                f"{stage.folder}: its results have no {path}: change the cell {stage.name}:{path}"
-            )
+            todo = f"change the cell {stage.name}:{path}"
+            raise ConfigError(f"{stage.folder}: its results have no {path}: {todo}")
         found = found[key]
     return found
 

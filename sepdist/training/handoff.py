@@ -1,13 +1,20 @@
-"""Hand-off between stages: find, check and load the weights of an earlier one."""
+"""Hand-off between stages: find, check and load the weights of an earlier one, or a stranger's.
 
-from collections.abc import Mapping, Sequence
+A model.yaml says which class to build, and how. It is read as plain values of bounded size, and
+`check_arguments` refuses arguments that would read anything but the model's own folder.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
-from sepdist import storage
-from sepdist.config import InitConfig
+from sepdist import slots, storage
+from sepdist.config import ConfigError, InitConfig, parse_plain
+from sepdist.objectives.contract import OUTPUT_RULES
 from sepdist.training.checkpoint import (
     COMMIT,
     CheckpointError,
@@ -16,7 +23,11 @@ from sepdist.training.checkpoint import (
     parse_commit,
     read_file,
 )
-from sepdist.training.model_card import parse_card, parse_lineage
+
+MAX_BYTES = 2**16  # of a model.yaml
+MAX_NUMBER = 1_000_000  # a size in a model.yaml; larger ones exhaust the memory before weights do
+MAX_OUTPUTS = 100
+SAMPLE_RATES = (1000, 384_000)
 
 
 def load_weights(
@@ -37,50 +48,42 @@ def check_weights(
     CheckpointError if any other parameter is missing, unexpected or of another shape, or nothing
     in the model has such a prefix.
     """
-    own = model.state_dict()
+    own, kind = model.state_dict(), type(model).__name__
 
-    def below(name: str, prefix: str) -> bool:
-        return f"{name}.".startswith(prefix.rstrip(".") + ".")
+    def below(name: str, prefixes: Sequence[str]) -> bool:
+        return f"{name}.".startswith(tuple(prefix.rstrip(".") + "." for prefix in prefixes))
 
     for prefix in reinit:
-        if not any(below(name, prefix) for name in own):
-            kind = type(model).__name__
+        if not any(below(name, [prefix]) for name in own):
             raise CheckpointError(f"init.reinit: no parameter of {kind} begins with {prefix!r}")
-    kept = {name: own[name] for name in own if any(below(name, prefix) for prefix in reinit)}
+    kept = {name: own[name] for name in own if below(name, reinit)}
     wanted = own.keys() - kept.keys()
-    given = {name for name in weights if not any(below(name, prefix) for prefix in reinit)}
+    given = {name for name in weights if not below(name, reinit)}
     problems = [f"missing {name}" for name in sorted(wanted - given)]
     problems += [f"unexpected {name}" for name in sorted(given - wanted)]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in sorted(wanted & given)
-        if weights[name].shape != own[name].shape
-    ]
+    for name in sorted(wanted & given):
+        has, wants = tuple(weights[name].shape), tuple(own[name].shape)
+        problems += [f"{name} is {has}, the model's is {wants}"] if has != wants else []
     if problems:
         shown, more = "; ".join(problems[:6]), len(problems) - 6
         shown += f"; and {more} more" if more > 0 else ""
         outputs = list(getattr(model, "output_parameters", ()))
         hint = f"; to start the output layer afresh set init.reinit={outputs}" if outputs else ""
-        kind = type(model).__name__
         raise CheckpointError(f"{source or 'these weights'} do not fit this {kind}: {shown}{hint}")
     return kept
-
-
-def submodule_of(weights: Mapping[str, Tensor], submodule: str, source: str) -> dict[str, Tensor]:
-    """Return the weights below `submodule`, their names without it; CheckpointError if none are."""
-    prefix = submodule.rstrip(".") + "."
-    chosen = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    if not chosen:
-        there = ", ".join(sorted({name.partition(".")[0] for name in weights}))
-        raise CheckpointError(f"init.submodule={submodule}: {source} has no such one, only {there}")
-    return chosen
 
 
 def inherit(model: nn.Module, init: InitConfig) -> tuple[list[str], dict[str, Any]]:
     """Fill `model` from the parent stage; returns re-initialised names, and its url and lineage."""
     weights, _, lineage, folder = read_export(str(init.weights))
     if init.submodule:
-        weights = submodule_of(weights, init.submodule, folder)
+        prefix = init.submodule.rstrip(".") + "."
+        chosen = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        if not chosen:
+            there = ", ".join(sorted({name.partition(".")[0] for name in weights}))
+            wrong = f"{folder} has no such one, only {there}"
+            raise CheckpointError(f"init.submodule={init.submodule}: {wrong}")
+        weights = chosen
     return load_weights(model, weights, init.reinit, source=folder), {"url": folder} | lineage
 
 
@@ -90,9 +93,8 @@ def find_export(url: str) -> str:
         return url
     committed = find_committed(storage.join(url, "checkpoints"))
     if not committed:
-        raise CheckpointError(
-            f"{url}: neither a folder with model.safetensors nor a run_dir with a checkpoint"
-        )
+        what = "neither a folder with model.safetensors nor a run_dir with a checkpoint"
+        raise CheckpointError(f"{url}: {what}")
     return (best_of(committed) or committed[-1]).url
 
 
@@ -101,13 +103,10 @@ def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
     folder = find_export(url)
     names = storage.list_names(folder)
     one = parse_commit(folder) if COMMIT in names else None
-    *_, place, name = storage.absolute(folder).rsplit("/", 2)
-    in_run = place == "checkpoints" and name.startswith("step-")
+    in_run = re.search(r"/checkpoints/step-[^/]*$", storage.absolute(folder))
     if one is None and (in_run or {"state.json", "optimizer.safetensors"} & set(names)):
-        raise CheckpointError(
-            f"{folder}: a checkpoint without COMMIT was never finished or is being removed; take "
-            "another one of its run"
-        )
+        why = "was never finished or is being removed; take another one of its run"
+        raise CheckpointError(f"{folder}: a checkpoint without COMMIT {why}")
 
     def read(name: str) -> bytes:
         return read_file(one, name) if one else storage.read_bytes(storage.join(folder, name))
@@ -120,3 +119,64 @@ def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
     except (safetensors.SafetensorError, RuntimeError, TypeError, LookupError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(f"{folder}/model.safetensors is damaged ({reason})") from error
+
+
+def parse_card(data: bytes, folder: str) -> dict[str, Any]:
+    """The content of a model.yaml: `model` with `_target_`, `sample_rate` and OUTPUT_RULES.
+
+    CheckpointError if it is malformed; the message names the file and the value.
+    """
+    url = f"{folder}/model.yaml"
+    if len(data) > MAX_BYTES:
+        raise CheckpointError(f"{url}: {len(data)} bytes are too many for the config of a model")
+    try:
+        card = parse_plain(data)
+    except ConfigError as error:
+        raise CheckpointError(f"{url} is {error}") from error
+    node = card.get("model") if isinstance(card, dict) else None
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise CheckpointError(f"{url}: it must be a mapping whose `model` has a _target_")
+    numbers = {"sample_rate": (card.get("sample_rate"), *SAMPLE_RATES)}
+    numbers |= {name: (card.get(name) or 0, 0, MAX_OUTPUTS) for name in OUTPUT_RULES}
+    for name, (value, least, most) in numbers.items():
+        if type(value) is not int or not least <= value <= most:
+            needs = f"must be a whole number, {least} to {most}"
+            raise CheckpointError(f"{url}: {name}={value!r} {needs}")
+    for name, value in _leaves(node, "model"):
+        if isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
+            raise CheckpointError(f"{url}: {name}={value} is not between +-{MAX_NUMBER}")
+    return card
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every plain value with its dotted name."""
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from _leaves(inner, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def parse_lineage(data: bytes, folder: str) -> dict[str, Any]:
+    """The content of a lineage.json: a mapping, shown and copied but never acted on."""
+    try:
+        lineage = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/lineage.json is damaged: {error}") from error
+    if not isinstance(lineage, dict):
+        raise CheckpointError(f"{folder}/lineage.json: it must be a mapping")
+    return lineage
+
+
+def check_arguments(node: Mapping[str, Any], folder: str) -> None:
+    """Raise CheckpointError for an argument that would read a file or fetch a model."""
+    kind = slots.resolve("model", node["_target_"])
+    for name in getattr(kind, "parts", ()):
+        if isinstance(part := node.get(name), Mapping) and "_target_" in part:
+            check_arguments(part, folder)
+    names = (*getattr(kind, "path_arguments", ()), *getattr(kind, "outside_arguments", ()))
+    if given := [name for name in names if node.get(name) is not None]:
+        wrong = f"{given[0]}={node[given[0]]!r} leads out of the model's folder"
+        has = "a stored model has all its weights in model.safetensors"
+        raise CheckpointError(f"{folder}/model.yaml: {wrong}; {has}")

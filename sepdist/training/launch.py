@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import ray
@@ -96,7 +96,9 @@ def launch(
     with connected(needed, address=cluster.address, verbose=cluster.verbose):
         cpus = f"cluster.cpus_per_worker={cluster.cpus_per_worker:g}"
         check_room(fewest, resources, f"cluster.num_workers={cluster.num_workers}, {cpus}")
-        flag = start_flag()
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        actor: Any = ray.remote(num_cpus=0, label_selector=here)
+        flag = actor(StopFlag).remote()
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
@@ -121,13 +123,6 @@ def launch(
         vars(trainer)[run.__name__] = lambda **parts: run(**(parts | policy))
         with stopping(trainer, flag, request, cluster.stop_seconds, say):
             trainer.fit()
-
-
-def start_flag() -> Any:
-    """Start the actor by which the workers are asked to stop, on the driver's node."""
-    here = ray.get_runtime_context().get_node_id()
-    options = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})
-    return cast(Any, options)(StopFlag).remote()
 
 
 @contextlib.contextmanager
@@ -169,7 +164,7 @@ def stopping(
 
 
 class StopFlag:
-    """An actor by which a driver asks its workers to stop, and they say that they have."""
+    """An actor beside the driver, which asks its workers to stop; they say that they have."""
 
     def __init__(self) -> None:
         self._marks = set[str]()
@@ -264,10 +259,8 @@ def preemption_notice() -> Callable[[], bool]:
 
     def preempted() -> bool:
         nonlocal known
-        notice = ray.train.get_preemption_info()
-        new = notice is not None and notice != known
-        known = notice
-        return new
+        before, known = known, ray.train.get_preemption_info()
+        return known is not None and known != before
 
     return preempted
 
@@ -284,8 +277,8 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
     def __init__(self, run_dir: str, run: str = "") -> None:
         self._url = storage.join(run_dir, "events.jsonl")
         self._run = run
-        self._written: list[str] | None = None
-        self._unwritten: list[str] = []
+        self._before: list[str] | None = None  # lines of earlier starts
+        self._lines: list[str] = []
         self._workers = 0
         self._seen: BaseException | None = None
         self._pool: ThreadPoolExecutor | None = None  # made in the controller: it cannot be pickled
@@ -321,18 +314,17 @@ class EventLog(WorkerGroupCallback, ControllerCallback):
     def _record(self, event: str, **more: Any) -> None:
         values = {"time": round(time.time(), 3), "event": event, "workers": self._workers} | more
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="events")
-        self._last = self._pool.submit(self._write, to_json(values) + "\n")
+        self._last = self._pool.submit(self._write, to_json(values))
 
     def _write(self, line: str) -> None:
-        self._unwritten.append(line)
+        self._lines.append(line)
         try:
-            if self._written is None:
-                self._written = [f"{one}\n" for one in read_lines(self._url)]
-            storage.put_bytes(self._url, "".join(self._written + self._unwritten).encode())
+            if self._before is None:
+                self._before = read_lines(self._url)
+            text = "\n".join([*self._before, *self._lines, ""])
+            storage.put_bytes(self._url, text.encode())
         except OSError as error:
             logger.warning("events will be written with the next one: %s", error)
-            return
-        self._written, self._unwritten = self._written + self._unwritten, []
 
 
 class Group(WorkerGroup):
@@ -374,9 +366,8 @@ class Recovery(ControllerCallback):
                 ask_coordinator("cancel_request", requester)
             storage.put_bytes(self._requester_url, self._requester.encode())
         except OSError as error:
-            logger.warning(
-                "a killed driver's reservation may delay this run by three minutes: %s", error
-            )
+            late = "a killed driver's reservation may delay this run by three minutes"
+            logger.warning("%s: %s", late, error)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Before an elastic group is sized, have Ray look at the cluster.
@@ -468,8 +459,8 @@ def one_line(failure: BaseException) -> str:
     if isinstance(innermost, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         return "its process died"
     kind = type(innermost).__name__
-    lines = [line.strip() for line in str(innermost).strip().splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("Set TORCH")]  # torch's advice on logs
+    lines = [line.strip() for line in str(innermost).splitlines()]
+    lines = [one for one in lines if one and not one.startswith("Set TORCH")]  # torch's advice
     if kind in ("WorkerHealthCheckTimeoutError", "WorkerGroupStartupTimeoutError"):
         return lines[0].partition(" Potential causes")[0]
     return lines[-1] if lines else kind

@@ -36,8 +36,8 @@ def lease(run_dir: str, lost: Callable[[str], None], say: Callable[[str], None])
     `say` gets what is waited for, `lost` (in a thread of its own) the reason when the lease was
     taken over by another command.
     """
-    folder = storage.join(run_dir, "lease")
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "process": process_id(os.getpid())}
+    folder, pid = storage.join(run_dir, "lease"), os.getpid()
+    mine = {"host": socket.gethostname(), "pid": pid, "process": process_id(pid)}
     mine["folder"] = folder  # a copied run has a copy of the lease
     number = _take(folder, mine, say)
     ended = threading.Event()
@@ -47,9 +47,9 @@ def lease(run_dir: str, lost: Callable[[str], None], say: Callable[[str], None])
             if ended.wait(BEAT_SECONDS):
                 return
             try:
-                if newer := [other for other in _numbers(folder) if other > number]:
-                    holder = _read(folder, newer[-1])
-                    lost(f"{run_dir} was taken over by {_name(holder)}; this command ends")
+                if (newest := max(_numbers(folder), default=0)) > number:
+                    holder = _name(_read(folder, newest))
+                    lost(f"{run_dir} was taken over by {holder}; this command ends")
                     return
                 _put(folder, number, mine | {"beat": count})
             except OSError as error:  # the next beat may reach storage again
@@ -83,49 +83,43 @@ def _take(folder: str, mine: Mapping[str, Any], say: Callable[[str], None]) -> i
     """Return the number of the lease that was taken."""
     while True:
         numbers = _numbers(folder)
-        if numbers:
-            _wait_until_free(folder, numbers[-1], say)
-        number = numbers[-1] + 1 if numbers else 1
+        newest = max(numbers, default=0)
+        _wait_until_free(folder, newest, say)
         try:
-            _put(folder, number, mine, create_only=True)
+            _put(folder, newest + 1, mine, create_only=True)
         except FileExistsError:
             continue  # another command was faster
         for old in numbers:
             storage.remove(_url(folder, old))
-        return number
+        return newest + 1
 
 
 def _wait_until_free(folder: str, number: int, say: Callable[[str], None]) -> None:
     """Return once the lease may be taken over; ConfigError if its holder lives."""
-    first = _read(folder, number)
-    began, told = time.monotonic(), False
-    while True:
-        holder = _read(folder, number)
-        if not holder or holder.get("released"):
-            return
+    first, began = _read(folder, number), 0.0
+    while (holder := _read(folder, number)) and not holder.get("released"):
         here = holder.get("process", [])[:1] == process_id(os.getpid())[:1] != []
-        ended = here and process_id(holder["pid"]) != holder["process"]
-        if ended or (here and holder.get("folder", folder) != folder):
+        if here and process_id(holder["pid"]) != holder["process"]:
+            return
+        if here and holder.get("folder", folder) != folder:
             return
         if here or holder != first:
             raise ConfigError(
                 f"{folder.rpartition('/')[0]} is being trained by {_name(holder)}: let it end, "
                 "stop it (Ctrl-C commits a checkpoint first), or choose another run_dir"
             )
+        if not began:
+            began = time.monotonic()
+            silent = f"{_name(holder)} trained this run and did not say that it ended"
+            say(f"{silent}; waiting up to {STALE_SECONDS:g} s for a sign of it")
         if time.monotonic() - began > STALE_SECONDS:
             return
-        if not told:
-            told = True
-            say(
-                f"{_name(holder)} trained this run and did not say that it ended; waiting up to "
-                f"{STALE_SECONDS:g} s for a sign of it"
-            )
         time.sleep(min(1.0, BEAT_SECONDS / 4))
 
 
 def _numbers(folder: str) -> list[int]:
     names = (name.removesuffix(".json") for name in storage.list_names(folder))
-    return sorted(int(name) for name in names if name.isdecimal())
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def _url(folder: str, number: int) -> str:

@@ -12,7 +12,7 @@ from sepdist.cli import train
 from sepdist.cli.sweep import folder_name
 from sepdist.config import TrainConfig
 from sepdist.console import user_console
-from tests.support.runs import ROOT, program, train_arguments
+from tests.support.runs import ROOT, loop, program, train_arguments
 
 GIVEN = ["experiment=demo/finetune", "data.train=a b=c", "run_dir=out, (1)"]
 
@@ -73,9 +73,14 @@ def test_models_and_data_sets_can_be_swept_too(swept) -> None:
     assert all("/" not in one.run_dir.removeprefix("out, (1)/") for one in runs)
 
 
-@pytest.mark.parametrize("first", ["5.0", "0.2"])
-def test_a_sweep_goes_on_after_a_run_that_diverged(
-    first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("rates", "status"), [(["5.0", "0.2"], 0), (["0.2", "5.0"], 0), (["5.0", "6.0"], 1)]
+)
+def test_a_sweep_goes_on_after_a_run_that_diverged_and_fails_if_all_did(
+    rates: list[str],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from sepdist.training.launch import TrainingFailedError
 
@@ -85,17 +90,19 @@ def test_a_sweep_goes_on_after_a_run_that_diverged(
                 raise TrainingFailedError("no validation had a finite score")
             return 7.0
 
-    second = "0.2" if first == "5.0" else "5.0"
     monkeypatch.setattr(train, "train", score)
-    words = ["-m", *GIVEN, f"optim.lr={first},{second}"]
+    words = ["-m", *GIVEN, f"optim.lr={','.join(rates)}"]
     monkeypatch.setattr(sys, "argv", ["sepdist train", *words])
     with pytest.raises(SystemExit) as exit_:
         train.main()
     shown = capsys.readouterr()
-    assert exit_.value.code == 0 and shown.err == "error: no validation had a finite score\n"
+    assert exit_.value.code == status
+    assert set(shown.err.splitlines()) == {"error: no validation had a finite score"}
     rows = {line.split()[0]: line for line in shown.out.splitlines()[1:]}
     assert re.search(r"optim.lr=5.0 +- +out", rows["optim.lr=5.0"])
-    assert re.search(r"optim.lr=0.2 +7.000 .*<- best$", rows["optim.lr=0.2"])
+    assert shown.out.count("<- best") == 1 - status
+    if "0.2" in rates:
+        assert re.search(r"optim.lr=0.2 +7.000 .*<- best$", rows["optim.lr=0.2"])
 
 
 @pytest.mark.parametrize("error", [ValueError("no data"), KeyboardInterrupt()])
@@ -159,16 +166,32 @@ def test_optuna_searches_for_the_highest_score(
     assert best.startswith(f"optim.lr={results['best_params']['optim.lr']} ")
 
 
-@pytest.mark.seconds(60)
-@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize(
+    "on_ray", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.xdist_group("ray")])]
+)
 def test_a_sweep_of_two_rates_ends_in_two_run_dirs_and_one_best_value(
-    tiny_data: dict[str, str], tmp_path: Path
+    on_ray: bool,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     steps = ["training.max_steps=2", "validation.every_steps=2", "validation.num_mixtures=1"]
     fresh = ["init.weights=null", "init.reinit=[]", "cluster.num_workers=1"]
     words = train_arguments("demo/finetune", tiny_data, tmp_path / "runs", *steps, *fresh)
+    words += ["-m", "optim.lr=1e-3,1e-4"]
     before = {path.name for path in ROOT.iterdir()}
-    shown = program(*words, "-m", "optim.lr=1e-3,1e-4")
+    if on_ray:
+        shown = program(*words)
+    else:
+        from sepdist.training import launch
+
+        monkeypatch.setattr(launch, "launch", lambda cfg, *_: loop(f"{cfg.run_dir}/config.yaml"))
+        monkeypatch.setattr(sys, "argv", ["sepdist train", *words[3:]])
+        with pytest.raises(SystemExit) as exit_:
+            train.main()
+        assert exit_.value.code == 0
+        shown = capsys.readouterr().out
     folders = {path.name for path in (tmp_path / "runs").iterdir()}
     assert folders == {"optim.lr=0.001", "optim.lr=0.0001"}
     for folder in folders:

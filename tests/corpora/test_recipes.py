@@ -11,7 +11,6 @@ import soundfile
 
 from sepdist import audio
 from sepdist.audio import AudioError
-from sepdist.corpora import recipes
 from sepdist.corpora.files import require_unique, sample_key
 from sepdist.corpora.recipes import Clip, Recipe, choose, extend_noise, level, render
 
@@ -190,21 +189,20 @@ def test_drawn_gains_give_the_drawn_loudness_and_librimixs_two_guards(
     )
 
 
-def test_a_draw_decodes_each_file_once(
+def test_a_draw_measures_each_utterance_once(
     tmp_path: Path, pool: tuple[dict[str, list[Path]], list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded: Counter[str] = Counter()
-    original = audio.load_channel
+    measured: Counter[str] = Counter()
+    original = audio.loudness
 
-    def counting(path: Path, stop: int = -1) -> tuple[np.ndarray, int]:
-        decoded[str(path)] += 1
-        return original(path, stop)
+    def counting(wave: np.ndarray, rate: int, path: str) -> float:
+        measured[path] += 1
+        return original(wave, rate, path)
 
-    monkeypatch.setattr(audio, "load_channel", counting)
-    first = drawn(tmp_path, pool)
-    assert set(decoded.values()) == {1} and len(decoded) == 14
-    monkeypatch.setattr(recipes, "KEPT_BYTES", 50_000)  # too little memory changes only the work
-    assert drawn(tmp_path, pool) == first
+    monkeypatch.setattr(audio, "loudness", counting)
+    drawn(tmp_path, pool)
+    utterances = {str(path) for paths in pool[0].values() for path in paths}
+    assert {measured[path] for path in utterances} == {1}
 
 
 def test_an_impossible_draw_is_an_error_with_the_numbers(

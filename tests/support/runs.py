@@ -3,11 +3,13 @@
 For tests and benchmarks.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -34,6 +36,23 @@ TINY = [
     "schedule.decay_steps=0",  # so that runs cut short by max_steps have the same rates
     "training.log_every=1",
 ]
+
+
+@contextlib.contextmanager
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Yield a function that starts a command; what still runs at the end is killed."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*command: str, **options: Any) -> subprocess.Popen[str]:
+        running.append(subprocess.Popen(command, text=True, **options))
+        return running[-1]
+
+    try:
+        yield start
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
 
 
 def program(*arguments: str, expect: int = 0, timeout: float = 300, **environment: str) -> str:

@@ -8,10 +8,8 @@ import builtins
 import functools
 import io
 import itertools
-import json
 import logging
 import os
-import random
 import shutil
 import signal
 import stat
@@ -203,9 +201,7 @@ def test_a_kill_at_any_operation_on_disk_never_costs_a_commit_nor_leaves_a_torn_
         if not was_killed(status):
             break
     assert list(returned) == list(later)
-    assert number > 50 * len(
-        later
-    )  # 6 files, each at least 8 operations: else the hook saw nothing
+    assert number > 45 * len(later)  # 6 files of at least 7 operations: else the hook saw nothing
 
 
 def fault_at(
@@ -465,39 +461,6 @@ def test_a_worker_that_writes_on_while_a_new_attempt_collects_never_makes_a_torn
             break
         assert_sound(run_dir, at_least=3, at_most=9)
     assert number >= 6 + 5
-
-
-def test_a_commit_that_is_damaged_in_any_byte_is_ignored_by_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    save(tmp_path, SNAPSHOTS[3], SNAPSHOTS[4])
-    commit = Path(find_committed(str(tmp_path / "checkpoints"))[-1].url) / "COMMIT"
-    sound, dice = commit.read_bytes(), random.Random(0)
-    for position in range(len(sound)):
-        flipped = bytearray(sound)
-        flipped[position] ^= dice.randrange(1, 256)
-        for damaged in (bytes(flipped), sound[:position]):
-            caplog.clear()
-            commit.write_bytes(damaged)
-            assert_equal(load_newest(str(tmp_path)), SNAPSHOTS[3])
-            assert f"{commit} is damaged" in caplog.text and "ignored" in caplog.text
-    assert (
-        collect_orphans(str(tmp_path)) == []
-    )  # it was committed once, so it is not ours to remove
-    commit.write_bytes(sound)
-    assert_equal(load_newest(str(tmp_path)), SNAPSHOTS[4])
-
-
-def test_a_commit_of_a_later_format_is_ignored_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    save(tmp_path, SNAPSHOTS[3], SNAPSHOTS[4])
-    path = Path(find_committed(str(tmp_path / "checkpoints"))[-1].url) / "COMMIT"
-    commit = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "sha256"}
-    later = commit | {"format": 3}
-    path.write_text(json.dumps(later | {"sha256": checkpoint._digest(later)}))
-    assert_equal(load_newest(str(tmp_path)), SNAPSHOTS[3])
-    assert "is of format 3" in caplog.text
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_a_newer_one(

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,13 @@ from sepdist import slots, storage
 from sepdist.config import InitConfig
 from sepdist.inference.export import load_estimator, load_export, load_separator
 from sepdist.training import checkpoint
-from sepdist.training.checkpoint import CheckpointError, load_newest, load_snapshot
+from sepdist.training.checkpoint import (
+    CheckpointError,
+    collect_orphans,
+    find_committed,
+    load_newest,
+    load_snapshot,
+)
 from sepdist.training.handoff import inherit
 from tests.support.checkpoints import NODE, assert_equal, save, snapshot
 
@@ -303,3 +310,35 @@ def test_damage_in_object_storage_is_passed_over_and_an_outage_is_not(
         load_newest(run_dir)
     with pytest.raises(storage.StorageError):
         load_export(newest)
+
+
+def test_a_commit_that_is_damaged_in_any_byte_is_ignored_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, snapshot(3), snapshot(4))
+    commit = Path(find_committed(str(tmp_path / "checkpoints"))[-1].url) / "COMMIT"
+    sound, dice = commit.read_bytes(), random.Random(0)
+    for position in range(len(sound)):
+        flipped = bytearray(sound)
+        flipped[position] ^= dice.randrange(1, 256)
+        for damaged in (bytes(flipped), sound[:position]):
+            caplog.clear()
+            commit.write_bytes(damaged)
+            assert [one.step for one in find_committed(str(tmp_path / "checkpoints"))] == [3]
+            assert f"{commit} is damaged" in caplog.text and "ignored" in caplog.text
+    assert_equal(load_newest(str(tmp_path)), snapshot(3))
+    assert collect_orphans(str(tmp_path)) == []  # it was committed once: not ours to remove
+    commit.write_bytes(sound)
+    assert_equal(load_newest(str(tmp_path)), snapshot(4))
+
+
+def test_a_commit_of_a_later_format_is_ignored_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, snapshot(3), snapshot(4))
+    path = Path(find_committed(str(tmp_path / "checkpoints"))[-1].url) / "COMMIT"
+    commit = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "sha256"}
+    later = commit | {"format": 3}
+    path.write_text(json.dumps(later | {"sha256": checkpoint._digest(later)}))
+    assert_equal(load_newest(str(tmp_path)), snapshot(3))
+    assert "is of format 3" in caplog.text
