@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import hashlib
 import logging
-import math
 import os
 import resource
 import threading
@@ -117,12 +116,11 @@ class ShardCache:
             opened = OpenShard(file, samples, damaged)
             with self._lock:
                 self._open[number] = opened
-                # Those not wanted go first, least recently used, then those wanted last; a file is
-                # closed when its last reader drops it.
+                # Close what is not wanted, least recently used first, then what is wanted last.
                 files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**64  # -1: any number
                 allowed = min(len(self._wanted) + SPARE_OPEN, files // 4)
                 need = {one: -place for place, one in enumerate(self._wanted)}
-                by_need = sorted(self._open, key=lambda one: need.get(one, -math.inf))
+                by_need = sorted(self._open, key=lambda one: need.get(one, -len(need)))
                 for one in by_need[: max(0, len(self._open) - allowed)]:
                     del self._open[one]
             return opened

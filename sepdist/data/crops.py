@@ -55,8 +55,7 @@ class Crops:
     def item(self, position: int, damages: list[Damage]) -> Item:
         """Return the crop at `position`; a damaged sample gives way to the next of its lane."""
         first = len(damages)
-        candidates = islice(self.order.candidates(position), 1 + MAX_REPLACEMENTS)
-        for shard_number, number in candidates:
+        for shard_number, number in islice(self.order.candidates(position), MAX_REPLACEMENTS):
             shard = self.dataset.cache.open(shard_number)
             sample = shard.samples[number]
             starts = self._starts(position, sample.num_samples)

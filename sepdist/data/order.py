@@ -75,7 +75,7 @@ class Blend:
         row, lane = divmod(index, self.num_lanes)
         sets, firsts, _ = self._at(epoch)
         own = sets[row] == number
-        before = int(firsts[number, row]) + int(np.count_nonzero(own[:lane]))
+        before = int(firsts[number, row] + np.count_nonzero(own[:lane]))
         whole_units = epoch * self.units[number] + before
         return whole_units * self.micro_batch + (offset if own[lane] else 0)
 
@@ -132,18 +132,15 @@ class Order:
         self,
         seed: int,
         shard_sizes: tuple[int, ...],
-        block_shards: int | None = None,
+        block_shards: int = 0,
         blend: Blend | None = None,
         number: int = 0,
     ) -> None:
         self.blend, self.number = blend or Blend(0, (1,), 1), number
-        if block_shards is None:
-            block_shards = 8 if self.blend.num_lanes == 1 else 4
-        if not shard_sizes or min(shard_sizes) < 1 or block_shards < 1:
-            sizes = f"sizes {shard_sizes} in blocks of {block_shards}"
-            raise ValueError(f"no order over shards of {sizes}: both must be positive")
+        self.block_shards = block_shards or (8 if self.blend.num_lanes == 1 else 4)
+        if not shard_sizes or min(shard_sizes) < 1:
+            raise ValueError(f"no order over shards of {shard_sizes} samples: all must be positive")
         self.seed = seed
-        self.block_shards = block_shards
         self.shard_sizes = shard_sizes
         self.num_samples = sum(shard_sizes)
         self._sizes = np.array(shard_sizes)
@@ -156,10 +153,7 @@ class Order:
         return self._sample(epoch, offset)
 
     def candidates(self, position: int) -> Iterator[tuple[int, int]]:
-        """Yield the sample of `position`, then what may replace it: all others, its lane's first.
-
-        They are the rest of the lane in this epoch, the lane in the next one, and the whole epoch.
-        """
+        """Yield the sample of `position`, then the next ones of its lane, last the whole epoch."""
         epoch, lane, offset = self._find(position)
         for one in range(offset, self._epoch_plan(epoch).lanes[lane + 1]):
             yield self._sample(epoch, one)
@@ -173,7 +167,7 @@ class Order:
         firsts: dict[int, int] = {}  # shard -> samples of its lane before the first use
         starts, stops = self._places(positions.start), self._places(positions.stop)
         epoch = positions.start // self.num_samples
-        for lane in lanes:
+        for lane in (one for one in lanes if self.blend.each[self.number, one]):
             for shard, ahead in self._ahead(epoch, lane, starts[lane], stops[lane]):
                 firsts[shard] = min(ahead, firsts.get(shard, ahead))
                 if len(firsts) == len(self.shard_sizes):
@@ -182,10 +176,10 @@ class Order:
 
     def _ahead(self, epoch: int, lane: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield the shards of a lane from its place `start`, and how many samples come before."""
-        place, occurs = start, self.blend.each[self.number, lane] > 0
-        while occurs:
+        place = start
+        while True:
             plan = self._epoch_plan(epoch)
-            offset = int(plan.lanes[lane] + place - plan.before[lane])
+            offset = int(place + plan.shifts[lane])
             if offset >= plan.lanes[lane + 1]:
                 epoch += 1
                 continue
@@ -203,8 +197,7 @@ class Order:
             raise ValueError(f"position {position}: positions count from 0")
         epoch = position // self.num_samples
         lane, places = self.blend.lanes(self.number, position)
-        plan = self._epoch_plan(epoch)
-        return epoch, lane, int(plan.lanes[lane] + places[lane] - plan.before[lane])
+        return epoch, lane, int(places[lane] + self._epoch_plan(epoch).shifts[lane])
 
     def _places(self, position: int) -> np.ndarray:
         """Count the samples of every lane before `position`."""
@@ -231,11 +224,12 @@ class Order:
         first_shards = np.searchsorted(ends, lanes, side="right")
         earlier = np.arange(len(shards)) - first_shards[np.searchsorted(lanes, ends) - 1]
         full = earlier % self.block_shards == self.block_shards - 1
-        return _Epoch(shards, ends, lanes, before, np.union1d(ends[full], lanes[1:]))
+        block_ends = np.union1d(ends[full], lanes[1:])
+        return _Epoch(shards, ends, block_ends, lanes, lanes[:-1] - before)
 
     def _plan_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return shard and sample number for every offset within a block."""
-        shards, ends, _, _, block_ends = self._epoch_plan(epoch)
+        shards, ends, block_ends, _, _ = self._epoch_plan(epoch)
         start, stop = int(block_ends[block - 1]) if block else 0, int(block_ends[block])
         places = start + _permutation((stop - start,), self.seed, "sample order", epoch, block)
         which = np.searchsorted(ends, places, side="right")
@@ -247,23 +241,20 @@ class _Epoch(NamedTuple):
 
     shards: np.ndarray
     ends: np.ndarray  # offset where each of the shards ends
-    lanes: np.ndarray  # [lane] offset where it begins, and the end of the last one
-    before: np.ndarray  # [lane] samples of the lane in earlier epochs
-    block_ends: np.ndarray  # offset where each block ends
+    block_ends: np.ndarray  # the same for each block
+    lanes: np.ndarray  # [lane] offset where it begins, and where the last one ends
+    shifts: np.ndarray  # [lane] offset minus place within the lane, which counts all epochs
 
 
 def units_per_epoch(
-    num_samples: Sequence[int],
-    weights: Sequence[float | None],
-    micro_batch: int,
-    num_lanes: int = 1,
+    sizes: Sequence[int], weights: Sequence[float | None], micro_batch: int, num_lanes: int = 1
 ) -> tuple[int, ...]:
     """Units of each set in an epoch: its weight times those of the first set; None is one pass.
 
     Several lanes have as many units each; the sets have the nearest whole numbers of their shares.
     """
-    first = max(1, round(num_samples[0] / micro_batch))
-    rest = zip(num_samples[1:], weights[1:], strict=True)
+    first = max(1, round(sizes[0] / micro_batch))
+    rest = zip(sizes[1:], weights[1:], strict=True)
     wanted = [first, *(size / micro_batch if w is None else w * first for size, w in rest)]
     units = [max(1, round(one)) for one in wanted]
     if num_lanes > 1:

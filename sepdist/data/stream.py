@@ -48,9 +48,8 @@ class TrainStream:
     """The batches of one rank, step by step.
 
     `feeds` are the data sets by name, the main one first; a set with a weight w gives w batches per
-    batch of the main one, any other set one pass per epoch. `interleave` is described at `Blend`,
-    `order` is one of the versions in order.py.
-    `seconds_waited` is how long the consumer waited for data, `num_silent` counts silent sources.
+    batch of the main one, any other set one pass per epoch. `interleave` and `order` are those of
+    order.py. `seconds_waited` counts the waiting for data, `num_silent` the silent sources.
     """
 
     def __init__(

@@ -52,7 +52,12 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     ConfigError if an object cannot be built, data is missing, or run_dir holds another run.
     """
     slots.make_paths_absolute(cfg)
-    _settle_order(cfg, console)
+    frozen = storage.join(cfg.run_dir, "config.yaml")
+    if cfg.data.order is None:
+        begun = storage.exists(frozen)
+        cfg.data.order = config.load_frozen(frozen).data.order if begun else NEWEST_ORDER
+        if cfg.data.order == 1:
+            console.print("data.order=1: the run began under it and goes on under it")
     _check_engine(cfg)
     if "lr" not in cfg.optim:
         raise ConfigError("no value given for optim.lr (pass optim.lr=... on the command line)")
@@ -73,16 +78,6 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     digests = {name: feed.digest() for name, feed in feeds.items()}
     _write(cfg, digests | {"validation": validation_set.manifest.digest()})
     return cfg
-
-
-def _settle_order(cfg: TrainConfig, console: Console) -> None:
-    """Go on in the order of the data under which the run began, unless one was asked for."""
-    url = storage.join(cfg.run_dir, "config.yaml")
-    if cfg.data.order is None:
-        begun = storage.exists(url)
-        cfg.data.order = config.load_frozen(url).data.order if begun else NEWEST_ORDER
-        if cfg.data.order == 1:
-            console.print("data.order=1: the run began under it and goes on under it")
 
 
 def _check_engine(cfg: TrainConfig) -> None:
