@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sepdist.data.records import Batch
+from sepdist.data.records import Batch, send
 from sepdist.objectives.contract import Metrics
 from sepdist.objectives.spans import draw_spans, noisy
 from sepdist.seeding import rng
@@ -65,10 +65,10 @@ class Contrastive:
             hidden_N[spans] = True
             centres_K = torch.from_numpy(spans[:, self.span // 2])
             targets_K = hidden_N.nonzero()[:, 0] if self.all_frames else centres_K
-            targets.append(targets_K.to(device, non_blocking=True))
+            targets.append(send(targets_K, device))
             negatives_KM = self._negatives(draw, len(targets_K))
-            negatives.append(negatives_KM.to(device, non_blocking=True))
-        features_BNF, predictions_BNF = model(given_BT, hidden_BN.to(device, non_blocking=True))
+            negatives.append(send(negatives_KM, device))
+        features_BNF, predictions_BNF = model(given_BT, send(hidden_BN, device))
         losses, accuracies = [], []
         with torch.autocast(device.type, enabled=False):
             for item, (targets_K, negatives_KM) in enumerate(zip(targets, negatives, strict=True)):

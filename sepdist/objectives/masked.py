@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sepdist.data.records import Batch
+from sepdist.data.records import Batch, send
 from sepdist.objectives.contract import Metrics, check_outputs
 from sepdist.objectives.spans import draw_spans, noisy, uniform
 from sepdist.seeding import rng
@@ -76,7 +76,7 @@ class Masked:
         lengths = batch.lengths.tolist()
         plans = [self._plan(draw, n, size) for draw, n in zip(draws, lengths, strict=True)]
         from_BT, shown_BT, counts_BT, passed_BK = (
-            torch.from_numpy(np.stack(rows)).to(clean_BT.device, non_blocking=True)
+            send(torch.from_numpy(np.stack(rows)), clean_BT.device)
             for rows in zip(*plans, strict=True)
         )
         altered_BT = given_BT.gather(1, from_BT) * shown_BT

@@ -30,13 +30,13 @@ class Separation:
         """Return loss and metrics; `batch.sources` must be as many as the model's outputs."""
         scores_BSS = pair_scores(model, batch)
         best_B, order_BS = best_permutation(scores_BSS)
-        counts_B = torch.ones_like(best_B, dtype=torch.bool)
+        counts_B = None
         if self.skip_silent:
             scores_BS = scores_BSS.gather(1, order_BS.unsqueeze(1)).squeeze(1)
             silent_BS = silent_sources(sources_of(batch))
             best_B, counts_B = mean_audible(scores_BS, silent_BS), ~silent_BS.all(1)
         metrics = report(scores_BSS.detach(), order_BS, batch)
-        return mean_above(-best_B, counts_B, self.threshold), metrics
+        return mean_above(-best_B, self.threshold, counts_B), metrics
 
 
 def pair_scores(model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
@@ -72,8 +72,10 @@ def unscored(batch: Batch) -> Tensor:
     return silent_BS | (alone_BS & silent_BS.any(1, keepdim=True))
 
 
-def mean_above(losses_B: Tensor, counts_B: Tensor, threshold: float | None) -> Tensor:
+def mean_above(losses_B: Tensor, threshold: float | None, counts_B: Tensor | None = None) -> Tensor:
     """Mean of the losses that count and exceed the threshold; zero without gradient if none do."""
-    # `~(<=)` keeps NaN: a broken item must be noticed, not skipped.
-    kept_B = counts_B if threshold is None else counts_B & ~(losses_B <= threshold)
+    kept_B = torch.ones_like(losses_B, dtype=torch.bool) if counts_B is None else counts_B
+    if threshold is not None:
+        # `~(<=)` keeps NaN: a broken item must be noticed, not skipped.
+        kept_B = kept_B & ~(losses_B <= threshold)
     return torch.where(kept_B, losses_B, 0.0).sum() / kept_B.sum().clamp_min(1)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sepdist.data.records import Batch
+from sepdist.data.records import Batch, send
 from sepdist.objectives.contract import sources_of
 
 
@@ -51,5 +51,4 @@ def noisy(
             f"noise_probability={probability} needs noise: set data.noise=true, or it to 0"
         )
     gains_B = torch.tensor([gain if uniform(draw) < probability else 0.0 for draw in draws])
-    gains_B = gains_B.to(clean_BT.device, non_blocking=True)
-    return clean_BT + gains_B[:, None] * batch.noise, clean_BT
+    return clean_BT + send(gains_B, clean_BT.device)[:, None] * batch.noise, clean_BT

@@ -20,6 +20,11 @@ def batch_of(sources: Tensor, noise: Tensor | None = None) -> Batch:
     )
 
 
+def values(metric: Tensor) -> Tensor:
+    """The values of a metric, of those items that have one."""
+    return metric[0, metric[1] > 0] if metric.ndim == 2 else metric
+
+
 class Fixed(nn.Module):
     """A model whose output is its parameters."""
 

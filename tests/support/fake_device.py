@@ -3,7 +3,7 @@
 On it a model or an objective runs forward and backward as on a GPU: an operation that mixes devices
 raises, and whatever would make the host wait for a GPU is recorded with its line. Host tensors are
 real. Autocast follows torch's own lists for CUDA. Registering the device changes torch for good
-(`torch.accelerator`, pinned memory), so use it in a process of its own (tests/fake_device_cases.py).
+(`torch.accelerator`, pinned memory), so a process of its own does it (fake_cases.py).
 """
 
 import re
@@ -14,15 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
 from torch.amp.autocast_mode import _cast
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = "fake"
@@ -31,7 +26,7 @@ AUTOCAST_LISTS = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
 aten = torch.ops.aten
 
 
-class Waits(RuntimeError):
+class WaitsError(RuntimeError):
     """An operation whose result has a shape that the host learns from the device only."""
 
 
@@ -89,14 +84,33 @@ def _register() -> list[torch.library.Library]:
     ):
         for operator in _autocast_list(name):
             casts.impl(operator, _casting(operator, choose), KEY)
+    for key in (KEY, "AutogradPrivateUse1"):
+        casts.impl(aten.lstm.input, _lstm, key)
     return [everything, casts]
 
 
-_libraries = _register()
+class OnDevice(Tensor):
+    """A tensor on the fake device; `inner`, on the meta device, has its shape, strides and type."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "OnDevice":
+        place = {"dtype": inner.dtype, "device": torch.device(NAME, 0)}
+        with torch.inference_mode(False):  # or views of parameters could not be made there
+            made = Tensor._make_wrapper_subclass(
+                cls, inner.shape, inner.stride(), inner.storage_offset(), **place
+            )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} outside of FakeDevice")
 
 
 class FakeDevice(TorchDispatchMode):
-    """While it is on, tensors on torch.device("fake") are fake; `waits` are what it recorded.
+    """While it is on, torch.device("fake") can be used; `waits` are what it recorded.
 
     A value that the host reads is 1 (True). A copy from the host waits unless it is non-blocking.
     """
@@ -105,62 +119,115 @@ class FakeDevice(TorchDispatchMode):
         super().__init__()
         self.device = torch.device(NAME, 0)
         self.waits: list[str] = []
-        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._threads = torch.autograd.set_multithreading_enabled(True)
 
     def __enter__(self) -> "FakeDevice":
         self._threads = torch.autograd.set_multithreading_enabled(False)
+        # torch.tensor(..., device=...) then makes a host tensor first, and copies it in sight.
+        torch._C._set_only_lift_cpu_tensors(True)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(False)
         self._threads.__exit__(None, None, None)
-        for module in [one for name, one in sys.modules.items() if name.startswith("sepdist.")]:
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear"):  # it may keep tensors of this device
-                    value.cache_clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        held = [x for x in leaves if isinstance(x, FakeTensor)]
         place = kwargs.get("device")
-        here = place is not None and torch.device(place).type == NAME
-        if not held and not here:
+        elsewhere = place is not None and torch.device(place).type != NAME
+        tensors = [x for x in _leaves((args, *kwargs.values())) if isinstance(x, Tensor)]
+        host = [x for x in tensors if not isinstance(x, OnDevice)]
+        if len(host) == len(tensors) and (place is None or elsewhere):
             return func(*args, **kwargs)
-        host = [x for x in leaves if not isinstance(x, FakeTensor) and x.ndim]
+        if torch.is_inference_mode_enabled() and torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        ):
+            with self:  # elsewhere such operations have come apart before they are seen here
+                return func.decompose(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self._wait(func)
             return torch.ones((), dtype=args[0].dtype).item()
-        if func is aten._to_copy.default and held and place is not None and not here:
-            self._wait(func, kwargs)
-            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
-            self._wait(func, {"non_blocking": args[2:] == (True,)})
-            return args[0].fill_(1)
-        if func is aten.copy_.default and not isinstance(args[1], FakeTensor):
-            self._wait(func, {"non_blocking": args[2:] == (True,)})
-            return args[0]
-        if func is aten._to_copy.default and not held:
-            self._wait(func, kwargs)
-        if host and func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            self._wait(func)  # host indices are copied to the device
+        if (host or elsewhere) and func in (aten._to_copy.default, aten.copy_.default):
+            return self._copy(func, args, kwargs)
+        if any(x.ndim for x in host):
+            if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+                raise RuntimeError(f"{func} at {_place()} gets tensors of the host")
+            self._wait(func)  # it copies host indices to the device
+        known = {id(x.inner): x for x in tensors if isinstance(x, OnDevice)}
         try:
-            with self._fakes:
-                if func is aten._to_copy.default and not held:
-                    dtype = kwargs.get("dtype") or args[0].dtype
-                    return torch.empty_like(args[0], dtype=dtype, device=self.device)
-                args, kwargs = pytree.tree_map_only(Tensor, self._as_fake, (args, kwargs))
+            found = func(*_inner(args), **{name: _inner(x) for name, x in kwargs.items()})
+        except NotImplementedError as error:  # of nonzero and its like
+            raise WaitsError(f"{func} at {_place()}") from error
+
+        if torch.Tag.inplace_view in func.tags:  # of the tensor itself, too
+            with no_dispatch(), torch._C._PreserveDispatchKeyGuard():
+                torch._C._set_meta_in_tls_dispatch_include(True)
                 return func(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise Waits(f"{func} at {_place()}") from error
 
-    def _as_fake(self, x: Tensor) -> Tensor:
-        return x if isinstance(x, FakeTensor) else self._fakes.from_tensor(x)
+        def outer(x: Tensor) -> Tensor:  # an operation in place returns its argument
+            return known[id(x)] if id(x) in known else OnDevice(x)
 
-    def _wait(self, func: Any, kwargs: Any = None) -> None:
-        if not (kwargs or {}).get("non_blocking"):
+        return pytree.tree_map_only(Tensor, outer, found)
+
+    def _copy(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """A copy between the devices; on the host all values are 1."""
+        if func is aten.copy_.default:
+            self._wait(func, args[2:] == (True,) or bool(kwargs.get("non_blocking")))
+            return args[0] if isinstance(args[0], OnDevice) else args[0].fill_(1)
+        self._wait(func, bool(kwargs.get("non_blocking")))
+        dtype = kwargs.get("dtype") or args[0].dtype
+        if isinstance(args[0], OnDevice):
+            return torch.ones(args[0].shape, dtype=dtype)
+        return OnDevice(torch.empty_like(args[0], dtype=dtype, device="meta"))
+
+    def _wait(self, func: Any, non_blocking: bool = False) -> None:
+        if not non_blocking:
             self.waits.append(f"{func} at {_place()}")
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    for one in x:
+        if isinstance(one, list | tuple):
+            yield from _leaves(one)
+        else:
+            yield one
+
+
+def _inner(x: Any) -> Any:
+    """Arguments of an operation as it runs on the meta device."""
+    if isinstance(x, OnDevice):
+        return x.inner
+    if isinstance(x, list | tuple):
+        return [_inner(one) for one in x]
+    if isinstance(x, Tensor) and x.ndim:
+        return x.to("meta")
+    return torch.device("meta") if isinstance(x, torch.device) else x
+
+
+class _Lstm(torch.autograd.Function):
+    """One operation each way, as cuDNN's; torch would else run each step by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_hidden: int, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return x.new_empty(*x.shape[:-1], num_hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = (torch.empty_like(one) for one in ctx.saved_tensors)
+        return x, None, *weights
+
+
+def _lstm(x: Tensor, states: list[Tensor], weights: list[Tensor], *options: Any) -> Any:
+    if torch.is_autocast_enabled(NAME):
+        dtype = torch.get_autocast_dtype(NAME)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    for one in (x, *states, *weights):
+        assert one.device.type == NAME, f"an LSTM gets a tensor on {one.device}"
+    num_hidden = states[0].shape[-1] * (2 if options[4] else 1)
+    with torch.autocast(NAME, enabled=False):
+        return _Lstm.apply(x, num_hidden, *weights), *states
 
 
 def _place() -> str:
@@ -172,3 +239,6 @@ def _place() -> str:
             return f"{name[name.rindex('/sepdist/') + 1 :]}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "outside sepdist"
+
+
+_libraries = _register()
