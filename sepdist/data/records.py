@@ -64,19 +64,20 @@ class Batch:
     num_silent: int = 0  # sources, or mixtures where these are unknown, that hold no sound
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch with its audio on `device`; for a GPU by way of pinned memory."""
-        pins = torch.device(device).type == "cuda" and not self.mixture.is_cuda
+        """Return the batch with its audio on `device`."""
         audio = {name: getattr(self, name) for name in AUDIO}
-        moved: Any = {
-            name: (x.pin_memory() if pins else x).to(device, non_blocking=True)
-            for name, x in audio.items()
-            if x is not None
-        }
+        moved: Any = {name: send(x, device) for name, x in audio.items() if x is not None}
         return replace(self, **moved)
 
     def without_audio(self) -> "Batch":
         """Return the rest of the batch, which takes little memory."""
         return replace(self, mixture=torch.empty(0), sources=None, noise=None, estimates=None)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to `device`; a GPU copies while the host goes on, which takes pinned memory."""
+    pins = torch.device(device).type == "cuda" and not x.is_cuda
+    return (x.pin_memory() if pins else x).to(device, non_blocking=True)
 
 
 def on_device(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
