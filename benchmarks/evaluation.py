@@ -161,7 +161,7 @@ def measure(preset: str, work: Path, num_mixtures: int, turns: int) -> dict[str,
             "score_ms": round(1000 * score / num_mixtures, 1),
         }
     mine, theirs = (found["seconds"][name] for name in ("ours", peer_name))
-    line["ratio"] = round(theirs.sum() / mine.sum(), 2)
+    line["ratio"] = round(float(theirs.sum() / mine.sum()), 2)
     line["ratio_separate"], line["ratio_score"] = (theirs / mine).round(2).tolist()
     line["program"] = round(program / audio_seconds, 3)
     difference = float(np.abs(found["sdr"]["ours"] - found["sdr"][peer_name]).max())
@@ -210,7 +210,7 @@ def main() -> None:
             goals[f"{preset}: times {peer_name}'s evaluation"] = (3.0, line["ratio"])
         report["before_sdr_ms"] = round(cost_before(str(work / "data"), str(work / "cache"), 8), 1)
     report["goals"] = {
-        what: {"goal": goal, "measured": found, "met": found >= goal}
+        what: {"goal": goal, "measured": found, "met": bool(found >= goal)}
         for what, (goal, found) in goals.items()
     }
     print(json.dumps(report))
