@@ -1,15 +1,25 @@
 """Published implementations to compare our models with, and their weights as ours.
 
-benchmarks/models.py and tests/models/test_peers.py use this module; the tests skip peers that are
-not installed. A peer follows our models' contract, mixture [B, T] to estimates [B, S, T].
+The benchmarks of models, evaluation and separation and tests/models/test_peers.py use this module;
+the tests skip peers that are not installed. A peer follows our models' contract, mixture [B, T] to
+estimates [B, S, T].
 """
 
+import importlib.machinery
+import json
+import sys
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+import yaml
 from torch import Tensor, nn
+
+from sepdist import slots
 
 State = Mapping[str, Tensor]
 
@@ -180,7 +190,22 @@ def _dptnet_weights(state: State) -> dict[str, Tensor]:
     return weights | _gated_head(state)
 
 
+def stand_in_for_torchaudio() -> None:
+    """Let SpeechBrain be imported where torchaudio cannot be loaded, as in a CPU build of PyTorch.
+
+    The models, and separating files at the model's own rate, use nothing of it.
+    """
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        stub = types.ModuleType("torchaudio")
+        stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+        stub.__version__ = "2.11.0"  # type: ignore[attr-defined]
+        sys.modules["torchaudio"] = stub
+
+
 def _sepformer(sizes: Mapping[str, Any]) -> nn.Module:
+    stand_in_for_torchaudio()
     from speechbrain.lobes.models.dual_path import SepformerWrapper
 
     if sizes["kernel_size"] != 2 * sizes["stride"]:
@@ -268,3 +293,27 @@ PEERS: dict[str, Peer] = {
     "dptnet": Peer(ASTEROID, _dptnet, _dptnet_weights),
     "sepformer": Peer(SPEECHBRAIN, _sepformer, _sepformer_weights),
 }
+
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "model"
+
+
+def export_with_peer(
+    preset: str, folder: Path, peer_wanted: bool = True, **sizes: Any
+) -> nn.Module | None:
+    """Write an export of a file of configs/model; returns the peer with the same weights.
+
+    ImportError if the peer's packages are missing. Without a peer the weights are random.
+    """
+    node = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()) | {"num_speakers": 2} | sizes
+    torch.manual_seed(0)
+    ours, peer = slots.build("model", node), None
+    if peer_wanted:
+        known = PEERS[node["_target_"].split(".")[-2]]
+        peer = known.build(node).eval()
+        ours.load_state_dict(known.weights(peer.state_dict()))
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(ours.state_dict(), str(folder / "model.safetensors"))
+    (folder / "model.yaml").write_text(yaml.safe_dump({"model": node, "sample_rate": 8000}))
+    (folder / "lineage.json").write_text(json.dumps({"run": "benchmark", "step": 0}))
+    return peer

@@ -122,9 +122,8 @@ def score_utterance(estimates_ST: Tensor, batch: Batch, rate: int) -> Score:
     sdr_before, sdr_after = sdr[-1].mean(), best_permutation(sdr[None, :-1])[0]
     means = [before.mean(), after.mean(), (after - before).mean(), sdr_before, sdr_after]
     values = dict(zip(METRICS, map(float, [*means, sdr_after - sdr_before]), strict=True))
-    for metric, value in values.items():
-        if not np.isfinite(value):
-            raise EvaluationError(f"{name}: its {metric} is {value}")
+    if not np.isfinite([*values.values()]).all():
+        raise EvaluationError(f"{name}: its scores are not finite: {values}")
     return Score(
         id=name,
         length_seconds=mixture_T.numel() / rate,

@@ -4,7 +4,6 @@ Shapes: S sources, T samples.
 """
 
 import ctypes
-import multiprocessing
 import pickle
 import signal
 import time
@@ -14,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import torch
@@ -147,11 +147,11 @@ def run_on_data_set(
 ) -> tuple[dict[int, Any], dict[str, Any]]:
     """Return `prepare(cfg)(item)` by the item's number, and `unscored`, those that failed, and why.
 
-    With `num_workers` above 0 each partition is a Ray task, which opens model and data itself, so
-    that only items and results cross the network. An earlier file `results_name` is removed first:
-    it must not stand next to half of the new ones. A line of utterances.csv is an item's `names`,
-    its result (a dict, or an object's attributes), and the reason if it failed; the file is written
-    once a minute and when the work ends, in any way. EvaluationError if all failed.
+    With `num_workers` above 0 each partition is a Ray task, which opens model and data itself. An
+    earlier `results_name` is removed first, so that it never stands next to half of the new files.
+    A line of utterances.csv is an item's `names`, its result (a dict, or an object's attributes),
+    and the reason if it failed; the file is written once a minute and when the work ends, in any
+    way. EvaluationError if all failed.
     """
     storage.remove(storage.join(cfg.output, results_name))
     num_partitions = max(1, min(cfg.num_workers, len(items)))
@@ -193,16 +193,14 @@ def _run_partition(
 ) -> Iterator[tuple[int, Any, str]]:
     """The number, result and reason ("" with a result) of numbered items, in their order.
 
-    `prepare(cfg)` gives results, or partial functions that compute them on the CPU. With `use_gpu`
-    a pool of processes calls these, while the device goes on with the next items.
+    Results may be partial functions still to be called, with `use_gpu` in a pool of processes.
     """
     with single_threaded():
         begin = prepare(cfg)
         if not cfg.use_gpu:
             yield from ((number, *_attempt(begin, item)) for number, item in items)
             return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(NUM_SCORERS, context, _start_scorer) as pool:
+        with ProcessPoolExecutor(NUM_SCORERS, get_context("spawn"), _start_scorer) as pool:
 
             def start(item: Any) -> Callable[[], tuple[Any, str]]:
                 found, reason = _attempt(lambda: [begin(item)])  # in a list, not called

@@ -16,14 +16,11 @@ def resampled(blocks: Iterable[np.ndarray], rate: int, new_rate: int) -> Iterato
         return
     stream: soxr.ResampleStream | None = None
     for block in blocks:
-        num_channels = len(block)
-        if stream is None:
-            stream = soxr.ResampleStream(rate, new_rate, num_channels, "float32", "HQ")
+        stream = stream or soxr.ResampleStream(rate, new_rate, len(block), "float32", "HQ")
         frames = np.ascontiguousarray(block.T, dtype=np.float32)
-        yield stream.resample_chunk(frames).reshape(-1, num_channels).T
+        yield stream.resample_chunk(frames).reshape(-1, len(block)).T
     if stream is not None:
-        end = np.zeros((0, num_channels), dtype=np.float32)
-        yield stream.resample_chunk(end, last=True).reshape(-1, num_channels).T
+        yield stream.resample_chunk(frames[:0], last=True).reshape(-1, len(block)).T
 
 
 def cut_windows(
