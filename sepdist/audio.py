@@ -229,7 +229,8 @@ def at_level_of(mixture_T: np.ndarray, wave_T: np.ndarray, max_peak: float = 1.0
 
 def fit(wave_T: np.ndarray, num_samples: int) -> np.ndarray:
     """Cut the wave to `num_samples`, or zero-pad it at its end."""
-    return np.pad(wave_T[:num_samples], (0, max(0, num_samples - wave_T.size)))
+    missing = num_samples - wave_T.size
+    return np.pad(wave_T, (0, missing)) if missing > 0 else wave_T[:num_samples]
 
 
 def peak_of_sum(waves: Sequence[np.ndarray], gains: Sequence[float]) -> float:
