@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -44,4 +44,20 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, under `torch.compile` if that is wanted and possible."""
-    return _compile(function) if wanted and has_compiler() else function
+    if not wanted or torch.compiler.is_compiling() or not has_compiler():
+        return function
+    return _compile(function)
+
+
+def compiled_on_gpu(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a method of a module on GPUs, unless `module.compiled` is false.
+
+    All modules of its class share the compilation, because their parameters count as arguments.
+    """
+
+    @functools.wraps(method)
+    def run(module: nn.Module, x: Tensor, *others: Tensor) -> Tensor:
+        wanted = getattr(module, "compiled", True) and on_gpu(x)
+        return compiled_if(wanted, method)(module, x, *others)
+
+    return run

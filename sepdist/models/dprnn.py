@@ -11,6 +11,7 @@ Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk,
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, split, swapped
 from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
 
@@ -29,8 +30,11 @@ class PathRNN(nn.Module):
 
     def forward(self, x_BRLF: Tensor) -> Tensor:
         """Run along L."""
-        y = self.linear(run_lstm(self.lstm, x_BRLF.flatten(0, 1))).view_as(x_BRLF)
-        return x_BRLF + self.norm(y)
+        return self._residual(x_BRLF, run_lstm(self.lstm, x_BRLF.flatten(0, 1)))
+
+    @compiled_on_gpu
+    def _residual(self, x_BRLF: Tensor, hidden: Tensor) -> Tensor:
+        return x_BRLF + self.norm(self.linear(hidden).view_as(x_BRLF))
 
 
 class DPRNN(nn.Module):

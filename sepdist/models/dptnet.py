@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention
+from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, swapped
 from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
 
@@ -34,8 +35,16 @@ class PathTransformer(nn.Module):
 
     def forward(self, x_RLF: Tensor) -> Tensor:
         """Transform each sequence by itself."""
-        x_RLF = self.attention_norm(x_RLF + self.attention(x_RLF))
-        return self.norm(x_RLF + self.linear(F.relu(run_lstm(self.lstm, x_RLF))))
+        x_RLF = self._attend(x_RLF)
+        return self._residual(x_RLF, run_lstm(self.lstm, x_RLF))
+
+    @compiled_on_gpu
+    def _attend(self, x_RLF: Tensor) -> Tensor:
+        return self.attention_norm(x_RLF + self.attention(x_RLF))
+
+    @compiled_on_gpu
+    def _residual(self, x_RLF: Tensor, hidden: Tensor) -> Tensor:
+        return self.norm(x_RLF + self.linear(F.relu(hidden)))
 
 
 class DPTNet(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepdist.models.compiling import compiled_if, on_gpu
 from sepdist.models.frames import EPS, widen
 
 
@@ -60,6 +61,9 @@ def run_lstm(lstm: nn.LSTM, x_RLF: Tensor) -> Tensor:
 
 def global_norm(x: Tensor, gain_F: Tensor, shift_F: Tensor) -> Tensor:
     """gLN of [B, ..., F], in fp32 or wider: normalise over all axes but the batch, then scale."""
+    if on_gpu(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return compiled_if(True, _reduced_norm)(widen(x), gain_F, shift_F)
     rows_BMF = widen(x).reshape(x.shape[0], -1, x.shape[-1])
     if torch.is_grad_enabled() and not rows_BMF.requires_grad:
         # torch's backward kernel writes the gradient of its input even if nobody wants it: without
@@ -71,6 +75,12 @@ def global_norm(x: Tensor, gain_F: Tensor, shift_F: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         normalised = F.group_norm(channels_BF1M, 1, gain_F, shift_F, EPS)
     return normalised.squeeze(2).transpose(1, 2).reshape(x.shape)
+
+
+def _reduced_norm(x: Tensor, gain_F: Tensor, shift_F: Tensor) -> Tensor:
+    """`global_norm` by reductions; on GPUs group_norm copies x and has one thread block an item."""
+    variance, mean = torch.var_mean(x, tuple(range(1, x.ndim)), correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + EPS) * gain_F + shift_F
 
 
 class GlobalNorm(nn.Module):

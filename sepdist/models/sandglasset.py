@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.attention import Attention, sinusoids
+from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import merge, run_lstm, segment, split, swapped
 from sepdist.models.frames import check_sizes, decode, encode, widen
 
@@ -39,7 +40,10 @@ class LocalRecurrence(nn.Module):
 
     def forward(self, x_BCKF: Tensor) -> Tensor:
         """Run along K."""
-        hidden = run_lstm(self.lstm, x_BCKF.flatten(0, 1))
+        return self._residual(x_BCKF, run_lstm(self.lstm, x_BCKF.flatten(0, 1)))
+
+    @compiled_on_gpu
+    def _residual(self, x_BCKF: Tensor, hidden: Tensor) -> Tensor:
         return x_BCKF + self.norm(widen(self.linear(hidden))).view_as(x_BCKF)
 
 
@@ -60,6 +64,7 @@ class GlobalAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(num_features)
 
+    @compiled_on_gpu
     def forward(self, x_BCKF: Tensor) -> Tensor:
         """Attend along C at this block's granularity."""
         factor = self.down_taps.shape[0]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sepdist.models.attention import Attention, sinusoids
+from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, split, swapped
 from sepdist.models.frames import check_sizes, decode, encode, widen
 
@@ -32,6 +33,7 @@ class TransformerLayer(nn.Module):
         self.up = nn.Linear(num_features, num_hidden)
         self.down = nn.Linear(num_hidden, num_features)
 
+    @compiled_on_gpu
     def forward(self, x_RLF: Tensor) -> Tensor:
         """Transform each sequence by itself."""
         x_RLF = x_RLF + self.attention(self.attention_norm(x_RLF))
