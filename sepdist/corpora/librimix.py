@@ -148,13 +148,9 @@ class LibriMix:
         options = (self.speech, self.noises, self.sample_rate, self.mode, self.num_speakers)
         for recipe in recipes:
             paths = [self.speech / clip.path for clip in recipe.sources[: self.num_speakers]]
-            yield Mixture(
-                id=sample_key(recipe.id),
-                speakers=tuple(map(speaker_of, paths)),
-                sample_rate=self.sample_rate,
-                load=partial(render, recipe, *options),
-                texts=tuple(texts(path.parent).get(path.stem, "") for path in paths),
-            )
+            said = tuple(texts(path.parent).get(path.stem, "") for path in paths)
+            names, read = tuple(map(speaker_of, paths)), partial(render, recipe, *options)
+            yield Mixture(sample_key(recipe.id), names, self.sample_rate, read, said)
 
     def recipes(self, split: str) -> list[Recipe]:
         """Read the recipes of a split from `metadata`, or draw them and fill `metadata_out`."""

@@ -54,10 +54,6 @@ class LibriSpeech:
         """Yield the utterances of a split in the order of their paths."""
         texts = cache(transcripts)
         for path in utterance_paths(Path(self.root).expanduser(), split):
-            yield Utterance(
-                id=path.stem,
-                speaker=speaker_of(path),
-                sample_rate=self.sample_rate,
-                load=partial(load, str(path), self.sample_rate),
-                text=texts(path.parent).get(path.stem, ""),
-            )
+            said = texts(path.parent).get(path.stem, "")
+            read = partial(load, str(path), self.sample_rate)
+            yield Utterance(path.stem, speaker_of(path), self.sample_rate, read, said)
