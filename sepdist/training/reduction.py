@@ -50,10 +50,9 @@ class TreeSum:
 
 @cache
 def plan(num_leaves: int, world_size: int) -> tuple[list[list[Node]], list[Any]]:
-    """Return each rank's nodes, and the additions that finish the tree, level by level.
+    """Return each rank's nodes, and the additions that finish the tree in a matrix of their values.
 
-    The values of all nodes, in order, are the rows of a matrix. An addition (a, b) adds the rows b
-    to the rows a, so that a level is one operation; the total ends in row 0.
+    (a, b) adds rows b to rows a, in place, for a whole level if it is even; row 0 gets the total.
     """
     levels: dict[int, list[tuple[int, int]]] = {}
 
@@ -70,7 +69,14 @@ def plan(num_leaves: int, world_size: int) -> tuple[list[list[Node]], list[Any]]
         nodes.append([node for node, _ in part.partials])
         for node in nodes[-1]:
             tree.push(node, (0, next(rows)))
-    return nodes, [torch.tensor(levels[level]).T for level in sorted(levels)]
+    additions: list[list[slice]] = []
+    for _, pairs in sorted(levels.items()):
+        (a, b), number = pairs[0], len(pairs)
+        step = pairs[-1][0] - pairs[-2][0] if number > 1 else 1
+        even = pairs == [(a + i * step, b + i * step) for i in range(number)]
+        level = [slice(first, first + number * step, step) for first in (a, b)]
+        additions += [level] if even else [[slice(at, at + 1) for at in pair] for pair in pairs]
+    return nodes, additions
 
 
 def reduce_canonically(
@@ -98,15 +104,11 @@ def reduce_canonically(
         padded = torch.nn.functional.pad(block_NL, (0, chunk * world_size - length))
         outgoing = padded.view(len(mine), world_size, chunk).transpose(0, 1).contiguous().view(-1)
         incoming = outgoing.new_empty(sum(counts) * chunk)
-        dist.all_to_all_single(
-            incoming,
-            outgoing,
-            output_split_sizes=None if even else [count * chunk for count in counts],
-            input_split_sizes=None if even else [len(mine) * chunk] * world_size,
-        )
+        splits: Any = [[count * chunk for count in counts], [len(mine) * chunk] * world_size]
+        dist.all_to_all_single(incoming, outgoing, *([] if even else splits))
         rows = incoming.view(-1, chunk)
         for into, rest in additions:
-            rows[into] += rows[rest]
+            rows[into].add_(rows[rest])
         gathered = outgoing.new_empty(chunk * world_size)
         dist.all_gather_into_tensor(gathered, rows[0])
         total[start : start + block_elements] = gathered[:length]
