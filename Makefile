@@ -67,6 +67,7 @@ bench: $(VENV)/.installed ## every benchmark, one JSON line each (about 40 minut
 	$(RUN) -m benchmarks.reduction
 	$(RUN) -m benchmarks.ssqp_memory
 	$(RUN) -m benchmarks.resume
+	$(RUN) -m benchmarks.scale
 	$(RUN) -m benchmarks.chaos
 
 gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, then its benchmark, one JSON line (under 8 minutes)

@@ -241,7 +241,7 @@ def _describe(
     members: tuple[str, ...] = ()
     shard_of: dict[str, str] = {}
     speakers, num_frames = set[str](), 0
-    for shard, index in _checked_indices(url, sample_rate, infos):
+    for shard, index in zip(infos, _load_all(url, sample_rate, infos), strict=True):
         for sample in _samples(index):
             what = f"{shard.name}, {sample.key}"
             sources, estimates, rest = split_members([n for n in sample.members if n != "json"])
@@ -267,15 +267,13 @@ def _describe(
     )
 
 
-def _checked_indices(
-    url: str | Path, sample_rate: int, infos: Sequence[ShardInfo]
-) -> Iterator[tuple[ShardInfo, dict[str, Any]]]:
-    """Yield shards with their indices, in order; DataError for the first that is not as written."""
+def _load_all(url: str | Path, rate: int, infos: Sequence[ShardInfo]) -> Iterator[dict[str, Any]]:
+    """Yield the indices of shards, in order; DataError for the first that is not as written."""
 
     def load(shard: ShardInfo) -> dict[str, Any]:
         index, place = _load_index(url, shard), storage.join(url, shard.name)
-        if index["sample_rate"] != sample_rate:
-            rates = f"{index['sample_rate']} Hz in a data set of {sample_rate} Hz"
+        if index["sample_rate"] != rate:
+            rates = f"{index['sample_rate']} Hz in a data set of {rate} Hz"
             raise DataError(f"{shard.name}: {rates}")
         with contextlib.suppress(FileNotFoundError):
             if storage.size(place) == shard.bytes:
@@ -283,9 +281,8 @@ def _checked_indices(
         raise DataError(f"{place}: the shard is missing or truncated; write it again")
 
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        for first in range(0, len(infos), NUM_READERS):  # no more, as indices are large
-            some = infos[first : first + NUM_READERS]
-            yield from zip(some, pool.map(load, some), strict=True)
+        for first in range(0, len(infos), NUM_READERS):  # no more at once, as indices are large
+            yield from pool.map(load, infos[first : first + NUM_READERS])
 
 
 # Reading.

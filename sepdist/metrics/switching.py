@@ -58,13 +58,11 @@ class SwitchTracker:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Continue from `tensors`, or from the dicts by id that older checkpoints have."""
-
-        def table(of: Any) -> np.ndarray:
-            rows = [(_key(id_), rank) for id_, rank in of.items()] if isinstance(of, dict) else of
-            return np.array(rows, np.int64).reshape(-1, 2)
-
-        self._previous = table(saved.get("previous", {}))
-        self._current = [table(saved.get("current", {}))]
+        tables = {"previous": [], "current": []} | dict(saved)
+        for name, table in tables.items():
+            rows = [(_key(i), r) for i, r in table.items()] if isinstance(table, dict) else table
+            tables[name] = np.array(rows, np.int64).reshape(-1, 2)
+        self._previous, self._current = tables["previous"], [tables["current"]]
 
 
 def _key(id_: str) -> int:

@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -444,15 +444,12 @@ def _load(one: Committed) -> Snapshot:
         contents["state.json"],
         object_hook=lambda node: float(node[_MARK]) if node.keys() == {_MARK} else node,
     )
-    tensors = safetensors.torch.load(contents["optimizer.safetensors"])
-    weights = safetensors.torch.load(contents["model.safetensors"])
-    optimizer = OptimizerState(tensors, state["optimizer_scalars"])
-    lineage = json.loads(contents["lineage.json"])
-    tables = state.get("switches", {})  # of older checkpoints
-    if SWITCHES in contents:
-        tables = safetensors.torch.load(contents[SWITCHES])
-    found = Snapshot(one.step, weights, optimizer, state, one.score, [], tables)
-    return replace(found, url=one.url, lineage=lineage)
+    load, lineage = safetensors.torch.load, json.loads(contents["lineage.json"])
+    weights = load(contents["model.safetensors"])
+    optimizer = OptimizerState(load(contents["optimizer.safetensors"]), state["optimizer_scalars"])
+    # Older checkpoints have the label switches in state.json.
+    tables = load(contents[SWITCHES]) if SWITCHES in contents else state.get("switches", {})
+    return Snapshot(one.step, weights, optimizer, state, one.score, [], tables, one.url, lineage)
 
 
 def collect_orphans(run_dir: str) -> list[str]:

@@ -95,9 +95,7 @@ def put_segment(
     return SegmentRef(name, hashlib.sha256(segment).hexdigest())
 
 
-def read_history(
-    run_dir: str, newest: SegmentRef | None
-) -> Iterator[tuple[int, str, list[Ranges]]]:
+def read_history(run_dir: str, newest: SegmentRef | None) -> Iterator[tuple[int, str, list]]:
     """Yield (step, outcome, ranges by rank), beginning with the newest segment.
 
     LedgerError if a segment is missing or is not the one that was committed.

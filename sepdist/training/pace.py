@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import statistics
 import time
 from collections.abc import Iterator
 
@@ -16,9 +15,8 @@ MOST_SECONDS = 3600.0  # between two; not every end of a run is in a rate of fai
 class Pace:
     """After which steps of an attempt, which begins at `step`, a checkpoint is due.
 
-    `training.checkpoint_every=auto` takes Young's interval (1974), which loses least: sqrt(2 C M)
-    for a mean time M between failures, if a checkpoint holds training up for C. Means of C and of
-    the seconds of a step are those of the main rank in this attempt.
+    "auto" takes Young's interval (1974), which loses least: sqrt(2 C M) if a checkpoint holds
+    training up for C and failures come every M. The main rank measures C and steps by their means.
     """
 
     def __init__(self, training: TrainingConfig, step: int, world: World) -> None:
@@ -37,11 +35,11 @@ class Pace:
         """Measure the checkpoint that is written inside; collective for "auto"."""
         began = time.monotonic()
         yield
-        now = time.monotonic()
+        now, self._last = time.monotonic(), step
         self._costs.append(now - began)
-        self._last = step
         if self._auto:
-            mean, total = statistics.mean(self._costs), sum(self._costs)
-            seconds = min(math.sqrt(2 * mean * self._failure_seconds), MOST_SECONDS)
-            steps = round(seconds * (step - self._first) / (now - self._began - total))
-            self._every = broadcast_object(max(1, steps), self._world)
+            total = sum(self._costs)
+            young = math.sqrt(2 * total / len(self._costs) * self._failure_seconds)
+            step_seconds = (now - self._began - total) / (step - self._first)
+            steps = max(1, round(min(young, MOST_SECONDS) / step_seconds))
+            self._every = broadcast_object(steps, self._world)

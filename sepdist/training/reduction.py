@@ -9,8 +9,7 @@ the same bits.
 
 import itertools
 import operator
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch import Tensor
 from sepdist.data.order import owned_virtual_shards
 
 Node = tuple[int, int]  # (level, index)
-Rows = slice | list[int]
 
 
 class TreeSum:
@@ -51,37 +49,34 @@ class TreeSum:
 
 
 @cache
-def plan(num_leaves: int, world_size: int) -> tuple[list[list[Node]], list[tuple[Rows, Rows]]]:
-    """Return each rank's nodes, and the additions that finish the tree, level by level.
+def plan(num_leaves: int, world_size: int) -> tuple[list[list[Node]], list[Any]]:
+    """Return each rank's nodes, and the additions that finish the tree in a matrix of their values.
 
-    The values of all nodes, in order, are the rows of a matrix. An addition (a, b) adds the rows b
-    to the rows a, so that a level is one operation; the total ends in row 0.
+    (a, b) adds rows b to rows a, in place, for a whole level if it is even; row 0 gets the total.
     """
-    nodes = []
+    levels: dict[int, list[tuple[int, int]]] = {}
+
+    def add(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
+        level = max(left[0], right[0])
+        levels.setdefault(level, []).append((left[1], right[1]))
+        return level + 1, left[1]
+
+    tree, rows, nodes = TreeSum(num_leaves, add), itertools.count(), []
     for rank in range(world_size):
         part = TreeSum(num_leaves)
         for leaf in owned_virtual_shards(num_leaves, rank, world_size):
             part.push((0, leaf), 0)
         nodes.append([node for node, _ in part.partials])
-    levels = defaultdict[int, list[tuple[int, int]]](list)
-
-    def add(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
-        level = max(left[0], right[0])
-        levels[level].append((left[1], right[1]))
-        return level + 1, left[1]
-
-    tree = TreeSum(num_leaves, add)
-    for row, node in enumerate(itertools.chain.from_iterable(nodes)):
-        tree.push(node, (0, row))
-    pairs = [zip(*levels[level], strict=True) for level in sorted(levels)]
-    return nodes, [(_rows(a), _rows(b)) for a, b in pairs]
-
-
-def _rows(numbers: Sequence[int]) -> Rows:
-    """Return numbers that are evenly spaced as a slice, which needs no copies."""
-    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
-    even = range(numbers[0], numbers[-1] + 1, step)
-    return slice(even.start, even.stop, step) if [*even] == [*numbers] else [*numbers]
+        for node in nodes[-1]:
+            tree.push(node, (0, next(rows)))
+    additions: list[list[slice]] = []
+    for _, pairs in sorted(levels.items()):
+        (a, b), number = pairs[0], len(pairs)
+        step = pairs[-1][0] - pairs[-2][0] if number > 1 else 1
+        even = pairs == [(a + i * step, b + i * step) for i in range(number)]
+        level = [slice(first, first + number * step, step) for first in (a, b)]
+        additions += [level] if even else [[slice(at, at + 1) for at in pair] for pair in pairs]
+    return nodes, additions
 
 
 def reduce_canonically(
@@ -109,17 +104,11 @@ def reduce_canonically(
         padded = torch.nn.functional.pad(block_NL, (0, chunk * world_size - length))
         outgoing = padded.view(len(mine), world_size, chunk).transpose(0, 1).contiguous().view(-1)
         incoming = outgoing.new_empty(sum(counts) * chunk)
-        dist.all_to_all_single(
-            incoming,
-            outgoing,
-            output_split_sizes=None if even else [count * chunk for count in counts],
-            input_split_sizes=None if even else [len(mine) * chunk] * world_size,
-        )
+        splits: Any = [[count * chunk for count in counts], [len(mine) * chunk] * world_size]
+        dist.all_to_all_single(incoming, outgoing, *([] if even else splits))
         rows = incoming.view(-1, chunk)
         for into, rest in additions:
-            sums = rows[into].add_(rows[rest])
-            if isinstance(into, list):  # not a view but a copy of these rows
-                rows[into] = sums
+            rows[into].add_(rows[rest])
         gathered = outgoing.new_empty(chunk * world_size)
         dist.all_gather_into_tensor(gathered, rows[0])
         total[start : start + block_elements] = gathered[:length]

@@ -145,10 +145,7 @@ class RunState:
 
 
 def load_for_all(run_dir: str, world: World) -> checkpoint.Snapshot | None:
-    """Read the newest checkpoint of a run on the main rank, for all ranks; all raise its error.
-
-    The label-switch table stays on the main rank.
-    """
+    """Read a run's newest checkpoint on the main rank, for all but its `tables`, or its error."""
     found = error = None
     try:
         found = checkpoint.load_newest(run_dir) if world.is_main else None
@@ -159,7 +156,7 @@ def load_for_all(run_dir: str, world: World) -> checkpoint.Snapshot | None:
     if error:
         raise error
     if head:
-        head.weights = broadcast_tensors(found.weights if found else {}, world)
-        head.optimizer.tensors = broadcast_tensors(found.optimizer.tensors if found else {}, world)
-        head.tables = found.tables if found else {}
+        mine = found or head
+        head.weights, head.tables = broadcast_tensors(mine.weights, world), mine.tables
+        head.optimizer.tensors = broadcast_tensors(mine.optimizer.tensors, world)
     return head

@@ -13,7 +13,8 @@ from sepdist.training import pace
 from sepdist.training.pace import Pace
 from sepdist.training.world import World
 
-ALONE = World(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
 
 
 class Clock:
@@ -45,7 +46,7 @@ def test_a_number_of_steps_means_its_multiples_whatever_checkpoints_cost(monkeyp
 
 def test_auto_takes_the_interval_of_young_after_its_first_checkpoint(monkeypatch) -> None:
     clock = Clock(monkeypatch)
-    world = World(0, 512, ALONE.device)
+    world = World(0, 512, CPU)
     monkeypatch.setattr(pace, "broadcast_object", lambda value, world: value)
     one = Pace(TrainingConfig(checkpoint_every="auto", worker_mtbf_hours=50_000), 7, world)
     due = drive(one, clock, range(7, 5000), 0.8, [2.0])
@@ -75,7 +76,9 @@ def test_auto_waits_an_hour_at_most_and_a_step_at_least(
 
 def _paced(rank: int, store: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    one = Pace(TrainingConfig(checkpoint_every="auto"), 0, World(rank, 2, ALONE.device))
+    one = Pace(
+        TrainingConfig(checkpoint_every="auto", worker_mtbf_hours=1.0), 0, World(rank, 2, CPU)
+    )
     now = 50.0
     pace.time = type("Clock", (), {"monotonic": staticmethod(lambda: now)})  # type: ignore[assignment]
     one._began = 0.0
