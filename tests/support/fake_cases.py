@@ -217,7 +217,7 @@ class PlainEngine(DeepSpeedEngine):
 
 
 def new_engine(fake: FakeDevice, name: str, **options: Any) -> PlainEngine:
-    make = functools.partial(torch.optim.Adam, lr=1e-3)
+    make = functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
     sizes = {"seed": 0, "num_virtual_shards": 2, "micro_batch": NUM_ITEMS}
     model, world = small("dprnn", 2), World(0, 1, fake.device)
     return PlainEngine(model, objective(name)(), make, world, **sizes, **options)
