@@ -64,27 +64,26 @@ class Batch:
     num_silent: int = 0  # sources, or mixtures where these are unknown, that hold no sound
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch with its audio on `device`; a GPU copies it while the caller goes on."""
+        """Return the batch with its audio on `device`."""
         audio = {name: getattr(self, name) for name in AUDIO}
         moved: Any = {name: send(x, device) for name, x in audio.items() if x is not None}
         return replace(self, **moved)
 
     def without_audio(self) -> "Batch":
         """Return the rest of the batch, which takes little memory."""
-        nothing: Any = dict.fromkeys(AUDIO)
-        return replace(self, **nothing | {"mixture": torch.empty(0)})
+        return replace(self, mixture=torch.empty(0), sources=None, noise=None, estimates=None)
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a tensor to `device`, to a GPU without a wait: only pinned memory can be so."""
-    pinned = torch.device(device).type == "cuda" and x.device.type == "cpu"
-    return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
+    """Copy a tensor to `device`; a GPU copies while the host goes on, which takes pinned memory."""
+    pins = torch.device(device).type == "cuda" and not x.is_cuda
+    return (x.pin_memory() if pins else x).to(device, non_blocking=True)
 
 
 def on_device(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
-    """Yield batches on `device`, for a GPU copied on a stream beside that of the computation.
+    """Yield batches on `device`; a GPU copies them, beside its computation, before it needs them.
 
-    As a step does not wait for the GPU, the copies of the next run while it computes.
+    As no step waits for the GPU, the batches of the next one come here while it still computes.
     """
     if device.type != "cuda":
         yield from ([batch.to(device) for batch in batches] for batches in steps)
@@ -94,7 +93,7 @@ def on_device(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[li
         with torch.cuda.stream(beside):
             moved = [batch.to(device) for batch in batches]
         computing.wait_stream(beside)
-        for tensor in (getattr(batch, name) for batch in moved for name in AUDIO):
-            if tensor is not None:
-                tensor.record_stream(computing)  # until when its memory is not used again
+        for audio in (getattr(batch, name) for batch in moved for name in AUDIO):
+            if audio is not None:
+                audio.record_stream(computing)  # its memory is not used again before
         yield moved

@@ -1,19 +1,18 @@
 """The engine: one optimizer step over the batches of all ranks, by DeepSpeed.
 
 Reduction is `canonical` (a fixed tree of additions over the virtual shards, with the same bits at
-every world size; see reduction.py) or `native` (an all-reduce, DeepSpeed's own from ZeRO 1 on; see
-merging.py). Precision `bf16` means autocast: weights, optimizer state, SI-SNR and PIT stay in fp32,
-so checkpoints do not depend on it.
-
-On a GPU at ZeRO 0 a step never waits for the device: the guard decides there, and what a step
-measured is read when the loop asks for it. DeepSpeed's ZeRO waits once a step, for the norm.
+every world size; see reduction.py) or `native` (an all-reduce, from ZeRO 1 on DeepSpeed's own).
+Precision `bf16` means autocast: weights, optimizer state, SI-SNR and PIT stay in fp32, so
+checkpoints do not depend on it. On a GPU at ZeRO 0, with a fused optimizer, a step waits for
+nothing: the guard decides there, and what was measured is read when the loop asks for it.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
@@ -31,8 +30,7 @@ from sepdist.training.merging import run_merged
 from sepdist.training.reduction import TreeSum, reduce_canonically
 from sepdist.training.world import World, choose_kernels, sum_over_world, to_host
 
-# Names of metrics, their sums and counts (the first: loss, stopping), [norm, applied], whole ones.
-Unread = tuple[list[str], Tensor, Tensor, list[Metrics]]
+Results = list[tuple[Tensor, Metrics]]  # loss and metrics of batches
 
 
 @dataclass
@@ -53,17 +51,13 @@ class Engine(Protocol):
     model: nn.Module
     world: World
     set_lr: Callable[[float], None]  # of the next step
-    # Takes this rank's batches, a limit of the norm, whether it was asked to stop, and whether to
-    # read what steps measured; returns the results of the steps read, this one's last; collective.
+    # (this rank's batches, limit of the norm, whether asked to stop, whether to read results) ->
+    # results of the steps not read before, this one's last; collective.
     step: Callable[..., list[StepResult]]
     autocast: Callable[[], contextlib.AbstractContextManager]  # the precision of a forward pass
     weights: Callable[[], dict[str, Tensor]]  # fp32 and buffers, on the main rank; collective
     optimizer_state: Callable[[], OptimizerState]  # on the main rank; collective
     load_optimizer_state: Callable[[OptimizerState], None]
-
-
-class BranchError(RuntimeError):
-    """Ranks took branches of the model whose gradients DeepSpeed's reduction would mix up."""
 
 
 @dataclass(eq=False)
@@ -81,7 +75,7 @@ class DeepSpeedEngine:
     zero_stage: int = 0
     precision: str = "fp32"
     reduction: str = "canonical"
-    merge_shards: int | None = None
+    merge_shards: int = 1
     tf32: bool = False
     determinism: bool = False
     clip_norm: float = 5.0
@@ -100,18 +94,17 @@ class DeepSpeedEngine:
             choose_kernels(self.tf32, self.determinism)
         self.canonical = self.reduction == "canonical"
         self.owned = owned_virtual_shards(num_shards, world.rank, world.size)
-        merged = len(self.owned) if self.merge_shards == 0 else self.merge_shards
-        merged = 1 if self.canonical else merged or (len(self.owned) if self.on_device else 1)
+        merged = 1 if self.canonical else self.merge_shards or len(self.owned)
         firsts = range(0, len(self.owned), merged)
         self._passes = [self.owned[first : first + merged] for first in firsts]
         self.model.to(world.device)
         autocast = {"enabled": self.precision == "bf16", "dtype": "bfloat16"}
-        by_zero = self.zero_stage > 0 and not self.canonical
+        self._by_zero = self.zero_stage > 0 and not self.canonical
         self._initialize(
             {
                 "train_micro_batch_size_per_gpu": self.micro_batch,
-                "gradient_accumulation_steps": len(self._passes) if by_zero else 1,
-                "gradient_clipping": self.clip_norm if by_zero else 0.0,
+                "gradient_accumulation_steps": len(self._passes) if self._by_zero else 1,
+                "gradient_clipping": self.clip_norm if self._by_zero else 0.0,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**62,
                 "timers": {"throughput": {"enabled": False}},  # it waits for the device
@@ -119,8 +112,7 @@ class DeepSpeedEngine:
                 "torch_autocast": autocast | {"lower_precision_safe_modules": []},
                 "zero_optimization": {
                     "stage": self.zero_stage,
-                    "overlap_comm": self.zero_stage == 3
-                    or (self.on_device and self.zero_stage > 0),
+                    "overlap_comm": self.zero_stage == 3 or self.on_device,
                     # The defaults, 5e8, cost 2 GB per worker, and 14 times the time on CPU.
                     "reduce_bucket_size": self.bucket_elements,
                     "allgather_bucket_size": self.bucket_elements,
@@ -130,21 +122,19 @@ class DeepSpeedEngine:
             }
         )
         self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self._unread: list[Unread] = []
+        self._unread: list[tuple[Any, ...]] = []
         self._patterns: set[tuple[str, ...]] = set()
         self._compiled = world.size == 1 or self.zero_stage == 3  # whose forward is collective
-        if not by_zero:
-            self._engine.enable_backward_allreduce = self.zero_stage > 0
-            if self.zero_stage > 0:
-                self._optimizer.gradient_average = False
-        # Fused optimizers can leave out a step by themselves.
-        self._guarded = self.on_device and self.zero_stage == 0 and fuse(self._optimizer)
+        if self.canonical and self.zero_stage > 0:
+            self._optimizer.gradient_average = False
+        # Fused optimizers leave out a step by `found_inf` and count steps on the device.
+        self._fused = getattr(self._torch_optimizer(), "_step_supports_amp_scaling", False)
+        self._guarded = self.on_device and self.zero_stage == 0 and self._fused
 
     def _initialize(self, options: dict[str, Any]) -> None:
         import deepspeed  # here, because it takes seconds that a driver need not spend
 
         self._fragments = deepspeed.utils
-        self._gathered = deepspeed.zero.GatheredParameters
         deepspeed.utils.logger.setLevel(logging.WARNING)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; Ray and torchrun set it
         if self.world.device.type == "cpu":
@@ -170,21 +160,18 @@ class DeepSpeedEngine:
     ) -> list[StepResult]:
         """Make one optimizer step; `batches` are those of this rank's virtual shards; collective.
 
-        A gradient that is not finite, or above `norm_limit` (but for ZeRO's own reduction), is not
-        applied. Returns the results of the steps since the last reading, this one's last; on a GPU
-        at ZeRO 0 none unless `read`, on which ranks agree. A result's `stopping` is true on all
-        ranks if the argument is on one.
+        A gradient that is not finite, or (unless ZeRO reduces it) above `norm_limit`, is not
+        applied. Returns the results of the steps not read before, this one's last; where a step
+        does not wait for its device, none unless `read`, which is equal on all ranks. `stopping`
+        is true in all ranks' results if it is on one.
         """
         assert len(batches) == len(self.owned), (len(batches), self.owned)
         self.model.train()
         if not self._compiled:
             self._compile_by_one(batches[: len(self._passes[0])])
-        if self.canonical or self.zero_stage == 0:
-            losses, metrics, total = self._gradient(batches)
-            outcome = self._apply(total, norm_limit)
-        else:
-            losses, metrics, outcome = self._step_by_zero(batches)
-        self._unread.append(self._measure(losses, metrics, outcome, stopping))
+        make = self._step_by_zero if self._by_zero else self._step_by_sum
+        results, outcome = make(batches, norm_limit)
+        self._unread.append(self._measure(results, outcome, stopping))
         if self._guarded and not read:
             return []
         unread, self._unread = to_host(self._unread), []
@@ -198,14 +185,13 @@ class DeepSpeedEngine:
         dist.barrier()
         self._compiled = True
 
-    def _forward(self, model: nn.Module, batches: list[Batch]) -> list[tuple[Tensor, Metrics]]:
+    def _forward(self, model: nn.Module, batches: list[Batch]) -> Results:
         # Dropout masks belong to positions, so that they are the same at any world size.
         first = int(batches[0].positions[0])
         torch.manual_seed(seeding.torch_seed(self.seed, "dropout", first))
         with self.autocast():
             moved = [batch.to(self.world.device) for batch in batches]
-            results = run_merged(self.objective, model, moved)
-        return [(loss, {k: v.detach() for k, v in found.items()}) for loss, found in results]
+            return run_merged(self.objective, model, moved)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return the context of a forward pass, which sets its precision."""
@@ -213,48 +199,47 @@ class DeepSpeedEngine:
             return contextlib.nullcontext()
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
 
-    def _gradient(self, batches: list[Batch]) -> tuple[list[Tensor], list[Metrics], Tensor]:
-        """Return losses and metrics of this rank's batches, and the global mean gradient, 1-D."""
-        tree = TreeSum(self.num_virtual_shards)
-        params = [p for _, p in self._named]
-        losses, all_metrics = list[Tensor](), list[Metrics]()
-        total: Tensor | None = None
+    def _run(
+        self, model: nn.Module, batches: list[Batch], backward: Callable[[Tensor], None]
+    ) -> Results:
+        """Call `backward` with the sum of the losses of each pass; returns detached results."""
+        results: Results = []
         for shards in self._passes:
-            own = batches[shards[0] - self.owned[0] :][: len(shards)]
-            results = self._forward(self.model, own)
-            loss = sum_of([loss for loss, _ in results])
+            found = self._forward(model, batches[len(results) :][: len(shards)])
+            backward(torch.stack([loss for loss, _ in found]).sum())
+            results += [(loss.detach(), {k: v.detach() for k, v in m.items()}) for loss, m in found]
+        return results
+
+    def _step_by_sum(self, batches: list[Batch], norm_limit: float) -> tuple[Results, Tensor]:
+        """Add up whole gradients and make the step; returns results and [norm, applied]."""
+        params = [p for _, p in self._named]
+        tree = TreeSum(self.num_virtual_shards if self.canonical else len(self._passes))
+        leaves = itertools.count(self.owned[0] if self.canonical else 0)
+
+        def backward(loss: Tensor) -> None:
             # Parameters that this pass does not use get zeros, so that gradients never shift.
             grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             flat = torch.cat([grad.reshape(-1).float() for grad in grads])
             del grads  # as large as the model
-            if self.canonical:
-                tree.push((0, shards[0]), flat)
-            else:
-                total = flat if total is None else total.add_(flat)
-            losses += [loss.detach() for loss, _ in results]
-            all_metrics += [metrics for _, metrics in results]
-        if total is None:
-            total = reduce_canonically(tree, self.world.rank, self.world.size)
-        elif self.world.size > 1:
-            dist.all_reduce(total)
-        return losses, all_metrics, total.div_(self.num_virtual_shards)
+            tree.push((0, next(leaves)), flat)
 
-    def _apply(self, total: Tensor, norm_limit: float) -> Tensor:
-        """Make the step with the gradient `total`, or leave it out; returns [norm, applied]."""
-        params = [p for _, p in self._named]
-        norm = torch.linalg.vector_norm(total, dtype=torch.float64)
-        limit = min(norm_limit, torch.finfo(torch.float64).max)
-        applied = norm <= limit  # not if it is NaN either
-        outcome = torch.stack([norm, applied.double()])
-        if self._guarded:
-            vars(self._optimizer).update(grad_scale=None, found_inf=(~applied).float())
-            if self.clip_norm:
-                total.mul_((self.clip_norm / norm).clamp(max=1.0))
+        results = self._run(self.model, batches, backward)
+        if self.canonical:
+            total = reduce_canonically(tree, self.world.rank, self.world.size)
         else:
-            if not applied:
-                return outcome
-            if self.clip_norm and norm > self.clip_norm:
-                total.mul_(self.clip_norm / float(norm))
+            total = tree.result()
+            if self.world.size > 1:
+                dist.all_reduce(total)
+        total.div_(self.num_virtual_shards)
+        norm = torch.linalg.vector_norm(total, dtype=torch.float64)
+        applied = norm <= min(norm_limit, torch.finfo(torch.float64).max)  # not if it is NaN either
+        outcome = torch.stack([norm, applied.double()])
+        if self._guarded:  # the optimizer leaves it out
+            vars(self._optimizer).update(grad_scale=None, found_inf=(~applied).float())
+        elif not applied:
+            return results, outcome
+        if self.clip_norm:
+            total.mul_((self.clip_norm / norm).clamp(max=1.0))
         slices = zip(total.split([p.numel() for p in params]), params, strict=True)
         pieces = [piece.view_as(p) for piece, p in slices]
         if self.zero_stage == 0:
@@ -268,38 +253,38 @@ class DeepSpeedEngine:
             products = [(p * piece).sum() for p, piece in zip(params, pieces, strict=True)]
             self._engine.backward(sum(products))
         self._engine.step()
-        return outcome
+        return results, outcome
 
-    def _step_by_zero(self, batches: list[Batch]) -> tuple[list[Tensor], list[Metrics], Tensor]:
-        """Make a step with ZeRO's own reduction; returns losses, metrics and [norm, applied]."""
-        losses, all_metrics = list[Tensor](), list[Metrics]()
-        check = self.world.size > 1 and self._is_new([batch.data_set for batch in batches])
-        for shards in self._passes:
-            own = batches[shards[0] - self.owned[0] :][: len(shards)]
-            results = self._forward(self._engine, own)
-            loss = sum_of([loss for loss, _ in results])
+    def _step_by_zero(self, batches: list[Batch], _: float) -> tuple[Results, Tensor]:
+        """Make a step with ZeRO's own reduction; returns results and [norm, applied]."""
+        pattern = tuple(batch.data_set for batch in batches)
+        # The branches are compared in the first steps, and when the data sets are new on any rank.
+        new = self._engine.global_steps < 10 or pattern not in self._patterns
+        self._patterns.add(pattern)
+        check = self.world.size > 1 and bool(sum_over_world(torch.tensor(float(new)), self.world))
+
+        def backward(loss: Tensor) -> None:
             if check:
                 self._check_same_branch(loss)
             # DeepSpeed divides by the number of passes.
             self._engine.backward(loss * (len(self._passes) / len(self.owned)))
-            losses += [loss.detach() for loss, _ in results]
-            all_metrics += [metrics for _, metrics in results]
             self._engine.step()
+
+        results = self._run(self._engine, batches, backward)
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         # If it has an overflow, ZeRO skipped the step and reports an infinite norm.
         outcome = torch.tensor([norm, float(not self._optimizer.overflow)], dtype=torch.float64)
-        return losses, all_metrics, outcome.to(self.world.device)
+        return results, outcome.to(self.world.device)
 
-    def _measure(
-        self, losses: list[Tensor], metrics: list[Metrics], outcome: Tensor, stopping: bool
-    ) -> Unread:
-        """Add up over the world what a step measured."""
+    def _measure(self, results: Results, outcome: Tensor, stopping: bool) -> tuple[Any, ...]:
+        """Add up over the world what a step measured: the arguments of `_result`."""
+        metrics = [one for _, one in results]
         names = sorted(name for name, value in metrics[0].items() if value.is_floating_point())
         own = slice(self.owned[0], self.owned[-1] + 1)
         # By metric and virtual shard: the value, and 1 where there is one.
         shape = (2, 1 + len(names), self.num_virtual_shards)
         table = torch.zeros(shape, dtype=torch.float64, device=self.world.device)
-        table[0, 0, own] = torch.stack(losses)
+        table[0, 0, own] = torch.stack([loss for loss, _ in results])
         table[1, 0, self.owned[0]] = float(stopping)
         for row, name in enumerate(names, 1):
             values = [one[name] for one in metrics]
@@ -321,23 +306,24 @@ class DeepSpeedEngine:
         loss, stop = sums[0] / self.num_virtual_shards, counts[0] > 0
         return StepResult(loss, means, norm, bool(applied), whole, stop)
 
-    def _is_new(self, data_sets: list[str]) -> bool:
-        """Return whether a rank has batches of these data sets for the first time; collective."""
-        new = tuple(data_sets) not in self._patterns
-        self._patterns.add(tuple(data_sets))
-        return bool(sum_over_world(torch.tensor(float(new)), self.world))
-
     def _check_same_branch(self, loss: Tensor) -> None:
-        """Raise BranchError if the losses of the ranks reach different parameters; collective.
+        """Raise RuntimeError if the losses of the ranks reach different parameters; collective.
 
         ZeRO reduces gradients as they arrive, so it would add up those of different parameters.
         """
-        used = used_parameters(loss, [p for _, p in self._named])
-        num_ranks = sum_over_world(used.double(), self.world).tolist()
+        seen, waiting = set[Any](), [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [following for following, _ in node.next_functions]
+        reached = {id(getattr(node, "variable", None)) for node in seen}
+        used = torch.tensor([float(id(p) in reached) for _, p in self._named])
+        num_ranks = sum_over_world(used, self.world).tolist()
         counted = zip(self._named, num_ranks, strict=True)
         differing = [name for (name, _), count in counted if 0 < count < self.world.size]
         if differing:
-            raise BranchError(
+            raise RuntimeError(
                 f"only some ranks use {differing[0]} and {len(differing) - 1} more parameters in "
                 f"this step: engine.reduction=native at ZeRO {self.zero_stage} would mix their "
                 "gradients with those of other parameters; set engine.reduction=canonical or "
@@ -346,29 +332,23 @@ class DeepSpeedEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the fp32 weights and buffers on CPU, on the main rank; collective at ZeRO-3."""
-        if self.zero_stage < 3:
-            named = self.model.state_dict() if self.world.is_main else {}
-            return {name: _copy(value) for name, value in named.items()}
-        full = self._fragments.safe_get_full_fp32_param
-        weights = {name: _copy(full(p)) for name, p in self._named}
-        for name, p in self.model.named_parameters():
-            if not p.requires_grad:  # the optimizer does not know it
-                with self._gathered([p]):
-                    weights[name] = _copy(p)
-        return weights | {name: _copy(buffer) for name, buffer in self.model.named_buffers()}
+        if self.zero_stage == 3:
+            named = self._engine._zero3_consolidated_16bit_state_dict()  # in fp32, as they are
+        else:
+            named = self.model.state_dict()
+        return {name: _copy(value) for name, value in named.items()} if self.world.is_main else {}
 
     def optimizer_state(self) -> OptimizerState:
         """Its state by whole parameters on CPU, on the main rank; collective at ZeRO >= 1."""
         state = self._torch_optimizer().state
         if not state or (self.zero_stage == 0 and not self.world.is_main):
             return OptimizerState({}, {})
-        one = next(iter(state.values()))
+        one, whole = next(iter(state.values())), self._fragments.safe_get_full_optimizer_state
         keys = [key for key, value in one.items() if torch.is_tensor(value) and value.ndim > 0]
         scalars = {key: float(value) for key, value in one.items() if key not in keys}
         tensors = {}
         for name, p in self._named:
             for key in keys:
-                whole = self._fragments.safe_get_full_optimizer_state
                 value = state[p][key] if self.zero_stage == 0 else whole(p, key)
                 if self.world.is_main:
                     shape = getattr(p, "ds_shape", p.shape)
@@ -380,12 +360,14 @@ class DeepSpeedEngine:
         if not saved.tensors:
             return
         keys = sorted({name.split("/", 1)[0] for name in saved.tensors})
-        state = self._torch_optimizer().state
-        for p in self._held():
+        optimizer = self._torch_optimizer()
+        state = optimizer.state
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        # What the optimizer updates: parameters, or ZeRO's partitions of them.
+        for p in self._optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else held:
             state[p] = {key: torch.zeros_like(p, dtype=torch.float32) for key in keys}
-            device = p.device if self._guarded else None  # where a fused optimizer counts steps
-            scalars = saved.scalars.items()
-            state[p] |= {key: torch.tensor(value, device=device) for key, value in scalars}
+            for key, number in saved.scalars.items():
+                state[p][key] = torch.tensor(number, device=p.device if self._fused else None)
         if self.zero_stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()
         for name, p in self._named:
@@ -406,49 +388,9 @@ class DeepSpeedEngine:
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer if self.zero_stage == 0 else self._optimizer.optimizer
 
-    def _held(self) -> Iterator[Tensor]:
-        """Yield what this rank's optimizer updates: parameters, or ZeRO's partitions of them."""
-        if self.zero_stage == 0:
-            yield from (p for _, p in self._named)
-        elif self.zero_stage < 3:
-            yield from self._optimizer.single_partition_of_fp32_groups
-        else:
-            yield from self._optimizer.fp32_partitioned_groups_flat
-
 
 def _copy(value: Tensor) -> Tensor:
     return value.detach().cpu().clone()
-
-
-def sum_of(losses: list[Tensor]) -> Tensor:
-    """Return the sum of 0-d losses; the loss itself if it is the only one."""
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-
-def fuse(optimizer: torch.optim.Optimizer) -> bool:
-    """Fuse an optimizer of torch that can be; returns whether it skips steps by `found_inf`."""
-    for group in optimizer.param_groups:
-        if "fused" in group and group["fused"] is None and not group.get("foreach"):
-            group["fused"] = optimizer._step_supports_amp_scaling = True  # type: ignore
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def used_parameters(loss: Tensor, params: list[Tensor]) -> Tensor:
-    """Return bool [P]: which of `params` the graph of `loss` reaches."""
-    numbers = {id(p): number for number, p in enumerate(params)}
-    used = torch.zeros(len(params), dtype=torch.bool)
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        number = numbers.get(id(getattr(node, "variable", None)))
-        if number is not None:
-            used[number] = True
-        waiting.extend(following for following, _ in node.next_functions)
-    return used
 
 
 def refuse_slow_bf16() -> None:
@@ -469,12 +411,13 @@ def check_engine_options(
     zero_stage: int, precision: str, reduction: str, num_virtual_shards: int, world_size: int
 ) -> None:
     """Raise ConfigError for combinations that cannot work."""
-    if zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(f"engine.zero_stage={zero_stage}: choose 0, 1, 2 or 3")
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(f"engine.precision={precision!r}: choose fp32 or bf16")
-    if reduction not in ("canonical", "native"):
-        raise ConfigError(f"engine.reduction={reduction!r}: choose canonical or native")
+    for name, value, choices in (
+        ("zero_stage", zero_stage, (0, 1, 2, 3)),
+        ("precision", precision, ("fp32", "bf16")),
+        ("reduction", reduction, ("canonical", "native")),
+    ):
+        if value not in choices:
+            raise ConfigError(f"engine.{name}={value!r}: choose one of {choices}")
     if world_size > num_virtual_shards:
         raise ConfigError(
             f"{world_size} workers for data.num_virtual_shards={num_virtual_shards}: start at most "

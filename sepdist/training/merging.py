@@ -1,10 +1,10 @@
 """Run an objective on several batches with one forward pass of the model for all of them.
 
-The objective is still called for each batch, so losses and metrics are those of the batch. It is
-called up to its first call of the model, for the inputs, and once more to receive the outputs.
+The objective is still called for each batch, so losses and metrics are those of the batch: first up
+to its call of the model, for the inputs, and once more to receive its share of the outputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class _Asked(BaseException):  # not an Exception, so that no objective catches i
 class _Answers:
     """Stands for the model: gives the `outputs` of its calls in order, and raises _Asked after."""
 
-    def __init__(self, model: Callable[..., Any], outputs: Sequence[Any]) -> None:
+    def __init__(self, model: Any, outputs: Sequence[Any]) -> None:
         self._model, self._outputs = model, iter(outputs)
 
     def __getattr__(self, name: str) -> Any:
@@ -35,9 +35,7 @@ class _Answers:
 
 
 def run_merged(
-    objective: Callable[..., tuple[Tensor, Metrics]],
-    model: Callable[..., Any],
-    batches: Sequence[Batch],
+    objective: Any, model: Any, batches: Sequence[Batch]
 ) -> list[tuple[Tensor, Metrics]]:
     """Return loss and metrics of each batch; equal to separate calls up to rounding and dropout.
 
@@ -62,17 +60,13 @@ def run_merged(
     return [results[number] for number in range(len(batches))]
 
 
-def _answer(model: Callable[..., Any], calls: Sequence[tuple[int, Any]]) -> list[Any]:
+def _answer(model: Any, calls: Sequence[tuple[int, Any]]) -> list[Any]:
     """Return the model's outputs of each call, from one call on all of them."""
-    flat = [tree_flatten(arguments) for _, (arguments, _) in calls]
-    columns = [
-        torch.cat(column) if torch.is_tensor(column[0]) else column[0]
-        for column in zip(*(leaves for leaves, _ in flat), strict=True)
-    ]
-    sizes = [next(len(x) for x in leaves if torch.is_tensor(x)) for leaves, _ in flat]
-    inputs, options = tree_unflatten(columns, flat[0][1])
+    rows, shape = [tree_flatten(one)[0] for _, (one, _) in calls], tree_flatten(calls[0][1][0])[1]
+    sizes = [next(len(x) for x in row if torch.is_tensor(x)) for row in rows]
+    columns = [torch.cat(x) if torch.is_tensor(x[0]) else x[0] for x in zip(*rows, strict=True)]
+    inputs, options = tree_unflatten(columns, shape)
     with torch.set_grad_enabled(calls[0][1][1]):
-        together = model(*inputs, **options)
-    leaves, shape = tree_flatten(together)
+        leaves, shape = tree_flatten(model(*inputs, **options))
     pieces = [x.split(sizes) if torch.is_tensor(x) else [x] * len(sizes) for x in leaves]
     return [tree_unflatten(own, shape) for own in zip(*pieces, strict=True)]

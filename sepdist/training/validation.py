@@ -34,17 +34,18 @@ def validate(
     count = min(options.num_mixtures or total, total)
     rounds = -(-count // world.size)  # equal on all ranks, because a ZeRO-3 forward is collective
     rows: dict[str, Tensor] = {}
+    nothing = torch.zeros(2, count, dtype=torch.float64, device=world.device)
     engine.model.eval()
     for turn in range(rounds):
         index = turn * world.size + world.rank
         batch = dataset.full(min(index, count - 1), options.max_seconds).to(world.device)
         with torch.no_grad(), engine.autocast():
             loss, metrics = objective(engine.model, batch)
-        silent = torch.tensor(float(batch.num_silent))
+        silent = nothing.new_full((), batch.num_silent)
         for name, value in (metrics | {"loss": loss, "silent_sources": silent}).items():
-            row = rows.setdefault(name, torch.zeros(2, count, dtype=torch.float64))
+            row = rows.setdefault(name, nothing.clone())
             if index < count and value.is_floating_point():
-                row[:, index] = torch.stack(mean_of(value)).cpu()
+                row[:, index] = torch.stack(mean_of(value))
         beat()
     names = sorted(rows)
     summed = sum_over_world(torch.stack([rows[name] for name in names]), world)

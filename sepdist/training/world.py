@@ -1,11 +1,8 @@
 """The workers of a run: this process's rank and device, and small collective operations."""
 
 import os
-import platform
-import re
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,10 +41,9 @@ def join_world() -> World:
 
 
 def choose_kernels(tf32: bool, determinism: bool) -> None:
-    """Choose the kernels of this process on a GPU: TF32 where not autocast, deterministic ones.
+    """Choose this process's kernels on a GPU: TF32 where not autocast, or ones that repeat bits.
 
-    cuDNN's recurrent networks and cuBLAS repeat their bits only with a workspace of fixed size, of
-    the attentions only the plain one does. RuntimeError later, if an operation has no such kernel.
+    Of the attentions the plain one does; cuBLAS and cuDNN's LSTM do with a workspace of fixed size.
     """
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
@@ -56,16 +52,13 @@ def choose_kernels(tf32: bool, determinism: bool) -> None:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        for attention in ("flash", "mem_efficient", "cudnn"):
+            getattr(torch.backends.cuda, f"enable_{attention}_sdp")(False)
 
 
 def keep_compiled(cache_dir: str) -> None:
     """Have torch keep compiled models below `cache_dir`, apart by kind of CPU, from run to run."""
-    cpu = Path("/proc/cpuinfo")
-    found = re.search("^flags.*", cpu.read_text(), re.M) if cpu.exists() else None
-    kind = f"{platform.machine()}-{zlib.crc32(found[0].encode() if found else b''):08x}"
+    kind = f"{zlib.crc32(repr(sorted(torch.cpu.get_capabilities().items())).encode()):08x}"
     folder = os.path.join(os.path.expanduser(cache_dir), "inductor", kind)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 

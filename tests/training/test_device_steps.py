@@ -1,6 +1,8 @@
 """The step as it runs on a GPU, here with its tensors on the CPU: it waits only when it is read."""
 
+import json
 import math
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sepdist.reporting import read_metrics
 from sepdist.training import engine as engine_module
-from sepdist.training.engine import DeepSpeedEngine, StepResult, fuse
+from sepdist.training import world as world_module
+from sepdist.training.checkpoint import find_committed, read_file
+from sepdist.training.engine import DeepSpeedEngine, StepResult
+from sepdist.training.ledger import SegmentRef, read_history
 from sepdist.training.world import World
-from tests.training.test_engine import MICRO_BATCH, NUM_SHARDS, SquaredError, Toy, batch_of
+from tests.support.runs import frozen
+from tests.support.steps import MICRO_BATCH, NUM_SHARDS, SquaredError, Toy, batch_of
 
 NUM_STEPS, POISONED = 6, 3
 
@@ -53,7 +60,7 @@ def new_engine(on_device: bool, **options: Any) -> DeepSpeedEngine:
     engine = DeepSpeedEngine(
         model,
         LabelledError(0, POISONED),
-        lambda params: torch.optim.Adam(params, lr=1e-2),
+        lambda params: torch.optim.Adam(params, lr=1e-2, fused=on_device),
         World(0, 1, torch.device("cpu")),
         seed=0,
         num_virtual_shards=NUM_SHARDS,
@@ -61,7 +68,7 @@ def new_engine(on_device: bool, **options: Any) -> DeepSpeedEngine:
         clip_norm=0.5,
         **options,
     )
-    engine._guarded = on_device and fuse(engine._optimizer)
+    engine._guarded = on_device
     return engine
 
 
@@ -105,6 +112,15 @@ def run_all(rank: int, folder: str) -> None:
     rest.model.load_state_dict(half.weights())
     rest.load_optimizer_state(half.optimizer_state())
     found["resumed"] = train(rest, set(range(NUM_STEPS)), first=2)
+    world_module.choose_kernels(tf32=True, determinism=True)
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    found["kernels"] = {
+        "tf32": (torch.get_float32_matmul_precision(), cudnn.allow_tf32),
+        "deterministic": (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic),
+        "attentions": [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()],
+        "plain attention": cuda.math_sdp_enabled(),
+        "workspace": os.environ["CUBLAS_WORKSPACE_CONFIG"],
+    }
     Path(folder, "found.pickle").write_bytes(pickle.dumps(found))
 
 
@@ -158,3 +174,61 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_been_cut(found: dict[str, Any]) 
     torch.testing.assert_close(
         found["resumed"]["states"][-1], found["device"]["states"][-1], rtol=0, atol=0
     )
+
+
+def test_kernels_on_a_gpu_are_those_that_the_options_ask_for(found: dict[str, Any]) -> None:
+    assert found["kernels"] == {
+        "tf32": ("high", True),
+        "deterministic": (True, True),
+        "attentions": [False, False],
+        "plain attention": True,
+        "workspace": ":16:8",  # the one that torch names for cuBLAS and for cuDNN's LSTM
+    }
+
+
+def test_compiled_models_are_kept_below_the_cache_unless_the_user_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    world_module.keep_compiled(str(tmp_path))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    world_module.keep_compiled(str(tmp_path))
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == tmp_path / "inductor"
+
+
+def run_loop(rank: int, config_file: str, on_device: bool) -> None:
+    from sepdist import config
+    from sepdist.training import loop
+
+    def start(self: DeepSpeedEngine) -> None:
+        made(self)
+        self._guarded = on_device
+
+    made, DeepSpeedEngine.__post_init__ = DeepSpeedEngine.__post_init__, start
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    loop.train(config.load_frozen(config_file), World(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_once_per_log_line_logs_and_records_what_one_does_that_reads_each_step(
+    tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    every = ["training.max_steps=10", "training.checkpoint_every=4", "validation.every_steps=7"]
+    rows, histories = [], []
+    for name, on_device in (("device", True), ("host", False)):
+        more = [*every, "training.log_every=3", "optim.fused=true", f"run_dir={tmp_path}/{name}"]
+        path = frozen(tiny_data, tmp_path / name, *more)
+        mp.start_processes(run_loop, (path, on_device), nprocs=1, start_method="forkserver")
+        rows.append(read_metrics(str(tmp_path / name)))
+        newest = find_committed(str(tmp_path / name / "checkpoints"))[-1]
+        segment = SegmentRef(**json.loads(read_file(newest, "state.json"))["ledger"])
+        histories.append(list(read_history(str(tmp_path / name), segment)))
+    assert histories[0] == histories[1]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for one, other in zip(*rows, strict=True):
+        kept = [name for name in other if name.startswith(("loss", "train", "valid", "optim"))]
+        assert {name: one[name] for name in kept} == pytest.approx(
+            {name: other[name] for name in kept}, rel=1e-4, nan_ok=True
+        )

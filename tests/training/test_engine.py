@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -21,71 +22,33 @@ from sepdist.training.engine import DeepSpeedEngine, check_engine_options
 from sepdist.training.run import freeze
 from sepdist.training.world import World
 from tests.support.runs import frozen, program
-
-NUM_SHARDS, MICRO_BATCH, LENGTH = 4, 2, 40
-
-
-class Toy(nn.Module):
-    """A convolution with dropout, a head that only some batches use, and a frozen parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Conv1d(1, 8, 5, padding=2)
-        self.drop = nn.Dropout(0.2)
-        self.head = nn.Conv1d(8, 1, 1)
-        self.other = nn.Conv1d(8, 1, 1)
-        self.scale = nn.Parameter(torch.tensor([2.0]), requires_grad=False)
-
-    def forward(self, mixture_BT: Tensor, other: bool = False) -> Tensor:
-        hidden = self.drop(torch.tanh(self.scale * self.body(mixture_BT[:, None])))
-        return (self.other if other else self.head)(hidden)
-
-
-class SquaredError:
-    """Every other `branching` virtual shards use the other head; step `poisoned` has loss inf."""
-
-    def __init__(self, branching: int, poisoned: int = -1) -> None:
-        self.branching = branching
-        self.poisoned = range(
-            poisoned * NUM_SHARDS * MICRO_BATCH, (poisoned + 1) * NUM_SHARDS * MICRO_BATCH
-        )
-
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        odd = self.branching and int(batch.positions[0]) // MICRO_BATCH // self.branching % 2 == 1
-        error = (model(batch.mixture, other=odd)[:, 0].float() - batch.sources[:, 0]) ** 2
-        if int(batch.positions[0]) == self.poisoned[-MICRO_BATCH]:  # on the last rank alone
-            error = error * torch.inf
-        return error.mean(), {"error": error.mean(1)}
-
-
-def batch_of(step: int, shard: int, num_shards: int = NUM_SHARDS) -> Batch:
-    first = (step * num_shards + shard) * MICRO_BATCH
-    generator = torch.Generator().manual_seed(first)
-    mixture = torch.randn(MICRO_BATCH, LENGTH, generator=generator)
-    return Batch(
-        ids=[f"utterance-{first + item}" for item in range(MICRO_BATCH)],
-        positions=torch.arange(first, first + MICRO_BATCH),
-        mixture=mixture,
-        sources=torch.roll(mixture, 1, -1)[:, None],
-        noise=None,
-        lengths=torch.full((MICRO_BATCH,), LENGTH),
-    )
+from tests.support.steps import MICRO_BATCH, NUM_SHARDS, SquaredError, Toy, batch_of
 
 
 def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
     """Steps [first, last) of a run, its state taken from and left in `folder`."""
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
     store = f"file://{folder}/store-{options['key']}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     torch.manual_seed(0)
     model, saved = Toy(), None
+    model.drop.p = options.get("dropout", 0.2)
     num_shards = options.get("num_shards", NUM_SHARDS)
     if options["first"]:
         saved = torch.load(f"{folder}/state.pt", weights_only=True)
         model.load_state_dict(saved["weights"])
+    objective = SquaredError(options.get("branching", 0), options.get("poisoned", -1))
+    calls = Path(folder, f"{options['key']}.calls")
+
+    def noted(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with calls.open("a") as file:
+            file.write(f"{rank}\n")
+        return objective(model, batch)
+
     engine = DeepSpeedEngine(
         model,
-        SquaredError(options.get("branching", 0), options.get("poisoned", -1)),
+        noted,
         lambda params: torch.optim.Adam(params, lr=1e-2),
         World(rank, world_size, torch.device("cpu")),
         seed=0,
@@ -95,6 +58,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         precision=options.get("precision", "fp32"),
         allow_slow_bf16=True,
         reduction=options.get("reduction", "canonical"),
+        merge_shards=options.get("merge_shards", 1),
         clip_norm=0.5,
     )
     if saved:
@@ -248,6 +212,28 @@ def test_native_reduction_agrees_to_rounding_and_resumes(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_merged_virtual_shards_give_the_steps_of_separate_ones(stage: int, tmp_path: Path) -> None:
+    """Without dropout, whose masks are other ones; 6 virtual shards in passes of 2 and 1."""
+    options = {"last": 4, "num_shards": 6, "dropout": 0.0}
+    expected = run(tmp_path, 1, 0, **options)
+    ours = run(tmp_path, 2, stage, reduction="native", merge_shards=2, **options)
+    for name in ("losses", "norms"):
+        found, wanted = (
+            [float.fromhex(one) if name == "losses" else one for one in made[name]]
+            for made in (ours, expected)
+        )
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_node_runs_a_pass_before_the_others_begin(tmp_path: Path) -> None:
+    run(tmp_path, 3, 0, last=1)
+    calls = (tmp_path / "3-0-0-1-.calls").read_text().split()
+    assert calls[0] == "0" and sorted(calls) == ["0", "0", "0", "1", "2"]
+
+
 @pytest.mark.parametrize(
     ("stage", "reduction"),
     [
@@ -271,9 +257,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all_and_the_nex
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ((4, "fp32", "native", 4, 1), "choose 0, 1, 2 or 3"),
-        ((0, "fp16", "native", 4, 1), "choose fp32 or bf16"),
-        ((0, "fp32", "ring", 4, 1), "canonical or native"),
+        ((4, "fp32", "native", 4, 1), r"zero_stage=4: choose one of \(0, 1, 2, 3\)"),
+        ((0, "fp16", "native", 4, 1), r"\('fp32', 'bf16'\)"),
+        ((0, "fp32", "ring", 4, 1), r"\('canonical', 'native'\)"),
         ((0, "fp32", "canonical", 4, 5), "num_virtual_shards"),
         ((3, "fp32", "canonical", 4, 2), "reduction=native"),
         ((0, "fp32", "native", 4, 3), "divides"),
