@@ -6,7 +6,7 @@ PYTHON ?= $(shell for one in python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 RUN := PYTHONPATH=. OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python
 
-.PHONY: help install demo test test-slow lint docs format bench clean
+.PHONY: help install demo test test-slow lint docs format bench gpu clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,10 @@ bench: $(VENV)/.installed ## every benchmark, one JSON line each (about 40 minut
 	$(RUN) -m benchmarks.ssqp_memory
 	$(RUN) -m benchmarks.resume
 	$(RUN) -m benchmarks.chaos
+
+gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, then its benchmark, one JSON line (under 8 minutes)
+	timeout 190 env $(RUN) -m pytest -m gpu -n 4 tests/gpu; tested=$$?; \
+	timeout 280 env $(RUN) -m benchmarks.gpu --limit 270 && exit $$tested
 
 clean: ## remove the files of the demo and the caches of linters (not .venv, not runs)
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache
