@@ -96,7 +96,9 @@ def validating(fake: FakeDevice) -> list[str]:
     assert "si_snr" in validate(engine, engine.objective, dataset, engine.world, options)
     listen(engine, engine.objective, dataset, reporter, 1, options)
     assert reporter.audio.call_count == 5
-    return [one for one in fake.waits if "training/validation.py" not in one]
+    to_host = ("training/validation.py", "training/world.py")
+    assert len(fake.waits) <= 2, fake.waits  # one for all means, one for the audio
+    return [one for one in fake.waits if not any(place in one for place in to_host)]
 
 
 def inferring(fake: FakeDevice) -> list[str]:
