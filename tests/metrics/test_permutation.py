@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from sepdist.metrics import permutation
 from sepdist.metrics.permutation import best_permutation, permutation_rank, reorder
 
 
@@ -59,3 +60,14 @@ def test_scores_that_are_not_finite_stay_so_and_do_not_stop_the_program(num_sour
 def test_a_matrix_that_is_not_square_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 3, 2\)"):
         best_permutation(torch.zeros(1, 3, 2))
+
+
+@pytest.mark.parametrize("num_sources", [4, 5])
+def test_a_device_that_tries_all_assignments_finds_those_of_the_hungarian_method(
+    num_sources: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = torch.randn(6, num_sources, num_sources)
+    means, orders = best_permutation(scores)
+    monkeypatch.setattr(permutation, "MAX_EXHAUSTIVE", permutation.MAX_EXHAUSTIVE_ON_DEVICE)
+    tried_means, tried_orders = best_permutation(scores)
+    assert torch.equal(orders, tried_orders) and torch.equal(means, tried_means)

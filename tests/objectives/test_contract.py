@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from sepdist.metrics.selection import speakers_of
-from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
+from sepdist.objectives.contract import (
+    OUTPUT_RULES,
+    Objective,
+    mean_of,
+    measured,
+    with_defaults,
+)
 from sepdist.objectives.multitask import MultiTask
 from sepdist.objectives.separation import Separation
 
@@ -27,3 +33,19 @@ def test_the_defaults_are_the_hooks_of_the_protocol_and_change_nothing() -> None
 def test_hooks_that_an_objective_defines_are_kept(name: str, value: object) -> None:
     objective = MultiTask("x")
     assert with_defaults(objective) is objective and getattr(objective, name) == value
+
+
+def test_the_mean_of_a_metric_is_over_the_items_that_have_a_value() -> None:
+    has_value = torch.tensor([True, False, True])
+    for metric, expected in (
+        (measured(torch.tensor([1.0, 50.0, 4.0]), has_value), (2.5, 2)),
+        (measured(torch.tensor([1.0, torch.nan, 4.0]), has_value), (2.5, 2)),
+        (measured(torch.tensor([7.0, 8.0, 9.0]), torch.zeros(3) > 0), (0.0, 0)),
+        (torch.tensor([2.0, 4.0, 9.0]), (5.0, 3)),
+        (torch.tensor(3.5), (3.5, 1)),
+        (torch.zeros(0), (0.0, 0)),
+    ):
+        mean, count = mean_of(metric)
+        assert (float(mean), int(count)) == expected and mean.dtype == torch.float64
+    broken = measured(torch.tensor([1.0, torch.nan, 4.0]), torch.ones(3) > 0)
+    assert torch.isnan(mean_of(broken)[0]), "a value that is no number is not taken for none"

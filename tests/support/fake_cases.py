@@ -62,7 +62,7 @@ class PlainEngine(DeepSpeedEngine):
 
 
 def new_engine(fake: FakeDevice, name: str, **options: Any) -> PlainEngine:
-    make = functools.partial(torch.optim.Adam, lr=1e-3)
+    make = functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
     sizes = {"seed": 0, "num_virtual_shards": 2, "micro_batch": NUM_ITEMS}
     model, world = small("dprnn", 2), World(0, 1, fake.device)
     return PlainEngine(model, objective(name)(), make, world, **sizes, **options)
@@ -96,7 +96,9 @@ def validating(fake: FakeDevice) -> list[str]:
     assert "si_snr" in validate(engine, engine.objective, dataset, engine.world, options)
     listen(engine, engine.objective, dataset, reporter, 1, options)
     assert reporter.audio.call_count == 5
-    return [one for one in fake.waits if "training/validation.py" not in one]
+    to_host = ("training/validation.py", "training/world.py")
+    assert len(fake.waits) <= 2, fake.waits  # one for all means, one for the audio
+    return [one for one in fake.waits if not any(place in one for place in to_host)]
 
 
 def inferring(fake: FakeDevice) -> list[str]:
