@@ -13,7 +13,9 @@ layers per path, so that the benchmark ends in minutes.
 Each way runs in a process of its own with one thread. `real_time` is its CPU seconds per second of
 audio, without loading the model and (ours) compiling it on a first window; `peak_mib` the largest
 resident size; `growth_mib` its part that came with the recording; `growth_at_30_minutes` what that
-would be if it grew in proportion (ours and Asteroid's windows: as measured).
+would be if it grew in proportion.
+
+Peers: those of benchmarks/evaluation.py, and julius.
 """
 
 import argparse
