@@ -325,7 +325,7 @@ def measure(folder: Path) -> dict[str, Any]:
     make_batches(feed, 0, NUM_SHARDS * SAMPLES_PER_SHARD // BATCH)  # opens all shards
     speeds = [[in_threads(feed, number) for number in (1, 2)] for _ in range(TURNS)]
     one, two = (max(speed) for speed in zip(*speeds, strict=True))
-    main, web = costs["crops_8_khz"], found["webdataset_local"]["cpu_seconds"]
+    main = costs["crops_8_khz"]
     return {
         "samples": manifest.num_samples,
         "shards": len(manifest.shards),
@@ -341,9 +341,6 @@ def measure(folder: Path) -> dict[str, Any]:
             "ms of CPU per sample": goal(1000 * CORES / GOAL, main["cpu_ms"], at_most=True),
             "ms under the GIL per sample": goal(1000 / GOAL, main["gil_ms"], at_most=True),
             "speed of 2 threads over 1": goal(1.7, two / one),
-            "CPU of WebDataset's epoch over the stream's": goal(
-                1.0, web / found["stream_local_1_thread"]["cpu_seconds"]
-            ),
         },
     }
 
