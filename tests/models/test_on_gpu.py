@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import operations
 from sepdist.models import compiling
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.models.dprnn import DPRNN
@@ -62,6 +63,13 @@ def test_blocks_and_lengths_share_the_compilations_of_a_gpu() -> None:
         with torch._dynamo.config.patch(error_on_recompile=True):
             for shape in ((2, 403), (3, 304)):
                 model(torch.randn(shape)).sum().backward()
+
+
+@pytest.mark.slow
+def test_pytorch_dispatches_at_most_500_operations_for_a_micro_batch_of_conv_tasnet() -> None:
+    counts = operations.count("conv_tasnet", 2, 0.25)
+    assert 24 * 6 <= counts["library_calls"]  # six matrix products in each block
+    assert counts["operations"] <= 500 and counts["launches"] <= 1000
 
 
 @pytest.mark.parametrize("shape", [(3, 50, 6), (2, 5, 10, 6)])
