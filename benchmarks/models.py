@@ -1,21 +1,24 @@
 """Measure time and memory of a training step of each model and its published implementation.
 
     python -m benchmarks.models [--models conv_tasnet dprnn] [--seconds 1] [--batch 2] [--threads 2]
-    [--keep]
+    [--no-keep] [--no-sweep] [--quick]
 
-Prints one JSON line per model (a file of configs/model) and a last one with the ratios. A step is a
-forward and a backward pass. The peer (peers.py) runs on the same batch and its weights are copied
-to our model. Before anything is timed, the estimates and the gradient of the encoder, which depends
-on every other gradient, are compared in float64 on a short piece, and ours in fp32 with the same.
+Prints one JSON line with all cases (a file of configs/model, a batch and a length), the ratios, the
+goals and a sweep; each case goes to stderr as it ends. A step is a forward and a backward pass. The
+peer (peers.py) runs on the same batch and its weights are copied to our model. Before anything is
+timed, the estimates and the gradient of the encoder, which depends on every other gradient, are
+compared in float64 on a short piece, and ours in fp32 with the same.
 
 The turns are interleaved, so that other load on the machine affects both sides equally; the best
 and the median are given. `operations` counts the operations that PyTorch dispatches in one of our
 steps; compiled code counts only its matrix products. Memory is the peak resident size of a process
 that takes two steps, less its size before them. The roofline is the time that the peer's matrix
 products and convolutions would take at the rate of one large fp32 product, measured in the same
-turns: no step of the same arithmetic in fp32 is faster. With --keep the process keeps freed memory,
-as evaluation does (sepdist/allocator.py); both sides gain. If a peer is not installed, the line
-names the packages and has our figures alone.
+turns: no step of the same arithmetic in fp32 is faster. The process keeps freed memory, as training
+does (sepdist/allocator.py), unless --no-keep; both sides gain. If a peer is not installed, the line
+names the packages and has our figures alone. The sweep times `conv_tasnet_small` by batch, length
+and number of processes side by side, in seconds per second of audio of one process. --quick takes
+one turn of each case and no bf16, memory or sweep.
 """
 
 import argparse
@@ -41,6 +44,15 @@ from sepdist import slots
 from sepdist.allocator import keep_freed_memory
 
 PRODUCT_SIZE = 2048
+# Model, batch, seconds of audio, and how many times as fast as the peer it shall be.
+CASES = (
+    ("conv_tasnet", 2, 3.0, 2.5),
+    ("conv_tasnet", 2, 1.0, 2.0),
+    ("dprnn", 1, 1.0, 1.15),
+    ("dptnet", 1, 1.0, 1.15),
+    ("sepformer", 1, 1.0, 1.15),
+)
+SWEPT = "conv_tasnet_small"
 CONFIGS = Path(__file__).parent.parent / "configs" / "model"
 
 
@@ -54,7 +66,7 @@ def build_pair(preset: str) -> tuple[nn.Module, nn.Module | None, str]:
         return ours, None, f"no peer of {name} is known"
     try:
         peer = PEERS[name].build(node)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: torchaudio built for another torch
         return ours, None, f"{error}; to compare, pip install --no-deps {PEERS[name].packages}"
     ours.load_state_dict(PEERS[name].weights(peer.state_dict()))
     return ours, peer, ""
@@ -103,7 +115,7 @@ def resident(field: str) -> float:
 def memory_of(preset: str, side: str, arguments: argparse.Namespace) -> float | None:
     """Memory of two steps in MiB, measured in a process of its own; None if that failed."""
     settings = [f"--{name}={getattr(arguments, name)}" for name in ("seconds", "batch", "threads")]
-    settings += ["--keep"] * arguments.keep
+    settings += ["--keep" if arguments.keep else "--no-keep"]
     command = [
         sys.executable,
         "-m",
@@ -154,6 +166,8 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     mixture = batch_of(ours, arguments)
     report: dict[str, Any] = {
         "model": preset,
+        "batch": arguments.batch,
+        "seconds": arguments.seconds,
         "parameters": sum(p.numel() for p in ours.parameters()),
     }
     began = time.perf_counter()
@@ -162,7 +176,9 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with OperationCounter() as counter:
         train_step(ours, mixture)()
     report["operations"] = counter.count
-    steps = {"ours": train_step(ours, mixture), "ours_bf16": train_step(ours, mixture, bf16=True)}
+    steps = {"ours": train_step(ours, mixture)}
+    if not arguments.quick:
+        steps["ours_bf16"] = train_step(ours, mixture, bf16=True)
     if peer is None:
         report["peer"] = missing
     else:
@@ -182,12 +198,14 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         square = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
         steps["product"] = lambda: square @ square
     times: dict[str, list[float]] = {name: [] for name in steps}
+    cpu_times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(arguments.repeats + 1):
         for name, step in steps.items():
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             step()
             if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - began)
+                cpu_times[name].append(time.process_time() - cpu_began)
     report["best_seconds"] = {name: round(min(values), 4) for name, values in times.items()}
     report["median_seconds"] = {
         name: round(statistics.median(values), 4) for name, values in times.items()
@@ -195,9 +213,11 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     report["audio_seconds_per_second"] = round(
         arguments.batch * arguments.seconds / min(times["ours"]), 2
     )
-    report["memory_mib"] = {
-        side: memory_of(preset, side, arguments) for side in ("ours", "peer") if side in steps
-    }
+    report["best_cpu_seconds"] = {name: round(min(one), 4) for name, one in cpu_times.items()}
+    if not arguments.quick:
+        report["memory_mib"] = {
+            side: memory_of(preset, side, arguments) for side in ("ours", "peer") if side in steps
+        }
     if peer is not None:
         flop, rate = flop_of(peer, mixture), 2 * PRODUCT_SIZE**3 / min(times["product"])
         report |= {"gflop": round(flop / 1e9, 1), "product_gflops": round(rate / 1e9, 1)}
@@ -207,26 +227,77 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         report["speedup_of_medians"] = round(
             statistics.median(times["peer"]) / statistics.median(times["ours"]), 2
         )
-        report["memory_ratio"] = round(
-            report["memory_mib"]["ours"] / report["memory_mib"]["peer"], 2
-        )
+        report["speedup_of_cpu"] = round(min(cpu_times["peer"]) / min(cpu_times["ours"]), 2)
+        if not arguments.quick:
+            report["memory_ratio"] = round(
+                report["memory_mib"]["ours"] / report["memory_mib"]["peer"], 2
+            )
     return report
+
+
+def best_step(batch_size: int, seconds: float, turns: int = 5) -> float:
+    """The best time of a step of the swept model, per second of audio."""
+    ours, _, _ = build_pair(SWEPT)
+    step = train_step(ours, 0.1 * torch.randn(batch_size, int(8000 * seconds)))
+    times = []
+    for _ in range(turns + 1):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return round(min(times[1:]) / (batch_size * seconds), 4)
+
+
+def sweep() -> dict[str, dict[str, Any]]:
+    """Seconds per second of audio by batch (of 2 s), by length (batches of 2), and by processes."""
+    command = [sys.executable, "-m", "benchmarks.models", "--threads=1", "--swept-step"]
+    side_by_side = {}
+    for count in (1, 2):
+        started = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)
+        ]
+        side_by_side[str(count)] = [float(process.communicate()[0]) for process in started]
+    return {
+        "batch": {str(size): best_step(size, 2.0) for size in (1, 2, 4, 8)},
+        "length": {str(length): best_step(2, length) for length in (0.5, 1.0, 2.0, 4.0)},
+        "processes_of_1_thread": side_by_side,
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(PEERS), help="files of configs/model")
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--models", nargs="+", help="files of configs/model")
+    parser.add_argument("--seconds", type=float, help="of every case")
+    parser.add_argument("--batch", type=int, help="of every case")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--keep", action="store_true", help="keep freed memory in the process")
+    parser.add_argument("--repeats", type=int, default=2)
+    yes_or_no = argparse.BooleanOptionalAction
+    parser.add_argument("--keep", action=yes_or_no, default=True, help="keep freed memory")
+    parser.add_argument("--sweep", action=yes_or_no, default=True)
+    parser.add_argument("--quick", action="store_true", help="one turn; no bf16, memory, sweep")
     parser.add_argument(
         "--memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS
     )  # what memory_of runs
+    parser.add_argument("--swept-step", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def cases_of(arguments: argparse.Namespace) -> list[tuple[str, int, float, float | None]]:
+    """The cases that the arguments ask for, with the goal where there is one."""
+    known = {name for name, *_ in CASES}
+    cases: list[tuple[str, int, float, float | None]] = [
+        case for case in CASES if not arguments.models or case[0] in arguments.models
+    ]
+    cases += [(name, 2, 1.0, None) for name in arguments.models or () if name not in known]
+    changed = {
+        (name, arguments.batch or size, arguments.seconds or seconds): (size, seconds, goal)
+        for name, size, seconds, goal in cases
+    }
+    return [
+        (*case, goal if (size, seconds) == case[1:] else None)
+        for case, (size, seconds, goal) in changed.items()
+    ]
 
 
 def main() -> None:
@@ -244,18 +315,32 @@ def main() -> None:
         step(), step()
         print(resident("VmHWM") - before)
         return
-    reports = []
-    for preset in arguments.models:
-        reports.append(measure(preset, arguments))
-        print(json.dumps(reports[-1]), flush=True)
-    summary = {"benchmark": "models", "torch": torch.__version__}
-    summary |= {
-        name: getattr(arguments, name)
-        for name in ("seconds", "batch", "threads", "repeats", "keep")
-    }
-    for ratio in ("speedup", "speedup_at_roofline", "memory_ratio"):
-        summary[ratio] = {report["model"]: report[ratio] for report in reports if ratio in report}
-    print(json.dumps(summary))
+    if arguments.swept_step:
+        print(best_step(2, 2.0))
+        return
+    if arguments.quick:
+        arguments.repeats, arguments.sweep = 1, False
+    summary: dict[str, Any] = {"name": "models", "torch": torch.__version__}
+    summary |= {name: getattr(arguments, name) for name in ("threads", "repeats", "keep")}
+    ratios = ("speedup", "speedup_of_cpu", "speedup_at_roofline", "memory_ratio")
+    goals: dict[str, dict[str, Any]] = {}
+    summary |= {ratio: {} for ratio in ratios}
+    summary["cases"] = {}
+    for preset, batch_size, seconds, goal in cases_of(arguments):
+        arguments.batch, arguments.seconds = batch_size, seconds
+        report = measure(preset, arguments)
+        case = f"{preset} {batch_size} x {seconds:g} s"
+        print(case, json.dumps(report), file=sys.stderr, flush=True)
+        summary["cases"][case] = report
+        for ratio in ratios:
+            if ratio in report:
+                summary[ratio][case] = report[ratio]
+        if goal and "speedup" in report:
+            met = report["speedup"] >= goal
+            goals[case] = {"goal": goal, "measured": report["speedup"], "met": met}
+    if arguments.sweep:
+        summary["sweep"] = sweep()
+    print(json.dumps(summary | {"goals": goals}))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ MODELS = ("conv_tasnet", "sepformer", "dprnn", "dptnet", "sandglasset")
 CONFIGS = Path(__file__).parent.parent / "configs" / "model"
 GOALS = {"conv_tasnet": 500}
 LAUNCH = re.compile(
-    r"^ +(?:\w+ = )?(triton_|extern_kernels\.|torch\.ops\.)\S+\(", re.MULTILINE
+    r"^ +(?:\w+ = )?(?:(triton_)\w+\.run|extern_kernels\.\w+|torch\.ops\.\S+)\(", re.MULTILINE
 )  # of generated code: `triton_poi_fused_0.run(`, `extern_kernels.mm(`
 NO_LAUNCH = {"aten::_unsafe_view", "aten::promote_types", "aten::lift_fresh"}
 H100 = {

@@ -50,14 +50,10 @@ def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any
 
 
 def compiled_on_gpu(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a method of a module on GPUs, unless `module.compiled` is false.
-
-    All modules of its class share the compilation, because their parameters count as arguments.
-    """
+    """Compile a method on GPUs while gradients are recorded; all modules of the class share it."""
 
     @functools.wraps(method)
     def run(module: nn.Module, x: Tensor, *others: Tensor) -> Tensor:
-        wanted = getattr(module, "compiled", True) and on_gpu(x)
-        return compiled_if(wanted, method)(module, x, *others)
+        return compiled_if(on_gpu(x) and torch.is_grad_enabled(), method)(module, x, *others)
 
     return run

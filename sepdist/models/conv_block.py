@@ -49,9 +49,8 @@ def _per_item(x_B: Tensor) -> Tensor:
 
 def _sum_frames(x_BNH: Tensor) -> Tensor:
     """Per item, [B, H]."""
-    if on_gpu(x_BNH):
-        return x_BNH.sum(1)
-    return x_BNH.sum(1, dtype=torch.float64).to(x_BNH.dtype)
+    wide = None if on_gpu(x_BNH) else torch.float64
+    return x_BNH.sum(1, dtype=wide).to(x_BNH.dtype)
 
 
 def _sum_all_frames(x_BNH: Tensor) -> Tensor:

@@ -62,8 +62,7 @@ def run_lstm(lstm: nn.LSTM, x_RLF: Tensor) -> Tensor:
 def global_norm(x: Tensor, gain_F: Tensor, shift_F: Tensor) -> Tensor:
     """gLN of [B, ..., F], in fp32 or wider: normalise over all axes but the batch, then scale."""
     if on_gpu(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return compiled_if(True, _reduced_norm)(widen(x), gain_F, shift_F)
+        return compiled_if(torch.is_grad_enabled(), _reduced_norm)(widen(x), gain_F, shift_F)
     rows_BMF = widen(x).reshape(x.shape[0], -1, x.shape[-1])
     if torch.is_grad_enabled() and not rows_BMF.requires_grad:
         # torch's backward kernel writes the gradient of its input even if nobody wants it: without

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import operations
 from sepdist.models import compiling
 from sepdist.models.conv_tasnet import ConvTasNet
 from sepdist.models.dprnn import DPRNN
@@ -48,8 +49,10 @@ def test_the_ways_of_a_gpu_give_the_estimates_and_gradients_of_a_cpu(
         expected = [model(mixture), *gradients(model, mixture)]
     with as_on_a_gpu(compile):
         got = [model(mixture), *gradients(model, mixture)]
+    # Sandglasset's positions are sines in float32, which compiled code rounds differently.
+    limit = 1e-6 if name == "sandglasset" and compile else 1e-9
     for one, other in zip(got, expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
+        assert torch.allclose(one, other, rtol=limit, atol=limit / 10)
 
 
 @pytest.mark.slow
@@ -62,6 +65,13 @@ def test_blocks_and_lengths_share_the_compilations_of_a_gpu() -> None:
         with torch._dynamo.config.patch(error_on_recompile=True):
             for shape in ((2, 403), (3, 304)):
                 model(torch.randn(shape)).sum().backward()
+
+
+@pytest.mark.slow
+def test_pytorch_dispatches_at_most_500_operations_for_a_micro_batch_of_conv_tasnet() -> None:
+    counts = operations.count("conv_tasnet", 2, 0.25)
+    assert counts["library_calls"] >= 24 * 6  # six matrix products in each block
+    assert counts["operations"] <= 500 and counts["launches"] <= 950
 
 
 @pytest.mark.parametrize("shape", [(3, 50, 6), (2, 5, 10, 6)])
