@@ -186,11 +186,9 @@ class LibriMix:
         tables = [base / "metadata" / f"mixture_{split}_{kind}.csv" for kind in kinds]
         table = next((path for path in tables if path.is_file()), None)
         if table is None:
-            raise ValueError(
-                f"none of {', '.join(map(str, tables))}: check the root, sample_rate, mode and "
-                "split (its generated name, such as train-100); where only mix_clean was "
-                "generated, set noise=false"
-            )
+            todo = "check the root, sample_rate, mode and split (its generated name, such as "
+            todo += "train-100); where only mix_clean was generated, set noise=false"
+            raise ValueError(f"none of {', '.join(map(str, tables))}: {todo}")
         numbers = range(1, self.num_speakers + 1)
         columns = {f"s{number}": f"source_{number}_path" for number in numbers}
         columns |= {"noise": "noise_path"} if self.noise else {}

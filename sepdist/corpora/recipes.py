@@ -151,10 +151,9 @@ def choose(
                 break
         else:
             total = sum(len(paths) for paths in speakers.values())
-            raise ValueError(
-                f"split {split!r}: no new combination after {number} of {num_mixtures} mixtures "
-                f"from {total} utterances of {len(names)} speakers; lower num_mixtures"
-            )
+            after = f"after {number} of {num_mixtures} mixtures"
+            pool = f"from {total} utterances of {len(names)} speakers; lower num_mixtures"
+            raise ValueError(f"split {split!r}: no new combination {after} {pool}")
         seen.add(frozenset(paths))
         levels = tuple(draw.uniform(*SPEECH_LUFS, num_sources).tolist())
         noise_level = float(draw.uniform(*NOISE_LUFS))

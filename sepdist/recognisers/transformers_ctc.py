@@ -32,12 +32,10 @@ class TransformersCtc:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = AutoModelForCTC.from_pretrained(folder).to(device).eval()
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"recogniser.folder={folder}: no CTC model here or on the hub "
-                f"({' '.join(str(error).split())[:200]}). Where there is a network, save one with "
-                "save_pretrained of its model and processor, and pass that folder as "
-                "recogniser.folder"
-            ) from error
+            wrong = f"no CTC model here or on the hub ({' '.join(str(error).split())[:200]})"
+            todo = "Where there is a network, save one with save_pretrained of its model and "
+            todo += "processor, and pass that folder as recogniser.folder"
+            raise ConfigError(f"recogniser.folder={folder}: {wrong}. {todo}") from error
         self.device = device
 
     def __call__(self, wave_T: np.ndarray, sample_rate: int) -> str:

@@ -104,10 +104,9 @@ def _wait_until_free(folder: str, number: int, say: Callable[[str], None]) -> No
         if here and holder.get("folder", folder) != folder:
             return
         if here or holder != first:
-            raise ConfigError(
-                f"{folder.rpartition('/')[0]} is being trained by {_name(holder)}: let it end, "
-                "stop it (Ctrl-C commits a checkpoint first), or choose another run_dir"
-            )
+            busy = f"{folder.rpartition('/')[0]} is being trained by {_name(holder)}"
+            todo = "stop it (Ctrl-C commits a checkpoint first), or choose another run_dir"
+            raise ConfigError(f"{busy}: let it end, {todo}")
         if not began:
             began = time.monotonic()
             silent = f"{_name(holder)} trained this run and did not say that it ended"

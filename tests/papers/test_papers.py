@@ -47,6 +47,22 @@ def planned(name: str, scale: str) -> tuple[PipelineConfig, list[Stage]]:
     return cfg, pipeline.plan(cfg)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compose_each_stage_once() -> Any:
+    """Pipelines have most stages in common, and composing takes its time."""
+    compose, made = pipeline.composed, {}
+
+    def composed(name: str, overrides: Any, fixed: Any, schema: Any) -> Any:
+        key = (name, *overrides, str(fixed))
+        if key not in made:
+            made[key] = compose(name, overrides, fixed, schema)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "composed", composed)
+        yield
+
+
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
     """The leaves of nested dictionaries by their dotted, old names."""
     if isinstance(value, dict) and value:
