@@ -59,10 +59,13 @@ format: $(VENV)/.installed ## apply the fixes and the formatting of ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed ## every benchmark, one JSON line each (about 40 minutes)
+bench: $(VENV)/.installed ## every benchmark, one JSON line each (about 50 minutes)
 	$(RUN) -m benchmarks.shards
 	$(RUN) -m benchmarks.loader
+	$(RUN) -m benchmarks.operations
 	$(RUN) -m benchmarks.models
+	$(RUN) -m benchmarks.evaluation
+	$(RUN) -m benchmarks.separation
 	$(RUN) -m benchmarks.step_overhead
 	$(RUN) -m benchmarks.reduction
 	$(RUN) -m benchmarks.ssqp_memory

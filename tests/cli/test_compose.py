@@ -97,6 +97,7 @@ def test_hydras_grammar_is_valid(read) -> None:
     assert cfg.optim == {
         "_target_": "torch.optim.Adam",
         "lr": 0.5,
+        "fused": None,
         "betas": [0.5, 0.9],
         "eps": 0.001,
     }
@@ -129,7 +130,7 @@ def test_a_title_of_a_figure_may_have_dots_blanks_and_parentheses(read) -> None:
         (EvaluateConfig, "--config-dir=no where", "no where: there is no such folder"),
         (RecogniseConfig, "corpus=none", "no corpus 'none': there are .*libricss"),
         (TrainConfig, "training.max_stepz=1", r"no key 'training.max_stepz': .*max_steps"),
-        (TrainConfig, "optim.rate=1", "no key 'optim.rate': there are lr, weight_decay$"),
+        (TrainConfig, "optim.rate=1", "no key 'optim.rate': there are lr, weight_decay, fused$"),
         (TrainConfig, "name=${nosuch}", "no value given for data.train"),
         (TrainConfig, "experiment=demo/fine", "no experiment 'demo/fine': .*demo/finetune"),
         (TrainConfig, "run_dir=runs/x", "no value given for .*name, training.max_steps"),

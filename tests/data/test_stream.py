@@ -503,16 +503,17 @@ def test_close_ends_the_threads_and_a_closed_stream_says_so(sets: dict[str, str]
 
 
 def test_a_forgotten_stream_ends_its_threads_without_close(sets: dict[str, str]) -> None:
+    gc.collect()  # threads of earlier tests
     before = own_threads()
     steps = open_stream(Dataset(sets["even"])).steps(0)
     next(steps)
     assert len(own_threads()) > len(before)
     del steps
     deadline = time.monotonic() + 20
-    while own_threads() != before and time.monotonic() < deadline:
+    while len(own_threads()) > len(before) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
-    assert own_threads() == before
+    assert len(own_threads()) <= len(before)
 
 
 ABANDON = """
