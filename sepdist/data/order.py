@@ -7,9 +7,9 @@ shards are permuted and cut into lanes, then the samples of a lane are permuted 
 few neighbouring shards. So no sample is lost or repeated at any world size, and a restart at any
 step needs no other state and takes no longer. The versions of the order differ in the lanes:
 
-1  one lane for all virtual shards: every rank needs the shards of the global batch
-2  a lane for each virtual shard, all equally long: a rank needs the shards of its own lanes, of
-   which it shares at most the first and the last with its neighbours
+- 1: one lane for all virtual shards; every rank needs the shards of the global batch
+- 2: a lane for each virtual shard, all equally long; a rank needs the shards of its own lanes, of
+  which it shares at most the first and the last with its neighbours
 
 With several data sets, `Blend` maps a global position to a data set and a position in its `Order`.
 """
