@@ -1,4 +1,4 @@
-"""When a checkpoint is due: every so many steps, or as costs and failures suggest."""
+"""When a checkpoint is due: after a fixed number of steps, or by costs and failure rates."""
 
 import contextlib
 import math
