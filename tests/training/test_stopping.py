@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,16 @@ def heard(request: StopRequest, number: int) -> None:
         signal.raise_signal(number)
 
 
+@pytest.fixture
+def restored() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_asks_and_the_second_ends_at_once(number: int) -> None:
+def test_the_first_signal_asks_and_the_second_ends_at_once(number: int, restored: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     request, asked = StopRequest(), []
     request.first = lambda: asked.append(request.number)
     heard(request, number)
