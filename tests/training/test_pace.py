@@ -1,4 +1,4 @@
-"""A checkpoint is due every so many steps, or by Young's formula from what checkpoints cost."""
+"""A checkpoint is due after a fixed number of steps, or by Young's formula from measured costs."""
 
 import itertools
 import math
