@@ -3,15 +3,18 @@
     python -m benchmarks.gpu [--device cuda] [--quick] [--limit 300]
 
 Prints one JSON line and ends with status 1 if a part failed. Each part runs in a process of its own
-that is ended when its time is over, so that nothing hangs and one failure leaves the rest.
+that is ended when its time is over, so that nothing hangs and one failure leaves the rest. First
+all models are compiled side by side (`compile_seconds`, by precision), which later parts find done.
 
 - `peak`: TFLOP/s of one large product in each precision, and GB/s of a copy, in and out.
-- each model at its paper's batch (halved while memory is short): seconds of the first step, which
-  compiles; milliseconds per step (forward and backward), audio seconds per second, GiB at the peak,
-  and the share of `peak` that the model's products and convolutions take; the same of the peer
-  (peers.py). `tf32` is fp32 with TF32 products, `bf16` autocast.
+- each model at its paper's batch (halved while memory is short): seconds of the first step,
+  milliseconds per step (forward and backward), audio seconds per second, GiB at the peak, and the
+  share of `peak` that the model's products and convolutions take; the same of the peer (peers.py).
+  `bf16` is autocast, `tf32` fp32 with TF32 products, `graphs` bf16 with `engine.cuda_graphs`.
+  What a part has no time for is null.
 - `engine`: milliseconds of a whole step of 8 virtual shards of 3 x 3 s in canonical and in native
-  reduction, and whether two canonical runs with determinism end with the same bits.
+  reduction (merged), also with `engine.cuda_graphs`, and whether two canonical runs with
+  determinism end with the same bits.
 
 `--device cpu --quick` tries the program itself, with small models, where there is no GPU.
 """
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ from benchmarks.peers import PEERS
 from sepdist import slots
 from sepdist.data.records import Batch
 from sepdist.objectives.separation import Separation
+from sepdist.training.capture import Captured
 from sepdist.training.engine import DeepSpeedEngine
 from sepdist.training.world import join_world
 
@@ -51,8 +56,10 @@ BATCHES = {  # items and seconds
     "sepformer": (8, 4.0),
 }
 CALCULATED_MS = {"conv_tasnet": 12.7, "sepformer": 35.0}  # in bf16 on an H100, fused
-PRECISIONS = ("fp32", "tf32", "bf16")
-PART_SECONDS = 75.0  # the most that a part may take
+PRECISIONS = ("bf16", "tf32", "fp32")
+PART_SECONDS = 70.0  # the most that a part may take
+COMPILE = "compile "  # before the name of a model: a part of its own
+COMPILE_SECONDS = 120.0  # and the compilations side by side
 
 
 def synchronize(device: torch.device) -> None:
@@ -101,10 +108,13 @@ def node_of(preset: str, quick: bool) -> dict[str, Any]:
     return node | (yaml.safe_load(small.read_text())["model"] if quick else {})
 
 
-def training_step(model: nn.Module, mixture: Tensor, precision: str) -> Callable[[], None]:
+def training_step(
+    model: Any, mixture: Tensor, precision: str, begin: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
     """A forward and a backward pass."""
 
     def step() -> None:
+        begin()
         model.zero_grad(set_to_none=True)
         with torch.autocast(mixture.device.type, torch.bfloat16, precision == "bf16"):
             estimates = model(mixture)
@@ -113,12 +123,34 @@ def training_step(model: nn.Module, mixture: Tensor, precision: str) -> Callable
     return step
 
 
-def measure(model: nn.Module, mixture: Tensor, quick: bool) -> dict[str, Any]:
-    """Speed and memory of a model by precision; OutOfMemoryError if the batch is too large."""
-    device, found = mixture.device, dict[str, Any]()
+def compile_part(preset: str, device: torch.device, quick: bool) -> dict[str, Any]:
+    """Seconds of the first step in each precision, on a short mixture."""
+    torch.manual_seed(0)
+    model = slots.build("model", node_of(preset, quick)).to(device)
+    mixture, found = 0.1 * torch.randn(2, RATE // 2, device=device), {}
     for precision in PRECISIONS:
         set_precision(precision)
+        began = time.perf_counter()
+        training_step(model, mixture, precision)()
+        synchronize(device)
+        found[precision] = round(time.perf_counter() - began, 1)
+    return found
+
+
+def measure(
+    model: nn.Module, mixture: Tensor, quick: bool, kinds: tuple[str, ...], deadline: float
+) -> dict[str, Any]:
+    """Speed and memory of a model by precision; OutOfMemoryError if the batch is too large."""
+    device, found = mixture.device, dict[str, Any].fromkeys(kinds)
+    for kind in kinds:
+        if time.monotonic() > deadline:
+            break
+        precision = "bf16" if kind == "graphs" else kind
+        set_precision(precision)
         step = training_step(model, mixture, precision)
+        if kind == "graphs":
+            captured = Captured(model)
+            step = training_step(captured, mixture, precision, captured.begin)
         if device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -126,9 +158,9 @@ def measure(model: nn.Module, mixture: Tensor, quick: bool) -> dict[str, Any]:
         synchronize(device)
         first = time.perf_counter() - began
         step()  # warm
-        took = milliseconds(step, device, 0.1 if quick else 3.0)
+        took = milliseconds(step, device, 0.1 if quick else 1.5)
         memory = torch.accelerator.max_memory_allocated() if device.type != "cpu" else 0
-        found[precision] = {
+        found[kind] = {
             "first_step_seconds": round(first, 2),
             "ms": round(took, 2),
             "audio_seconds_per_second": round(mixture.numel() / RATE / took * 1000, 1),
@@ -156,10 +188,11 @@ def flop_of(model: nn.Module, mixture: Tensor) -> int:
     return 3 * (counter.get_total_flops() + recurrent)
 
 
-def model_part(preset: str, device: torch.device, quick: bool) -> dict[str, Any]:
+def model_part(preset: str, device: torch.device, quick: bool, seconds: float) -> dict[str, Any]:
     """One model and its peer on the same batch, with the weights that each starts with."""
+    deadline = time.monotonic() + 0.7 * seconds  # starting and the last measurement take the rest
     node = node_of(preset, quick)
-    items, seconds = (2, 0.5) if quick else BATCHES[preset]
+    items, length = (2, 0.5) if quick else BATCHES[preset]
     torch.manual_seed(0)
     models = {"ours": slots.build("model", node)}
     report: dict[str, Any] = {"parameters": sum(p.numel() for p in models["ours"].parameters())}
@@ -169,10 +202,13 @@ def model_part(preset: str, device: torch.device, quick: bool) -> dict[str, Any]
         except ImportError as error:
             report["no_peer"] = f"{error}; pip install --no-deps {peer.packages}"
     while True:
-        mixture = 0.1 * torch.randn(items, int(seconds * RATE))
+        mixture = 0.1 * torch.randn(items, int(length * RATE))
         try:
             for name, model in models.items():
-                report[name] = measure(model.to(device), mixture.to(device), quick)
+                graphs = ("graphs",) if name == "ours" and device.type == "cuda" else ()
+                kinds = (PRECISIONS[0], *graphs, *PRECISIONS[1:])
+                mixture = mixture.to(device)
+                report[name] = measure(model.to(device), mixture, quick, kinds, deadline)
                 model.cpu()
             break
         except torch.OutOfMemoryError:
@@ -180,7 +216,7 @@ def model_part(preset: str, device: torch.device, quick: bool) -> dict[str, Any]
                 raise
             items //= 2
             torch.accelerator.empty_cache()
-    report["batch"] = [items, seconds]
+    report["batch"] = [items, length]
     report["gflop"] = round(flop_of(slots.build("model", node), mixture.to(device)) / 1e9, 2)
     return report
 
@@ -191,7 +227,7 @@ def new_engine(device: torch.device, quick: bool, **options: Any) -> DeepSpeedEn
     return DeepSpeedEngine(
         slots.build("model", node_of("conv_tasnet", quick)),
         Separation(),
-        partial(torch.optim.Adam, lr=1e-3),
+        partial(torch.optim.Adam, lr=1e-3, fused=device.type == "cuda"),
         join_world(),
         seed=0,
         num_virtual_shards=8,
@@ -213,7 +249,8 @@ def engine_part(device: torch.device, quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, options in (
         ("canonical", {"reduction": "canonical"}),
-        ("native", {"reduction": "native", "merge_shards": 0}),
+        ("native", native := {"reduction": "native", "merge_shards": 0}),
+        ("graphs", native | {"cuda_graphs": True}),
     ):
         engine = new_engine(device, quick, precision="bf16", tf32=True, **options)
         began = time.perf_counter()
@@ -234,19 +271,22 @@ def engine_part(device: torch.device, quick: bool) -> dict[str, Any]:
     return found | {"two_runs_equal": torch.equal(*ended)}
 
 
-def run_part(part: str, device: torch.device, quick: bool) -> dict[str, Any]:
+def run_part(part: str, device: torch.device, quick: bool, seconds: float) -> dict[str, Any]:
     """Measure one part in this process."""
+    if part.startswith(COMPILE):
+        return compile_part(part.removeprefix(COMPILE), device, quick)
     if part == "peak":
         return peak(device, quick)
     if part == "engine":
         return engine_part(device, quick)
-    return model_part(part, device, quick)
+    return model_part(part, device, quick, seconds)
 
 
 def in_a_process(part: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """What a process of its own reports of a part, or the `error`."""
     command = [sys.executable, "-m", "benchmarks.gpu", f"--part={part}"]
     command += [f"--device={arguments.device}", *["--quick"] * arguments.quick]
+    command += [f"--limit={seconds:.0f}"]
     kind = torch.device(arguments.device).type
     environment = os.environ | {"DS_ACCELERATOR": kind, "LOCAL_RANK": "0"}
     if seconds < 1:
@@ -272,9 +312,10 @@ def in_a_process(part: str, arguments: argparse.Namespace, seconds: float) -> di
 def add_utilisation(report: dict[str, Any], rates: dict[str, float]) -> None:
     """Add the share of the peak rate at which each side's products and convolutions ran."""
     for side in ("ours", "peer"):
-        for precision, values in report.get(side, {}).items():
-            rate = report["gflop"] / values["ms"]  # GFLOP per ms: TFLOP/s
-            values["utilisation"] = round(rate / rates[precision], 3)
+        for kind, values in report.get(side, {}).items():
+            if values is not None:
+                rate = report["gflop"] / values["ms"]  # GFLOP per ms: TFLOP/s
+                values["utilisation"] = round(rate / rates.get(kind, rates["bf16"]), 3)
 
 
 def goals_of(reports: dict[str, Any], device_name: str) -> dict[str, dict[str, Any]]:
@@ -285,12 +326,13 @@ def goals_of(reports: dict[str, Any], device_name: str) -> dict[str, dict[str, A
         goals[name] = {"goal": goal, "measured": measured, "met": met}
 
     for preset, goal in CALCULATED_MS.items():
-        if "H100" in device_name and "ours" in reports[preset]:
-            took = reports[preset]["ours"]["bf16"]["ms"]
+        if "H100" in device_name and "ours" in reports.get(preset, {}):
+            ours = reports[preset]["ours"]
+            took = min(ours[kind]["ms"] for kind in ("bf16", "graphs") if ours[kind])
             at_full_batch = reports[preset]["batch"] == list(BATCHES[preset])
             add(f"{preset}, bf16, ms per step", goal, took, at_full_batch and took <= goal)
     for preset, report in reports.items():
-        if "peer" in report:
+        if "peer" in report and report["peer"]["bf16"]:
             ratio = round(report["peer"]["bf16"]["ms"] / report["ours"]["bf16"]["ms"], 2)
             add(f"{preset}, bf16, times the peer's speed", 1.0, ratio, ratio >= 1)
     if "two_runs_equal" in reports["engine"]:
@@ -314,9 +356,13 @@ def main() -> None:
     if device.type != "cpu" and not torch.accelerator.is_available():
         sys.exit("no GPU that torch can use; --device cpu --quick tries the program without one")
     if arguments.part:
-        print(json.dumps(run_part(arguments.part, device, arguments.quick)))
+        print(json.dumps(run_part(arguments.part, device, arguments.quick, arguments.limit)))
         return
     deadline, reports = time.monotonic() + arguments.limit, dict[str, Any]()
+    with ThreadPoolExecutor(len(arguments.models)) as pool:
+        parts = [COMPILE + model for model in arguments.models]
+        compiled = pool.map(lambda part: in_a_process(part, arguments, COMPILE_SECONDS), parts)
+        compile_seconds = dict(zip(arguments.models, compiled, strict=True))
     for part in ("peak", "engine", *arguments.models):
         left = deadline - time.monotonic()
         reports[part] = in_a_process(part, arguments, min(PART_SECONDS, left))
@@ -325,7 +371,9 @@ def main() -> None:
         if "gflop" in reports[preset] and "fp32" in reports["peak"]:
             add_utilisation(reports[preset], reports["peak"])
     errors = {part: report["error"] for part, report in reports.items() if "error" in report}
+    errors |= {COMPILE + k: one["error"] for k, one in compile_seconds.items() if "error" in one}
     line = {"name": "gpu", "device": name, "torch": torch.__version__, "quick": arguments.quick}
+    line |= {"compile_seconds": compile_seconds}
     line |= {"peak": reports["peak"], "engine": reports["engine"]}
     line["models"] = {preset: reports[preset] for preset in arguments.models}
     with contextlib.suppress(KeyError):

@@ -24,6 +24,8 @@ class Objective(Protocol):
     num_extra_outputs: int = 0  # trailing model outputs that are not speakers (another task's)
     num_loudest: int = 0  # how many of the other outputs are speakers, by energy; 0 = all
     data_sets: tuple[str, ...] = ()  # that `data.extra` must provide ("main" is `data.train`)
+    # Whether loss and metrics of several batches as one are those of each, the loss as their mean.
+    mean_of_items: bool = False
     stop_reason: str | None = None  # once set, training ends as after an early stop
     # Raises ValueError for a model it cannot train.
     check_model: Callable[[nn.Module], None] = lambda model: None

@@ -23,6 +23,8 @@ class SoftPit:
     `Separation`, of the best permutation.
     """
 
+    mean_of_items = True
+
     def __init__(self, temperature: float = 1.0) -> None:
         if temperature <= 0:
             raise ValueError(

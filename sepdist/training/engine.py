@@ -25,6 +25,7 @@ from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import Metrics, Objective, mean_of
+from sepdist.training.capture import Captured
 from sepdist.training.checkpoint import OptimizerState
 from sepdist.training.merging import run_merged
 from sepdist.training.reduction import TreeSum, reduce_canonically
@@ -78,6 +79,7 @@ class DeepSpeedEngine:
     merge_shards: int = 1
     tf32: bool = False
     determinism: bool = False
+    cuda_graphs: bool = False
     clip_norm: float = 5.0
     bucket_elements: int = 1_000_000
     allow_slow_bf16: bool = False
@@ -85,7 +87,12 @@ class DeepSpeedEngine:
     def __post_init__(self) -> None:
         world, num_shards = self.world, self.num_virtual_shards
         check_engine_options(
-            self.zero_stage, self.precision, self.reduction, num_shards, world.size
+            self.zero_stage,
+            self.precision,
+            self.reduction,
+            num_shards,
+            world.size,
+            self.cuda_graphs,
         )
         self.on_device = world.device.type != "cpu"
         if self.precision == "bf16" and not self.on_device and not self.allow_slow_bf16:
@@ -121,6 +128,8 @@ class DeepSpeedEngine:
                 },
             }
         )
+        captures = self.cuda_graphs and world.device.type == "cuda"
+        self._captured = Captured(self.model) if captures else None
         self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._unread: list[tuple[Any, ...]] = []
         self._patterns: set[tuple[str, ...]] = set()
@@ -185,7 +194,7 @@ class DeepSpeedEngine:
         dist.barrier()
         self._compiled = True
 
-    def _forward(self, model: nn.Module, batches: list[Batch]) -> Results:
+    def _forward(self, model: Any, batches: list[Batch]) -> Results:
         # Dropout masks belong to positions, so that they are the same at any world size.
         first = int(batches[0].positions[0])
         torch.manual_seed(seeding.torch_seed(self.seed, "dropout", first))
@@ -199,12 +208,12 @@ class DeepSpeedEngine:
             return contextlib.nullcontext()
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
 
-    def _run(
-        self, model: nn.Module, batches: list[Batch], backward: Callable[[Tensor], None]
-    ) -> Results:
+    def _run(self, model: Any, batches: list[Batch], backward: Callable[[Tensor], None]) -> Results:
         """Call `backward` with the sum of the losses of each pass; returns detached results."""
         results: Results = []
         for shards in self._passes:
+            if self._captured:
+                self._captured.begin()
             found = self._forward(model, batches[len(results) :][: len(shards)])
             backward(torch.stack([loss for loss, _ in found]).sum())
             results += [(loss.detach(), {k: v.detach() for k, v in m.items()}) for loss, m in found]
@@ -223,7 +232,7 @@ class DeepSpeedEngine:
             del grads  # as large as the model
             tree.push((0, next(leaves)), flat)
 
-        results = self._run(self.model, batches, backward)
+        results = self._run(self._captured or self.model, batches, backward)
         if self.canonical:
             total = reduce_canonically(tree, self.world.rank, self.world.size)
         else:
@@ -285,7 +294,7 @@ class DeepSpeedEngine:
         shape = (2, 1 + len(names), self.num_virtual_shards)
         table = torch.zeros(shape, dtype=torch.float64, device=self.world.device)
         table[0, 0, own] = torch.stack([loss for loss, _ in results])
-        table[1, 0, self.owned[0]] = float(stopping)
+        table[1, 0, self.owned[0]].fill_(stopping)  # an assignment would wait for the device
         for row, name in enumerate(names, 1):
             values = [one[name] for one in metrics]
             if len({value.shape for value in values}) == 1:  # few operations
@@ -408,7 +417,12 @@ def refuse_slow_bf16() -> None:
 
 
 def check_engine_options(
-    zero_stage: int, precision: str, reduction: str, num_virtual_shards: int, world_size: int
+    zero_stage: int,
+    precision: str,
+    reduction: str,
+    num_virtual_shards: int,
+    world_size: int,
+    cuda_graphs: bool = False,
 ) -> None:
     """Raise ConfigError for combinations that cannot work."""
     for name, value, choices in (
@@ -426,6 +440,11 @@ def check_engine_options(
     if reduction == "canonical" and zero_stage == 3:
         raise ConfigError(
             "engine.zero_stage=3 partitions the weights; it needs engine.reduction=native"
+        )
+    if cuda_graphs and zero_stage > 0 and reduction == "native":
+        raise ConfigError(
+            f"engine.cuda_graphs=true needs engine.zero_stage=0, not {zero_stage}, or "
+            "engine.reduction=canonical: ZeRO acts in the middle of both passes"
         )
     if reduction == "native" and num_virtual_shards % world_size:
         raise ConfigError(

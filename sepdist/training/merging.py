@@ -1,17 +1,19 @@
 """Run an objective on several batches with one forward pass of the model for all of them.
 
-The objective is still called for each batch, so losses and metrics are those of the batch: first up
-to its call of the model, for the inputs, and once more to receive its share of the outputs.
+An objective that takes the mean over items is called once, on all of them, which spares a GPU many
+launches. Others are still called for each batch, so that losses are those of the batch: first up to
+their call of the model, for the inputs, and once more to receive their share of the outputs.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from sepdist.data.records import Batch
+from sepdist.data.records import AUDIO, Batch
 from sepdist.objectives.contract import Metrics
 
 
@@ -39,11 +41,16 @@ def run_merged(
 ) -> list[tuple[Tensor, Metrics]]:
     """Return loss and metrics of each batch; equal to separate calls up to rounding and dropout.
 
+    Batches that are alike all get the mean of their losses from an objective that is a mean itself.
     Calls merge, whatever the data sets of the batches, if their tensors differ in the first axis
     alone. The model must treat items apart, as batch normalisation does not.
     """
     if len(batches) == 1:
         return [objective(model, batches[0])]
+    if getattr(objective, "mean_of_items", False) and (whole := _joined(batches)):
+        loss, metrics = objective(model, whole)
+        shares = zip(*(x.chunk(len(batches), dim=-1) for x in metrics.values()), strict=True)
+        return [(loss, dict(zip(metrics, own, strict=True))) for own in shares]
     outputs: list[list[Any]] = [[] for _ in batches]
     results: dict[int, tuple[Tensor, Metrics]] = {}
     while len(results) < len(batches):
@@ -58,6 +65,24 @@ def run_merged(
             for (number, _), output in zip(calls, _answer(model, calls), strict=True):
                 outputs[number].append(output)
     return [results[number] for number in range(len(batches))]
+
+
+def _joined(batches: Sequence[Batch]) -> Batch | None:
+    """Return one batch of all items; None unless all are of one data set and of one shape."""
+    audio = [[getattr(batch, name) for name in AUDIO] for batch in batches]
+    kinds = {
+        (batch.data_set, *(None if x is None else x.shape for x in own))
+        for batch, own in zip(batches, audio, strict=True)
+    }
+    if len(kinds) > 1:
+        return None
+    parts = zip(AUDIO, zip(*audio, strict=True), strict=True)
+    joined: Any = {name: None if own[0] is None else torch.cat(own) for name, own in parts}
+    for name in ("positions", "lengths"):
+        joined[name] = torch.cat([getattr(batch, name) for batch in batches])
+    for name in ("ids", "speakers"):
+        joined[name] = [one for batch in batches for one in getattr(batch, name)]
+    return replace(batches[0], num_silent=sum(one.num_silent for one in batches), **joined)
 
 
 def _answer(model: Any, calls: Sequence[tuple[int, Any]]) -> list[Any]:

@@ -28,7 +28,7 @@ from sepdist.training.stopping import StopRequest
 # What may change between the first start of a run and a later one; anything else makes it another
 # run. run_dir: it may have been moved. data_root: the paths that came of it are in `data`.
 FREE_TO_CHANGE: tuple[str, ...] = ("training", "cluster", "validation", "engine.zero", "data_root")
-FREE_TO_CHANGE += ("engine.merge_shards", "engine.tf32", "engine.determinism")
+FREE_TO_CHANGE += ("engine.merge_shards", "engine.tf32", "engine.determinism", "engine.cuda_graphs")
 FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads", "run_dir")
 
 
@@ -86,8 +86,9 @@ def _check_engine(cfg: TrainConfig) -> None:
     fewest, most = config.worker_range(cfg.cluster)
     stage, precision = options.get("zero_stage", 0), options.get("precision", "fp32")
     reduction = options.get("reduction", "canonical")
+    graphs = options.get("cuda_graphs", False)
     for world_size in (most, *range(fewest, most)):
-        check_engine_options(stage, precision, reduction, num_shards, world_size)
+        check_engine_options(stage, precision, reduction, num_shards, world_size, graphs)
     elsewhere = cfg.cluster.address or os.environ.get("RAY_ADDRESS")  # then workers check their CPU
     on_this_cpu = not cfg.cluster.use_gpu and not elsewhere
     if precision == "bf16" and on_this_cpu and not options.get("allow_slow_bf16"):

@@ -58,7 +58,11 @@ def model_of(preset: str) -> nn.Module:
     scaled = CONFIGS / "scale" / "mini" / f"{preset}.yaml"
     if scaled.exists():
         node |= yaml.safe_load(scaled.read_text())["model"]
-    return slots.build("model", node).eval()
+    model = slots.build("model", node).eval()
+    for module in model.modules():
+        if isinstance(module, nn.LSTM):
+            module.train()  # cuDNN's has no gradient otherwise
+    return model
 
 
 def results(preset: str, device: torch.device, bf16: bool = False) -> tuple[float, Tensor, Tensor]:
@@ -135,11 +139,13 @@ def test_a_world_of_one_has_the_device_and_its_own_communication() -> None:
     assert f"{DEVICE.type} {'nccl' if DEVICE.type == 'cuda' else 'gloo'} 3.0" in said
 
 
+@pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("merged", [0, 1])
 def test_five_steps_with_the_options_of_a_cluster_of_gpus(
-    merged: int, tiny_data: dict[str, str], tmp_path: Path
+    merged: int, graphs: bool, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     options = ["cluster=gpu", "cluster.num_workers=1", f"engine.merge_shards={merged}"]
+    options += [f"engine.cuda_graphs={graphs}"]
     options += ["engine.allow_slow_bf16=true", "training.max_steps=5"]
     run(frozen(tiny_data, tmp_path / "run", *options))
     losses = history(tmp_path / "run")
@@ -173,5 +179,17 @@ def test_a_model_that_is_compiled_trains_as_one_that_is_not(
     settings = [one for one in TINY if not one.startswith("model.compile")]
     for name in ("true", "false"):
         options = [f"model.compile={name}", "training.max_steps=3"]
+        run(frozen(tiny_data, tmp_path / name, *options, settings=settings))
+    assert history(tmp_path / "true") == pytest.approx(history(tmp_path / "false"), abs=0.01)
+
+
+@pytest.mark.parametrize("model", ["sandglasset", "sepformer", "conv_tasnet_small"])
+def test_a_model_whose_passes_are_captured_trains_as_one_that_is_not(
+    model: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    settings = [one for one in TINY if not one.startswith("model.")]
+    size = [] if model.endswith("small") else ["+scale/mini=" + model]
+    for name in ("true", "false"):
+        options = [f"model={model}", *size, f"engine.cuda_graphs={name}", "training.max_steps=4"]
         run(frozen(tiny_data, tmp_path / name, *options, settings=settings))
     assert history(tmp_path / "true") == pytest.approx(history(tmp_path / "false"), abs=0.01)

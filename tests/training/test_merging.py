@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sepdist.data.records import Batch
+from sepdist.objectives.contract import with_defaults
 from sepdist.objectives.contrastive import Contrastive
 from sepdist.objectives.enhancement import Enhancement
 from sepdist.objectives.fixed_permutations import FixedPermutations
@@ -128,13 +129,16 @@ def test_losses_metrics_and_gradients_are_those_of_separate_passes(
     name: str, tmp_path: Path
 ) -> None:
     objective, model, given = CASES[name](tmp_path)
+    with_defaults(objective)
     separate = [objective(model, batch) for batch in given]
     num_separate, model.calls = model.calls, 0
     merged = run_merged(objective, model, given)
     assert num_separate == NUM_BATCHES
     assert model.calls == 1
+    mean = torch.stack([loss for loss, _ in separate]).mean()
     for (loss, metrics), (loss_alone, metrics_alone) in zip(merged, separate, strict=True):
-        torch.testing.assert_close(loss, loss_alone, rtol=1e-4, atol=1e-4)
+        expected = mean if objective.mean_of_items else loss_alone
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(metrics, metrics_alone, rtol=1e-3, atol=1e-3)
     expected = gradients([loss for loss, _ in separate], model)
     found = gradients([loss for loss, _ in merged], model)
@@ -164,3 +168,21 @@ def test_calls_that_cannot_merge_are_made_apart_and_several_calls_in_turn() -> N
     torch.testing.assert_close(merged, separate)
     expected, found = (gradients([loss for loss, _ in one], model) for one in (separate, merged))
     torch.testing.assert_close(found, expected)
+
+
+def test_an_objective_that_is_a_mean_over_items_is_called_once_for_batches_that_are_alike() -> None:
+    given, calls = batches(), []
+
+    class Counted(Separation):
+        def __call__(self, model: Any, batch: Batch) -> Any:
+            calls.append(batch)
+            return super().__call__(model, batch)
+
+    merged = run_merged(Counted(), Separator(2), given)
+    assert [one.ids for one in calls] == [[name for batch in given for name in batch.ids]]
+    assert calls[0].positions.tolist() == [*range(2 * NUM_BATCHES)]
+    assert [metrics["permutation"].shape for _, metrics in merged] == [(2,)] * NUM_BATCHES
+    calls.clear()
+    elsewhere = replace(given[1], data_set="other")
+    run_merged(Counted(), Separator(2), [given[0], elsewhere, given[2]])
+    assert {len(one.ids) for one in calls} == {2}
