@@ -13,8 +13,8 @@ all models are compiled side by side (`compile_seconds`, by precision), which la
   `bf16` is autocast, `tf32` fp32 with TF32 products, `graphs` bf16 with `engine.cuda_graphs`.
   What a part has no time for is null.
 - `engine`: milliseconds of a whole step of 8 virtual shards of 3 x 3 s in canonical and in native
-  reduction (merged), also with `engine.cuda_graphs`, and whether two canonical runs with
-  determinism end with the same bits.
+  reduction (merged), also with `engine.cuda_graphs`.
+- `repeat`: whether two canonical runs with determinism end with the same bits.
 
 `--device cpu --quick` tries the program itself, with small models, where there is no GPU.
 """
@@ -237,8 +237,8 @@ def new_engine(device: torch.device, quick: bool, **options: Any) -> DeepSpeedEn
     )
 
 
-def engine_part(device: torch.device, quick: bool) -> dict[str, Any]:
-    """Whole steps by reduction, and the bits of two runs."""
+def batches_of(quick: bool) -> list[Batch]:
+    """The batches of 8 virtual shards."""
     length = int((0.5 if quick else 3.0) * RATE)
     batches = []
     for shard in range(8):
@@ -246,6 +246,12 @@ def engine_part(device: torch.device, quick: bool) -> dict[str, Any]:
         positions = torch.arange(3 * shard, 3 * shard + 3)
         ids, lengths = [str(int(one)) for one in positions], torch.full((3,), length)
         batches.append(Batch(ids, positions, sources.sum(1), sources, None, lengths))
+    return batches
+
+
+def engine_part(device: torch.device, quick: bool) -> dict[str, Any]:
+    """Whole steps by reduction."""
+    batches = batches_of(quick)
     found: dict[str, Any] = {}
     for name, options in (
         ("canonical", {"reduction": "canonical"}),
@@ -262,13 +268,18 @@ def engine_part(device: torch.device, quick: bool) -> dict[str, Any]:
         engine.step(batches)
         del engine
     found["canonical_over_native"] = round(found["canonical_ms"] / found["native_ms"], 3)
+    return found
+
+
+def repeat_part(device: torch.device, quick: bool) -> dict[str, bool]:
+    """Whether two canonical runs with determinism end with the same bits."""
     ended = []
     for _ in range(2):
         engine = new_engine(device, quick, determinism=True)
         for _ in range(2 if quick else 5):
-            engine.step(batches)
+            engine.step(batches_of(quick))
         ended.append(torch.cat([one.flatten().double() for one in engine.weights().values()]))
-    return found | {"two_runs_equal": torch.equal(*ended)}
+    return {"equal": torch.equal(*ended)}
 
 
 def run_part(part: str, device: torch.device, quick: bool, seconds: float) -> dict[str, Any]:
@@ -277,6 +288,8 @@ def run_part(part: str, device: torch.device, quick: bool, seconds: float) -> di
         return compile_part(part.removeprefix(COMPILE), device, quick)
     if part == "peak":
         return peak(device, quick)
+    if part == "repeat":
+        return repeat_part(device, quick)
     if part == "engine":
         return engine_part(device, quick)
     return model_part(part, device, quick, seconds)
@@ -335,8 +348,8 @@ def goals_of(reports: dict[str, Any], device_name: str) -> dict[str, dict[str, A
         if "peer" in report and report["peer"]["bf16"]:
             ratio = round(report["peer"]["bf16"]["ms"] / report["ours"]["bf16"]["ms"], 2)
             add(f"{preset}, bf16, times the peer's speed", 1.0, ratio, ratio >= 1)
-    if "two_runs_equal" in reports["engine"]:
-        equal = reports["engine"]["two_runs_equal"]
+    if "equal" in reports["repeat"]:
+        equal = reports["repeat"]["equal"]
         add("two canonical runs have the same bits", True, equal, equal)
     return goals
 
@@ -359,10 +372,10 @@ def main() -> None:
         print(json.dumps(run_part(arguments.part, device, arguments.quick, arguments.limit)))
         return
     deadline, reports = time.monotonic() + arguments.limit, dict[str, Any]()
-    with ThreadPoolExecutor(len(arguments.models)) as pool:
-        parts = [COMPILE + model for model in arguments.models]
-        compiled = pool.map(lambda part: in_a_process(part, arguments, COMPILE_SECONDS), parts)
-        compile_seconds = dict(zip(arguments.models, compiled, strict=True))
+    beside = ["repeat", *(COMPILE + model for model in arguments.models)]
+    with ThreadPoolExecutor(len(beside)) as pool:
+        done = pool.map(lambda part: in_a_process(part, arguments, COMPILE_SECONDS), beside)
+        reports |= zip(beside, done, strict=True)
     for part in ("peak", "engine", *arguments.models):
         left = deadline - time.monotonic()
         reports[part] = in_a_process(part, arguments, min(PART_SECONDS, left))
@@ -371,10 +384,9 @@ def main() -> None:
         if "gflop" in reports[preset] and "fp32" in reports["peak"]:
             add_utilisation(reports[preset], reports["peak"])
     errors = {part: report["error"] for part, report in reports.items() if "error" in report}
-    errors |= {COMPILE + k: one["error"] for k, one in compile_seconds.items() if "error" in one}
     line = {"name": "gpu", "device": name, "torch": torch.__version__, "quick": arguments.quick}
-    line |= {"compile_seconds": compile_seconds}
-    line |= {"peak": reports["peak"], "engine": reports["engine"]}
+    line["compile_seconds"] = {one: reports[COMPILE + one] for one in arguments.models}
+    line |= {part: reports[part] for part in ("repeat", "peak", "engine")}
     line["models"] = {preset: reports[preset] for preset in arguments.models}
     with contextlib.suppress(KeyError):
         line["goals"] = goals_of(reports, name)

@@ -4,6 +4,7 @@ Where the host launches kernels more slowly than the GPU runs them, as with Conv
 then takes as long as its kernels.
 """
 
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -36,6 +37,8 @@ class Captured:
         self._model = model
         self._graphs: dict[Any, Any] = {}
         self._calls: Counter[Any] = Counter()
+        # Torch captures on a stream of its own, and waits for it.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

@@ -51,6 +51,7 @@ def choose_kernels(tf32: bool, determinism: bool) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
     if determinism:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"  # read when cuBLAS is first used
+        os.environ["CUBLASLT_WORKSPACE_SIZE"] = "128"  # KiB, as much; for more torch warns
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
