@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -137,36 +137,43 @@ def compile_part(preset: str, device: torch.device, quick: bool) -> dict[str, An
     return found
 
 
-def measure(
-    model: nn.Module, mixture: Tensor, quick: bool, kinds: tuple[str, ...], deadline: float
-) -> dict[str, Any]:
-    """Speed and memory of a model by precision; OutOfMemoryError if the batch is too large."""
-    device, found = mixture.device, dict[str, Any].fromkeys(kinds)
-    for kind in kinds:
-        if time.monotonic() > deadline:
+def measure(model: nn.Module, mixture: Tensor, kind: str, quick: bool) -> dict[str, Any]:
+    """Speed and memory of a model in one precision, or of its captured passes (`graphs`)."""
+    device, precision = mixture.device, "bf16" if kind == "graphs" else kind
+    set_precision(precision)
+    step = training_step(model, mixture, precision)
+    if kind == "graphs":
+        captured = Captured(model)
+        step = training_step(captured, mixture, precision, captured.begin)
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()
+    began = time.perf_counter()
+    step()
+    synchronize(device)
+    first = time.perf_counter() - began
+    step()  # warm
+    took = milliseconds(step, device, 0.1 if quick else 1.5)
+    memory = torch.accelerator.max_memory_allocated() if device.type != "cpu" else 0
+    return {
+        "first_step_seconds": round(first, 2),
+        "ms": round(took, 2),
+        "audio_seconds_per_second": round(mixture.numel() / RATE / took * 1000, 1),
+        "peak_gib": round(memory / 2**30, 2),
+    }
+
+
+def largest_batch(models: Iterable[nn.Module], items: int, length: int) -> int:
+    """The most items, `items` or half as many and so on, of which every model makes a step."""
+    while items > 1:
+        try:
+            for model in models:
+                mixture = torch.randn(items, length, device=next(model.parameters()).device)
+                training_step(model, mixture, "fp32")()
             break
-        precision = "bf16" if kind == "graphs" else kind
-        set_precision(precision)
-        step = training_step(model, mixture, precision)
-        if kind == "graphs":
-            captured = Captured(model)
-            step = training_step(captured, mixture, precision, captured.begin)
-        if device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats()
-        began = time.perf_counter()
-        step()
-        synchronize(device)
-        first = time.perf_counter() - began
-        step()  # warm
-        took = milliseconds(step, device, 0.1 if quick else 1.5)
-        memory = torch.accelerator.max_memory_allocated() if device.type != "cpu" else 0
-        found[kind] = {
-            "first_step_seconds": round(first, 2),
-            "ms": round(took, 2),
-            "audio_seconds_per_second": round(mixture.numel() / RATE / took * 1000, 1),
-            "peak_gib": round(memory / 2**30, 2),
-        }
-    return found
+        except torch.OutOfMemoryError:
+            items //= 2
+    return items
 
 
 def flop_of(model: nn.Module, mixture: Tensor) -> int:
@@ -201,23 +208,17 @@ def model_part(preset: str, device: torch.device, quick: bool, seconds: float) -
             models["peer"] = peer.build(node)
         except ImportError as error:
             report["no_peer"] = f"{error}; pip install --no-deps {peer.packages}"
-    while True:
-        mixture = 0.1 * torch.randn(items, int(length * RATE))
-        try:
-            for name, model in models.items():
-                graphs = ("graphs",) if name == "ours" and device.type == "cuda" else ()
-                kinds = (PRECISIONS[0], *graphs, *PRECISIONS[1:])
-                mixture = mixture.to(device)
-                report[name] = measure(model.to(device), mixture, quick, kinds, deadline)
-                model.cpu()
-            break
-        except torch.OutOfMemoryError:
-            if items == 1:
-                raise
-            items //= 2
-            torch.accelerator.empty_cache()
+    on_device = {name: model.to(device) for name, model in models.items()}
+    items = largest_batch(on_device.values(), items, int(length * RATE))
+    mixture = 0.1 * torch.randn(items, int(length * RATE), device=device)
+    report |= {name: dict.fromkeys(PRECISIONS) for name in models}
+    for kind in (PRECISIONS[0], "graphs", *PRECISIONS[1:]):
+        for name, model in on_device.items():
+            graphs = kind == "graphs" and (name == "peer" or device.type == "cpu")
+            if time.monotonic() < deadline and not graphs:
+                report[name][kind] = measure(model, mixture, kind, quick)
     report["batch"] = [items, length]
-    report["gflop"] = round(flop_of(slots.build("model", node), mixture.to(device)) / 1e9, 2)
+    report["gflop"] = round(flop_of(slots.build("model", node), mixture) / 1e9, 2)
     return report
 
 
@@ -341,7 +342,7 @@ def goals_of(reports: dict[str, Any], device_name: str) -> dict[str, dict[str, A
     for preset, goal in CALCULATED_MS.items():
         if "H100" in device_name and "ours" in reports.get(preset, {}):
             ours = reports[preset]["ours"]
-            took = min(ours[kind]["ms"] for kind in ("bf16", "graphs") if ours[kind])
+            took = min(ours[kind]["ms"] for kind in ("bf16", "graphs") if ours.get(kind))
             at_full_batch = reports[preset]["batch"] == list(BATCHES[preset])
             add(f"{preset}, bf16, ms per step", goal, took, at_full_batch and took <= goal)
     for preset, report in reports.items():
