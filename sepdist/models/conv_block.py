@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from sepdist.models.compiling import compiled_if, on_gpu
 from sepdist.models.frames import EPS, widen
 
+PIECE = 128  # frames that one thread of a GPU sums
 MAX_REACH = 2**16  # frames of padding on either side, which take memory
 
 
@@ -58,6 +59,16 @@ def _sum_all_frames(x_BNH: Tensor) -> Tensor:
     return x_BNH.sum((0, 1)) if on_gpu(x_BNH) else _sum_frames(x_BNH).sum(0)
 
 
+def _sum_all(x_BNH: Tensor) -> Tensor:
+    """[1]; on GPUs each row first, in the kernel that computes it."""
+    return (x_BNH.sum(2).sum(1) if on_gpu(x_BNH) else _sum_all_frames(x_BNH)).sum(0, keepdim=True)
+
+
+def _stored(x: Tensor) -> Tensor:
+    """x itself, which Inductor then writes on GPUs, rather than compute it again for each use."""
+    return x.as_strided(x.shape, x.stride()) if on_gpu(x) else x
+
+
 def _moments(x_BNH: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation of each item, [B, 1, 1]."""
     size = x_BNH.shape[1] * x_BNH.shape[2]
@@ -67,10 +78,13 @@ def _moments(x_BNH: Tensor) -> tuple[Tensor, Tensor]:
     return _per_item(mean).to(x_BNH.dtype), _per_item(rstd).to(x_BNH.dtype)
 
 
-def _shifted(x_BNH: Tensor, steps: int) -> Tensor:
-    """Row n + steps of x in the place of row n, zeros from outside; `steps` may be negative."""
-    count, distance = x_BNH.shape[1], abs(steps)
-    padded = F.pad(x_BNH, (0, 0, distance, distance))
+def _shifted(x_BNH: Tensor, steps: int, more: int = 0) -> Tensor:
+    """Row n + steps of x in the place of row n, zeros from outside; `steps` may be negative.
+
+    `more` rows are added at the end.
+    """
+    count, distance = x_BNH.shape[1] + more, abs(steps)
+    padded = F.pad(x_BNH, (0, 0, distance, distance + more))
     return padded[:, distance + steps : distance + steps + count]
 
 
@@ -80,27 +94,80 @@ def _tap_steps(taps_KH: Tensor, reach: int) -> list[int]:
     return [(k - num_taps // 2) * (reach - 1) for k in range(num_taps)]
 
 
-def _convolve(x_BNH: Tensor, w: Weights, reach: int) -> Tensor:
+def _under_taps(
+    y: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int, more: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """For each tap the rows of xhat1 that it multiplies, zeros from outside, and 1 if inside."""
+    ones = torch.ones_like(y[:1, :, :1], dtype=mean.dtype)
+    return [
+        (inside * (F.prelu(widen(_shifted(y, s, more)), w.prelu1) - mean) * rstd, inside)
+        for s in _tap_steps(w.taps, reach)
+        for inside in [_shifted(ones, s, more)]
+    ]
+
+
+def _convolve(
+    y: Tensor, xhat: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int
+) -> Tensor:
+    """The depth-wise convolution of the first norm's output; xhat is y after PReLU and norm.
+
+    A GPU reads the narrow y for each tap and computes xhat again, which costs less than to write
+    and read it.
+    """
+    if on_gpu(y):
+        seen = _under_taps(y, mean, rstd, w, reach)
+        rows = [rows * w.gain1 + inside * w.shift1 for rows, inside in seen]
+    else:
+        normalised = xhat * w.gain1 + w.shift1
+        rows = [_shifted(normalised, s) for s in _tap_steps(w.taps, reach)]
     z = w.taps_bias
-    for tap, steps in zip(w.taps.unbind(), _tap_steps(w.taps, reach), strict=True):
-        z = z + tap * _shifted(x_BNH, steps)
+    for tap, row in zip(w.taps.unbind(), rows, strict=True):
+        z = z + tap * row
     return z
+
+
+def _convolve_backward(
+    dz: Tensor, y: Tensor, xhat: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int
+) -> tuple[Tensor, ...]:
+    """The gradients of the norm's output [B, N, H], taps and bias; per item of gain1 and shift1.
+
+    On GPUs all sums come from two per tap and item, in one pass over dz and y.
+    """
+    steps, taps = _tap_steps(w.taps, reach), w.taps.unbind()
+    wide = widen(dz)
+    dnorm = torch.zeros_like(wide)
+    for tap, s in zip(taps, steps, strict=True):
+        dnorm = dnorm + tap * _shifted(wide, -s)
+    if not on_gpu(y):
+        normalised = xhat * w.gain1 + w.shift1
+        dtaps = torch.stack([_sum_all_frames(wide * _shifted(normalised, s)) for s in steps])
+        return dnorm, dtaps, _sum_all_frames(wide), _sum_frames(dnorm * xhat), _sum_frames(dnorm)
+    more = -y.shape[1] % PIECE
+    long = widen(_shifted(dz, 0, more))
+    seen = [rows for pair in _under_taps(y, mean, rstd, w, reach, more) for rows in pair]
+    pieces = [(long * rows).unflatten(1, (-1, PIECE)).sum(2) for rows in seen]
+    g_KBH, i_KBH = torch.stack(pieces).sum(2).unflatten(0, (-1, 2)).unbind(1)
+    g_KH, i_KH = g_KBH.sum(1), i_KBH.sum(1)
+    dtaps, dbias = g_KH * w.gain1 + i_KH * w.shift1, i_KH[len(steps) // 2]
+    per_item = [(w.taps[:, None] * sums).sum(0) for sums in (g_KBH, i_KBH)]
+    return dnorm, dtaps, dbias, *per_item
 
 
 def block_forward(
     x: Tensor, skip: Tensor, w: Weights, reach: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """The next x and skip sum, then what the backward pass needs: y, p, and both norms' moments.
+    """The next x and skip sum, then what the backward pass needs: y, p, moments, narrow x if any.
 
     The second norm is folded into the product after it: with xhat = (p - mean) rstd, the result
     (xhat gain + shift) W^T + b is rstd p (W gain)^T + (W shift + b - rstd mean W gain), so its rows
     are never written.
     """
-    y = F.linear(x.to(dtype), w.in_weight.to(dtype), w.in_bias.to(dtype))
+    narrow = x.to(dtype)
+    y = F.linear(narrow, w.in_weight.to(dtype), w.in_bias.to(dtype))
     q = F.prelu(widen(y), w.prelu1)
     mean1, rstd1 = _moments(q)
-    normalised = (q - mean1) * rstd1 * w.gain1 + w.shift1
-    p = F.prelu(_convolve(normalised, w, reach), w.prelu2).to(dtype)
+    z = _convolve(y, (q - mean1) * rstd1, mean1, rstd1, w, reach)
+    p = F.prelu(z, w.prelu2).to(dtype)
     mean2, rstd2 = _moments(widen(p))
     folded = w.out_weight * w.gain2
     offset = (w.out_weight * w.shift2).sum(1) + w.out_bias - mean2 * rstd2 * folded.sum(1)
@@ -110,7 +177,8 @@ def block_forward(
         part * rstd2 + shift
         for part, shift in zip(product.split(sizes, 2), offset.split(sizes, 2), strict=True)
     )
-    return x + residual, skip + new_skip, y, p, mean1, rstd1, mean2, rstd2
+    kept = [] if dtype == x.dtype else [narrow]
+    return x + residual, skip + new_skip, y, p, mean1, rstd1, mean2, rstd2, *kept
 
 
 def _out_product_backward(
@@ -123,7 +191,7 @@ def _out_product_backward(
     """
     size = p.shape[1] * p.shape[2]
     folded = w.out_weight * w.gain2
-    dbias = _sum_frames(dout)
+    dbias = _sum_frames(widen(dout))
     dout = dout.to(p.dtype)
     products = widen(torch.bmm(dout.mT, p))
     correlation = (products - mean * dbias[:, :, None]) * rstd  # the sum over frames of dout^T xhat
@@ -149,33 +217,29 @@ def block_backward(
     """The gradients of x and of the parameters; that of the skip sum is dskip."""
     mean1, rstd1, mean2, rstd2 = moments
     size, dtype = y.shape[1] * y.shape[2], y.dtype
+    parts = (dx.to(dtype), dskip.to(dtype)) if on_gpu(dx) else (dx, dskip)
     dnorm2, c1, c2, dgain2, dshift2, dout_weight, dout_bias = _out_product_backward(
-        torch.cat([dx, dskip], dim=2), p, mean2, rstd2, w
+        _stored(torch.cat(parts, dim=2)), p, mean2, rstd2, w
     )
 
     # The second norm and PReLU, then the depth-wise convolution.
-    y = widen(y)
-    xhat1 = (F.prelu(y, w.prelu1) - mean1) * rstd1
-    normalised = xhat1 * w.gain1 + w.shift1
-    z = _convolve(normalised, w, reach)
+    wide_y = widen(y)
+    xhat1 = (F.prelu(wide_y, w.prelu1) - mean1) * rstd1
+    z = _convolve(y, xhat1, mean1, rstd1, w, reach)
     xhat2 = (F.prelu(z, w.prelu2) - mean2) * rstd2
     dp = rstd2 * (dnorm2 - c1 - xhat2 * c2)
-    dprelu2 = _sum_all_frames(torch.where(z > 0, 0.0, dp * z)).sum(0, keepdim=True)
-    dz = widen(torch.where(z > 0, dp, dp * w.prelu2).to(dtype))
-    steps = _tap_steps(w.taps, reach)
-    dtaps = torch.stack([_sum_all_frames(dz * _shifted(normalised, s)) for s in steps])
-    dtaps_bias = _sum_all_frames(dz)
-    dnorm1 = torch.zeros_like(dz)
-    for tap, s in zip(w.taps.unbind(), steps, strict=True):
-        dnorm1 = dnorm1 + tap * _shifted(dz, -s)
+    dprelu2 = _sum_all(torch.where(z > 0, 0.0, dp * z))
+    dz = _stored(torch.where(z > 0, dp, dp * w.prelu2).to(dtype))
+    dnorm1, dtaps, dtaps_bias, dgain1, dshift1 = _convolve_backward(
+        dz, y, xhat1, mean1, rstd1, w, reach
+    )
 
     # The first norm and PReLU, then the input product; the residual passes dx through.
-    dgain1, dshift1 = _sum_frames(dnorm1 * xhat1), _sum_frames(dnorm1)
     e1 = _per_item((dshift1 * w.gain1).sum(1) / size)
     e2 = _per_item((dgain1 * w.gain1).sum(1) / size)
     dq = rstd1 * (dnorm1 * w.gain1 - e1 - xhat1 * e2)
-    dprelu1 = _sum_all_frames(torch.where(y > 0, 0.0, dq * y)).sum(0, keepdim=True)
-    dy = torch.where(y > 0, dq, dq * w.prelu1).to(dtype)
+    dprelu1 = _sum_all(torch.where(wide_y > 0, 0.0, dq * wide_y))
+    dy = _stored(torch.where(wide_y > 0, dq, dq * w.prelu1).to(dtype))
     din_bias = _sum_all_frames(widen(dy))
     rows = dy.flatten(0, 1)
     din_weight = widen(rows.T @ x.flatten(0, 1).to(dtype))
@@ -199,7 +263,7 @@ class _BlockFunction(torch.autograd.Function):
         x_next, skip_next, *kept = run(x.detach(), skip.detach(), Weights(*weights), reach, dtype)
         ctx.compile, ctx.reach = compile, reach
         # The parameters themselves: ZeRO-3 frees and refills them between the passes.
-        ctx.save_for_backward(x, *kept, *weights)
+        ctx.save_for_backward(*(kept[6:] or [x]), *kept[:6], *weights)
         return x_next, skip_next
 
     @staticmethod
