@@ -95,62 +95,70 @@ def _tap_steps(taps_KH: Tensor, reach: int) -> list[int]:
 
 
 def _under_taps(
-    y: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int, more: int = 0
+    y: Tensor, mean: Tensor, w: Weights, reach: int, more: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each tap the rows of xhat1 that it multiplies, zeros from outside, and 1 if inside."""
+    """For each tap its rows of y after PReLU, less their mean, and 1 if inside; zeros outside."""
     ones = torch.ones_like(y[:1, :, :1], dtype=mean.dtype)
     return [
-        (inside * (F.prelu(widen(_shifted(y, s, more)), w.prelu1) - mean) * rstd, inside)
+        (F.prelu(widen(_shifted(y, s, more)), w.prelu1) - mean * inside, inside)
         for s in _tap_steps(w.taps, reach)
         for inside in [_shifted(ones, s, more)]
     ]
 
 
-def _convolve(
-    y: Tensor, xhat: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int
-) -> Tensor:
-    """The depth-wise convolution of the first norm's output; xhat is y after PReLU and norm.
+def _convolve(y: Tensor, q: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int) -> Tensor:
+    """The depth-wise convolution of the first norm's output; q is y after PReLU.
 
-    A GPU reads the narrow y for each tap and computes xhat again, which costs less than to write
-    and read it.
+    GPUs read the narrow y for each tap: the norm's output is not written and read in fp32.
     """
     if on_gpu(y):
-        seen = _under_taps(y, mean, rstd, w, reach)
-        rows = [rows * w.gain1 + inside * w.shift1 for rows, inside in seen]
-    else:
-        normalised = xhat * w.gain1 + w.shift1
-        rows = [_shifted(normalised, s) for s in _tap_steps(w.taps, reach)]
+        rows, inside = zip(*_under_taps(y, mean, w, reach), strict=True)
+        gains, shifts = _stored(w.taps * w.gain1), _stored(w.taps * w.shift1)
+        offset = sum(shift * one for shift, one in zip(shifts.unbind(), inside, strict=True))
+        scaled = sum(gain * row for gain, row in zip(gains.unbind(), rows, strict=True))
+        return rstd * scaled + offset + w.taps_bias
+    normalised = (q - mean) * rstd * w.gain1 + w.shift1
     z = w.taps_bias
-    for tap, row in zip(w.taps.unbind(), rows, strict=True):
-        z = z + tap * row
+    for tap, steps in zip(w.taps.unbind(), _tap_steps(w.taps, reach), strict=True):
+        z = z + tap * _shifted(normalised, steps)
     return z
 
 
 def _convolve_backward(
-    dz: Tensor, y: Tensor, xhat: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int
+    dz: Tensor, y: Tensor, q: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int
 ) -> tuple[Tensor, ...]:
     """The gradients of the norm's output [B, N, H], taps and bias; per item of gain1 and shift1.
 
     On GPUs all sums come from two per tap and item, in one pass over dz and y.
     """
-    steps, taps = _tap_steps(w.taps, reach), w.taps.unbind()
-    wide = widen(dz)
+    steps, wide = _tap_steps(w.taps, reach), widen(dz)
     dnorm = torch.zeros_like(wide)
-    for tap, s in zip(taps, steps, strict=True):
+    for tap, s in zip(w.taps.unbind(), steps, strict=True):
         dnorm = dnorm + tap * _shifted(wide, -s)
     if not on_gpu(y):
+        xhat = (q - mean) * rstd
         normalised = xhat * w.gain1 + w.shift1
         dtaps = torch.stack([_sum_all_frames(wide * _shifted(normalised, s)) for s in steps])
         return dnorm, dtaps, _sum_all_frames(wide), _sum_frames(dnorm * xhat), _sum_frames(dnorm)
     more = -y.shape[1] % PIECE
     long = widen(_shifted(dz, 0, more))
-    seen = [rows for pair in _under_taps(y, mean, rstd, w, reach, more) for rows in pair]
+    seen = [rows for pair in _under_taps(y, mean, w, reach, more) for rows in pair]
     pieces = [(long * rows).unflatten(1, (-1, PIECE)).sum(2) for rows in seen]
     g_KBH, i_KBH = torch.stack(pieces).sum(2).unflatten(0, (-1, 2)).unbind(1)
-    g_KH, i_KH = g_KBH.sum(1), i_KBH.sum(1)
-    dtaps, dbias = g_KH * w.gain1 + i_KH * w.shift1, i_KH[len(steps) // 2]
-    per_item = [(w.taps[:, None] * sums).sum(0) for sums in (g_KBH, i_KBH)]
-    return dnorm, dtaps, dbias, *per_item
+    g_KBH = g_KBH * rstd[:, 0]
+    dtaps = g_KBH.sum(1) * w.gain1 + i_KBH.sum(1) * w.shift1
+    dgain, dshift = ((w.taps[:, None] * sums).sum(0) for sums in (g_KBH, i_KBH))
+    return dnorm, dtaps, i_KBH[len(steps) // 2].sum(0), dgain, dshift
+
+
+def _norm_backward(
+    d: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, c1: Tensor, c2: Tensor
+) -> Tensor:
+    """rstd (d - c1 - xhat c2); on GPUs in fewer operations on large tensors."""
+    if on_gpu(x):
+        slope = rstd * rstd * c2
+        return rstd * d - slope * x + (slope * mean - rstd * c1)
+    return rstd * (d - c1 - (x - mean) * rstd * c2)
 
 
 def block_forward(
@@ -166,7 +174,7 @@ def block_forward(
     y = F.linear(narrow, w.in_weight.to(dtype), w.in_bias.to(dtype))
     q = F.prelu(widen(y), w.prelu1)
     mean1, rstd1 = _moments(q)
-    z = _convolve(y, (q - mean1) * rstd1, mean1, rstd1, w, reach)
+    z = _convolve(y, q, mean1, rstd1, w, reach)
     p = F.prelu(z, w.prelu2).to(dtype)
     mean2, rstd2 = _moments(widen(p))
     folded = w.out_weight * w.gain2
@@ -224,20 +232,19 @@ def block_backward(
 
     # The second norm and PReLU, then the depth-wise convolution.
     wide_y = widen(y)
-    xhat1 = (F.prelu(wide_y, w.prelu1) - mean1) * rstd1
-    z = _convolve(y, xhat1, mean1, rstd1, w, reach)
-    xhat2 = (F.prelu(z, w.prelu2) - mean2) * rstd2
-    dp = rstd2 * (dnorm2 - c1 - xhat2 * c2)
+    q = F.prelu(wide_y, w.prelu1)
+    z = _convolve(y, q, mean1, rstd1, w, reach)
+    dp = _norm_backward(dnorm2, F.prelu(z, w.prelu2), mean2, rstd2, c1, c2)
     dprelu2 = _sum_all(torch.where(z > 0, 0.0, dp * z))
     dz = _stored(torch.where(z > 0, dp, dp * w.prelu2).to(dtype))
     dnorm1, dtaps, dtaps_bias, dgain1, dshift1 = _convolve_backward(
-        dz, y, xhat1, mean1, rstd1, w, reach
+        dz, y, q, mean1, rstd1, w, reach
     )
 
     # The first norm and PReLU, then the input product; the residual passes dx through.
     e1 = _per_item((dshift1 * w.gain1).sum(1) / size)
     e2 = _per_item((dgain1 * w.gain1).sum(1) / size)
-    dq = rstd1 * (dnorm1 * w.gain1 - e1 - xhat1 * e2)
+    dq = _norm_backward(dnorm1 * w.gain1, q, mean1, rstd1, e1, e2)
     dprelu1 = _sum_all(torch.where(wide_y > 0, 0.0, dq * wide_y))
     dy = _stored(torch.where(wide_y > 0, dq, dq * w.prelu1).to(dtype))
     din_bias = _sum_all_frames(widen(dy))
