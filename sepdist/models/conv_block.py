@@ -79,10 +79,7 @@ def _moments(x_BNH: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shifted(x_BNH: Tensor, steps: int, more: int = 0) -> Tensor:
-    """Row n + steps of x in the place of row n, zeros from outside; `steps` may be negative.
-
-    `more` rows are added at the end.
-    """
+    """Row n + steps (maybe < 0) of x in the place of row n, zeros from outside; `more` rows."""
     count, distance = x_BNH.shape[1] + more, abs(steps)
     padded = F.pad(x_BNH, (0, 0, distance, distance + more))
     return padded[:, distance + steps : distance + steps + count]
@@ -94,31 +91,22 @@ def _tap_steps(taps_KH: Tensor, reach: int) -> list[int]:
     return [(k - num_taps // 2) * (reach - 1) for k in range(num_taps)]
 
 
-def _under_taps(
-    y: Tensor, mean: Tensor, w: Weights, reach: int, more: int = 0
-) -> list[tuple[Tensor, Tensor]]:
-    """For each tap its rows of y after PReLU, less their mean, and 1 if inside; zeros outside."""
-    ones = torch.ones_like(y[:1, :, :1], dtype=mean.dtype)
-    return [
-        (F.prelu(widen(_shifted(y, s, more)), w.prelu1) - mean * inside, inside)
-        for s in _tap_steps(w.taps, reach)
-        for inside in [_shifted(ones, s, more)]
-    ]
+def _under_taps(y: Tensor, mean: Tensor, w: Weights, reach: int, more: int = 0) -> list[Tensor]:
+    """For each tap its rows of y after PReLU, less their mean, then 1 if inside; else zeros."""
+    ones, seen = torch.ones_like(y[:1, :, :1], dtype=mean.dtype), []
+    for s in _tap_steps(w.taps, reach):
+        inside = _shifted(ones, s, more)
+        seen += [F.prelu(widen(_shifted(y, s, more)), w.prelu1) - mean * inside, inside]
+    return seen
 
 
 def _convolve(y: Tensor, q: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int) -> Tensor:
-    """The depth-wise convolution of the first norm's output; q is y after PReLU.
-
-    GPUs read the narrow y for each tap: the norm's output is not written and read in fp32.
-    """
-    if on_gpu(y):
-        rows, inside = zip(*_under_taps(y, mean, w, reach), strict=True)
-        gains, shifts = _stored(w.taps * w.gain1), _stored(w.taps * w.shift1)
-        offset = sum(shift * one for shift, one in zip(shifts.unbind(), inside, strict=True))
-        scaled = sum(gain * row for gain, row in zip(gains.unbind(), rows, strict=True))
-        return rstd * scaled + offset + w.taps_bias
-    normalised = (q - mean) * rstd * w.gain1 + w.shift1
-    z = w.taps_bias
+    """The depth-wise convolution of the first norm's output; q is y after PReLU."""
+    if on_gpu(y):  # reads the narrow y for each tap; nothing is written in fp32 and read again
+        factors = torch.stack([w.taps * w.gain1, w.taps * w.shift1], 1).flatten(0, 1).unbind()
+        terms = [f * x for f, x in zip(factors, _under_taps(y, mean, w, reach), strict=True)]
+        return rstd * sum(terms[::2]) + sum(terms[1::2]) + w.taps_bias
+    normalised, z = (q - mean) * rstd * w.gain1 + w.shift1, w.taps_bias
     for tap, steps in zip(w.taps.unbind(), _tap_steps(w.taps, reach), strict=True):
         z = z + tap * _shifted(normalised, steps)
     return z
@@ -127,38 +115,24 @@ def _convolve(y: Tensor, q: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reac
 def _convolve_backward(
     dz: Tensor, y: Tensor, q: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int
 ) -> tuple[Tensor, ...]:
-    """The gradients of the norm's output [B, N, H], taps and bias; per item of gain1 and shift1.
-
-    On GPUs all sums come from two per tap and item, in one pass over dz and y.
-    """
+    """The gradients of the norm's output [B, N, H], taps and bias; per item of gain1 and shift1."""
     steps, wide = _tap_steps(w.taps, reach), widen(dz)
     dnorm = torch.zeros_like(wide)
     for tap, s in zip(w.taps.unbind(), steps, strict=True):
         dnorm = dnorm + tap * _shifted(wide, -s)
     if not on_gpu(y):
         xhat = (q - mean) * rstd
-        normalised = xhat * w.gain1 + w.shift1
-        dtaps = torch.stack([_sum_all_frames(wide * _shifted(normalised, s)) for s in steps])
+        rows = [_shifted(xhat * w.gain1 + w.shift1, s) for s in steps]
+        dtaps = torch.stack([_sum_all_frames(wide * row) for row in rows])
         return dnorm, dtaps, _sum_all_frames(wide), _sum_frames(dnorm * xhat), _sum_frames(dnorm)
+    # All sums come from two per tap and item, in one pass over dz and y.
     more = -y.shape[1] % PIECE
-    long = widen(_shifted(dz, 0, more))
-    seen = [rows for pair in _under_taps(y, mean, w, reach, more) for rows in pair]
-    pieces = [(long * rows).unflatten(1, (-1, PIECE)).sum(2) for rows in seen]
-    g_KBH, i_KBH = torch.stack(pieces).sum(2).unflatten(0, (-1, 2)).unbind(1)
-    g_KBH = g_KBH * rstd[:, 0]
+    terms = [widen(_shifted(dz, 0, more)) * x for x in _under_taps(y, mean, w, reach, more)]
+    sums = torch.stack([term.unflatten(1, (-1, PIECE)).sum(2) for term in terms]).sum(2)
+    g_KBH, i_KBH = sums[::2] * rstd[:, 0], sums[1::2]
     dtaps = g_KBH.sum(1) * w.gain1 + i_KBH.sum(1) * w.shift1
-    dgain, dshift = ((w.taps[:, None] * sums).sum(0) for sums in (g_KBH, i_KBH))
+    dgain, dshift = ((w.taps[:, None] * x).sum(0) for x in (g_KBH, i_KBH))
     return dnorm, dtaps, i_KBH[len(steps) // 2].sum(0), dgain, dshift
-
-
-def _norm_backward(
-    d: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, c1: Tensor, c2: Tensor
-) -> Tensor:
-    """rstd (d - c1 - xhat c2); on GPUs in fewer operations on large tensors."""
-    if on_gpu(x):
-        slope = rstd * rstd * c2
-        return rstd * d - slope * x + (slope * mean - rstd * c1)
-    return rstd * (d - c1 - (x - mean) * rstd * c2)
 
 
 def block_forward(
@@ -234,7 +208,8 @@ def block_backward(
     wide_y = widen(y)
     q = F.prelu(wide_y, w.prelu1)
     z = _convolve(y, q, mean1, rstd1, w, reach)
-    dp = _norm_backward(dnorm2, F.prelu(z, w.prelu2), mean2, rstd2, c1, c2)
+    xhat2 = (F.prelu(z, w.prelu2) - mean2) * rstd2
+    dp = rstd2 * (dnorm2 - c1 - xhat2 * c2)
     dprelu2 = _sum_all(torch.where(z > 0, 0.0, dp * z))
     dz = _stored(torch.where(z > 0, dp, dp * w.prelu2).to(dtype))
     dnorm1, dtaps, dtaps_bias, dgain1, dshift1 = _convolve_backward(
@@ -244,7 +219,7 @@ def block_backward(
     # The first norm and PReLU, then the input product; the residual passes dx through.
     e1 = _per_item((dshift1 * w.gain1).sum(1) / size)
     e2 = _per_item((dgain1 * w.gain1).sum(1) / size)
-    dq = _norm_backward(dnorm1 * w.gain1, q, mean1, rstd1, e1, e2)
+    dq = rstd1 * (dnorm1 * w.gain1 - e1 - (q - mean1) * rstd1 * e2)
     dprelu1 = _sum_all(torch.where(wide_y > 0, 0.0, dq * wide_y))
     dy = _stored(torch.where(wide_y > 0, dq, dq * w.prelu1).to(dtype))
     din_bias = _sum_all_frames(widen(dy))
