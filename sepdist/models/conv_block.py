@@ -44,14 +44,9 @@ class Weights(NamedTuple):
     out_bias: Tensor
 
 
-def _per_item(x_B: Tensor) -> Tensor:
-    return x_B.view(-1, 1, 1)
-
-
 def _sum_frames(x_BNH: Tensor) -> Tensor:
     """Per item, [B, H]."""
-    wide = None if on_gpu(x_BNH) else torch.float64
-    return x_BNH.sum(1, dtype=wide).to(x_BNH.dtype)
+    return x_BNH.sum(1, dtype=None if on_gpu(x_BNH) else torch.float64).to(x_BNH.dtype)
 
 
 def _sum_all_frames(x_BNH: Tensor) -> Tensor:
@@ -75,7 +70,7 @@ def _moments(x_BNH: Tensor) -> tuple[Tensor, Tensor]:
     mean = x_BNH.sum(2).sum(1, dtype=torch.float64) / size
     square = (x_BNH * x_BNH).sum(2).sum(1, dtype=torch.float64) / size
     rstd = torch.rsqrt((square - mean * mean).clamp_min(0) + EPS)
-    return _per_item(mean).to(x_BNH.dtype), _per_item(rstd).to(x_BNH.dtype)
+    return mean[:, None, None].to(x_BNH.dtype), rstd[:, None, None].to(x_BNH.dtype)
 
 
 def _shifted(x_BNH: Tensor, steps: int, more: int = 0) -> Tensor:
@@ -87,29 +82,29 @@ def _shifted(x_BNH: Tensor, steps: int, more: int = 0) -> Tensor:
 
 def _tap_steps(taps_KH: Tensor, reach: int) -> list[int]:
     """The distance of each tap from the centre, in frames; `reach` is the dilation + 1."""
-    num_taps = taps_KH.shape[0]
-    return [(k - num_taps // 2) * (reach - 1) for k in range(num_taps)]
+    return [(k - len(taps_KH) // 2) * (reach - 1) for k in range(len(taps_KH))]
 
 
-def _under_taps(y: Tensor, mean: Tensor, w: Weights, reach: int, more: int = 0) -> list[Tensor]:
-    """For each tap its rows of y after PReLU, less their mean, then 1 if inside; else zeros."""
+def _under_taps(
+    y: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int, more: int = 0
+) -> list[Tensor]:
+    """For each tap its rows of y after PReLU and norm, then 1 if they are inside; else zeros."""
     ones, seen = torch.ones_like(y[:1, :, :1], dtype=mean.dtype), []
     for s in _tap_steps(w.taps, reach):
-        inside = _shifted(ones, s, more)
-        seen += [F.prelu(widen(_shifted(y, s, more)), w.prelu1) - mean * inside, inside]
+        inside, q = _shifted(ones, s, more), F.prelu(widen(_shifted(y, s, more)), w.prelu1)
+        seen += [(q - mean * inside) * rstd, inside]
     return seen
 
 
 def _convolve(y: Tensor, q: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int) -> Tensor:
     """The depth-wise convolution of the first norm's output; q is y after PReLU."""
     if on_gpu(y):  # reads the narrow y for each tap; nothing is written in fp32 and read again
-        factors = torch.stack([w.taps * w.gain1, w.taps * w.shift1], 1).flatten(0, 1).unbind()
-        terms = [f * x for f, x in zip(factors, _under_taps(y, mean, w, reach), strict=True)]
-        return rstd * sum(terms[::2]) + sum(terms[1::2]) + w.taps_bias
-    normalised, z = (q - mean) * rstd * w.gain1 + w.shift1, w.taps_bias
-    for tap, steps in zip(w.taps.unbind(), _tap_steps(w.taps, reach), strict=True):
-        z = z + tap * _shifted(normalised, steps)
-    return z
+        factors = _stored(torch.stack([w.taps * w.gain1, w.taps * w.shift1], 1)).flatten(0, 1)
+        rows = _under_taps(y, mean, rstd, w, reach)
+    else:
+        factors, normalised = w.taps, (q - mean) * rstd * w.gain1 + w.shift1
+        rows = [_shifted(normalised, steps) for steps in _tap_steps(w.taps, reach)]
+    return sum((f * row for f, row in zip(factors.unbind(), rows, strict=True)), w.taps_bias)
 
 
 def _convolve_backward(
@@ -125,14 +120,12 @@ def _convolve_backward(
         rows = [_shifted(xhat * w.gain1 + w.shift1, s) for s in steps]
         dtaps = torch.stack([_sum_all_frames(wide * row) for row in rows])
         return dnorm, dtaps, _sum_all_frames(wide), _sum_frames(dnorm * xhat), _sum_frames(dnorm)
-    # All sums come from two per tap and item, in one pass over dz and y.
-    more = -y.shape[1] % PIECE
-    terms = [widen(_shifted(dz, 0, more)) * x for x in _under_taps(y, mean, w, reach, more)]
+    more = -y.shape[1] % PIECE  # all sums come from two per tap and item, in one pass over dz and y
+    terms = [widen(_shifted(dz, 0, more)) * x for x in _under_taps(y, mean, rstd, w, reach, more)]
     sums = torch.stack([term.unflatten(1, (-1, PIECE)).sum(2) for term in terms]).sum(2)
-    g_KBH, i_KBH = sums[::2] * rstd[:, 0], sums[1::2]
-    dtaps = g_KBH.sum(1) * w.gain1 + i_KBH.sum(1) * w.shift1
-    dgain, dshift = ((w.taps[:, None] * x).sum(0) for x in (g_KBH, i_KBH))
-    return dnorm, dtaps, i_KBH[len(steps) // 2].sum(0), dgain, dshift
+    dtaps = sums[::2].sum(1) * w.gain1 + sums[1::2].sum(1) * w.shift1
+    dgain, dshift = ((w.taps[:, None] * sums[k::2]).sum(0) for k in (0, 1))
+    return dnorm, dtaps, sums[len(steps) // 2 * 2 + 1].sum(0), dgain, dshift
 
 
 def block_forward(
@@ -148,8 +141,7 @@ def block_forward(
     y = F.linear(narrow, w.in_weight.to(dtype), w.in_bias.to(dtype))
     q = F.prelu(widen(y), w.prelu1)
     mean1, rstd1 = _moments(q)
-    z = _convolve(y, q, mean1, rstd1, w, reach)
-    p = F.prelu(z, w.prelu2).to(dtype)
+    p = F.prelu(_convolve(y, q, mean1, rstd1, w, reach), w.prelu2).to(dtype)
     mean2, rstd2 = _moments(widen(p))
     folded = w.out_weight * w.gain2
     offset = (w.out_weight * w.shift2).sum(1) + w.out_bias - mean2 * rstd2 * folded.sum(1)
@@ -177,8 +169,8 @@ def _out_product_backward(
     dout = dout.to(p.dtype)
     products = widen(torch.bmm(dout.mT, p))
     correlation = (products - mean * dbias[:, :, None]) * rstd  # the sum over frames of dout^T xhat
-    c1 = _per_item((dbias * folded.sum(1)).sum(1) / size)
-    c2 = _per_item((correlation * folded).sum(2).sum(1) / size)
+    c1 = ((dbias * folded.sum(1)).sum(1) / size)[:, None, None]
+    c2 = ((correlation * folded).sum(2).sum(1) / size)[:, None, None]
     correlation, dbias = correlation.sum(0), dbias.sum(0)
     dweight = correlation * w.gain2 + dbias[:, None] * w.shift2
     dgain = (correlation * w.out_weight).sum(0)
@@ -212,13 +204,10 @@ def block_backward(
     dp = rstd2 * (dnorm2 - c1 - xhat2 * c2)
     dprelu2 = _sum_all(torch.where(z > 0, 0.0, dp * z))
     dz = _stored(torch.where(z > 0, dp, dp * w.prelu2).to(dtype))
-    dnorm1, dtaps, dtaps_bias, dgain1, dshift1 = _convolve_backward(
-        dz, y, q, mean1, rstd1, w, reach
-    )
+    dnorm1, dtaps, dbias, dgain1, dshift1 = _convolve_backward(dz, y, q, mean1, rstd1, w, reach)
 
     # The first norm and PReLU, then the input product; the residual passes dx through.
-    e1 = _per_item((dshift1 * w.gain1).sum(1) / size)
-    e2 = _per_item((dgain1 * w.gain1).sum(1) / size)
+    e1, e2 = (((d * w.gain1).sum(1) / size)[:, None, None] for d in (dshift1, dgain1))
     dq = rstd1 * (dnorm1 * w.gain1 - e1 - (q - mean1) * rstd1 * e2)
     dprelu1 = _sum_all(torch.where(wide_y > 0, 0.0, dq * wide_y))
     dy = _stored(torch.where(wide_y > 0, dq, dq * w.prelu1).to(dtype))
@@ -227,7 +216,7 @@ def block_backward(
     din_weight = widen(rows.T @ x.flatten(0, 1).to(dtype))
     through = dx + (rows @ w.in_weight.to(dtype)).view_as(dx)
     return through, Weights(
-        din_weight, din_bias, dprelu1, dgain1.sum(0), dshift1.sum(0), dtaps, dtaps_bias,
+        din_weight, din_bias, dprelu1, dgain1.sum(0), dshift1.sum(0), dtaps, dbias,
         dprelu2, dgain2, dshift2, dout_weight, dout_bias,
     )  # fmt: skip
 
