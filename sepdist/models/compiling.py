@@ -37,8 +37,10 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     # compute garbage, in a process that uses another (ATEN_CPU_CAPABILITY, a shared folder). The
     # width of its vectors, set here to what it would choose itself, is part of the cache's key.
     width = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
-    # On GPUs, kernels that need not wait for each other are launched as one.
-    options: dict[str, Any] = {"cpp.simdlen": width, "combo_kernels": True}
+    # On GPUs, small kernels that need not wait for each other are launched as one; those with many
+    # arguments are not small, and need block sizes of their own.
+    options: dict[str, Any] = {"combo_kernels": True, "combo_kernel_max_num_args": 12}
+    options["cpp.simdlen"] = width
     return torch.compile(function, dynamic=True, options=options)
 
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from sepdist.models.compiling import compiled_if, on_gpu
 from sepdist.models.frames import EPS, widen
 
+PIECE = 128  # frames that one thread of a GPU sums
 MAX_REACH = 2**16  # frames of padding on either side, which take memory
 
 
@@ -43,19 +44,24 @@ class Weights(NamedTuple):
     out_bias: Tensor
 
 
-def _per_item(x_B: Tensor) -> Tensor:
-    return x_B.view(-1, 1, 1)
-
-
 def _sum_frames(x_BNH: Tensor) -> Tensor:
     """Per item, [B, H]."""
-    wide = None if on_gpu(x_BNH) else torch.float64
-    return x_BNH.sum(1, dtype=wide).to(x_BNH.dtype)
+    return x_BNH.sum(1, dtype=None if on_gpu(x_BNH) else torch.float64).to(x_BNH.dtype)
 
 
 def _sum_all_frames(x_BNH: Tensor) -> Tensor:
     """Over the batch too, [H]; on a CPU item by item, because one item fits the cache."""
     return x_BNH.sum((0, 1)) if on_gpu(x_BNH) else _sum_frames(x_BNH).sum(0)
+
+
+def _sum_all(x_BNH: Tensor) -> Tensor:
+    """[1]; on GPUs each row first, in the kernel that computes it."""
+    return (x_BNH.sum(2).sum(1) if on_gpu(x_BNH) else _sum_all_frames(x_BNH)).sum(0, keepdim=True)
+
+
+def _stored(x: Tensor) -> Tensor:
+    """x itself, which Inductor then writes on GPUs, rather than compute it again for each use."""
+    return x.as_strided(x.shape, x.stride()) if on_gpu(x) else x
 
 
 def _moments(x_BNH: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,43 +70,78 @@ def _moments(x_BNH: Tensor) -> tuple[Tensor, Tensor]:
     mean = x_BNH.sum(2).sum(1, dtype=torch.float64) / size
     square = (x_BNH * x_BNH).sum(2).sum(1, dtype=torch.float64) / size
     rstd = torch.rsqrt((square - mean * mean).clamp_min(0) + EPS)
-    return _per_item(mean).to(x_BNH.dtype), _per_item(rstd).to(x_BNH.dtype)
+    return mean[:, None, None].to(x_BNH.dtype), rstd[:, None, None].to(x_BNH.dtype)
 
 
-def _shifted(x_BNH: Tensor, steps: int) -> Tensor:
-    """Row n + steps of x in the place of row n, zeros from outside; `steps` may be negative."""
-    count, distance = x_BNH.shape[1], abs(steps)
-    padded = F.pad(x_BNH, (0, 0, distance, distance))
+def _shifted(x_BNH: Tensor, steps: int, more: int = 0) -> Tensor:
+    """Row n + steps (maybe < 0) of x in the place of row n, zeros from outside; `more` rows."""
+    count, distance = x_BNH.shape[1] + more, abs(steps)
+    padded = F.pad(x_BNH, (0, 0, distance, distance + more))
     return padded[:, distance + steps : distance + steps + count]
 
 
 def _tap_steps(taps_KH: Tensor, reach: int) -> list[int]:
     """The distance of each tap from the centre, in frames; `reach` is the dilation + 1."""
-    num_taps = taps_KH.shape[0]
-    return [(k - num_taps // 2) * (reach - 1) for k in range(num_taps)]
+    return [(k - len(taps_KH) // 2) * (reach - 1) for k in range(len(taps_KH))]
 
 
-def _convolve(x_BNH: Tensor, w: Weights, reach: int) -> Tensor:
-    z = w.taps_bias
-    for tap, steps in zip(w.taps.unbind(), _tap_steps(w.taps, reach), strict=True):
-        z = z + tap * _shifted(x_BNH, steps)
-    return z
+def _under_taps(
+    y: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int, more: int = 0
+) -> list[Tensor]:
+    """For each tap its rows of y after PReLU and norm, then 1 if they are inside; else zeros."""
+    ones, seen = torch.ones_like(y[:1, :, :1], dtype=mean.dtype), []
+    for s in _tap_steps(w.taps, reach):
+        inside, q = _shifted(ones, s, more), F.prelu(widen(_shifted(y, s, more)), w.prelu1)
+        seen += [(q - mean * inside) * rstd, inside]
+    return seen
+
+
+def _convolve(y: Tensor, q: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int) -> Tensor:
+    """The depth-wise convolution of the first norm's output; q is y after PReLU."""
+    if on_gpu(y):  # reads the narrow y for each tap; nothing is written in fp32 and read again
+        factors = _stored(torch.stack([w.taps * w.gain1, w.taps * w.shift1], 1)).flatten(0, 1)
+        rows = _under_taps(y, mean, rstd, w, reach)
+    else:
+        factors, normalised = w.taps, (q - mean) * rstd * w.gain1 + w.shift1
+        rows = [_shifted(normalised, steps) for steps in _tap_steps(w.taps, reach)]
+    return sum((f * row for f, row in zip(factors.unbind(), rows, strict=True)), w.taps_bias)
+
+
+def _convolve_backward(
+    dz: Tensor, y: Tensor, q: Tensor, mean: Tensor, rstd: Tensor, w: Weights, reach: int
+) -> tuple[Tensor, ...]:
+    """The gradients of the norm's output [B, N, H], taps and bias; per item of gain1 and shift1."""
+    steps, wide = _tap_steps(w.taps, reach), widen(dz)
+    dnorm = torch.zeros_like(wide)
+    for tap, s in zip(w.taps.unbind(), steps, strict=True):
+        dnorm = dnorm + tap * _shifted(wide, -s)
+    if not on_gpu(y):
+        xhat = (q - mean) * rstd
+        rows = [_shifted(xhat * w.gain1 + w.shift1, s) for s in steps]
+        dtaps = torch.stack([_sum_all_frames(wide * row) for row in rows])
+        return dnorm, dtaps, _sum_all_frames(wide), _sum_frames(dnorm * xhat), _sum_frames(dnorm)
+    more = -y.shape[1] % PIECE  # all sums come from two per tap and item, in one pass over dz and y
+    terms = [widen(_shifted(dz, 0, more)) * x for x in _under_taps(y, mean, rstd, w, reach, more)]
+    sums = torch.stack([term.unflatten(1, (-1, PIECE)).sum(2) for term in terms]).sum(2)
+    dtaps = sums[::2].sum(1) * w.gain1 + sums[1::2].sum(1) * w.shift1
+    dgain, dshift = ((w.taps[:, None] * sums[k::2]).sum(0) for k in (0, 1))
+    return dnorm, dtaps, sums[len(steps) // 2 * 2 + 1].sum(0), dgain, dshift
 
 
 def block_forward(
     x: Tensor, skip: Tensor, w: Weights, reach: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """The next x and skip sum, then what the backward pass needs: y, p, and both norms' moments.
+    """The next x and skip sum, then what the backward pass needs: y, p, moments, narrow x if any.
 
     The second norm is folded into the product after it: with xhat = (p - mean) rstd, the result
     (xhat gain + shift) W^T + b is rstd p (W gain)^T + (W shift + b - rstd mean W gain), so its rows
     are never written.
     """
-    y = F.linear(x.to(dtype), w.in_weight.to(dtype), w.in_bias.to(dtype))
+    narrow = x.to(dtype)
+    y = F.linear(narrow, w.in_weight.to(dtype), w.in_bias.to(dtype))
     q = F.prelu(widen(y), w.prelu1)
     mean1, rstd1 = _moments(q)
-    normalised = (q - mean1) * rstd1 * w.gain1 + w.shift1
-    p = F.prelu(_convolve(normalised, w, reach), w.prelu2).to(dtype)
+    p = F.prelu(_convolve(y, q, mean1, rstd1, w, reach), w.prelu2).to(dtype)
     mean2, rstd2 = _moments(widen(p))
     folded = w.out_weight * w.gain2
     offset = (w.out_weight * w.shift2).sum(1) + w.out_bias - mean2 * rstd2 * folded.sum(1)
@@ -110,7 +151,8 @@ def block_forward(
         part * rstd2 + shift
         for part, shift in zip(product.split(sizes, 2), offset.split(sizes, 2), strict=True)
     )
-    return x + residual, skip + new_skip, y, p, mean1, rstd1, mean2, rstd2
+    kept = [] if dtype == x.dtype else [narrow]
+    return x + residual, skip + new_skip, y, p, mean1, rstd1, mean2, rstd2, *kept
 
 
 def _out_product_backward(
@@ -123,12 +165,12 @@ def _out_product_backward(
     """
     size = p.shape[1] * p.shape[2]
     folded = w.out_weight * w.gain2
-    dbias = _sum_frames(dout)
+    dbias = _sum_frames(widen(dout))
     dout = dout.to(p.dtype)
     products = widen(torch.bmm(dout.mT, p))
     correlation = (products - mean * dbias[:, :, None]) * rstd  # the sum over frames of dout^T xhat
-    c1 = _per_item((dbias * folded.sum(1)).sum(1) / size)
-    c2 = _per_item((correlation * folded).sum(2).sum(1) / size)
+    c1 = ((dbias * folded.sum(1)).sum(1) / size)[:, None, None]
+    c2 = ((correlation * folded).sum(2).sum(1) / size)[:, None, None]
     correlation, dbias = correlation.sum(0), dbias.sum(0)
     dweight = correlation * w.gain2 + dbias[:, None] * w.shift2
     dgain = (correlation * w.out_weight).sum(0)
@@ -149,39 +191,32 @@ def block_backward(
     """The gradients of x and of the parameters; that of the skip sum is dskip."""
     mean1, rstd1, mean2, rstd2 = moments
     size, dtype = y.shape[1] * y.shape[2], y.dtype
+    parts = (dx.to(dtype), dskip.to(dtype)) if on_gpu(dx) else (dx, dskip)
     dnorm2, c1, c2, dgain2, dshift2, dout_weight, dout_bias = _out_product_backward(
-        torch.cat([dx, dskip], dim=2), p, mean2, rstd2, w
+        _stored(torch.cat(parts, dim=2)), p, mean2, rstd2, w
     )
 
     # The second norm and PReLU, then the depth-wise convolution.
-    y = widen(y)
-    xhat1 = (F.prelu(y, w.prelu1) - mean1) * rstd1
-    normalised = xhat1 * w.gain1 + w.shift1
-    z = _convolve(normalised, w, reach)
+    wide_y = widen(y)
+    q = F.prelu(wide_y, w.prelu1)
+    z = _convolve(y, q, mean1, rstd1, w, reach)
     xhat2 = (F.prelu(z, w.prelu2) - mean2) * rstd2
     dp = rstd2 * (dnorm2 - c1 - xhat2 * c2)
-    dprelu2 = _sum_all_frames(torch.where(z > 0, 0.0, dp * z)).sum(0, keepdim=True)
-    dz = widen(torch.where(z > 0, dp, dp * w.prelu2).to(dtype))
-    steps = _tap_steps(w.taps, reach)
-    dtaps = torch.stack([_sum_all_frames(dz * _shifted(normalised, s)) for s in steps])
-    dtaps_bias = _sum_all_frames(dz)
-    dnorm1 = torch.zeros_like(dz)
-    for tap, s in zip(w.taps.unbind(), steps, strict=True):
-        dnorm1 = dnorm1 + tap * _shifted(dz, -s)
+    dprelu2 = _sum_all(torch.where(z > 0, 0.0, dp * z))
+    dz = _stored(torch.where(z > 0, dp, dp * w.prelu2).to(dtype))
+    dnorm1, dtaps, dbias, dgain1, dshift1 = _convolve_backward(dz, y, q, mean1, rstd1, w, reach)
 
     # The first norm and PReLU, then the input product; the residual passes dx through.
-    dgain1, dshift1 = _sum_frames(dnorm1 * xhat1), _sum_frames(dnorm1)
-    e1 = _per_item((dshift1 * w.gain1).sum(1) / size)
-    e2 = _per_item((dgain1 * w.gain1).sum(1) / size)
-    dq = rstd1 * (dnorm1 * w.gain1 - e1 - xhat1 * e2)
-    dprelu1 = _sum_all_frames(torch.where(y > 0, 0.0, dq * y)).sum(0, keepdim=True)
-    dy = torch.where(y > 0, dq, dq * w.prelu1).to(dtype)
+    e1, e2 = (((d * w.gain1).sum(1) / size)[:, None, None] for d in (dshift1, dgain1))
+    dq = rstd1 * (dnorm1 * w.gain1 - e1 - (q - mean1) * rstd1 * e2)
+    dprelu1 = _sum_all(torch.where(wide_y > 0, 0.0, dq * wide_y))
+    dy = _stored(torch.where(wide_y > 0, dq, dq * w.prelu1).to(dtype))
     din_bias = _sum_all_frames(widen(dy))
     rows = dy.flatten(0, 1)
     din_weight = widen(rows.T @ x.flatten(0, 1).to(dtype))
     through = dx + (rows @ w.in_weight.to(dtype)).view_as(dx)
     return through, Weights(
-        din_weight, din_bias, dprelu1, dgain1.sum(0), dshift1.sum(0), dtaps, dtaps_bias,
+        din_weight, din_bias, dprelu1, dgain1.sum(0), dshift1.sum(0), dtaps, dbias,
         dprelu2, dgain2, dshift2, dout_weight, dout_bias,
     )  # fmt: skip
 
@@ -199,7 +234,7 @@ class _BlockFunction(torch.autograd.Function):
         x_next, skip_next, *kept = run(x.detach(), skip.detach(), Weights(*weights), reach, dtype)
         ctx.compile, ctx.reach = compile, reach
         # The parameters themselves: ZeRO-3 frees and refills them between the passes.
-        ctx.save_for_backward(x, *kept, *weights)
+        ctx.save_for_backward(*(kept[6:] or [x]), *kept[:6], *weights)
         return x_next, skip_next
 
     @staticmethod
