@@ -11,7 +11,7 @@ all models are compiled side by side (`compile_seconds`, by precision), which la
   milliseconds per step (forward and backward), audio seconds per second, GiB at the peak, and the
   share of `peak` that the model's products and convolutions take; the same of the peer (peers.py).
   `bf16` is autocast, `tf32` fp32 with TF32 products, `graphs` bf16 with `engine.cuda_graphs`.
-  What a part has no time for is null.
+  What there was no time or memory for is null.
 - `engine`: milliseconds of a whole step of 8 virtual shards of 3 x 3 s in canonical and in native
   reduction (merged), also with `engine.cuda_graphs`.
 - `repeat`: whether two canonical runs with determinism end with the same bits.
@@ -169,7 +169,7 @@ def largest_batch(models: Iterable[nn.Module], items: int, length: int) -> int:
         try:
             for model in models:
                 mixture = torch.randn(items, length, device=next(model.parameters()).device)
-                training_step(model, mixture, "fp32")()
+                training_step(model, mixture, PRECISIONS[0])()
             break
         except torch.OutOfMemoryError:
             items //= 2
@@ -216,7 +216,8 @@ def model_part(preset: str, device: torch.device, quick: bool, seconds: float) -
         for name, model in on_device.items():
             graphs = kind == "graphs" and (name == "peer" or device.type == "cpu")
             if time.monotonic() < deadline and not graphs:
-                report[name][kind] = measure(model, mixture, kind, quick)
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    report[name][kind] = measure(model, mixture, kind, quick)
     report["batch"] = [items, length]
     report["gflop"] = round(flop_of(slots.build("model", node), mixture) / 1e9, 2)
     return report
