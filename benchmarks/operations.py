@@ -208,7 +208,7 @@ def count(preset: str, batch_size: int, seconds: float) -> dict[str, int]:
     with (
         mock.patch("torch.compile", compiler.compile),
         as_on_a_gpu(),
-        torch._inductor.config.patch(combo_kernels=True, combo_kernel_max_num_args=12),
+        torch._inductor.config.patch(combo_kernels=True, combo_kernel_max_num_args=16),
     ):
         for _ in range(2):  # the first compiles
             compiler.counter.counts.clear()

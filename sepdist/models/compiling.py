@@ -39,7 +39,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     width = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
     # On GPUs, small kernels that need not wait for each other are launched as one; those with many
     # arguments are not small, and need block sizes of their own.
-    options: dict[str, Any] = {"combo_kernels": True, "combo_kernel_max_num_args": 12}
+    options: dict[str, Any] = {"combo_kernels": True, "combo_kernel_max_num_args": 16}
     options["cpp.simdlen"] = width
     return torch.compile(function, dynamic=True, options=options)
 

@@ -71,7 +71,7 @@ def test_blocks_and_lengths_share_the_compilations_of_a_gpu() -> None:
 def test_pytorch_dispatches_at_most_500_operations_for_a_micro_batch_of_conv_tasnet() -> None:
     counts = operations.count("conv_tasnet", 2, 0.25)
     assert counts["library_calls"] >= 24 * 6  # six matrix products in each block
-    assert counts["operations"] <= 500 and counts["launches"] <= 950
+    assert counts["operations"] <= 500 and counts["launches"] <= 960
 
 
 @pytest.mark.parametrize("shape", [(3, 50, 6), (2, 5, 10, 6)])
