@@ -74,8 +74,7 @@ bench: $(VENV)/.installed ## every benchmark, one JSON line each (about 50 minut
 	$(RUN) -m benchmarks.chaos
 
 gpu: $(VENV)/.installed ## on a machine with a GPU: its tests, then its benchmark, one JSON line (under 8 minutes)
-	timeout 190 env $(RUN) -m pytest -m gpu -n 8 tests/gpu; tested=$$?; \
-	timeout 280 env $(RUN) -m benchmarks.gpu --limit 270 && exit $$tested
+	$(RUN) -m benchmarks.gpu --tests --limit 460
 
 clean: ## remove the files of the demo and the caches of linters (not .venv, not runs)
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -3,8 +3,9 @@
     python -m benchmarks.gpu [--device cuda] [--quick] [--limit 300]
 
 Prints one JSON line and ends with status 1 if a part failed. Each part runs in a process of its own
-that is ended when its time is over, so that nothing hangs and one failure leaves the rest. First
-all models are compiled side by side (`compile_seconds`, by precision), which later parts find done.
+that is ended when its time is over, with what it has measured until then. First
+all models are compiled side by side (`compile_seconds`, by precision), which later parts find done,
+beside `repeat` and, with `--tests`, tests/gpu.
 
 - `peak`: TFLOP/s of one large product in each precision, and GB/s of a copy, in and out.
 - each model at its paper's batch (halved while memory is short): seconds of the first step,
@@ -59,7 +60,7 @@ CALCULATED_MS = {"conv_tasnet": 12.7, "sepformer": 35.0}  # in bf16 on an H100, 
 PRECISIONS = ("bf16", "tf32", "fp32")
 PART_SECONDS = 70.0  # the most that a part may take
 COMPILE = "compile "  # before the name of a model: a part of its own
-COMPILE_SECONDS = 120.0  # and the compilations side by side
+BESIDE_SECONDS = 240.0  # and what goes side by side: compilations, tests
 
 
 def synchronize(device: torch.device) -> None:
@@ -211,6 +212,8 @@ def model_part(preset: str, device: torch.device, quick: bool, seconds: float) -
     on_device = {name: model.to(device) for name, model in models.items()}
     items = largest_batch(on_device.values(), items, int(length * RATE))
     mixture = 0.1 * torch.randn(items, int(length * RATE), device=device)
+    report["batch"] = [items, length]
+    report["gflop"] = round(flop_of(slots.build("model", node), mixture) / 1e9, 2)
     report |= {name: dict.fromkeys(PRECISIONS) for name in models}
     for kind in (PRECISIONS[0], "graphs", *PRECISIONS[1:]):
         for name, model in on_device.items():
@@ -218,8 +221,7 @@ def model_part(preset: str, device: torch.device, quick: bool, seconds: float) -
             if time.monotonic() < deadline and not graphs:
                 with contextlib.suppress(torch.OutOfMemoryError):
                     report[name][kind] = measure(model, mixture, kind, quick)
-    report["batch"] = [items, length]
-    report["gflop"] = round(flop_of(slots.build("model", node), mixture) / 1e9, 2)
+                print(json.dumps(report), flush=True)
     return report
 
 
@@ -269,6 +271,7 @@ def engine_part(device: torch.device, quick: bool) -> dict[str, Any]:
         found[f"{name}_ms"] = round(milliseconds(step, device, 0.1 if quick else 4.0), 2)
         engine.step(batches)
         del engine
+        print(json.dumps(found), flush=True)
     found["canonical_over_native"] = round(found["canonical_ms"] / found["native_ms"], 3)
     return found
 
@@ -297,31 +300,40 @@ def run_part(part: str, device: torch.device, quick: bool, seconds: float) -> di
     return model_part(part, device, quick, seconds)
 
 
+def call(command: list[str], seconds: float, **environment: str) -> tuple[int, str, str]:
+    """Status, output and errors of a Python program, which is killed when its time is over."""
+    started = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said, problem = started.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        started.kill()
+        said, problem = started.communicate()[0], f"ended after {seconds:.0f} s"
+    return started.returncode, said, problem.strip()
+
+
 def in_a_process(part: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """What a process of its own reports of a part, or the `error`."""
-    command = [sys.executable, "-m", "benchmarks.gpu", f"--part={part}"]
+    """What a process of its own reports of a part, and the `error` if it failed."""
+    if part == "tests":
+        command = ["-m", "pytest", "-m", "gpu", "-q", "-n", "8", "--durations=0", "tests/gpu"]
+        status, said, _ = call(command, seconds)
+        summary = said.strip().splitlines()[-1:]
+        return {"summary": summary} | ({"error": said[-3000:]} if status else {})
+    command = ["-m", "benchmarks.gpu", f"--part={part}", f"--limit={seconds:.0f}"]
     command += [f"--device={arguments.device}", *["--quick"] * arguments.quick]
-    command += [f"--limit={seconds:.0f}"]
-    kind = torch.device(arguments.device).type
-    environment = os.environ | {"DS_ACCELERATOR": kind, "LOCAL_RANK": "0"}
     if seconds < 1:
         return {"error": "no time was left for it"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=Path(__file__).parent.parent,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"ended after {seconds:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        return {"error": done.stderr.strip()[-800:] or f"status {done.returncode}"}
-    return json.loads(lines[-1])
+    kind = torch.device(arguments.device).type
+    status, said, problem = call(command, seconds, DS_ACCELERATOR=kind, LOCAL_RANK="0")
+    lines = [line for line in said.splitlines() if line.startswith("{") and line.endswith("}")]
+    found = json.loads(lines[-1]) if lines else {}
+    return found | ({"error": problem[-800:] or "no result"} if status or not lines else {})
 
 
 def add_utilisation(report: dict[str, Any], rates: dict[str, float]) -> None:
@@ -364,6 +376,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="small models, few repeats")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for all parts")
+    parser.add_argument("--tests", action="store_true", help="run tests/gpu beside the compilation")
     parser.add_argument("--models", nargs="*", default=list(BATCHES), choices=[*BATCHES])
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what in_a_process runs
     arguments = parser.parse_args()
@@ -375,8 +388,9 @@ def main() -> None:
         return
     deadline, reports = time.monotonic() + arguments.limit, dict[str, Any]()
     beside = ["repeat", *(COMPILE + model for model in arguments.models)]
+    beside += ["tests"] * arguments.tests
     with ThreadPoolExecutor(len(beside)) as pool:
-        done = pool.map(lambda part: in_a_process(part, arguments, COMPILE_SECONDS), beside)
+        done = pool.map(lambda part: in_a_process(part, arguments, BESIDE_SECONDS), beside)
         reports |= zip(beside, done, strict=True)
     for part in ("peak", "engine", *arguments.models):
         left = deadline - time.monotonic()
@@ -388,7 +402,8 @@ def main() -> None:
     errors = {part: report["error"] for part, report in reports.items() if "error" in report}
     line = {"name": "gpu", "device": name, "torch": torch.__version__, "quick": arguments.quick}
     line["compile_seconds"] = {one: reports[COMPILE + one] for one in arguments.models}
-    line |= {part: reports[part] for part in ("repeat", "peak", "engine")}
+    others = ("repeat", *["tests"] * arguments.tests, "peak", "engine")
+    line |= {part: reports[part] for part in others}
     line["models"] = {preset: reports[preset] for preset in arguments.models}
     with contextlib.suppress(KeyError):
         line["goals"] = goals_of(reports, name)

@@ -443,8 +443,8 @@ def check_engine_options(
         )
     if cuda_graphs and zero_stage > 0 and reduction == "native":
         raise ConfigError(
-            f"engine.cuda_graphs=true needs engine.zero_stage=0, not {zero_stage}, or "
-            "engine.reduction=canonical: ZeRO acts in the middle of both passes"
+            f"engine.cuda_graphs=true with native reduction needs engine.zero_stage=0, not "
+            f"{zero_stage}, as ZeRO acts inside both passes: set engine.cuda_graphs=false"
         )
     if reduction == "native" and num_virtual_shards % world_size:
         raise ConfigError(
