@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu [--device cuda] [--quick] [--limit 300]
 
-Prints one JSON line and ends with status 1 if a part failed. Each part runs in a process of its own
-that is ended when its time is over, with what it has measured until then. First
-all models are compiled side by side (`compile_seconds`, by precision), which later parts find done,
-beside `repeat` and, with `--tests`, tests/gpu.
+Prints one JSON line and ends with status 1 if a part failed. Each part runs in its own process; one
+that runs out of time is stopped and reports what it has measured so far. All models are compiled
+first, in parallel (`compile_seconds`, by precision), together with `repeat` and, with `--tests`,
+tests/gpu; later parts take the compiled code from the cache.
 
 - `peak`: TFLOP/s of one large product in each precision, and GB/s of a copy, in and out.
 - each model at its paper's batch (halved while memory is short): seconds of the first step,
