@@ -1,34 +1,58 @@
-"""WHAM! noise as published: wham_noise/{tr,cv,tt}/*.wav, as Utterances of the speaker "noise".
+"""WHAM! and WHAMR! as their scripts generate them, and WHAM!'s noise as published.
 
-`root` is the unpacked folder (wham.whisper.ai), or any folder of audio files per split.
-Shards of it serve objectives that add noise of their own.
+Mixtures are read from wav8k/min/{tr,cv,tt}/{mix_both,s1,s2,noise,...}; in WHAMR! the folders are
+mix_both_reverb, s1_anechoic, s1_reverb and so on (Wichern et al. 2019, Maciejewski et al. 2020).
+The task `noise` gives wham_noise/{tr,cv,tt}/*.wav, or any folders of noises, as Utterances of the
+speaker "noise", for objectives that add noise of their own.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from sepdist import audio
+from sepdist.audio import AudioError
 from sepdist.corpora.files import load, require_unique, sample_key
-from sepdist.data.records import Utterance
+from sepdist.corpora.recipes import Mode
+from sepdist.corpora.tables import folder_rows, to_records
+from sepdist.corpora.wsj0_mix import speakers_in
+from sepdist.data.records import Mixture, Utterance
+
+TASKS = ["noise", "sep_clean", "sep_noisy", "enh_single", "enh_both"]
+TASKS += ["sep_reverb", "sep_noisy_reverb", "enh_single_reverb", "enh_both_reverb"]
 
 
 @dataclass
 class Wham:
-    """The noises below `root`; a split is the name of any of its folders.
+    """A `task` on the mixtures below `root`, the folder of wav8k/; or the noises below it.
 
-    An id is the path below the split without suffix, with '-' for '/' and 'p' for '.'. Noises are
-    resampled as in the LibriMix recipe.
+    Tasks enh_* have one source, s1 or the speech of both. Where there is reverberation, in WHAMR!
+    alone, the sources are anechoic (`target=dry`), so that their sum is not the mixture, or as
+    reverberant as that (`wet`). A noise's id is the path below the split without suffix, with '-'
+    for '/' and 'p' for '.'; noises are resampled as in the LibriMix recipe.
     """
 
     root: str
     sample_rate: int = 8000
-    name = "wham"
+    task: str = "noise"
+    mode: Mode = "min"
+    target: Literal["dry", "wet"] = "dry"
 
-    def records(self, split: str) -> Iterator[Utterance]:
-        """Yield the noises of a split in the order of their paths."""
-        folder = Path(self.root).expanduser() / split
+    def __post_init__(self) -> None:
+        if self.task not in TASKS or self.target not in ("dry", "wet"):
+            known = f"task is {', '.join(TASKS)}, target dry or wet"
+            raise ValueError(f"Wham: {known}, not {self.task!r}, {self.target!r}")
+        self.name = "wham" if self.task == "noise" else f"wham_{self.task}"
+
+    def records(self, split: str) -> Iterator[Utterance | Mixture]:
+        """Yield the noises or mixtures of a split in the order of their paths."""
+        root = Path(self.root).expanduser()
+        if self.task != "noise":
+            yield from self._mixtures(root, split)
+            return
+        folder = root / split
         paths = {
             path: sample_key("-".join(path.relative_to(folder).with_suffix("").parts))
             for path in audio.find_files(folder)
@@ -37,3 +61,25 @@ class Wham:
         for path, key in paths.items():
             read = partial(load, str(path), self.sample_rate, audio.resample_poly)
             yield Utterance(key, "noise", self.sample_rate, read)
+
+    def _mixtures(self, root: Path, split: str) -> Iterator[Utterance | Mixture]:
+        base = root / f"wav{self.sample_rate // 1000}k" / self.mode / split
+        kinds = {"single": "single", "both": "both", "noisy": "both"}
+        kind = next((kinds[word] for word in self.task.split("_") if word in kinds), "clean")
+        reverberant = self.task.endswith("reverb")
+        whamr = (base / "s1_anechoic").is_dir()
+        if reverberant and not whamr:
+            todo = "check root, sample_rate, mode and split; WHAM! has no reverberation"
+            raise AudioError(f"{base / 's1_anechoic'}: no such folder, which is in WHAMR!; {todo}")
+        room = "_reverb" if reverberant else "_anechoic" if whamr else ""
+        aim = "_anechoic" if whamr and self.target == "dry" else room
+        sources = {"s1": f"s1{aim}", "s2": f"s2{aim}"}
+        if self.task.startswith("enh"):
+            sources = {"s1": f"mix_clean{aim}" if kind == "both" else f"s1{aim}"}
+        noise = {"noise": "noise"} if kind != "clean" and aim == room else {}
+        rows = folder_rows(base, {"mix": f"mix_{kind}{room}", **sources, **noise})
+        for number, row in enumerate(rows):
+            names = speakers_in(row.name)
+            joined = ("+".join(names),) if self.task.startswith("enh_both") else names
+            rows[number] = row._replace(speakers=joined[: len(sources)])
+        yield from to_records(rows, base, self.sample_rate, "sum" if aim == room else "own")
