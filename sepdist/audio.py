@@ -74,20 +74,15 @@ def open_sound(path: str | Path) -> soundfile.SoundFile:
             sound = _counted_mp3(path, sound)
     except soundfile.LibsndfileError as error:
         reason = error.error_string
-        raise AudioError(f"{path}: cannot be decoded ({reason}); {_advice(path)}") from error
+        with open(path, "rb") as file:
+            shorten = b"embedded-shorten" in file.read(1024)
+        todo = "sph2pipe -f wav IN OUT undoes shorten" if shorten else "fetch the file again"
+        raise AudioError(f"{path}: cannot be decoded ({reason}); {todo}") from error
     if _is_cut(path, sound):
         raise AudioError(f"{path}: cut short, its header declares more; fetch the file again")
     if sound.frames > 2**14 * os.path.getsize(path):  # more than FLAC's silence
         raise AudioError(f"{path}: its header declares no length; convert it, to WAV for example")
     return sound
-
-
-def _advice(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        head = file.read(1024)
-    if b"embedded-shorten" in head or head.startswith(b"ajkg"):
-        return "it is compressed with shorten: sph2pipe -f wav IN OUT makes WAV of it"
-    return "fetch the file again"
 
 
 def _is_cut(path: str | Path, sound: soundfile.SoundFile) -> bool:

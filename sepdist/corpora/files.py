@@ -20,12 +20,11 @@ MAX_KEY_BYTES = 100 - len(".noise.flac")  # of a file name in a ustar archive
 
 
 def sample_key(name: str) -> str:
-    """Make a name the key of a sample: '-' for '/', 'p' for '.', at most 89 bytes.
+    """Make a name the key of a sample: '-' for '/', 'p' for '.', and cut, with a hash, at 89 bytes.
 
-    A WebDataset key ends at its first dot. What a tar cannot hold is cut and gets a hash of the
-    whole name. In the names of WSJ0-mix and WHAM!, `<utt1>_<level1>_<utt2>_<level2>`, fields 2, 4,
-    ... are numbers: the first 'p' in those is the dot, so the original name can be recovered.
-    Elsewhere two names may become one key, which `require_unique` reports.
+    A WebDataset key ends at its first dot. In the names of WSJ0-mix and WHAM!,
+    `<utt1>_<level1>_<utt2>_<level2>`, the first 'p' in fields 2, 4, ... is the dot, so the original
+    name can be recovered. Elsewhere two names may become one key, which `require_unique` reports.
     """
     key = re.sub(r"[\x00-\x1f\x7f]", "_", printable(name).replace("/", "-").replace(".", "p"))
     if len(key.encode()) <= MAX_KEY_BYTES:
@@ -123,9 +122,8 @@ def load_generated(
     files = {**paths, "mix": mixture} if keep and mixture else paths
     members, rate = read_members(files, sample_rate, exactly=exactly)
     if keep and not own and (off := off_sum(members.pop("mix"), members.values())):
-        wrong = f"is not the sum of {', '.join(members)}, it differs by up to {off:.0f} steps of"
-        todo = "generate it again, or keep it where the corpus has mixture=own"
-        raise AudioError(f"{mixture}: {wrong} 16 bits; {todo}")
+        wrong = f"is not the sum of {', '.join(members)}, off by up to {off:.0f} steps of 16 bits"
+        raise AudioError(f"{mixture}: {wrong}; generate it again, or keep it (mixture=own)")
     waves = {name: audio.resample(wave, rate, sample_rate) for name, wave in members.items()}
     return {name: audio.clip(wave, str(files[name])) for name, wave in waves.items()}
 

@@ -193,7 +193,6 @@ class LibriMix:
         columns = {f"s{number}": f"source_{number}_path" for number in numbers}
         columns |= {"noise": "noise_path"} if self.noise else {}
         rows = read_rows(table)
-        require_unique((row.get("mixture_ID", "") for row in rows), str(table))
         there = {path.stem for path in (base / split / "s1").glob("[!.]*.wav")}
         others = there.difference(row.get("mixture_ID") for row in rows)
         report_left_out(base / split, len(others), f"mixtures that {table.name} does not list")
@@ -211,7 +210,7 @@ class LibriMix:
                 member: base.joinpath(split, *PurePosixPath(row[column]).parts[-2:])
                 for member, column in columns.items()
             }
-            speakers = tuple(field.split("-")[0] for field in name.split("_")[: len(numbers)])
-            mixture = {"mix": base / split / kind / paths["s1"].name}
-            listed.append(Row(name, paths | mixture, speakers))
+            paths["mix"] = base / split / kind / paths["s1"].name
+            speakers = (field.split("-")[0] for field in name.split("_")[: len(numbers)])
+            listed.append(Row(name, paths, tuple(speakers)))
         yield from to_records(listed, table, self.sample_rate)

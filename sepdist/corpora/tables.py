@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from sepdist import audio
-from sepdist.audio import AudioError
 from sepdist.corpora import files
 from sepdist.data.records import Mixture, Utterance
 
 logger = logging.getLogger(__name__)
 NUM_PROBED = 5  # mixtures that tell whether all are the sums of their members
-# Names of folders, columns and lists: SpeechBrain's s1_wav, LibriMix's source_1_path, ESPnet's
-# spk1.scp, Asteroid's s1.json.
+# SpeechBrain's s1_wav, LibriMix's source_1_path, ESPnet's spk1.scp, Asteroid's s1.json.
 MEMBER = re.compile(
     r"(?:(?P<mix>mix|mixture|noisy)|(?P<noise>noise1?)|(?:s|source_?|spk(?=\d+\.))(?P<number>\d+))"
     r"(?:_wav|_path|_file)?(?:\.scp|\.json)?",
@@ -40,7 +38,6 @@ class Row(NamedTuple):
     name: str
     paths: dict[str, Path]  # of mix, s1, s2, ..., noise
     speakers: tuple[str, ...] = ()
-    texts: tuple[str, ...] = ()
 
 
 def choose(names: Iterable[str], given: Mapping[str, str] | None, where: Path) -> dict[str, str]:
@@ -78,7 +75,7 @@ def folder_rows(base: Path, members: Mapping[str, str]) -> list[Row]:
         found[member] = dict(zip(names, paths, strict=True))
     suffixes = {name: path.suffix for of in found.values() for name, path in of.items()}
     rows = []
-    for name in sorted(suffixes, key=lambda name: name + suffixes[name]):
+    for name in sorted(suffixes, key=lambda name: Path(name + suffixes[name])):
         wanted = {m: base / folder / f"{name}{suffixes[name]}" for m, folder in members.items()}
         rows.append(Row(name, {m: found[m].get(name, path) for m, path in wanted.items()}))
     return rows
@@ -87,19 +84,18 @@ def folder_rows(base: Path, members: Mapping[str, str]) -> list[Row]:
 def read_lists(folder: Path) -> list[dict[str, str]]:
     """Read Kaldi's lists <name> <path>, and Asteroid's in JSON, as lines of one table."""
     lists = dict[str, dict[str, str]]()
-    for path in sorted(folder.glob("[!.]*")):
-        if path.suffix == ".json":
-            try:
-                entries = [str(one[0]) for one in json.loads(files.read_text(path))]
-            except (ValueError, TypeError, LookupError) as error:
-                raise ValueError(f"{path}: is no list of [path, length] ({error!r})") from error
-            lists[path.name] = {Path(one).stem: one for one in entries}
-        elif path.suffix == ".scp" or path.name == "utt2spk":
-            lines = [one.split(maxsplit=1) for one in files.read_text(path).splitlines()]
-            files.require_unique((one[0] for one in lines if one), str(path))
-            lists[path.name] = {one[0]: " ".join(one[1:]) for one in lines if one}
-        elif path.name == "segments":
-            raise ValueError(f"{path}: these are parts of files; cut them into files before")
+    if (folder / "segments").exists():
+        raise ValueError(f"{folder / 'segments'}: lists parts of files; cut them into files before")
+    for path in sorted([*folder.glob("*.scp"), *folder.glob("*.json"), *folder.glob("utt2spk")]):
+        text = files.read_text(path)
+        try:
+            entries = [str(one[0]) for one in json.loads(text)] if path.suffix == ".json" else []
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{path}: is no list of [path, length] ({error!r})") from error
+        lines = [[Path(one).stem, one] for one in entries]
+        lines = lines or [one.split(maxsplit=1) for one in text.splitlines() if one.strip()]
+        files.require_unique((one[0] for one in lines), str(path))
+        lists[path.name] = {name: " ".join(rest) for name, *rest in lines}
     names = dict.fromkeys(key for name, of in lists.items() if name != "utt2spk" for key in of)
     return [{"id": key} | {name: of.get(key, "") for name, of in lists.items()} for key in names]
 
@@ -126,28 +122,27 @@ def to_records(
         speakers = tuple(map(files.printable, row.speakers)) or tuple(f"{key}-{m}" for m in sources)
         if row.paths.keys() == {"s1"}:
             one = partial(files.load, str(paths["s1"]), sample_rate, exactly=exactly)
-            yield Utterance(key, speakers[0], sample_rate, one, "".join(row.texts))
+            yield Utterance(key, speakers[0], sample_rate, one)
         else:
-            mix = row.paths.get("mix")
-            read = partial(files.load_generated, paths, sample_rate, mix, **options)
-            yield Mixture(key, speakers, sample_rate, read, row.texts, may_be_silent=True)
+            read = partial(
+                files.load_generated, paths, sample_rate, row.paths.get("mix"), **options
+            )
+            yield Mixture(key, speakers, sample_rate, read, may_be_silent=True)
 
 
 def settle(rows: Sequence[Row]) -> tuple[Sequence[Row], str]:
     """Decide what mixture=auto is, by the first mixtures; leave out noise that is not in them."""
     fits = list[tuple[bool, bool]]()  # whether mix is the sum of all, and of the sources
     for row in rows if rows and "mix" in rows[0].paths else ():
-        with contextlib.suppress(AudioError):  # a bad record is reported with the others
+        with contextlib.suppress(audio.AudioError):  # a bad record is reported with the others
             waves, _ = files.read_members(row.paths)
-            mix, noise = waves.pop("mix"), waves.pop("noise", None)
-            everything = [*waves.values(), *([] if noise is None else [noise])]
-            fits.append(
-                (not files.off_sum(mix, everything), not files.off_sum(mix, waves.values()))
-            )
+            mix, clean = waves.pop("mix"), [wave for m, wave in waves.items() if m != "noise"]
+            fits.append((not files.off_sum(mix, waves.values()), not files.off_sum(mix, clean)))
         if len(fits) == NUM_PROBED:
             break
-    if all(whole for whole, _ in fits) or not all(clean for _, clean in fits):
-        return rows, "sum" if all(whole for whole, _ in fits) else "own"
+    whole, spoken = (all(one) for one in zip(*fits, strict=True)) if fits else (True, True)
+    if whole or not spoken:
+        return rows, "sum" if whole else "own"
     files.report_left_out(rows[0].paths["noise"].parent, len(rows), "noises, no part of the mix")
     without = [{m: path for m, path in row.paths.items() if m != "noise"} for row in rows]
     return [row._replace(paths=paths) for row, paths in zip(rows, without, strict=True)], "sum"
@@ -157,12 +152,9 @@ def settle(rows: Sequence[Row]) -> tuple[Sequence[Row], str]:
 class Table:
     """Mixtures or utterances from `layout` folder, csv or scp; see the configs of these names.
 
-    `root` is the folder of the splits. With a `table` (a CSV file; the folder of lists of splits)
-    it is where relative paths and $data_root start, by default beside the table. `members` maps
-    mix, s1, s2, ..., noise to folders, columns or lists. `speaker` is "folder", a column or one per
-    source, or a regular expression with a group, searched in the path of each source, or with one
-    per source. `mixture` is as in `to_records`, or "auto" (`settle`). Without a `sample_rate` all
-    files have the first's.
+    `root` is the folder of the splits, or where the paths of a `table` start; `members` are the
+    folders, columns or lists of mix, s1, s2, ..., noise. `mixture` is as in `to_records`, or "auto"
+    (`settle`). Without a `sample_rate` all files have the first's.
     """
 
     layout: Literal["folder", "csv", "scp"]
@@ -179,8 +171,7 @@ class Table:
             raise ValueError(f"corpus.mixture={self.mixture}: give auto, sum or own")
         self.exactly = self.sample_rate is None
         self.source = Path(self.table or self.root or "").expanduser()
-        beside = self.source if self.source.is_dir() else self.source.parent
-        self.base = Path(self.root).expanduser() if self.root else beside
+        self.base = Path(self.root or self.source.parent).expanduser()
 
     def records(self, split: str) -> Iterator[Utterance | Mixture]:
         """Yield what is listed, in its order; the split "all" is the folder of splits itself."""
@@ -188,14 +179,13 @@ class Table:
         where = within if within.is_dir() or split != "all" else self.source
         if self.layout == "folder":
             rows = self._folder_rows(where)
+        elif self.layout == "scp":
+            rows = self._listed_rows(read_lists(where), where)
         else:
-            where = self.source if self.layout == "csv" else where
-            lines = files.read_rows(where) if self.layout == "csv" else read_lists(where)
-            rows = self._listed_rows(lines, where)
+            rows = self._listed_rows(files.read_rows(self.source), where := self.source)
         for row in rows if self.exactly else ():
-            first = next(iter(row.paths.values()))
-            with contextlib.suppress(AudioError), audio.open_sound(first) as sound:
-                self.sample_rate = sound.samplerate
+            with contextlib.suppress(audio.AudioError):
+                self.sample_rate = files.read_members(row.paths)[1]
                 break
         settled, mixture = settle(rows) if self.mixture == "auto" else (rows, self.mixture)
         if mixture == "own" and any("mix" not in row.paths for row in settled):
@@ -210,11 +200,9 @@ class Table:
     def _folder_rows(self, base: Path) -> list[Row]:
         folders = [path.name for path in base.glob("[!.]*/")]
         if self.members is None and not {"s1", "mix"} & {name.lower() for name in folders}:
-            named = [(row, row.paths["s1"].parent) for row in folder_rows(base, {"s1": "."})]
-            known = [
-                (row, (p.name,) if p != base and self.speaker is None else ()) for row, p in named
-            ]
-            return [row._replace(speakers=speakers) for row, speakers in known]
+            rows = folder_rows(base, {"s1": "."})
+            folder = {row.name: Path(row.name).parts[-2:-1] for row in rows if not self.speaker}
+            return [row._replace(speakers=folder.get(row.name, ())) for row in rows]
         given = [*folders, *(self.members or {}).values()]
         members = choose(given, self.members, base)
         unused = sorted(set(folders) - {Path(folder).parts[0] for folder in members.values()})
@@ -247,8 +235,8 @@ class Table:
     def _path(self, cell: str, where: str) -> Path:
         """Return the path in a table; ValueError for what is a command or an archive."""
         if UNREAD.fullmatch(cell.strip()):
-            todo = "nothing listed is executed; write the audio to files"
-            raise ValueError(f"{where}: {cell!r} is no file, but a command or archive; {todo}")
+            todo = "a command or an archive; nothing listed is run, write the audio to files"
+            raise ValueError(f"{where}: {cell!r} is no file, but {todo}")
         return self.base / re.sub(r"^\$\{?\w+\}?/*", "", cell.strip())
 
     def _relative(self, path: Path) -> str:
@@ -257,10 +245,9 @@ class Table:
     def _speakers(self, row: Row) -> tuple[str, ...]:
         """Return the speakers of sources by their paths; ValueError if the pattern is not there."""
         paths = [path for member, path in row.paths.items() if member[0] == "s"]
-        if self.speaker == "folder":
-            return tuple(path.parent.name for path in paths)
+        pattern = r"([^/]*)/[^/]*$" if self.speaker == "folder" else str(self.speaker)
         try:
-            found = [re.search(str(self.speaker), self._relative(path)) for path in paths]
+            found = [re.search(pattern, self._relative(path)) for path in paths]
         except re.error as error:
             raise ValueError(f"corpus.speaker={self.speaker}: no pattern ({error})") from error
         groups = [one.groups() for one in found if one]

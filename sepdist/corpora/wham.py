@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from sepdist import audio
-from sepdist.audio import AudioError
 from sepdist.corpora.files import load, require_unique, sample_key
 from sepdist.corpora.recipes import Mode
 from sepdist.corpora.tables import folder_rows, to_records
@@ -52,34 +51,31 @@ class Wham:
         if self.task != "noise":
             yield from self._mixtures(root, split)
             return
-        folder = root / split
-        paths = {
-            path: sample_key("-".join(path.relative_to(folder).with_suffix("").parts))
-            for path in audio.find_files(folder)
-        }
-        require_unique(paths.values(), str(folder))
-        for path, key in paths.items():
-            read = partial(load, str(path), self.sample_rate, audio.resample_poly)
-            yield Utterance(key, "noise", self.sample_rate, read)
+        rows = folder_rows(root / split, {"s1": "."})
+        require_unique((sample_key(row.name) for row in rows), str(root / split))
+        for row in rows:
+            read = partial(load, str(row.paths["s1"]), self.sample_rate, audio.resample_poly)
+            yield Utterance(sample_key(row.name), "noise", self.sample_rate, read)
 
     def _mixtures(self, root: Path, split: str) -> Iterator[Utterance | Mixture]:
         base = root / f"wav{self.sample_rate // 1000}k" / self.mode / split
-        kinds = {"single": "single", "both": "both", "noisy": "both"}
-        kind = next((kinds[word] for word in self.task.split("_") if word in kinds), "clean")
+        single, noisy = "single" in self.task, "both" in self.task or "noisy" in self.task
+        kind = "single" if single else "both" if noisy else "clean"
         reverberant = self.task.endswith("reverb")
         whamr = (base / "s1_anechoic").is_dir()
         if reverberant and not whamr:
             todo = "check root, sample_rate, mode and split; WHAM! has no reverberation"
-            raise AudioError(f"{base / 's1_anechoic'}: no such folder, which is in WHAMR!; {todo}")
+            raise audio.AudioError(
+                f"{base / 's1_anechoic'}: no such folder, which is in WHAMR!; {todo}"
+            )
         room = "_reverb" if reverberant else "_anechoic" if whamr else ""
         aim = "_anechoic" if whamr and self.target == "dry" else room
-        sources = {"s1": f"s1{aim}", "s2": f"s2{aim}"}
-        if self.task.startswith("enh"):
-            sources = {"s1": f"mix_clean{aim}" if kind == "both" else f"s1{aim}"}
+        both, alone = self.task.startswith("enh_both"), ["s1"] if single else ["s1", "s2"]
+        sources = {"s1": f"mix_clean{aim}"} if both else {m: f"{m}{aim}" for m in alone}
         noise = {"noise": "noise"} if kind != "clean" and aim == room else {}
         rows = folder_rows(base, {"mix": f"mix_{kind}{room}", **sources, **noise})
         for number, row in enumerate(rows):
             names = speakers_in(row.name)
-            joined = ("+".join(names),) if self.task.startswith("enh_both") else names
-            rows[number] = row._replace(speakers=joined[: len(sources)])
+            names = ("+".join(names),) if both else names[: len(sources)]
+            rows[number] = row._replace(speakers=names)
         yield from to_records(rows, base, self.sample_rate, "sum" if aim == room else "own")

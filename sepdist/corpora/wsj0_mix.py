@@ -26,7 +26,6 @@ from sepdist.corpora.tables import folder_rows, to_records
 from sepdist.data.records import Mixture, Utterance
 
 FULL_SCALE = 2**15
-AUDIO = re.compile(r"\.(wav|wv1|sph|flac)$", re.IGNORECASE)
 _T = TypeVar("_T")
 
 
@@ -75,17 +74,13 @@ def read_list(path: Path, num_speakers: int) -> list[list[tuple[str, float]]]:
 
 def find_utterances(root: Path, names: Iterable[str]) -> dict[str, Path]:
     """Find si_tr_s/40n/40na010x.wav and so on below `root`, or among the files of CDs."""
-
-    def place(path: str) -> str:
-        return "/".join(PurePosixPath(path).with_suffix("").parts[-3:]).lower()
-
     paths = {name: root / name.removeprefix("wsj0/") for name in names}
-    if all(path.is_file() for path in paths.values()):
-        return paths
-    # Some utterances are on two CDs: the first is taken.
-    found = sorted(glob.iglob(f"{glob.escape(str(root))}/**/*.*", recursive=True), reverse=True)
-    there = {place(path): Path(path) for path in found if AUDIO.search(path)}
-    return {name: there.get(place(name), path) for name, path in paths.items()}
+    if not all(path.is_file() for path in paths.values()):
+        files = sorted(glob.iglob(f"{glob.escape(str(root))}/**/*.*", recursive=True), reverse=True)
+        files = [file for file in files if re.search(r"\.(wav|wv1|sph|flac)$", file.lower())]
+        there = {Path(file).stem.lower(): Path(file) for file in files}  # some are on two CDs
+        paths = {name: there.get(Path(name).stem.lower(), path) for name, path in paths.items()}
+    return paths
 
 
 def speakers_in(name: str) -> tuple[str, ...]:
@@ -139,11 +134,8 @@ class Wsj0Mix:
         if (self.generated is None) == (self.wsj0 is None):
             raise ValueError("Wsj0Mix: give either generated, or wsj0 with lists and levels")
         if self.wsj0 is not None and (self.lists is None or self.levels is None):
-            raise ValueError(
-                "Wsj0Mix: wsj0 needs lists (the folder of mix_2_spk_tr.txt) and levels (that of "
-                "activlev_*.txt), both from pywsj0-mix's metadata; levels are never estimated, so "
-                "that the published mixtures result"
-            )
+            todo = "give both from pywsj0-mix's metadata; levels are never estimated"
+            raise ValueError(f"Wsj0Mix: wsj0 needs lists and levels; {todo}")
         if self.mode not in ("min", "max"):
             raise ValueError(f"Wsj0Mix: mode is min or max, not {self.mode!r}")
         self.name = f"wsj0-{self.num_speakers}mix"
