@@ -115,7 +115,7 @@ def to_records(
     advice = f"{where} lists it or has others of its mixture; complete it, or check root"
     files.require_files(needed, advice)
     # Defaults are not given, so that data sets of older versions are known to be of these inputs.
-    options = ({"own": True} if mixture == "own" else {}) | ({} if exactly else {"exactly": False})
+    kind = ({"own": True} if mixture == "own" else {}) | ({} if exactly else {"exactly": False})
     for key, row in zip(keys, rows, strict=True):
         paths = {member: path for member, path in row.paths.items() if member != "mix"}
         sources = [member for member in paths if member != "noise"]
@@ -124,9 +124,7 @@ def to_records(
             one = partial(files.load, str(paths["s1"]), sample_rate, exactly=exactly)
             yield Utterance(key, speakers[0], sample_rate, one)
         else:
-            read = partial(
-                files.load_generated, paths, sample_rate, row.paths.get("mix"), **options
-            )
+            read = partial(files.load_generated, paths, sample_rate, row.paths.get("mix"), **kind)
             yield Mixture(key, speakers, sample_rate, read, may_be_silent=True)
 
 

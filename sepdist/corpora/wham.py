@@ -64,10 +64,8 @@ class Wham:
         reverberant = self.task.endswith("reverb")
         whamr = (base / "s1_anechoic").is_dir()
         if reverberant and not whamr:
-            todo = "check root, sample_rate, mode and split; WHAM! has no reverberation"
-            raise audio.AudioError(
-                f"{base / 's1_anechoic'}: no such folder, which is in WHAMR!; {todo}"
-            )
+            todo = "check root, sample_rate, mode and split"
+            raise audio.AudioError(f"{base}: has no s1_anechoic, so it is not WHAMR!'s; {todo}")
         room = "_reverb" if reverberant else "_anechoic" if whamr else ""
         aim = "_anechoic" if whamr and self.target == "dry" else room
         both, alone = self.task.startswith("enh_both"), ["s1"] if single else ["s1", "s2"]
