@@ -197,13 +197,13 @@ class Table:
 
     def _folder_rows(self, base: Path) -> list[Row]:
         folders = [path.name for path in base.glob("[!.]*/")]
-        if self.members is None and not {"s1", "mix"} & {name.lower() for name in folders}:
+        mixed = {"s1", "mix"} & {name.lower() for name in folders}
+        if (self.members or {"s1": "" if mixed else "."}) == {"s1": "."}:  # a tree of utterances
             rows = folder_rows(base, {"s1": "."})
             folder = {row.name: Path(row.name).parts[-2:-1] for row in rows if not self.speaker}
             return [row._replace(speakers=folder.get(row.name, ())) for row in rows]
-        given = [*folders, *(self.members or {}).values()]
-        members = choose(given, self.members, base)
-        unused = sorted(set(folders) - {Path(folder).parts[0] for folder in members.values()})
+        members = choose([*folders, *(self.members or {}).values()], self.members, base)
+        unused = sorted(set(folders) - {folder.split("/")[0] for folder in members.values()})
         files.report_left_out(base, len(unused), f"folders: {', '.join(unused)}")
         return folder_rows(base, members)
 

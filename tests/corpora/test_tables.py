@@ -120,6 +120,17 @@ def test_a_tree_of_speakers_gives_utterances_of_the_folders_names(tmp_path: Path
     assert {r.sample_rate for r in records} == {48000} and records[0].load().size == 800
 
 
+def test_speakers_who_are_called_s1_and_s2_are_no_sources_where_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("s1/bbaf2n.wav", "s2/lgaz.wav", "s3/swwp.wav"):
+        write(tmp_path / name, signal(1, 800), 8000)
+    with pytest.raises(AudioError, match=r"s1/lgaz\.wav: no such file"):
+        read(folder(tmp_path))
+    records = read(folder(tmp_path, members={"s1": "."}))
+    assert [r.speaker for r in records] == ["s1", "s2", "s3"] and caplog.messages == []
+
+
 def test_ids_that_a_tar_cannot_hold_are_cut_and_stay_apart(tmp_path: Path) -> None:
     deep = "/".join(["é" * 40] * 3)
     for name in (f"{deep}/1.wav", f"{deep}/2.wav", "a\tb/c.d/1.wav"):
