@@ -248,8 +248,8 @@ class Table:
             found = [re.search(pattern, self._relative(path)) for path in paths]
         except re.error as error:
             raise ValueError(f"corpus.speaker={self.speaker}: no pattern ({error})") from error
-        groups = [one.groups() for one in found if one]
+        groups = [one.groups() for one in found if one and all(one.groups())]
         if len(groups) < len(paths) or any(len(one) not in (1, len(paths)) for one in groups):
             wants = "give folder, a column, or a pattern with a group, or one for each source"
             raise ValueError(f"{paths[0]}: corpus.speaker={self.speaker} names no speaker; {wants}")
-        return tuple(one[min(number, len(one) - 1)] or "" for number, one in enumerate(groups))
+        return tuple(one[min(number, len(one) - 1)] for number, one in enumerate(groups))
