@@ -51,7 +51,7 @@ def wham_tree(root: Path, rooms: tuple[str, ...]) -> None:
                     write(base / f"{folder}{room}" / name, wave, 8000)
 
 
-@pytest.mark.slow  # a minute; run by hand
+@pytest.mark.slow  # 20 s
 @pytest.mark.parametrize(
     ("name", "members"),
     [
