@@ -254,8 +254,8 @@ def config_dir() -> str:
 def typed(composed: DictConfig, schema: type[_T]) -> _T:
     """Return a composed config as dataclasses; ConfigError names a mandatory value left at ???."""
     if missing := missing_keys(OmegaConf.to_container(composed)):
-        todo = f"pass {missing[0]}=... on the command line"
-        raise ConfigError(f"no value given for {', '.join(missing)} ({todo})")
+        names = ", ".join(missing)
+        raise ConfigError(f"no value given for {names} (pass {missing[0]}=... on the command line)")
     try:
         result = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:

@@ -105,8 +105,7 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
     figure, upper, lower = two_axes()
     for number, (name, curves) in enumerate(runs.items()):
         if not curves.predicted:
-            lacks = "no validation/predicted_si_snr in its log"
-            raise ConfigError(f"{name}: {lacks}: not a semi-supervised run")
+            raise ConfigError(f"{name}: not semi-supervised, no validation/predicted_si_snr")
         colour = COLOURS[number % len(COLOURS)]
         true, predicted = (zip(*curve, strict=True) for curve in (curves.si_snr, curves.predicted))
         upper.plot(*true, "-", color=colour, label=f"{name}, true")
@@ -137,8 +136,8 @@ def histogram(sets: Mapping[str, np.ndarray], title: str = "") -> Figure:
     for axes, colour, (name, values) in zip(panels, COLOURS, sets.items(), strict=False):
         axes.hist(np.clip(values, low, high), bins=np.linspace(low, high, 41), color=colour)
         axes.axvline(values.mean(), color="black", linewidth=1)
-        about = f"mean {values.mean():.1f}, std {values.std():.1f}"
-        axes.set(title=f"{name}: {about}", xlabel="SI-SNR in dB")
+        title = f"{name}: mean {values.mean():.1f}, std {values.std():.1f}"
+        axes.set(title=title, xlabel="SI-SNR in dB")
     panels[0].set_ylabel("estimates")
     figure.suptitle(title)
     return figure

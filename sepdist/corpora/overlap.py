@@ -65,8 +65,7 @@ class Overlap:
         """Yield the mixtures of an overlap, always the same ones in the same order."""
         found = re.fullmatch(r"OV(\d{1,3})", split)
         if found is None or int(found[1]) > 100:
-            needs = "OV0 to OV100, the overlap in percent"
-            raise ValueError(f"corpus overlap: split {split!r} must be {needs}")
+            raise ValueError(f"corpus overlap: split {split!r} must be OV0 to OV100 (percent)")
         share = int(found[1]) / 100
         root = Path(self.root).expanduser()
         read, texts = cache(transcripts), dict[Path, str]()
@@ -78,15 +77,15 @@ class Overlap:
                 speakers[speaker_of(path)].append(path)
         report_left_out(root, len(paths) - len(texts), "utterances without a transcript")
         if len(speakers) < 2:
-            has = f"{len(speakers)} speaker(s) with a transcript (*.trans.txt)"
-            raise ValueError(f"{root / self.speech_split}: {has}, an overlap needs 2")
+            needs = "an overlap needs 2 speakers with a transcript (*.trans.txt)"
+            raise ValueError(f"{root / self.speech_split}: {needs}, there are {len(speakers)}")
         seconds = {path: audio.duration_seconds(path) for path in texts}
         for number in range(self.num_mixtures):
             turn, place = divmod(number, len(texts))
             order = rng(self.seed, "overlap targets", self.speech_split, turn)
             target = list(texts)[order.permutation(len(texts))[place]]
             draw = rng(self.seed, "overlap mixture", self.speech_split, number)
-            levels = (float(draw.uniform(*SPEECH_LUFS)), float(draw.uniform(*SPEECH_LUFS)))
+            levels = tuple(draw.uniform(*SPEECH_LUFS, size=2).tolist())
             at_end = bool(draw.integers(2))
             names = [name for name in sorted(speakers) if name != speaker_of(target)]
             drawn = [speakers[names[i]] for i in draw.permutation(len(names))]
@@ -94,8 +93,7 @@ class Overlap:
             wanted = share * seconds[target]
             other = next((path for path in others if seconds[path] >= wanted), None)
             if other is None:
-                lacks = f"an utterance of {wanted:.1f} s, {split} of it"
-                raise ValueError(f"{target}: no other speaker has {lacks}")
+                raise ValueError(f"{target}: no other speaker has {wanted:.1f} s, {split} of it")
             both = (target, other) if share else (target,)
             options = (levels[: len(both)], share, at_end, self.sample_rate)
             yield Mixture(

@@ -25,8 +25,8 @@ SI_SNRI = "metrics_db.si_snri.mean"
 MINI_STEPS = {"sf": 375, "ssqp": 375}  # the others: 500
 MINI = {
     # 500 steps x 16 / 150: f(t) rises to 0.5 in the end, as in the paper's 150 epochs.
-    "sslm": ["objective.epoch_samples=53", "validation.max_seconds=4.0"],
-    "ssqp": ["data.micro_batch=2", "validation.max_seconds=4.0", "optim.lr=0.0002"],
+    "sslm": "objective.epoch_samples=53 validation.max_seconds=4.0",
+    "ssqp": "data.micro_batch=2 validation.max_seconds=4.0 optim.lr=0.0002",
 }
 
 VARS = {
@@ -52,8 +52,8 @@ VARS_MINI = VARS | {
 def figure3(mini: bool) -> PipelineConfig:
     """Three separators, their estimates of train-100, dev and test, and the SI-SNR of these."""
     stages = separators(SEPARATORS, mini)
-    training_sets = [f"{name}_train" for name in SEPARATORS]
-    stages["figure3"] = figure("Training sets", training_sets, "histogram")
+    uses = [f"{name}_train" for name in SEPARATORS]
+    stages["figure3"] = figure("Training sets", uses, "histogram")
     return pipeline("figure3", "Figure 3, SI-SNR of the separators' estimates", stages, [], mini)
 
 
@@ -187,30 +187,27 @@ def table4(mini: bool) -> PipelineConfig:
     rows += [RowConfig(stages[one].title, cells(one, "separated"), TABLE4[one]) for one in TABLE4]
     tables = [TableConfig("Table 4, WER in %", ["10", "20", "30", "40"], rows, digits=1)]
     cfg = pipeline("table4", "Table 4, word error rates on LibriCSS", stages, tables, mini)
+    cfg.vars |= {"recogniser": "whisper-base" if mini else "facebook/wav2vec2-base-960h"}
+    cfg.vars |= {"speech": "speech"} if mini else {"libricss": "libricss/for_release"}
+    chosen = "corpus=libricss corpus.root=${vars.libricss}"
     if mini:
-        cfg.vars |= {"speech": "speech", "recogniser": "whisper-base"}
-        corpus = ["corpus=overlap", "corpus.root=${vars.speech}", "corpus.num_mixtures=30"]
-        chosen = [*corpus, "recogniser=faster_whisper"]
-    else:
-        recogniser = "facebook/wav2vec2-base-960h"
-        cfg.vars |= {"libricss": "libricss/for_release", "recogniser": recogniser}
-        chosen = ["corpus=libricss", "corpus.root=${vars.libricss}"]
-    chosen.append("recogniser.folder=${vars.recogniser}")
-    cfg.overrides["recognise"] = [*cfg.overrides["evaluate"], *chosen]
+        chosen = "corpus=overlap corpus.root=${vars.speech} corpus.num_mixtures=30"
+        chosen += " recogniser=faster_whisper"
+    chosen += " recogniser.folder=${vars.recogniser}"
+    cfg.overrides["recognise"] = [*cfg.overrides["evaluate"], *chosen.split()]
     return cfg
 
 
 def separators(names: Iterable[str], mini: bool) -> Stages:
     """Separators, and data sets with their estimates of the train, dev and test mixtures."""
-    data = {"train": ["corpus.data=${vars.estimator_data}", "subset=${vars.estimator_subset}"]}
-    data |= {"dev": ["corpus.data=${vars.dev}"], "test": ["corpus.data=${vars.test}"]}
-    device = ["corpus.device=${vars.device}", "gpus_per_worker=${vars.gpus}"]
+    data = {"train": "corpus.data=${vars.estimator_data} subset=${vars.estimator_subset}"}
+    data |= {"dev": "corpus.data=${vars.dev}", "test": "corpus.data=${vars.test}"}
+    device = "corpus.device=${vars.device} gpus_per_worker=${vars.gpus}"
     stages = {name: train(name, mini) for name in names}
     for name in names:
-        chosen = ["corpus=separated", "corpus.noise=false", f"corpus.model=@{name}", *device]
         for split, source in data.items():
-            overrides = [*chosen, *source]
-            stages[f"{name}_{split}"] = StageConfig("shards", [], overrides, name.upper())
+            chosen = f"corpus=separated corpus.noise=false corpus.model=@{name} {device} {source}"
+            stages[f"{name}_{split}"] = StageConfig("shards", [], chosen.split(), name.upper())
     return stages
 
 
@@ -221,15 +218,15 @@ def estimator(name: str, mini: bool, mode: str = "${vars.mode}") -> StageConfig:
     """Train an SI-SNR estimator, realm_SEPARATOR or ssqp_SEPARATOR[_ENCODER], on estimates."""
     kind, separator, *encoder = name.split("_")
     if kind == "realm":  # of REAL-M (Subakan et al. 2022), on SI-SNR clipped to 0 to 10 dB
-        settings = ["model=sisnr_cnn", "objective.limits=[0.0,10.0]"]
-        settings += [] if mini else ["schedule.warmup_steps=0", "schedule.patience=2"]
+        settings = "model=sisnr_cnn objective.limits=[0.0,10.0]"
+        settings += "" if mini else " schedule.warmup_steps=0 schedule.patience=2"
     elif encoder:
-        settings = ["model=ssqp_wav2vec2", f"model.pretrained={ENCODERS[encoder[0]]}"]
-        settings += [f"model.encoder.model_type={encoder[0]}"]
+        settings = f"model=ssqp_wav2vec2 model.pretrained={ENCODERS[encoder[0]]}"
+        settings += f" model.encoder.model_type={encoder[0]}"
     else:
-        settings = ["model=${vars.ssqp}", "model.pretrained=${vars.pretrained}"]
-        settings += ["model.num_layers=${vars.num_layers}"]
-    data = [f"data.train=@{separator}_train", f"data.validation=@{separator}_dev"]
+        settings = "model=${vars.ssqp} model.pretrained=${vars.pretrained}"
+        settings += " model.num_layers=${vars.num_layers}"
+    data = f"data.train=@{separator}_train data.validation=@{separator}_dev"
     stage = train("ssqp", mini, settings, data)
     if kind == "realm":  # 250, or 200 epochs of 13900 / 8 = 1738
         stage.settings.append(f"training.max_steps={250 if mini else 347600}")
@@ -269,9 +266,9 @@ def subset(first: int, last: int, mini: bool) -> StageConfig:
     """
     full = {0: 0.0, 10: 0.02736, 50: 0.13681, 100: 0.27362}
     share = [percent / 100 if mini else full[percent] for percent in (first, last)]
-    overrides = ["corpus=stored", "corpus.noise=false", "corpus.data=${vars.mixtures}"]
-    overrides += [f"subset=[{share[0]},{share[1]}]", f"mixtures_only={str(first > 0).lower()}"]
-    return StageConfig("shards", [], overrides)
+    chosen = "corpus=stored corpus.noise=false corpus.data=${vars.mixtures}"
+    chosen += f" subset=[{share[0]},{share[1]}] mixtures_only={str(first > 0).lower()}"
+    return StageConfig("shards", [], chosen.split())
 
 
 def trained_and_tested(runs: Iterable[str], mini: bool) -> Stages:
@@ -279,24 +276,23 @@ def trained_and_tested(runs: Iterable[str], mini: bool) -> Stages:
     stages = {}
     for run in runs:
         method, percent = run.split("_")
-        rest = f"@unlabelled_{100 - int(percent)}"
-        overrides = [f"data.train=@labelled_{percent}"]
+        data, rest = f"data.train=@labelled_{percent}", f"@unlabelled_{100 - int(percent)}"
         if method != "ctn":
-            overrides += [f"data.extra=[{{name: unlabelled, url: {rest}, weight: 1.0}}]"]
+            data += f" data.extra=[{{name:unlabelled,url:{rest},weight:1.0}}]"
         if method == "sslm":
-            overrides += ["objective.estimator.url=@ssqp_dr"]
-        stages[run] = train("ctn_subset" if method == "ctn" else method, mini, (), overrides)
+            data += " objective.estimator.url=@ssqp_dr"
+        stages[run] = train("ctn_subset" if method == "ctn" else method, mini, "", data)
         stages[run].title = f"{TABLE3[method][0]} ({percent} %)"
     return stages | {f"{run}_test": StageConfig("evaluate", [run]) for run in runs}
 
 
-def train(
-    experiment: str, mini: bool, settings: Sequence[str] = (), overrides: Sequence[str] = ()
-) -> StageConfig:
+def train(experiment: str, mini: bool, settings: str = "", data: str = "") -> StageConfig:
     """Train an experiment, at scale mini with fewer steps."""
-    small = [*MINI.get(experiment, ()), f"training.max_steps={MINI_STEPS.get(experiment, 500)}"]
-    settings = [*settings, *(small if mini else ())]
-    return StageConfig("train", [], list(overrides), "", f"dang2023/{experiment}", settings)
+    if mini:
+        steps = MINI_STEPS.get(experiment, 500)
+        settings += f" {MINI.get(experiment, '')} training.max_steps={steps}"
+    name = f"dang2023/{experiment}"
+    return StageConfig("train", [], data.split(), "", name, settings.split())
 
 
 def pipeline(

@@ -78,7 +78,7 @@ def run(cfg: PipelineConfig, console: Console) -> None:
     with connected(needed, address=address(stages)) if needed else contextlib.nullcontext():
         for number, stage in enumerate(stages, start=1):
             title = f"stage {number} of {len(stages)}: {stage.name} ({stage.kind}, "
-            title += f"seed {stage.seed}){'' if stage in to_run else ' has finished before'}"
+            title += f"seed {stage.seed})" + " has finished before" * (stage not in to_run)
             console.rule(title, align="left")
             if stage in to_run:
                 began = time.monotonic()
@@ -97,8 +97,7 @@ def run(cfg: PipelineConfig, console: Console) -> None:
 def plan(cfg: PipelineConfig) -> list[Stage]:
     """Compose every stage of every seed, in the order in which they run."""
     if not cfg.stages or not cfg.seeds:
-        todo = "choose one with experiment=..."
-        raise ConfigError(f"a pipeline has at least one stage and one seed; {todo}")
+        raise ConfigError("a pipeline has a stage and a seed; choose one with experiment=...")
     for kind in cfg.overrides:
         if kind not in RUNNERS:
             raise ConfigError(f"overrides.{kind}: kinds of stages are {', '.join(RUNNERS)}")
@@ -184,8 +183,7 @@ def with_folders(change: str, earlier: dict[str, Stage]) -> str:
 
     def folder(found: re.Match[str]) -> str:
         if found[1] not in earlier:
-            there = ", ".join(earlier)
-            raise ConfigError(f"{change}: {found[0]} is none of the earlier stages {there}")
+            raise ConfigError(f"{change}: {found[0]} is none of the earlier stages {[*earlier]}")
         return earlier[found[1]].folder
 
     return re.sub(r"(?<!\w)@(\w+)", folder, change)
@@ -229,9 +227,8 @@ def address(stages: Sequence[Stage]) -> str | None:
     """The Ray cluster of the training stages; ConfigError if they name several."""
     named = {stage.config.cluster.address for stage in stages if stage.kind == "train"}
     if len(named) > 1:
-        several = ", ".join(sorted(map(str, named)))
-        text = "the stages name several clusters, but a pipeline joins only one"
-        raise ConfigError(f"{text}: cluster.address is {several}")
+        several = f"the stages name {', '.join(sorted(map(str, named)))}"
+        raise ConfigError(f"cluster.address: a pipeline joins one cluster, but {several}")
     return next(iter(named), None)
 
 
