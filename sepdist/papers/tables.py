@@ -56,7 +56,8 @@ def number_of(stage: Stage, path: str) -> float | None:
         found = json.loads(storage.read_bytes(storage.join(stage.folder, "results.json")))
     for key in path.split("."):
         if not isinstance(found, dict) or key not in found:
-            raise ConfigError(f"cell {stage.name}:{path}: the results in {stage.folder} lack it")
+            todo = f"change the cell {stage.name}:{path}"
+            raise ConfigError(f"{stage.folder}: its results have no {path}: {todo}")
         found = found[key]
     return found
 

@@ -95,16 +95,15 @@ def test_a_record_has_the_same_bytes_in_another_process_and_after_other_records(
         "members = record.load().items();"
         "print(hashlib.sha256(b''.join(n.encode() + x.tobytes() for n, x in members)).hexdigest())"
     )
-    for number in (0, 3):
-        alone = subprocess.run(
-            [sys.executable, "-c", program],
-            input=pickle.dumps(records[number]).hex(),
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-        )
-        assert alone.stdout.strip() == after_others[number]
+    alone = subprocess.run(
+        [sys.executable, "-c", program],
+        input=pickle.dumps(records[3]).hex(),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert alone.stdout.strip() == after_others[3]
 
 
 def test_no_voice_depends_on_the_random_numbers_of_the_c_library() -> None:
