@@ -105,7 +105,9 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
     figure, upper, lower = two_axes()
     for number, (name, curves) in enumerate(runs.items()):
         if not curves.predicted:
-            raise ConfigError(f"{name}: no validation/predicted_si_snr in its log: not semi-supervised")
+            raise ConfigError(
+                f"{name}: no validation/predicted_si_snr in its log: not semi-supervised"
+            )
         colour = COLOURS[number % len(COLOURS)]
         true, predicted = (zip(*curve, strict=True) for curve in (curves.si_snr, curves.predicted))
         upper.plot(*true, "-", color=colour, label=f"{name}, true")
