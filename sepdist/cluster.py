@@ -130,8 +130,8 @@ def run_tasks(
             num_workers = max(1, room)
         if 0 < room < num_workers:
             logger.warning("num_workers=%d: this Ray runs %d of them at a time", num_workers, room)
-        options: Any = {"num_gpus": num_gpus, "max_retries": 3, "num_returns": "streaming"}
-        task = ray.remote(name=work.__name__, num_cpus=1, **options)(_run_in)
+        task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(_run_in)
+        task = task.options(name=work.__name__, num_returns="streaming")
 
         def start(count: int) -> list[Any]:
             place = os.getcwd(), named_plugins()
