@@ -105,9 +105,8 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
     figure, upper, lower = two_axes()
     for number, (name, curves) in enumerate(runs.items()):
         if not curves.predicted:
-            raise ConfigError(
-                f"{name}: no validation/predicted_si_snr in its log: not semi-supervised"
-            )
+            lacks = "no validation/predicted_si_snr in its log"
+            raise ConfigError(f"{name}: {lacks}: not a semi-supervised run")
         colour = COLOURS[number % len(COLOURS)]
         true, predicted = (zip(*curve, strict=True) for curve in (curves.si_snr, curves.predicted))
         upper.plot(*true, "-", color=colour, label=f"{name}, true")

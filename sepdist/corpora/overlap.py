@@ -93,7 +93,8 @@ class Overlap:
             wanted = share * seconds[target]
             other = next((path for path in others if seconds[path] >= wanted), None)
             if other is None:
-                raise ValueError(f"{target}: no other speaker has {wanted:.1f} s, {split} of it")
+                lacks = f"an utterance of {wanted:.1f} s, {split} of it"
+                raise ValueError(f"{target}: no other speaker has {lacks}")
             both = (target, other) if share else (target,)
             options = (levels[: len(both)], share, at_end, self.sample_rate)
             yield Mixture(
