@@ -77,8 +77,8 @@ class Overlap:
                 speakers[speaker_of(path)].append(path)
         report_left_out(root, len(paths) - len(texts), "utterances without a transcript")
         if len(speakers) < 2:
-            needs = "an overlap needs 2 speakers with a transcript (*.trans.txt)"
-            raise ValueError(f"{root / self.speech_split}: {needs}, there are {len(speakers)}")
+            has = f"{len(speakers)} speaker(s) with a transcript (*.trans.txt)"
+            raise ValueError(f"{root / self.speech_split}: {has}, an overlap needs 2")
         seconds = {path: audio.duration_seconds(path) for path in texts}
         for number in range(self.num_mixtures):
             turn, place = divmod(number, len(texts))
