@@ -181,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = make_data(folder / "data", NUM_QUICK_MIXTURES if given.quick else NUM_MIXTURES)
         losses, weights = left_alone(data, folder / "alone", given.steps, settings)
         began = time.monotonic()
-        nodes = Nodes(num_cpus=(given.workers // 2, given.workers // 2))
+        spread = {"node", "preempt"} & set(given.kinds.split(","))  # else one node will do
+        nodes = Nodes((given.workers // 2, given.workers // 2) if spread else (given.workers,))
         elastic = [f"cluster.num_workers=[1,{given.workers}]", nodes.address]
         run = Run(data, run_dir, *elastic, settings=settings, steps=given.steps)
         try:

@@ -211,9 +211,7 @@ class RecogniseConfig:
     path_arguments: ClassVar = ("model", "output")
     model: str | None = None  # a run_dir or an export folder; null = recognise the mixtures alone
     corpus: Any = MISSING  # yields mixtures with transcripts: libricss, overlap
-    conditions: list[str] = field(
-        default_factory=lambda: ["OV10", "OV20", "OV30", "OV40"]
-    )  # splits
+    conditions: list[str] = field(default_factory="OV10 OV20 OV30 OV40".split)  # splits
     recogniser: Any = MISSING
     output: str = MISSING  # folder or s3:// prefix for results.json and utterances.csv
     limit: int = 0  # only the first utterances of each condition; 0 = all
@@ -254,8 +252,8 @@ def config_dir() -> str:
 def typed(composed: DictConfig, schema: type[_T]) -> _T:
     """Return a composed config as dataclasses; ConfigError names a mandatory value left at ???."""
     if missing := missing_keys(OmegaConf.to_container(composed)):
-        todo = f"pass {missing[0]}=... on the command line"
-        raise ConfigError(f"no value given for {', '.join(missing)} ({todo})")
+        names = ", ".join(missing)
+        raise ConfigError(f"no value given for {names} (pass {missing[0]}=... on the command line)")
     try:
         result = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:

@@ -53,17 +53,12 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
         yield console
     except KeyboardInterrupt as error:
         console.print(f"stopped; {stopped}" if stopped else "stopped")
-        sys.exit(exit_status(error))
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))  # as a shell reports it
     except BrokenPipeError:
         raise
     except (OSError, ValueError, also) as error:
         console.print(f"error: {printable(str(error))}")
         sys.exit(1)
-
-
-def exit_status(error: KeyboardInterrupt) -> int:
-    """Return the status of a program that a signal ended, as a shell reports it."""
-    return 128 + getattr(error, "number", signal.SIGINT)
 
 
 @contextmanager

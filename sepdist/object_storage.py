@@ -61,9 +61,8 @@ def _timeout_seconds() -> float:
 
 def endpoint() -> str:
     """Return the endpoint as messages show it, without user:password@; StorageError if no url."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    name = next((one for one in names if os.environ.get(one)), None)
-    if name is None:
+    name = "AWS_ENDPOINT_URL_S3" if os.environ.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL"
+    if not os.environ.get(name):
         return "AWS's own endpoint (AWS_ENDPOINT_URL is not set)"
     scheme, separator, rest = os.environ[name].rpartition("://")
     rest = rest.rpartition("@")[2].partition("?")[0]
@@ -205,8 +204,8 @@ def explain(url: str, action: str, error: BaseException, tried: str) -> Exceptio
     elif status in (401, 403, 407) or code in _TOKEN:
         what = _refusal(code, status, headers)
     elif status:
-        busy = "the service is busy or failing, try again later"
-        todo = busy if is_transient(error) else "check the url"
+        busy = is_transient(error)
+        todo = "the service is busy or failing, try again later" if busy else "check the url"
         what = f"answered {status} {code}{tried}; {todo}"
     else:
         text = next(v for k, v in _WITHOUT_ANSWER.items() if re.search(k, type(error).__name__))

@@ -8,7 +8,7 @@ entry point in the group `sepdist.plugins`. A frozen config or a model cannot na
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -69,13 +69,9 @@ def use_plugins(names: Sequence[str]) -> None:
         if not all(part.isidentifier() for part in str(name).split(".")):
             raise ConfigError(f"plugins: {name!r} is not the name of a Python package")
         try:
-            try:
-                importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name != name.partition(".")[0] or os.getcwd() in sys.path:
-                    raise
+            if not importlib.util.find_spec(name.partition(".")[0]) and os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())
-                importlib.import_module(name)
+            importlib.import_module(name)
         except ImportError as error:
             todo = "install it, or start in the folder that holds it, on every machine of the run"
             raise ConfigError(f"plugins: {name} cannot be imported ({error}); {todo}") from error

@@ -91,8 +91,7 @@ def is_remote(url: str | Path) -> bool:
     """Whether `url` is in object storage; ValueError unless it is s3:// or a plain path."""
     scheme, separator, _ = str(url).partition("://")
     if separator and scheme != "s3":
-        given = f"{url}: {scheme}:// is not supported"
-        raise ValueError(f"{given}; give a local path or s3://bucket/prefix")
+        raise ValueError(f"{url}: {scheme}:// is not supported; give a path or s3://bucket/prefix")
     return bool(separator)
 
 
@@ -130,12 +129,9 @@ def size(url: str | Path) -> int:
 def list_names(url: str | Path) -> list[str]:
     """List the names directly below a folder, sorted, folders without a slash; [] if none."""
     if not is_remote(url):
-        with _local(url, "list"):
-            try:
-                names = os.listdir(_path(url))
-            except (FileNotFoundError, NotADirectoryError):
-                names = []
-            return sorted(name for name in names if not name.endswith(TEMP_SUFFIX))
+        with _local(url, "list"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(one for one in os.listdir(_path(url)) if not one.endswith(TEMP_SUFFIX))
+        return []
     found, more = set[str](), dict[str, str]()
     while True:
         keys, token = _list_page(url, Delimiter="/", **more)
@@ -180,10 +176,9 @@ def _put(
 ) -> None:
     """Write `length` bytes from `block(start, stop)` atomically."""
     if is_remote(url):
-        _put_object(url, length, block, create_only)
-    else:
-        starts = range(0, length, 2**20)
-        _put_local(url, lambda: (block(at, at + 2**20) for at in starts), create_only)
+        return _put_object(url, length, block, create_only)
+    starts = range(0, length, 2**20)
+    return _put_local(url, lambda: (block(at, at + 2**20) for at in starts), create_only)
 
 
 def remove(url: str | Path) -> None:
@@ -366,8 +361,8 @@ def _delete_objects(url: str | Path, bucket: str, keys: list[str]) -> None:
     refused = _call(url, "remove", "delete_objects", Bucket=bucket, Delete=batch).get("Errors", [])
     if refused:
         codes = ", ".join(sorted({str(one.get("Code")) for one in refused}))
-        what = f"{s3.endpoint()} refused {len(refused)} objects ({codes})"
-        raise StorageError(f"cannot remove {url}: {what}; check {s3.RIGHTS}")
+        what = f"cannot remove {url}: {s3.endpoint()} refused {len(refused)} objects ({codes})"
+        raise StorageError(f"{what}; check {s3.RIGHTS}")
 
 
 def _blocks(url: str | Path) -> Iterator[bytes]:

@@ -93,7 +93,7 @@ def test_the_whole_road_on_object_storage_ends_with_the_bits_of_one_process_on_d
     assert final_hash(finetuned) == final_hash(tmp_path / "alone")
 
     place = f"s3://{bucket}/evaluation"
-    scored = [f"model={finetuned}", f"data={data['dev']}", f"output={place}", "num_workers=2"]
+    scored = [f"model={finetuned}", f"data={data['dev']}", f"output={place}", "num_workers=0"]
     program("-m", "sepdist", "evaluate", *scored, f"cache_dir={cache}")
     results = json.loads(storage.read_bytes(f"{place}/results.json"))
     assert "si_snri" in json.dumps(results) and "sdri" in json.dumps(results)

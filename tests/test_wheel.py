@@ -25,6 +25,17 @@ pytestmark = pytest.mark.xdist_group("wheel")  # one process builds, installs an
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SHORT = [*TINY, "init.weights=null", "init.reinit=[]", "training.max_steps=2"]
 SHORT += ["validation.every_steps=2", "cluster.num_workers=1"]
+# Several commands in one process, which spares the imports of all but the first.
+COMMANDS = """\
+import json, sys
+from sepdist.cli import main
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["sepdist", *command]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, command
+"""
 FOUR_LINES = """\
 import sepdist, soundfile
 wave, rate = soundfile.read("Gespräch zu zweit.wav")
@@ -124,6 +135,10 @@ class Stranger:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout
 
+    def sepdist(self, *commands: list[str]) -> str:
+        """Run `sepdist` with each of these lists of words, one after the other."""
+        return self.run("python", "-c", COMMANDS, json.dumps(commands))
+
 
 @pytest.fixture(scope="module")
 def stranger(wheel, tmp_path_factory: pytest.TempPathFactory) -> Stranger:
@@ -148,20 +163,22 @@ def stranger(wheel, tmp_path_factory: pytest.TempPathFactory) -> Stranger:
 def test_the_command_works_far_from_the_source_tree(stranger) -> None:
     listed = stranger.run("sepdist", "--help")
     assert "shard" in listed and "separate" in listed
-    code = "import sepdist, sys; print(sepdist.__file__, *sys.path, sep='\\n')"
-    first, *path = stranger.run("python", "-c", code).splitlines()
+    code = (
+        "import sys, sepdist.config as c; print(c.__file__, c.config_dir(), *sys.path, sep='\\n')"
+    )
+    first, configs, *path = stranger.run("python", "-c", code).splitlines()
     assert Path(first).is_relative_to(stranger.programs.parent)
     assert str(ROOT) not in path
-    code = "import sepdist.config as c; print(c.config_dir())"
-    assert Path(stranger.run("python", "-c", code).strip()) == Path(first).parent / "configs"
+    assert Path(configs) == Path(first).parent / "configs"
 
 
 @pytest.fixture(scope="module")
 def trained(stranger) -> Stranger:
     """The stranger with two data sets and a run in `~`, and a recording in their folder."""
-    for split, number in (("train", 6), ("dev", 2)):
-        words = [f"corpus.num_{split}={number}", f"split={split}", "samples_per_shard=4"]
-        stranger.run("sepdist", "shard", "write", "corpus=demo", *words, f"output=~/Töne/{split}")
+    demo = ["shard", "write", "corpus=demo", "corpus.num_train=6", "corpus.num_dev=2"]
+    demo.append("samples_per_shard=4")
+    splits = [["split=train", "output=~/Töne/train"], ["split=dev", "output=~/Töne/dev"]]
+    stranger.sepdist(*([*demo, *words] for words in splits))
     data = ["data.train=~/Töne/train", "data.validation=~/Töne/dev"]
     run_dir = "run_dir=~/Läufe a/erster"
     stranger.run("sepdist", "train", "experiment=demo/finetune", *data, run_dir, *SHORT)
@@ -174,14 +191,16 @@ def trained(stranger) -> Stranger:
 @pytest.mark.seconds(60)
 def test_a_stranger_makes_data_trains_evaluates_and_separates(trained) -> None:
     """Blanks, letters beyond ASCII and `~` are in the paths of every step."""
-    verified = trained.run("sepdist", "shard", "verify", "output=~/Töne/train")
-    assert "intact: 2 shards, 6 samples" in verified
-    described = trained.run("sepdist", "shard", "info", "output=~/Töne/dev")
-    assert "2 (s1 + s2 + noise, 8000 Hz)" in described
-    audited = trained.run("sepdist", "audit", "run_dir=~/Läufe a/erster")
-    assert "0 lost, 0 repeated" in audited
     words = ["model=~/Läufe a/erster", "data=~/Töne/dev", "output=Ergebnisse (2)", "num_workers=0"]
-    trained.run("sepdist", "evaluate", *words)
+    shown = trained.sepdist(
+        ["shard", "verify", "output=~/Töne/train"],
+        ["shard", "info", "output=~/Töne/dev"],
+        ["audit", "run_dir=~/Läufe a/erster"],
+        ["evaluate", *words],
+    )
+    assert "intact: 2 shards, 6 samples" in shown
+    assert "2 (s1 + s2 + noise, 8000 Hz)" in shown
+    assert "0 lost, 0 repeated" in shown
     results = json.loads((trained.folder / "Ergebnisse (2)" / "results.json").read_text())
     assert np.isfinite(results["metrics_db"]["si_snri"]["mean"])
     words = ["--model", "~/Läufe a/erster", "--output", "~/Stimmen", "Gespräch zu zweit.wav"]

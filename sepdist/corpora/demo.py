@@ -52,24 +52,7 @@ class Voice(NamedTuple):
 
 
 _DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
-
-
-def _with_siblings(voices: tuple[Voice, ...]) -> tuple[Voice, ...]:
-    """Add two siblings (other pitch, accent, rate) to each voice whose variant is used once."""
-    variants = [voice.variant for voice in voices]
-    accents = sorted({voice.accent for voice in voices})
-    family = list(voices)
-    for voice in voices:
-        for shift, steps in ((27, 1), (54, 3)) if variants.count(voice.variant) == 1 else ():
-            accent = accents[(accents.index(voice.accent) + steps) % len(accents)]
-            pitch, rate = 10 + (voice.pitch - 10 + shift) % 80, voice.rate - shift // 4
-            family.append(voice._replace(accent=accent, pitch=pitch, rate=rate))
-    return tuple(family)
-
-
-# A network trained on 24 voices learns those 24; more are needed for voices outside of training.
 VOICES = {split: tuple(Voice(*row) for row in rows) for split, rows in _DATA["voices"].items()}
-VOICES["train"] = _with_siblings(VOICES["train"])
 
 
 @dataclass

@@ -65,8 +65,7 @@ class Overlap:
         """Yield the mixtures of an overlap, always the same ones in the same order."""
         found = re.fullmatch(r"OV(\d{1,3})", split)
         if found is None or int(found[1]) > 100:
-            needs = "OV0 to OV100, the overlap in percent"
-            raise ValueError(f"corpus overlap: split {split!r} must be {needs}")
+            raise ValueError(f"corpus overlap: split {split!r} must be OV0 to OV100 (percent)")
         share = int(found[1]) / 100
         root = Path(self.root).expanduser()
         read, texts = cache(transcripts), dict[Path, str]()
@@ -86,7 +85,7 @@ class Overlap:
             order = rng(self.seed, "overlap targets", self.speech_split, turn)
             target = list(texts)[order.permutation(len(texts))[place]]
             draw = rng(self.seed, "overlap mixture", self.speech_split, number)
-            levels = (float(draw.uniform(*SPEECH_LUFS)), float(draw.uniform(*SPEECH_LUFS)))
+            levels = tuple(draw.uniform(*SPEECH_LUFS, size=2).tolist())
             at_end = bool(draw.integers(2))
             names = [name for name in sorted(speakers) if name != speaker_of(target)]
             drawn = [speakers[names[i]] for i in draw.permutation(len(names))]

@@ -5,10 +5,14 @@
 Each function listed in PIPELINES returns the stages and tables of one pipeline. They share the name
 `dang2023`, so with one output a stage that one of them has finished is not run again by another. In
 overrides, @stage means the folder of a stage. `mini` is the scale of two CPU cores: fewer SI-SNR
-estimators, all with the encoder that vars.ssqp and vars.pretrained choose.
+estimators, all with the encoder that vars.ssqp and vars.pretrained choose. The paper's numbers and
+settings are in dang2023.yaml.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
 
 from sepdist.papers.schema import PipelineConfig, RowConfig, StageConfig, TableConfig
 
@@ -16,65 +20,22 @@ Stages = dict[str, StageConfig]
 Numbers = Sequence[float | None]
 
 SEPARATORS = ("sf", "dr", "ctn")  # SepFormer, DPRNN, Conv-TasNet
-ENCODERS = {
-    "wav2vec2": "facebook/wav2vec2-base",
-    "hubert": "facebook/hubert-base-ls960",
-    "wavlm": "microsoft/wavlm-base",
-}
+ESTIMATORS = {"realm": "CNN [11]", "ssqp": "SSQP-Net"}
 SI_SNRI = "metrics_db.si_snri.mean"
-MINI_STEPS = {"sf": 375, "ssqp": 375}  # the others: 500
-MINI = {
-    # 500 steps x 16 / 150: f(t) rises to 0.5 in the end, as in the paper's 150 epochs.
-    "sslm": ["objective.epoch_samples=53", "validation.max_seconds=4.0"],
-    "ssqp": ["data.micro_batch=2", "validation.max_seconds=4.0", "optim.lr=0.0002"],
-}
-
-VARS = {
-    "estimator_data": "${data_root}/libri2mix/train-100",  # on its estimates estimators train
-    "estimator_subset": [0.0, 1.0],  # of it
-    "dev": "${data_root}/libri2mix/dev",
-    "test": "${data_root}/libri2mix/test",
-    "mixtures": "${data_root}/libri2mix/train-360",  # for SSLM-SS
-    "device": "cuda",  # of the separators that write estimates
-    "gpus": 1,
-    "ssqp": "ssqp_wav2vec2",  # encoder: a model, its `pretrained`, layers (null: all), otfp or otfs
-    "pretrained": ENCODERS["wav2vec2"],
-    "num_layers": "null",
-    "mode": "otfp",
-}
-VARS_MINI = VARS | {
-    **{name: "${data_root}/sep-train" for name in ("estimator_data", "mixtures")},
-    **{name: f"${{data_root}}/{name}" for name in ("dev", "test")},
-    **{"estimator_subset": [0.0, 0.3], "device": "cpu", "gpus": 0, "pretrained": "null"},
-}
+PAPER = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 
 def figure3(mini: bool) -> PipelineConfig:
     """Three separators, their estimates of train-100, dev and test, and the SI-SNR of these."""
     stages = separators(SEPARATORS, mini)
-    training_sets = [f"{name}_train" for name in SEPARATORS]
-    stages["figure3"] = figure("Training sets", training_sets, "histogram")
+    uses = [f"{name}_train" for name in SEPARATORS]
+    stages["figure3"] = figure("Training sets", uses, "histogram")
     return pipeline("figure3", "Figure 3, SI-SNR of the separators' estimates", stages, [], mini)
-
-
-TABLE1: dict[str, Numbers] = {  # LCC on the estimates of SF, DR and CTN
-    "realm_sf": [0.80, 0.80, 0.81],
-    "ssqp_sf_wav2vec2": [0.87, 0.89, 0.85],
-    "ssqp_sf_hubert": [0.85, 0.86, 0.82],
-    "ssqp_sf_wavlm": [0.87, 0.90, 0.86],
-    "ssqp_dr_wav2vec2": [0.86, 0.90, 0.87],
-    "ssqp_dr_hubert": [0.84, 0.89, 0.84],
-    "ssqp_dr_wavlm": [0.86, 0.90, 0.87],
-    "ssqp_ctn_wav2vec2": [0.85, 0.89, 0.88],
-    "ssqp_ctn_hubert": [0.84, 0.89, 0.89],
-    "ssqp_ctn_wavlm": [0.86, 0.90, 0.89],
-}
-TABLE1_MINI: dict[str, Numbers] = {"realm_dr": (), "ssqp_dr": (), "realm_ctn": (), "ssqp_ctn": ()}
 
 
 def table1(mini: bool) -> PipelineConfig:
     """Correlation of predicted and true SI-SNR, by encoder and by the separators' estimates."""
-    stages, rows, titles = figure3(mini).stages, TABLE1_MINI if mini else TABLE1, {}
+    stages, rows, titles = figure3(mini).stages, PAPER["table1_mini" if mini else "table1"], {}
     for name in rows:
         stages |= scored(name, estimator(name, mini))
         kind, separator, *encoder = name.split("_")
@@ -86,20 +47,9 @@ def table1(mini: bool) -> PipelineConfig:
     return pipeline("table1", title, stages, tables, mini)
 
 
-TABLE2: dict[str, Numbers] = {  # MAE in dB on the estimates of SF, DR and CTN
-    "ssqp_sf_wav2vec2": [1.39, 2.02, 1.77],
-    "ssqp_dr_wav2vec2": [1.28, 1.39, 1.33],
-    "ssqp_ctn_wav2vec2": [1.59, 1.28, 1.20],
-    "ssqp_sf_wav2vec2_otfs": [1.30, 2.00, 1.57],
-    "ssqp_dr_wav2vec2_otfs": [1.36, 1.31, 1.29],
-    "ssqp_ctn_wav2vec2_otfs": [1.49, 1.62, 1.20],
-}
-TABLE2_MINI: dict[str, Numbers] = {"ssqp_dr": (), "ssqp_dr_otfs": ()}
-
-
 def table2(mini: bool) -> PipelineConfig:
     """Error of SSQP-Net, all estimates of a mixture at once (OTFP) or each alone (OTFS)."""
-    stages, rows, titles = figure3(mini).stages, TABLE2_MINI if mini else TABLE2, {}
+    stages, rows, titles = figure3(mini).stages, PAPER["table2_mini" if mini else "table2"], {}
     for name in rows:
         mode = "otfs" if name.endswith("_otfs") else "otfp"
         stages |= scored(name, estimator(name.removesuffix("_otfs"), mini, mode))
@@ -138,13 +88,6 @@ def chain(mini: bool) -> PipelineConfig:
     return pipeline("chain", "From separators to SSLM-SS", stages, tables, mini)
 
 
-TABLE3: dict[str, tuple[str, Numbers]] = {  # SI-SNRi in dB with 10, 50 and 100 % labelled
-    "ctn": ("CTN", [8.8, 11.6, 13.0]),
-    "mixit": ("MixIT", [11.5, 11.8, None]),
-    "sslm": ("SSLM-SS", [11.7, 12.9, None]),
-}
-
-
 def table3(mini: bool) -> PipelineConfig:
     """CTN, MixIT and SSLM-SS with 10, 50 and 100 % labelled; begins with the chain."""
     stages = chain(mini).stages
@@ -155,21 +98,12 @@ def table3(mini: bool) -> PipelineConfig:
     stages["curves"] = figure("Table 3", runs)
     stages["gap"] = figure("Predicted and true SI-SNR", ["sslm_50", "sslm_10"], "gap")
     rows = []
-    for method, (title, paper) in TABLE3.items():
+    for method, row in PAPER["table3"].items():
         tests = [f"{method}_{percent}_test" for percent in (10, 50, 100)]
         cells = [f"{test}:{SI_SNRI}" if test in stages else "-" for test in tests]
-        rows.append(RowConfig(title, cells, list(paper)))
+        rows.append(RowConfig(row["title"], cells, row["paper"]))
     tables = [TableConfig("Table 3, SI-SNRi in dB", ["10 %", "50 %", "100 %"], rows)]
     return pipeline("table3", "Table 3, SI-SNRi with less labelled data", stages, tables, mini)
-
-
-TABLE4 = {  # WER in % with 10, 20, 30 and 40 % overlap
-    "ctn_100": [9.4, 12.5, 18.1, 21.3],
-    "ctn_50": [11.3, 14.9, 20.4, 25.0],
-    "sslm_50": [11.2, 14.5, 20.1, 23.2],
-    "ctn_10": [12.7, 16.8, 24.1, 28.5],
-    "sslm_10": [12.1, 15.6, 21.1, 25.7],
-}
 
 
 def table4(mini: bool) -> PipelineConfig:
@@ -178,58 +112,53 @@ def table4(mini: bool) -> PipelineConfig:
     At scale mini: Whisper on mixtures of vars.speech, a tree of LibriSpeech's shape.
     """
     stages = table3(mini).stages
-    stages |= {f"{name}_wer": StageConfig("recognise", [name]) for name in TABLE4}
+    stages |= {f"{name}_wer": StageConfig("recognise", [name]) for name in PAPER["table4"]}
 
     def cells(name: str, what: str) -> list[str]:
         return [f"{name}_wer:wer.OV{share}.{what}" for share in (10, 20, 30, 40)]
 
     rows = [RowConfig("Mixture", cells("ctn_100", "mixture"), [9.2, 15.3, 24.4, 32.5])]
-    rows += [RowConfig(stages[one].title, cells(one, "separated"), TABLE4[one]) for one in TABLE4]
+    for name, paper in PAPER["table4"].items():
+        rows.append(RowConfig(stages[name].title, cells(name, "separated"), paper))
     tables = [TableConfig("Table 4, WER in %", ["10", "20", "30", "40"], rows, digits=1)]
     cfg = pipeline("table4", "Table 4, word error rates on LibriCSS", stages, tables, mini)
+    cfg.vars |= {"recogniser": "whisper-base" if mini else "facebook/wav2vec2-base-960h"}
+    cfg.vars |= {"speech": "speech"} if mini else {"libricss": "libricss/for_release"}
+    chosen = "corpus=libricss corpus.root=${vars.libricss}"
     if mini:
-        cfg.vars |= {"speech": "speech", "recogniser": "whisper-base"}
-        corpus = ["corpus=overlap", "corpus.root=${vars.speech}", "corpus.num_mixtures=30"]
-        chosen = [*corpus, "recogniser=faster_whisper"]
-    else:
-        recogniser = "facebook/wav2vec2-base-960h"
-        cfg.vars |= {"libricss": "libricss/for_release", "recogniser": recogniser}
-        chosen = ["corpus=libricss", "corpus.root=${vars.libricss}"]
-    chosen.append("recogniser.folder=${vars.recogniser}")
-    cfg.overrides["recognise"] = [*cfg.overrides["evaluate"], *chosen]
+        chosen = "corpus=overlap corpus.root=${vars.speech} corpus.num_mixtures=30"
+        chosen += " recogniser=faster_whisper"
+    chosen += " recogniser.folder=${vars.recogniser}"
+    cfg.overrides["recognise"] = [*cfg.overrides["evaluate"], *chosen.split()]
     return cfg
 
 
 def separators(names: Iterable[str], mini: bool) -> Stages:
     """Separators, and data sets with their estimates of the train, dev and test mixtures."""
-    data = {"train": ["corpus.data=${vars.estimator_data}", "subset=${vars.estimator_subset}"]}
-    data |= {"dev": ["corpus.data=${vars.dev}"], "test": ["corpus.data=${vars.test}"]}
-    device = ["corpus.device=${vars.device}", "gpus_per_worker=${vars.gpus}"]
+    data = {"train": "corpus.data=${vars.estimator_data} subset=${vars.estimator_subset}"}
+    data |= {"dev": "corpus.data=${vars.dev}", "test": "corpus.data=${vars.test}"}
+    device = "corpus.device=${vars.device} gpus_per_worker=${vars.gpus}"
     stages = {name: train(name, mini) for name in names}
     for name in names:
-        chosen = ["corpus=separated", "corpus.noise=false", f"corpus.model=@{name}", *device]
         for split, source in data.items():
-            overrides = [*chosen, *source]
-            stages[f"{name}_{split}"] = StageConfig("shards", [], overrides, name.upper())
+            chosen = f"corpus=separated corpus.noise=false corpus.model=@{name} {device} {source}"
+            stages[f"{name}_{split}"] = StageConfig("shards", [], chosen.split(), name.upper())
     return stages
-
-
-ESTIMATORS = {"realm": "CNN [11]", "ssqp": "SSQP-Net"}
 
 
 def estimator(name: str, mini: bool, mode: str = "${vars.mode}") -> StageConfig:
     """Train an SI-SNR estimator, realm_SEPARATOR or ssqp_SEPARATOR[_ENCODER], on estimates."""
     kind, separator, *encoder = name.split("_")
     if kind == "realm":  # of REAL-M (Subakan et al. 2022), on SI-SNR clipped to 0 to 10 dB
-        settings = ["model=sisnr_cnn", "objective.limits=[0.0,10.0]"]
-        settings += [] if mini else ["schedule.warmup_steps=0", "schedule.patience=2"]
+        settings = "model=sisnr_cnn objective.limits=[0.0,10.0]"
+        settings += "" if mini else " schedule.warmup_steps=0 schedule.patience=2"
     elif encoder:
-        settings = ["model=ssqp_wav2vec2", f"model.pretrained={ENCODERS[encoder[0]]}"]
-        settings += [f"model.encoder.model_type={encoder[0]}"]
+        settings = f"model=ssqp_wav2vec2 model.pretrained={PAPER['encoders'][encoder[0]]}"
+        settings += f" model.encoder.model_type={encoder[0]}"
     else:
-        settings = ["model=${vars.ssqp}", "model.pretrained=${vars.pretrained}"]
-        settings += ["model.num_layers=${vars.num_layers}"]
-    data = [f"data.train=@{separator}_train", f"data.validation=@{separator}_dev"]
+        settings = "model=${vars.ssqp} model.pretrained=${vars.pretrained}"
+        settings += " model.num_layers=${vars.num_layers}"
+    data = f"data.train=@{separator}_train data.validation=@{separator}_dev"
     stage = train("ssqp", mini, settings, data)
     if kind == "realm":  # 250, or 200 epochs of 13900 / 8 = 1738
         stage.settings.append(f"training.max_steps={250 if mini else 347600}")
@@ -263,15 +192,11 @@ def figure(title: str, uses: list[str], kind: str = "figure2") -> StageConfig:
 
 
 def subset(first: int, last: int, mini: bool) -> StageConfig:
-    """A data set of the mixtures between two percentages; those from 0 up are labelled.
-
-    At full scale 100 % are 13900 of the 50800 mixtures of train-360.
-    """
-    full = {0: 0.0, 10: 0.02736, 50: 0.13681, 100: 0.27362}
-    share = [percent / 100 if mini else full[percent] for percent in (first, last)]
-    overrides = ["corpus=stored", "corpus.noise=false", "corpus.data=${vars.mixtures}"]
-    overrides += [f"subset=[{share[0]},{share[1]}]", f"mixtures_only={str(first > 0).lower()}"]
-    return StageConfig("shards", [], overrides)
+    """A data set of the mixtures between two percentages; those from 0 up are labelled."""
+    share = [one / 100 if mini else PAPER["labelled"][one] for one in (first, last)]
+    chosen = "corpus=stored corpus.noise=false corpus.data=${vars.mixtures}"
+    chosen += f" subset=[{share[0]},{share[1]}] mixtures_only={str(first > 0).lower()}"
+    return StageConfig("shards", [], chosen.split())
 
 
 def trained_and_tested(runs: Iterable[str], mini: bool) -> Stages:
@@ -279,24 +204,23 @@ def trained_and_tested(runs: Iterable[str], mini: bool) -> Stages:
     stages = {}
     for run in runs:
         method, percent = run.split("_")
-        rest = f"@unlabelled_{100 - int(percent)}"
-        overrides = [f"data.train=@labelled_{percent}"]
+        data, rest = f"data.train=@labelled_{percent}", f"@unlabelled_{100 - int(percent)}"
         if method != "ctn":
-            overrides += [f"data.extra=[{{name: unlabelled, url: {rest}, weight: 1.0}}]"]
+            data += f" data.extra=[{{name:unlabelled,url:{rest},weight:1.0}}]"
         if method == "sslm":
-            overrides += ["objective.estimator.url=@ssqp_dr"]
-        stages[run] = train("ctn_subset" if method == "ctn" else method, mini, (), overrides)
-        stages[run].title = f"{TABLE3[method][0]} ({percent} %)"
+            data += " objective.estimator.url=@ssqp_dr"
+        stages[run] = train("ctn_subset" if method == "ctn" else method, mini, "", data)
+        stages[run].title = f"{PAPER['table3'][method]['title']} ({percent} %)"
     return stages | {f"{run}_test": StageConfig("evaluate", [run]) for run in runs}
 
 
-def train(
-    experiment: str, mini: bool, settings: Sequence[str] = (), overrides: Sequence[str] = ()
-) -> StageConfig:
+def train(experiment: str, mini: bool, settings: str = "", data: str = "") -> StageConfig:
     """Train an experiment, at scale mini with fewer steps."""
-    small = [*MINI.get(experiment, ()), f"training.max_steps={MINI_STEPS.get(experiment, 500)}"]
-    settings = [*settings, *(small if mini else ())]
-    return StageConfig("train", [], list(overrides), "", f"dang2023/{experiment}", settings)
+    if mini:
+        steps = PAPER["mini_steps"].get(experiment, 500)
+        settings += f" {PAPER['mini'].get(experiment, '')} training.max_steps={steps}"
+    name = f"dang2023/{experiment}"
+    return StageConfig("train", [], data.split(), "", name, settings.split())
 
 
 def pipeline(
@@ -309,7 +233,7 @@ def pipeline(
         name="dang2023-mini" if mini else "dang2023",
         title=title,
         test_data="${vars.test}",
-        vars=dict(VARS_MINI if mini else VARS),
+        vars=PAPER["vars"] | (PAPER["vars_mini"] if mini else {}),
         results=results,
         stages=stages,
         overrides={"shards": shards, "evaluate": workers, "estimate": workers},

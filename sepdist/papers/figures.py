@@ -44,20 +44,18 @@ def read_curves(run_dir: str) -> Curves:
 
     si_snr = curve("validation/si_snr")
     if not si_snr:
-        lacks = "its metrics.jsonl has no validation/si_snr"
-        raise ConfigError(f"{run_dir}: {lacks}; there is nothing to draw")
+        raise ConfigError(f"{run_dir}: its metrics.jsonl has no validation/si_snr to draw")
     known = [row for row in rows if "switching/rate" in row]
     switches = [(row["switching/epoch"] + 1, 100 * row["switching/rate"]) for row in known]
-    predicted, weight = map(curve, ("validation/predicted_si_snr", "train/unsupervised_weight"))
-    return Curves(si_snr, switches, predicted, weight)
+    predicted = curve("validation/predicted_si_snr")
+    return Curves(si_snr, switches, predicted, curve("train/unsupervised_weight"))
 
 
 def read_si_snr(data: str) -> np.ndarray:
     """Read the true SI-SNR in dB of every estimate of a data set; ConfigError if it has none."""
     found = [value for one in all_metadata(data) for value in one.get("si_snr", ())]
     if not found:
-        todo = "write it with corpus=separated"
-        raise ConfigError(f"{data}: has no estimates of known SI-SNR; {todo}")
+        raise ConfigError(f"{data}: no estimates of known SI-SNR; write it with corpus=separated")
     return np.array(found)
 
 

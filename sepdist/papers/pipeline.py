@@ -13,7 +13,6 @@ composed before the first one runs, so that a mistake in the last one is found a
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -78,7 +77,7 @@ def run(cfg: PipelineConfig, console: Console) -> None:
     with connected(needed, address=address(stages)) if needed else contextlib.nullcontext():
         for number, stage in enumerate(stages, start=1):
             title = f"stage {number} of {len(stages)}: {stage.name} ({stage.kind}, "
-            title += f"seed {stage.seed}){'' if stage in to_run else ' has finished before'}"
+            title += f"seed {stage.seed})" + " has finished before" * (stage not in to_run)
             console.rule(title, align="left")
             if stage in to_run:
                 began = time.monotonic()
@@ -97,8 +96,7 @@ def run(cfg: PipelineConfig, console: Console) -> None:
 def plan(cfg: PipelineConfig) -> list[Stage]:
     """Compose every stage of every seed, in the order in which they run."""
     if not cfg.stages or not cfg.seeds:
-        todo = "choose one with experiment=..."
-        raise ConfigError(f"a pipeline has at least one stage and one seed; {todo}")
+        raise ConfigError("a pipeline has a stage and a seed; choose one with experiment=...")
     for kind in cfg.overrides:
         if kind not in RUNNERS:
             raise ConfigError(f"overrides.{kind}: kinds of stages are {', '.join(RUNNERS)}")
@@ -184,8 +182,7 @@ def with_folders(change: str, earlier: dict[str, Stage]) -> str:
 
     def folder(found: re.Match[str]) -> str:
         if found[1] not in earlier:
-            there = ", ".join(earlier)
-            raise ConfigError(f"{change}: {found[0]} is none of the earlier stages {there}")
+            raise ConfigError(f"{change}: {found[0]} is none of the earlier stages {[*earlier]}")
         return earlier[found[1]].folder
 
     return re.sub(r"(?<!\w)@(\w+)", folder, change)
@@ -229,9 +226,8 @@ def address(stages: Sequence[Stage]) -> str | None:
     """The Ray cluster of the training stages; ConfigError if they name several."""
     named = {stage.config.cluster.address for stage in stages if stage.kind == "train"}
     if len(named) > 1:
-        several = ", ".join(sorted(map(str, named)))
-        text = "the stages name several clusters, but a pipeline joins only one"
-        raise ConfigError(f"{text}: cluster.address is {several}")
+        several = f"the stages name {', '.join(sorted(map(str, named)))}"
+        raise ConfigError(f"cluster.address: a pipeline joins one cluster, but {several}")
     return next(iter(named), None)
 
 
@@ -256,8 +252,6 @@ def is_done(stage: Stage) -> bool:
 
 def mark_done(stage: Stage, seconds: float) -> None:
     """Write the marker of a stage; it comes after all other files of the stage."""
-    values = dataclasses.asdict(stage.config)
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     marker = {"stage": stage.name, "kind": stage.kind, "seed": stage.seed}
-    marker |= {"seconds": round(seconds, 1), "sha256": digest, "config": values}
+    marker |= {"seconds": round(seconds, 1), "config": dataclasses.asdict(stage.config)}
     storage.put_bytes(storage.join(stage.folder, MARKER), to_json(marker, indent=1).encode())

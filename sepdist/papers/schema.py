@@ -20,11 +20,6 @@ class StageConfig:
     settings: list[str] = field(default_factory=list)  # train: key=value that adapt the experiment
 
 
-def key_values(text: str) -> list[str]:
-    """Split settings as a command line has them."""
-    return text.split()
-
-
 @dataclass
 class RowConfig:
     """One row of a table."""

@@ -15,7 +15,7 @@ NO_CELL = "-"
 
 
 def read_marker(stage: Stage) -> dict[str, Any]:
-    """The marker of a finished stage: its whole config, that config's sha256, seconds taken."""
+    """The marker of a finished stage: its whole config and the seconds that it took."""
     return json.loads(storage.read_bytes(storage.join(stage.folder, MARKER)))
 
 

@@ -16,14 +16,12 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
     """Return feeds, `data.train`'s first, and the validation set; ConfigError if they misfit."""
     data = cfg.data
     if data.interleave not in INTERLEAVES:
-        names = ", ".join(INTERLEAVES)
-        raise ConfigError(f"data.interleave={data.interleave!r}: it is one of {names}")
+        raise ConfigError(f"data.interleave={data.interleave!r}: one of {', '.join(INTERLEAVES)}")
     feeds = {MAIN: _open_main(cfg)}
     for one in data.extra:
         if one.name in feeds:
-            raise ConfigError(
-                f"data.extra: two data sets are named {one.name!r} ({MAIN!r} is that of data.train)"
-            )
+            named = f"two data sets are named {one.name!r}"
+            raise ConfigError(f"data.extra: {named} ({MAIN!r} is that of data.train)")
         seed = seeding.derive(cfg.seed, "data set", one.name)
         dataset = _open(cfg, one.url, one.num_sources, one.noise)
         feeds[one.name] = Crops(dataset, seed=seed, crop_seconds=data.crop_seconds)
@@ -47,19 +45,12 @@ def _open_main(cfg: TrainConfig) -> Feed:
 
 
 def _open(cfg: TrainConfig, url: str, num_sources: int, noise: bool) -> Dataset:
-    dataset = Dataset(
-        url,
-        num_sources=num_sources,
-        noise=noise,
-        cache_dir=cfg.data.cache_dir,
-        cache_gigabytes=cfg.data.cache_gigabytes,
-    )
-    rate = dataset.manifest.sample_rate
-    if rate != cfg.sample_rate:
-        raise ConfigError(
-            f"{url} has {rate} Hz, sample_rate={cfg.sample_rate}: shard it again at "
-            f"{cfg.sample_rate} Hz, or set sample_rate"
-        )
+    cache: Any = {"cache_dir": cfg.data.cache_dir, "cache_gigabytes": cfg.data.cache_gigabytes}
+    dataset = Dataset(url, num_sources=num_sources, noise=noise, **cache)
+    wanted, rate = cfg.sample_rate, dataset.manifest.sample_rate
+    if rate != wanted:
+        todo = f"shard it again at {wanted} Hz, or set sample_rate"
+        raise ConfigError(f"{url} has {rate} Hz, sample_rate={wanted}: {todo}")
     return dataset
 
 

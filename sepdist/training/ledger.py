@@ -107,9 +107,8 @@ def read_history(run_dir: str, newest: SegmentRef | None) -> Iterator[tuple[int,
         try:
             data = storage.read_bytes(url)
         except FileNotFoundError as error:
-            raise LedgerError(
-                f"{url} is missing: the history before it cannot be checked"
-            ) from error
+            lost = "the history before it cannot be checked"
+            raise LedgerError(f"{url} is missing: {lost}") from error
         if hashlib.sha256(data).hexdigest() != newest.sha256:
             raise LedgerError(f"{url} is damaged: its sha256 is not the one that was committed")
         segment = json.loads(data)

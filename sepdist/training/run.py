@@ -67,10 +67,8 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     objective.check_model(model)
     feeds, validation_set = open_datasets(cfg)
     if absent := set(objective.data_sets) - feeds.keys():
-        raise ConfigError(
-            f"objective {cfg.objective['_target_']} needs data.extra with the name "
-            f"{', '.join(sorted(absent))}"
-        )
+        needs = f"needs data.extra with the name {', '.join(sorted(absent))}"
+        raise ConfigError(f"objective {cfg.objective['_target_']} {needs}")
     if cfg.init.weights and not find_committed(storage.join(cfg.run_dir, "checkpoints")):
         fresh, parent = inherit(model, cfg.init)
         names = ", ".join(fresh) or "none"
@@ -85,8 +83,7 @@ def _check_engine(cfg: TrainConfig) -> None:
     options, num_shards = cfg.engine, cfg.data.num_virtual_shards
     fewest, most = config.worker_range(cfg.cluster)
     stage, precision = options.get("zero_stage", 0), options.get("precision", "fp32")
-    reduction = options.get("reduction", "canonical")
-    graphs = options.get("cuda_graphs", False)
+    reduction, graphs = options.get("reduction", "canonical"), options.get("cuda_graphs", False)
     for world_size in (most, *range(fewest, most)):
         check_engine_options(stage, precision, reduction, num_shards, world_size, graphs)
     elsewhere = cfg.cluster.address or os.environ.get("RAY_ADDRESS")  # then workers check their CPU
@@ -110,14 +107,12 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
         if find_committed(storage.join(cfg.run_dir, "checkpoints")):  # it has the weights
             free += ("init.weights",)
         if changed := config.differences(before, after, free):
-            raise ConfigError(
-                f"{cfg.run_dir} holds a run of another config: {'; '.join(changed)}. Choose "
-                "another run_dir (or name)"
-            )
+            holds = f"{cfg.run_dir} holds a run of another config"
+            raise ConfigError(f"{holds}: {'; '.join(changed)}. Choose another run_dir (or name)")
     storage.put_bytes(url, config.to_yaml(cfg).encode())
-    environment = versions("torch", "ray", "deepspeed", "webdataset", "numpy")
-    contents = environment | {"platform": platform.platform(), "data": digests}
-    storage.put_bytes(environment_url, to_json(contents, indent=1).encode())
+    environment: Any = versions("torch", "ray", "deepspeed", "webdataset", "numpy")
+    environment |= {"platform": platform.platform(), "data": digests}
+    storage.put_bytes(environment_url, to_json(environment, indent=1).encode())
 
 
 def _without_places(cfg: dict[str, Any]) -> dict[str, Any]:

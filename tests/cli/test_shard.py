@@ -22,7 +22,7 @@ from tools import shard_data
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["corpus=demo", "split=dev", "corpus.num_dev=5", "samples_per_shard=2"]
-LONGER = ["corpus=demo", "split=train", "corpus.num_train=60", "samples_per_shard=3"]
+LONGER = ["corpus=demo", "split=train", "corpus.num_train=36", "samples_per_shard=3"]
 
 
 def shard(arguments: list[str]) -> int:

@@ -1,5 +1,6 @@
 """The papers' pipelines have the stages and tables of the YAML files that they replaced."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from sepdist import config, papers
+from sepdist import composing, config, papers
 from sepdist.cli import pipeline as cli_pipeline
 from sepdist.papers import pipeline
 from sepdist.papers.schema import PipelineConfig, Stage
@@ -50,16 +51,16 @@ def planned(name: str, scale: str) -> tuple[PipelineConfig, list[Stage]]:
 @pytest.fixture(scope="module", autouse=True)
 def _compose_each_stage_once() -> Any:
     """Pipelines have most stages in common, and composing takes its time."""
-    compose, made = pipeline.composed, {}
+    compose, made = composing.compose, {}
 
-    def composed(name: str, overrides: Any, fixed: Any, schema: Any) -> Any:
-        key = (name, *overrides, str(fixed))
+    def composed(name: str, words: Any, schema: Any) -> Any:
+        key = (name, *words)
         if key not in made:
-            made[key] = compose(name, overrides, fixed, schema)
-        return made[key]
+            made[key] = compose(name, words, schema)
+        return copy.deepcopy(made[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "composed", composed)
+        patch.setattr(composing, "compose", composed)
         yield
 
 

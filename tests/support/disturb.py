@@ -158,9 +158,9 @@ def train_workers(ancestor: psutil.Process) -> list[psutil.Process]:
 
 
 class Nodes:
-    """A Ray of two nodes on this machine, with `num_cpus` logical CPUs each."""
+    """A Ray of one node or two on this machine, with `num_cpus` logical CPUs."""
 
-    def __init__(self, num_cpus: tuple[int, int] = (1, 1)) -> None:
+    def __init__(self, num_cpus: tuple[int, ...] = (1, 1)) -> None:
         import ray.util
         from ray.cluster_utils import Cluster
 
@@ -176,7 +176,7 @@ class Nodes:
         }
         self.head = self.cluster.add_node(gcs_server_port=int(address.rpartition(":")[2]), **head)
         assert self.cluster.address == address
-        self.second = self.cluster.add_node(num_cpus=num_cpus[1])
+        self.second = self.cluster.add_node(num_cpus=num_cpus[1]) if num_cpus[1:] else None
 
     @property
     def address(self) -> str:
@@ -208,7 +208,7 @@ class Nodes:
         os.environ.pop("RAY_ADDRESS", None)
         mine = [
             one
-            for node in (self.head, self.second)
+            for node in filter(None, (self.head, self.second))
             for info in node.all_processes.values()
             for one in info
         ]
