@@ -22,7 +22,11 @@ class Enhancement:
 
     def __init__(self, threshold: float | None = None, skip_silent: bool | None = None) -> None:
         self.separation = Separation(threshold, skip_silent)
-        self.mean_of_items = self.separation.mean_of_items
+
+    @property
+    def mean_of_items(self) -> bool:
+        """As in `Separation`."""
+        return self.separation.mean_of_items
 
     def __call__(self, model: Callable[[Tensor], Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; reads the first of `batch.sources`."""

@@ -143,7 +143,7 @@ def train(
                         engine, objective, validation_set, world, cfg.validation, watchdog.beat
                     )
                     score = metrics["score"]
-                    best = " (best so far)" if schedule.observe(score) else ""
+                    best = " (best so far)" if schedule.observe(score, done) else ""
                     objective.observe(metrics)
                     listen(engine, objective, validation_set, reporter, done, cfg.validation)
                 log({f"validation/{k}": v for k, v in metrics.items() if k != "score"})

@@ -30,6 +30,7 @@ from sepdist.training.stopping import StopRequest
 FREE_TO_CHANGE: tuple[str, ...] = ("training", "cluster", "validation", "engine.zero", "data_root")
 FREE_TO_CHANGE += ("engine.merge_shards", "engine.tf32", "engine.determinism", "engine.cuda_graphs")
 FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads", "run_dir")
+FREE_TO_CHANGE += ("engine.checkpoint_activations",)
 
 
 def run(cfg: TrainConfig, console: Console) -> float | None:

@@ -35,12 +35,12 @@ def validate(
     rounds = -(-count // world.size)  # equal on all ranks, because a ZeRO-3 forward is collective
     rows: dict[str, Tensor] = {}
     nothing = torch.zeros(2, count, dtype=torch.float64, device=world.device)
-    engine.model.eval()
+    engine.evaluated.eval()
     for turn in range(rounds):
         index = turn * world.size + world.rank
         batch = dataset.full(min(index, count - 1), options.max_seconds).to(world.device)
         with torch.no_grad(), engine.autocast():
-            loss, metrics = objective(engine.model, batch)
+            loss, metrics = objective(engine.evaluated, batch)
         silent = nothing.new_full((), batch.num_silent)
         for name, value in (metrics | {"loss": loss, "silent_sources": silent}).items():
             row = rows.setdefault(name, nothing.clone())
@@ -76,7 +76,7 @@ def listen(
         estimates = batch.estimates
         if estimates is None:
             with torch.no_grad(), engine.autocast():
-                outputs = engine.model(batch.mixture.to(engine.world.device)).float().cpu()
+                outputs = engine.evaluated(batch.mixture.to(engine.world.device)).float().cpu()
             rules = {name: getattr(objective, name) for name in OUTPUT_RULES}
             estimates = speakers_of(outputs, **rules)
         if reporter is None:  # but a ZeRO-3 forward is collective

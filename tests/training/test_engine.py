@@ -60,9 +60,12 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         reduction=options.get("reduction", "canonical"),
         merge_shards=options.get("merge_shards", 1),
         clip_norm=0.5,
+        ema_decay=options.get("ema_decay", 0.0),
     )
     if saved:
         engine.load_optimizer_state(OptimizerState(saved["tensors"], saved["scalars"]))
+        if engine.average:
+            engine.average.load(saved["average"], options["first"])
     losses, norms, applied, changed = [], [], [], []
     for step in range(options["first"], options["last"]):
         engine.set_lr(1e-2 / (1 + step))
@@ -75,12 +78,14 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         after = engine.weights()
         changed.append(any(not torch.equal(before[name], after[name]) for name in before))
     weights, optimizer = engine.weights(), engine.optimizer_state()
+    average = engine.averaged_weights()
     if rank == 0:
         state = {"weights": weights, "tensors": optimizer.tensors, "scalars": optimizer.scalars}
-        torch.save(state, f"{folder}/state.pt")
-        digest = hashlib.sha256(
-            b"".join(value.numpy().tobytes() for value in weights.values())
-        ).hexdigest()
+        torch.save(state | {"average": average}, f"{folder}/state.pt")
+        digest, average_digest = (
+            hashlib.sha256(b"".join(x.numpy().tobytes() for x in one.values())).hexdigest()
+            for one in (weights, average)
+        )
         text = json.dumps(
             {
                 "losses": losses,
@@ -88,6 +93,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
                 "applied": applied,
                 "changed": changed,
                 "digest": digest,
+                "average": average_digest,
             }
         )
         Path(f"{folder}/{options['key']}.json").write_text(text)

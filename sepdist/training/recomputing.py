@@ -1,0 +1,31 @@
+"""Activation checkpointing: a model's blocks keep their inputs and run again for the gradient."""
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sepdist.config import ConfigError
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Wrap the forward pass of each member of the outermost nn.ModuleLists of `model`, in place.
+
+    Losses and gradients keep their bits, dropout included, where the kernels repeat theirs.
+    ConfigError if the model has no such list.
+    """
+    blocks = list(outermost(model))
+    if not blocks:
+        raise ConfigError(
+            f"engine.checkpoint_activations=true: {type(model).__name__} keeps no blocks in an "
+            "nn.ModuleList that could be run again; set it to false"
+        )
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore
+
+
+def outermost(module: nn.Module) -> list[nn.Module]:
+    """The members of the nn.ModuleLists in `module`, without those inside of other members."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [block for child in module.children() for block in outermost(child)]
