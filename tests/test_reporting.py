@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sepdist import plotting, reporting, storage
@@ -51,7 +52,7 @@ def test_a_row_has_step_seconds_and_the_metrics_by_name(tmp_path: Path) -> None:
     assert first.pop("seconds") <= second["seconds"]
     assert first == {"step": 20, "loss/total": 1.5, "speed/steps_per_second": 4.0}
     assert second["loss/total"] is None
-    assert scalars(tmp_path / "tensorboard", "loss/total")[0] == (20, 1.5)
+    assert scalars(tmp_path / "tensorboard" / "run", "1 loss/training")[0] == (20, 1.5)
 
 
 def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
@@ -79,8 +80,8 @@ def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None
     assert [(row["step"], row["loss/total"]) for row in rows] == expected
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
     assert rows[5]["seconds"] >= seconds_before
-    assert scalars(tmp_path / "tensorboard", "loss/total") == expected
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert scalars(tmp_path / "tensorboard" / "run", "1 loss/training") == expected
+    assert len(list((tmp_path / "tensorboard" / "run").iterdir())) == 2
 
 
 def test_seconds_go_on_from_the_attempt_before(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_sound_is_brought_to_a_listening_level_without_clipping(tmp_path: Path) 
     reporter = Reporter(str(tmp_path))
     reporter.audio(7, "listen_0/mixture", 50 * tone(440), RATE)
     reporter.close()
-    [event] = board(tmp_path / "tensorboard").Audio("listen_0/mixture")
+    [event] = board(tmp_path / "tensorboard" / "run").Audio("listen_0/mixture")
     assert (event.step, event.sample_rate, event.length_frames) == (7, RATE, RATE)
     assert event.encoded_audio_string[:4] == b"RIFF"
 
@@ -134,8 +135,56 @@ def test_a_picture_is_drawn_outside_the_main_thread(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     reporter.close()
-    [event] = board(tmp_path / "tensorboard").Images("listen_0/spectrogram")
+    [event] = board(tmp_path / "tensorboard" / "run").Images("listen_0/spectrogram")
     assert event.step == 3 and event.width > 600 and event.height > 300
+
+
+def texts(figure: plotting.Figure) -> list[float]:
+    """The sizes in points of all texts that a figure shows."""
+    return [one.get_fontsize() for one in figure.findobj(Text) if one.get_text().strip()]
+
+
+def test_the_text_of_a_picture_can_be_read_in_a_card_340_pixels_wide() -> None:
+    names = ["source 1", "source 2", "estimate 1: 7.9 dB", "estimate 2: -12.3 dB"]
+    figure = plotting.spectrogram_figure({name: tone(500) for name in names}, RATE)
+    to_png(figure)
+    pixels_per_point = 340 / figure.get_size_inches()[0] / 72
+    assert min(texts(figure)) * pixels_per_point >= 9.5
+
+
+def test_loss_improvement_and_label_switches_come_before_all_other_groups(tmp_path: Path) -> None:
+    """TensorBoard sorts groups by name; metrics.jsonl keeps its own."""
+    reporter = Reporter(str(tmp_path), "run/a")
+    names = ["data/damaged_samples", "goodput/share", "loss/total", "optim/lr", "switching/rate"]
+    names += ["train/si_snr", "train/si_snri", "validation/loss", "validation/si_snri"]
+    reporter.log(1, {name: float(number) for number, name in enumerate(names)})
+    reporter.describe({"optim.lr": 0.1, "model._target_": "m"}, "| command | x |")
+    reporter.close()
+    read = board(tmp_path / "tensorboard" / "run-a")
+    assert sorted(read.Tags()["scalars"])[:5] == [
+        "1 loss/training",
+        "1 loss/validation",
+        "2 SI-SNRi in dB/training",
+        "2 SI-SNRi in dB/validation",
+        "3 label switches/rate",
+    ]
+    assert read.Scalars("3 label switches/rate")[0].value == names.index("switching/rate")
+    assert set(names) < read_metrics(str(tmp_path))[0].keys()
+    assert read.Tags()["tensors"] == ["about/text_summary"]
+    assert "_hparams_/session_start_info" in read.SummaryMetadata.__self__.summary_metadata
+
+
+def test_a_run_that_was_begun_under_other_names_keeps_its_place_and_its_cards(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "tensorboard"
+    storage.put_bytes(folder / "events.out.tfevents.1000000000.host.old", b"")
+    storage.put_bytes(tmp_path / "metrics.jsonl", b'{"step": 1, "seconds": 1.0}\n')
+    reporter = Reporter(str(tmp_path), "named", resume_step=1)
+    reporter.log(2, {"loss/total": 2.0})
+    reporter.close()
+    assert not (folder / "named").exists()
+    assert scalars(folder, "loss/total") == [(2, 2.0)]
 
 
 def test_panels_stand_in_columns_by_kind_on_one_colour_scale() -> None:
@@ -162,6 +211,7 @@ class Objects:
         monkeypatch.setattr(storage, "put_file", self.put_file)
         monkeypatch.setattr(storage, "read_bytes", self.objects.__getitem__)
         monkeypatch.setattr(storage, "exists", self.objects.__contains__)
+        monkeypatch.setattr(storage, "list_names", lambda url: [])
 
     def put_bytes(self, url: str | Path, data: bytes) -> None:
         if self.fail:
@@ -203,11 +253,11 @@ def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(
     again.close()
     expected = [(step, (100.0 if step <= 4 else 200.0) + step) for step in range(1, 9)]
     assert [(row["step"], row["loss/total"]) for row in read_metrics(run_dir)] == expected
-    names = storage.list_names(f"{run_dir}/tensorboard")
+    names = storage.list_names(f"{run_dir}/tensorboard/run")
     assert len(names) == 2
     for name in names:
-        storage.fetch_file(f"{run_dir}/tensorboard/{name}", tmp_path / "board" / name)
-    assert scalars(tmp_path / "board", "loss/total") == expected
+        storage.fetch_file(f"{run_dir}/tensorboard/run/{name}", tmp_path / "board" / name)
+    assert scalars(tmp_path / "board", "1 loss/training") == expected
 
 
 def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put_again(
@@ -224,8 +274,8 @@ def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put
     reporter.close()
     events = [url for url in objects.puts if "tensorboard" in url]
     assert len(set(events)) == 3 and len(events) == 3
-    folder = objects.download("s3://b/run/tensorboard", tmp_path / "board")
-    assert scalars(folder, "loss/total") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    folder = objects.download("s3://b/run/tensorboard/run", tmp_path / "board")
+    assert scalars(folder, "1 loss/training") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert [event.step for event in board(folder).Audio("listen_0/mixture")] == [1, 2, 3]
 
 
@@ -328,7 +378,7 @@ def test_a_full_disk_holds_nothing_up_and_no_row_is_lost_torn_or_repeated(tmp_pa
     reporter.close()
     assert [row["step"] for row in read_metrics(str(tmp_path))] == [1, 2, 3, 4, 5, 6]
     expected = [(step, float(step)) for step in range(1, 7)]
-    assert scalars(tmp_path / "tensorboard", "loss/total") == expected
+    assert scalars(tmp_path / "tensorboard" / "run", "1 loss/training") == expected
     assert "step 5" in (tmp_path / "note.json").read_text()
 
 

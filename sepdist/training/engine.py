@@ -100,6 +100,7 @@ class DeepSpeedEngine:
             num_shards,
             world.size,
             self.cuda_graphs,
+            self.checkpoint_activations,
         )
         self.on_device = world.device.type != "cpu"
         if self.precision == "bf16" and not self.on_device and not self.allow_slow_bf16:
@@ -443,6 +444,7 @@ def check_engine_options(
     num_virtual_shards: int,
     world_size: int,
     cuda_graphs: bool = False,
+    checkpoint_activations: bool = False,
 ) -> None:
     """Raise ConfigError for combinations that cannot work."""
     for name, value, choices in (
@@ -460,6 +462,11 @@ def check_engine_options(
     if reduction == "canonical" and zero_stage == 3:
         raise ConfigError(
             "engine.zero_stage=3 partitions the weights; it needs engine.reduction=native"
+        )
+    if cuda_graphs and checkpoint_activations:  # which reads the state of random numbers
+        raise ConfigError(
+            "engine.checkpoint_activations=true cannot be captured in CUDA graphs: set "
+            "engine.cuda_graphs=false"
         )
     if cuda_graphs and zero_stage > 0 and reduction == "native":
         raise ConfigError(

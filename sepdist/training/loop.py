@@ -24,6 +24,7 @@ from sepdist.metrics.switching import SwitchTracker
 from sepdist.reporting import Reporter
 from sepdist.training.checkpoint import collect_orphans
 from sepdist.training.datasets import open_datasets, open_stream
+from sepdist.training.describing import describe
 from sepdist.training.engine import StepResult
 from sepdist.training.lease import lease
 from sepdist.training.ledger import APPLIED, SKIPPED
@@ -83,8 +84,11 @@ def train(
         # 3. Outputs, of the main rank.
         reporter = goodput = checkpointer = None
         if world.is_main:
-            reporter = Reporter(cfg.run_dir, resume_step=state.step, patience_seconds=patience)
+            begun, url = state.step, cfg.run_dir
+            reporter = Reporter(url, cfg.name, resume_step=begun, patience_seconds=patience)
             stack.callback(reporter.close)
+            if not begun:
+                describe(reporter, cfg, engine.model, feeds, validation_set)
             goodput = continue_goodput(cfg.run_dir, reporter.kept)
             collect_orphans(cfg.run_dir)
             checkpointer = state.checkpointer()

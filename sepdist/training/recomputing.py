@@ -14,7 +14,7 @@ def recompute_blocks(model: nn.Module) -> None:
     Losses and gradients keep their bits, dropout included, where the kernels repeat theirs.
     ConfigError if the model has no such list.
     """
-    blocks = list(outermost(model))
+    blocks = outermost(model)
     if not blocks:
         raise ConfigError(
             f"engine.checkpoint_activations=true: {type(model).__name__} keeps no blocks in an "
@@ -24,8 +24,9 @@ def recompute_blocks(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore
 
 
-def outermost(module: nn.Module) -> list[nn.Module]:
-    """The members of the nn.ModuleLists in `module`, without those inside of other members."""
-    if isinstance(module, nn.ModuleList):
-        return list(module)
-    return [block for child in module.children() for block in outermost(child)]
+def outermost(module: nn.Module, inside: bool = False) -> list[nn.Module]:
+    """The members of the nn.ModuleLists in `module`, through containers but not within others."""
+    if inside and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [module]
+    inside = inside or isinstance(module, nn.ModuleList)
+    return [block for child in module.children() for block in outermost(child, inside)]

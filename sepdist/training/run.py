@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -87,9 +88,9 @@ def _check_engine(cfg: TrainConfig) -> None:
     fewest, most = config.worker_range(cfg.cluster)
     stage, precision = options.get("zero_stage", 0), options.get("precision", "fp32")
     reduction = options.get("reduction", "canonical")
-    graphs = options.get("cuda_graphs", False)
+    more = [options.get(name, False) for name in ("cuda_graphs", "checkpoint_activations")]
     for world_size in (most, *range(fewest, most)):
-        check_engine_options(stage, precision, reduction, num_shards, world_size, graphs)
+        check_engine_options(stage, precision, reduction, num_shards, world_size, *more)
     elsewhere = cfg.cluster.address or os.environ.get("RAY_ADDRESS")  # then workers check their CPU
     on_this_cpu = not cfg.cluster.use_gpu and not elsewhere
     if precision == "bf16" and on_this_cpu and not options.get("allow_slow_bf16"):
@@ -117,7 +118,8 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
             )
     storage.put_bytes(url, config.to_yaml(cfg).encode())
     environment = versions("torch", "ray", "deepspeed", "webdataset", "numpy")
-    contents = environment | {"platform": platform.platform(), "data": digests}
+    command = shlex.join(["sepdist", *sys.argv[1:]])
+    contents = environment | {"platform": platform.platform(), "data": digests, "command": command}
     storage.put_bytes(environment_url, to_json(contents, indent=1).encode())
 
 

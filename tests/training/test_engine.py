@@ -270,6 +270,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all_and_the_nex
         ((3, "fp32", "canonical", 4, 2), "reduction=native"),
         ((0, "fp32", "native", 4, 3), "divides"),
         ((1, "bf16", "native", 4, 2, True), "zero_stage=0, not 1.*cuda_graphs=false"),
+        ((0, "bf16", "native", 4, 2, True, True), "checkpoint_activations=true.*cuda_graphs=false"),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_what_to_set(options: tuple, advice: str) -> None:
