@@ -62,12 +62,7 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        run_dir: str,
-        name: str = "run",
-        *,
-        resume_step: int = 0,
-        patience_seconds: float = 600.0,
+        self, run_dir: str, name: str, *, resume_step: int = 0, patience_seconds: float = 600.0
     ) -> None:
         self._run_dir = str(run_dir)
         remote = storage.is_remote(self._run_dir)
@@ -120,12 +115,13 @@ class Reporter:
         self._notes[name] = text
         self._write()
 
-    def describe(self, settings: dict[str, Any], text: str) -> None:
+    def describe(self, settings: Mapping[str, Any], text: str) -> None:
         """Write the settings of the run (hparams) and a text about it, in Markdown."""
         from torch.utils.tensorboard import summary
 
         # Without the list of them all, which TensorBoard would take for that of every run.
-        _, start, _ = summary.hparams(settings, {})
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+        _, start, _ = summary.hparams(plain, {})
         self._add_events(1, [start, summary.text("about", text)])
 
     def audio(self, step: int, name: str, wave_T: np.ndarray, rate: int) -> None:

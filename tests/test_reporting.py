@@ -42,7 +42,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_a_row_has_step_seconds_and_the_metrics_by_name(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     reporter.log(20, {"loss/total": 1.5, "speed/steps_per_second": 4})
     reporter.log(40, {"loss/total": float("nan")})
     reporter.close()
@@ -56,14 +56,14 @@ def test_a_row_has_step_seconds_and_the_metrics_by_name(tmp_path: Path) -> None:
 
 
 def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     reporter.log(1, {"loss/total": 2.0})
     assert read_metrics(str(tmp_path))[0]["loss/total"] == 2.0
     reporter.close()
 
 
 def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     for step in range(1, 9):
         reporter.log(step, {"loss/total": 100.0 + step})
     reporter.flush()  # then the run is killed; its newest checkpoint is of step 5
@@ -71,7 +71,7 @@ def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None
         file.write('{"step": 9, "sec')
     seconds_before = read_metrics(str(tmp_path))[4]["seconds"]
     next_second()
-    again = Reporter(str(tmp_path), resume_step=5)
+    again = Reporter(str(tmp_path), "run", resume_step=5)
     for step in range(6, 11):
         again.log(step, {"loss/total": 200.0 + step})
     again.close()
@@ -87,7 +87,7 @@ def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None
 def test_seconds_go_on_from_the_attempt_before(tmp_path: Path) -> None:
     rows = "".join(f'{{"step": {step}, "seconds": {step}00.0}}\n' for step in (1, 2, 3))
     (tmp_path / "metrics.jsonl").write_text(rows)
-    reporter = Reporter(str(tmp_path), resume_step=2)
+    reporter = Reporter(str(tmp_path), "run", resume_step=2)
     reporter.log(3, {"loss/total": 1.0})
     reporter.close()
     assert 200.0 <= read_metrics(str(tmp_path))[-1]["seconds"] < 210.0
@@ -98,7 +98,7 @@ def test_a_damaged_line_inside_the_file_is_named(tmp_path: Path) -> None:
         '{"step": 1, "seconds": 0.1}\n{"step": 2, "sec\n{"step": 3, "seconds": 0.3}\n'
     )
     with pytest.raises(ReportingError, match=r"metrics\.jsonl: line 2"):
-        Reporter(str(tmp_path), resume_step=3)
+        Reporter(str(tmp_path), "run", resume_step=3)
 
 
 def test_sound_is_brought_to_a_listening_level_without_clipping(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_sound_is_brought_to_a_listening_level_without_clipping(tmp_path: Path) 
     assert not for_listening(np.zeros(100)).any()
     with pytest.raises(ReportingError, match=r"estimate 1: 1 of 3 samples"):
         for_listening(np.array([0.0, np.nan, 1.0]), "estimate 1")
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     reporter.audio(7, "listen_0/mixture", 50 * tone(440), RATE)
     reporter.close()
     [event] = board(tmp_path / "tensorboard" / "run").Audio("listen_0/mixture")
@@ -130,7 +130,7 @@ def test_a_spectrogram_shows_a_tone_at_its_frequency_and_silence_at_the_floor() 
 def test_a_picture_is_drawn_outside_the_main_thread(tmp_path: Path) -> None:
     waves = {"mixture": tone(300) + tone(1500), "source 1": tone(300), "source 2": tone(1500)}
     waves |= {"estimate 1": 9 * tone(300), "estimate 2": np.zeros(RATE, dtype=np.float32)}
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     thread = threading.Thread(target=reporter.spectrogram, args=(3, "listen_0", waves, RATE))
     thread.start()
     thread.join()
@@ -234,7 +234,7 @@ def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(
     tmp_path: Path, bucket: str
 ) -> None:
     run_dir = f"s3://{bucket}/run"
-    reporter = Reporter(run_dir)
+    reporter = Reporter(run_dir, "run")
     scratch = Path(reporter._folder)
     for step in range(1, 7):
         reporter.log(step, {"loss/total": 100.0 + step})
@@ -246,7 +246,7 @@ def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(
     assert storage.list_names(run_dir) == ["metrics.jsonl", "note.json", "tensorboard"]
     assert storage.read_bytes(f"{run_dir}/note.json") == b"after 6"
     next_second()
-    again = Reporter(run_dir, resume_step=4)
+    again = Reporter(run_dir, "run", resume_step=4)
     assert len(storage.read_bytes(f"{run_dir}/metrics.jsonl").splitlines()) == 4
     for step in range(5, 9):
         again.log(step, {"loss/total": 200.0 + step})
@@ -265,7 +265,7 @@ def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put
 ) -> None:
     monkeypatch.setattr(reporting, "EVENT_FILE_BYTES", 10_000)
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run", resume_step=0)
+    reporter = Reporter("s3://b/run", "run", resume_step=0)
     for step in range(1, 4):
         reporter.audio(step, "listen_0/mixture", tone(440), RATE)
         reporter.log(step, {"loss/total": float(step)})
@@ -289,7 +289,7 @@ def test_a_store_that_is_away_holds_nothing_up_and_has_every_row_when_it_is_back
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run")
+    reporter = Reporter("s3://b/run", "run")
     objects.fail = True
     for step in range(1, 5):
         reporter.log(step, {"loss/total": float(step)})
@@ -306,7 +306,7 @@ def test_a_store_that_is_away_for_too_long_is_one_clear_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run", patience_seconds=0.0)
+    reporter = Reporter("s3://b/run", "run", patience_seconds=0.0)
     reporter.log(1, {"loss/total": 1.0})
     objects.fail = True
     settled(reporter)
@@ -321,7 +321,7 @@ def test_rows_between_failed_uploads_do_not_reset_the_patience(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run")
+    reporter = Reporter("s3://b/run", "run")
     objects.fail = True
     reporter.log(1, {"loss/total": 1.0})
     settled(reporter)
@@ -340,7 +340,7 @@ def test_rows_between_failed_uploads_do_not_reset_the_patience(
 
 def test_uploads_that_wait_for_each_other_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run")
+    reporter = Reporter("s3://b/run", "run")
     goes_on = threading.Event()
     monkeypatch.setattr(storage, "put_file", lambda *a: goes_on.wait(10) and objects.put_file(*a))
     uploads = []
@@ -365,7 +365,7 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
 
 
 def test_a_full_disk_holds_nothing_up_and_no_row_is_lost_torn_or_repeated(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     reporter.log(1, {"loss/total": 1.0})
     size = (tmp_path / "metrics.jsonl").stat().st_size
     with files_of_at_most(size + 20):
@@ -386,7 +386,7 @@ def test_a_disk_that_stays_full_is_one_clear_error_and_pictures_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reporting, "MAX_UNWRITTEN_BYTES", 5000)
-    reporter = Reporter(str(tmp_path), patience_seconds=100.0)
+    reporter = Reporter(str(tmp_path), "run", patience_seconds=100.0)
     with files_of_at_most(10):
         for step in range(1, 9):
             reporter.audio(step, "listen_0/mixture", tone(440), RATE)
@@ -399,7 +399,7 @@ def test_a_disk_that_stays_full_is_one_clear_error_and_pictures_are_bounded(
 
 
 def test_metrics_without_a_group_are_a_mistake_of_ours(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     with pytest.raises(AssertionError, match="group/name"):
         reporter.log(1, {"loss": 1.0})
     reporter.close()

@@ -1,10 +1,9 @@
 """The exponential moving average (EMA) of a run's weights, which is validated and exported."""
 
 import copy
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -28,8 +27,3 @@ class WeightAverage:
         get_ema_multi_avg_fn(decay)(*pair, None)
         for mine, its in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(its)
-
-    def load(self, weights: Mapping[str, Tensor], num_updates: int) -> None:
-        """Continue from the weights and the number of updates of a checkpoint."""
-        self.model.load_state_dict(weights)
-        self.num_updates = num_updates

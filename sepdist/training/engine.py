@@ -464,10 +464,7 @@ def check_engine_options(
             "engine.zero_stage=3 partitions the weights; it needs engine.reduction=native"
         )
     if cuda_graphs and checkpoint_activations:  # which reads the state of random numbers
-        raise ConfigError(
-            "engine.checkpoint_activations=true cannot be captured in CUDA graphs: set "
-            "engine.cuda_graphs=false"
-        )
+        raise ConfigError("engine.checkpoint_activations=true needs engine.cuda_graphs=false")
     if cuda_graphs and zero_stage > 0 and reduction == "native":
         raise ConfigError(
             f"engine.cuda_graphs=true with native reduction needs engine.zero_stage=0, not "

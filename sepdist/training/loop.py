@@ -88,7 +88,7 @@ def train(
             reporter = Reporter(url, cfg.name, resume_step=begun, patience_seconds=patience)
             stack.callback(reporter.close)
             if not begun:
-                describe(reporter, cfg, engine.model, feeds, validation_set)
+                describe(reporter, cfg, engine.model, feeds)
             goodput = continue_goodput(cfg.run_dir, reporter.kept)
             collect_orphans(cfg.run_dir)
             checkpointer = state.checkpointer()

@@ -9,17 +9,10 @@ from sepdist.config import ConfigError
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Wrap the forward pass of each member of the outermost nn.ModuleLists of `model`, in place.
-
-    Losses and gradients keep their bits, dropout included, where the kernels repeat theirs.
-    ConfigError if the model has no such list.
-    """
-    blocks = outermost(model)
-    if not blocks:
-        raise ConfigError(
-            f"engine.checkpoint_activations=true: {type(model).__name__} keeps no blocks in an "
-            "nn.ModuleList that could be run again; set it to false"
-        )
+    """Wrap the forward pass of each of the `outermost` blocks, in place; ConfigError if none is."""
+    if not (blocks := outermost(model)):
+        name, wrong = type(model).__name__, "keeps no blocks in an nn.ModuleList; set it to false"
+        raise ConfigError(f"engine.checkpoint_activations=true: {name} {wrong}")
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore
 

@@ -113,7 +113,8 @@ class RunState:
             )
         self.engine.load_optimizer_state(saved.optimizer)
         if self.engine.average and saved.average:  # else it starts from the weights
-            self.engine.average.load(saved.average, saved.state["num_averaged"])
+            self.engine.average.model.load_state_dict(saved.average)
+            self.engine.average.num_updates = saved.state["num_averaged"]
         for name, counter in self._counters.items():
             counter.load_state_dict(saved.state[name])
         self.switches.load(saved.tables)

@@ -65,7 +65,8 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
     if saved:
         engine.load_optimizer_state(OptimizerState(saved["tensors"], saved["scalars"]))
         if engine.average:
-            engine.average.load(saved["average"], options["first"])
+            engine.average.model.load_state_dict(saved["average"])
+            engine.average.num_updates = options["first"]
     losses, norms, applied, changed = [], [], [], []
     for step in range(options["first"], options["last"]):
         engine.set_lr(1e-2 / (1 + step))
