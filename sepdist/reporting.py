@@ -33,14 +33,15 @@ from sepdist.patience import Patience
 logger = logging.getLogger(__name__)
 
 LISTENING_PEAK = 0.9
-# TensorBoard sorts its groups by name, so what one looks at first is given the first ones.
+# TensorBoard sorts groups and cards by name and opens two groups: this one, and that to listen to.
 SHOWN_AS = {
-    "loss/total": "1 loss/training",
-    "validation/loss": "1 loss/validation",
-    "train/si_snri": "2 SI-SNRi in dB/training",
-    "validation/si_snri": "2 SI-SNRi in dB/validation",
-    "switching/rate": "3 label switches/rate",
+    "loss/total": "1 progress/1 training loss",
+    "validation/loss": "1 progress/2 validation loss",
+    "train/si_snri": "1 progress/3 training SI-SNRi in dB",
+    "validation/si_snri": "1 progress/4 validation SI-SNRi in dB",
+    "switching/rate": "1 progress/5 label-switch rate",
 }
+LISTEN = "2 listen"  # to an utterance, whose id follows
 UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl without a flush
 MAX_UNWRITTEN_BYTES = 64_000_000  # kept for a full disk, besides rows of metrics.jsonl
 EVENT_FILE_BYTES = 16_000_000  # on s3:// a flush puts the last event file again, up to this size

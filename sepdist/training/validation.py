@@ -11,7 +11,7 @@ from sepdist.metrics.permutation import best_permutation, reorder
 from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
 from sepdist.objectives.contract import OUTPUT_RULES, Objective, mean_of
-from sepdist.reporting import Reporter
+from sepdist.reporting import LISTEN, Reporter
 from sepdist.training.engine import Engine
 from sepdist.training.world import World, sum_over_world
 
@@ -90,8 +90,8 @@ def listen(
             waves |= {f"source {i + 1}": wave.numpy() for i, wave in enumerate(batch.sources[0])}
         waves |= {f"estimate {i + 1}": wave.numpy() for i, wave in enumerate(estimates[0])}
         for name, wave in waves.items():
-            reporter.audio(step, f"listen {batch.ids[0]}/{name}", wave, rate)
+            reporter.audio(step, f"{LISTEN} {batch.ids[0]}/{name}", wave, rate)
         waves = {titles.get(name, name): wave for name, wave in waves.items()}
         if titles:  # few panels, which a card has room for
             del waves["mixture"]
-        reporter.spectrogram(step, f"listen {batch.ids[0]}", waves, rate)
+        reporter.spectrogram(step, f"{LISTEN} {batch.ids[0]}", waves, rate)

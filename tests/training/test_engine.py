@@ -235,6 +235,24 @@ def test_merged_virtual_shards_give_the_steps_of_separate_ones(stage: int, tmp_p
 
 
 @pytest.mark.slow
+def test_the_average_has_the_same_bits_at_any_world_size_and_stage(tmp_path: Path) -> None:
+    whole = run(tmp_path, 1, 0, ema_decay=0.9)
+    expected = torch.load(tmp_path / "state.pt", weights_only=True)["average"]
+    assert whole["average"] != whole["digest"]
+    for world_size, stage in ((2, 0), (3, 1), (2, 2)):
+        assert run(tmp_path, world_size, stage, ema_decay=0.9) == whole
+    run(tmp_path, 2, 1, 0, 3, ema_decay=0.9)
+    assert run(tmp_path, 1, 0, 3, 6, ema_decay=0.9)["average"] == whole["average"]
+    bf16 = [run(tmp_path, size, 0, ema_decay=0.9, precision="bf16") for size in (1, 2)]
+    assert bf16[0] == bf16[1] and bf16[0]["average"] != whole["average"]
+    for stage in (0, 1, 2, 3):
+        run(tmp_path, 2, stage, 0, 3, ema_decay=0.9, reduction="native")
+        run(tmp_path, 2, stage, 3, 6, ema_decay=0.9, reduction="native")
+        found = torch.load(tmp_path / "state.pt", weights_only=True)["average"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_one_rank_of_a_node_runs_a_pass_before_the_others_begin(tmp_path: Path) -> None:
     run(tmp_path, 3, 0, last=1)
     calls = (tmp_path / "3-0-0-1-.calls").read_text().split()
