@@ -40,9 +40,11 @@ def test_an_average_is_that_of_the_formula_and_buffers_are_the_models() -> None:
 
 
 def weights_of(run_dir: Path, name: str) -> list[dict[str, Tensor]]:
-    """A file of tensors of every checkpoint, by step."""
+    """A file of tensors of every checkpoint that has it, by step."""
     committed = find_committed(str(run_dir / "checkpoints"))
-    return [safetensors.torch.load_file(Path(one.url) / name) for one in committed]
+    return [
+        safetensors.torch.load_file(Path(one.url) / name) for one in committed if name in one.files
+    ]
 
 
 def test_a_checkpoint_exports_the_average_and_resumes_from_the_weights(tmp_path: Path) -> None:

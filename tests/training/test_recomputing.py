@@ -83,7 +83,7 @@ def assert_same_bits(model: nn.Module, bf16: bool) -> None:
     assert after < before
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SMALL)
 def test_losses_and_gradients_keep_their_bits_and_less_is_kept(name: str, bf16: bool) -> None:
     model = small(name, **({"compile": False} if "conv_tasnet" in name else {}))
