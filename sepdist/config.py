@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sepdist import storage
 
 _T = TypeVar("_T")
+SHAPES = ("plateau", "cosine", "linear", "constant")  # of the learning rate after its warm-up
 NEWEST_ORDER = 2  # version of the data order (sepdist/data/order.py)
 RETIRED = (("training", "max_failed_checkpoints"),)  # keys of older frozen configs, by section
 MOST = 2**31 - 1  # of a number, where its field names no other range
@@ -86,12 +87,15 @@ class ValidationConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Warm-up, then a smaller learning rate at each plateau of the validation score."""
+    """The learning rate: warm-up and hold, then a fall."""
 
     warmup_steps: int = 0  # in which the learning rate rises linearly
+    hold_steps: int = 0  # first ones, with the warm-up, in which nothing lowers the rate
+    # Then: plateau (below), cosine or linear (to 0 at max_steps) or constant.
+    shape: str = field(default=SHAPES[0], metadata={"choices": SHAPES})
     factor: float = number(0.5, 0, 1)  # of the learning rate at a plateau
-    patience: int = 5  # validations without improvement before the rate is multiplied by `factor`
-    min_lr: float = 1e-6  # the plateaus stop here
+    patience: int = 5  # validations without improvement; one more multiplies the rate by `factor`
+    min_lr: float = 1e-6  # no rate is lower
     decay_steps: int = 0  # the last steps before max_steps, in which the rate falls linearly to 0
 
 
@@ -113,6 +117,7 @@ class TrainingConfig:
     log_every: int = number(20, 1)  # steps
     checkpoint_every: int | str = number(500, 1)  # steps; auto: by what one costs and the next key
     worker_mtbf_hours: float = number(50_000.0, 0.01)  # mean time between failures of one worker
+    ema_decay: float = number(0.0, 0, 0.999999)  # of an average of the weights to export; 0 = none
     keep_last: int = number(2, 1)  # newest checkpoints to keep
     keep_best: bool = True  # keep the one with the best validation score too
     keep_every: int = 0  # keep every checkpoint whose step is a multiple of this; 0 = none
@@ -291,6 +296,8 @@ def check(value: Any, key: str = "", owner: dataclasses.Field | None = None) -> 
         for index, inner in items:
             check(inner, f"{key}.{index}", None if isinstance(value, Mapping) else owner)
     elif isinstance(value, str):
+        if owner and value not in owner.metadata.get("choices", [value]):
+            raise ConfigError(f"{key}={value}: give {allowed(owner)}")
         if owner and owner.default != "" and owner.type in (str, str | None) and not value.strip():
             raise ConfigError(f"{key}={value}: it is empty")
         if owner and int in get_args(owner.type) and value != "auto":
@@ -313,6 +320,8 @@ def number_range(owner: dataclasses.Field | None) -> tuple[float, float]:
 
 def allowed(owner: dataclasses.Field) -> str:
     """What a field of a config takes, such as "a whole number from 1 to 9"."""
+    if choices := owner.metadata.get("choices"):
+        return f"one of {', '.join(choices)}"
     types: tuple[Any, ...] = (owner.type, *get_args(owner.type))
     text = next((text for kind, text in KINDS.items() if kind in types), "a mapping {a: b}")
     if text.endswith("number"):

@@ -1,11 +1,11 @@
 """Write a run's metrics, audio and spectrograms; read its metrics back; CSV files and versions.
 
-    run_dir/metrics.jsonl   one JSON object per `log` call: step, seconds, and the metrics by name
-    run_dir/tensorboard/    event files with the same numbers, and with audio and spectrograms
+    run_dir/metrics.jsonl       one JSON object per `log` call: step, seconds, metrics by name
+    run_dir/tensorboard/NAME/   event files of the same numbers, with audio and spectrograms
 
 metrics.jsonl is the truth, TensorBoard a view of it: `tensorboard --logdir run_dir/tensorboard`.
-Names are group/name, with groups loss, train, si_snri, speed, optim, validation. A run_dir on s3://
-is written in a local scratch folder and put there as whole files: objects cannot be appended to.
+Names are group/name, with groups loss, train, speed, optim, validation. A run_dir on s3:// is
+written in a local scratch folder and put there as whole files: objects cannot be appended to.
 """
 
 import contextlib
@@ -33,6 +33,15 @@ from sepdist.patience import Patience
 logger = logging.getLogger(__name__)
 
 LISTENING_PEAK = 0.9
+# TensorBoard sorts groups and cards by name and opens two groups: this one, and that to listen to.
+SHOWN_AS = {
+    "loss/total": "1 progress/1 training loss",
+    "validation/loss": "1 progress/2 validation loss",
+    "train/si_snri": "1 progress/3 training SI-SNRi in dB",
+    "validation/si_snri": "1 progress/4 validation SI-SNRi in dB",
+    "switching/rate": "1 progress/5 label-switch rate",
+}
+LISTEN = "2 listen"  # to an utterance, whose id follows
 UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl without a flush
 MAX_UNWRITTEN_BYTES = 64_000_000  # kept for a full disk, besides rows of metrics.jsonl
 EVENT_FILE_BYTES = 16_000_000  # on s3:// a flush puts the last event file again, up to this size
@@ -54,7 +63,7 @@ class Reporter:
     """
 
     def __init__(
-        self, run_dir: str, *, resume_step: int = 0, patience_seconds: float = 600.0
+        self, run_dir: str, name: str, *, resume_step: int = 0, patience_seconds: float = 600.0
     ) -> None:
         self._run_dir = str(run_dir)
         remote = storage.is_remote(self._run_dir)
@@ -70,7 +79,12 @@ class Reporter:
             storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text)
         if remote:
             self._metrics.write_bytes(text)
-        (self._folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+        there = storage.list_names(storage.join(self._run_dir, "tensorboard"))
+        old = any("tfevents" in one for one in there)  # before runs had names and SHOWN_AS
+        self._shown_as = {} if old else SHOWN_AS
+        folder = "" if old else name.replace("/", "-").strip(".")
+        self._board = self._folder / "tensorboard" / folder
+        self._board.mkdir(parents=True, exist_ok=True)
         self._events: Path | None = None  # the event file that grows
         self._purge_step = resume_step + 1
         self._unwritten: dict[Path, bytes] = {}  # what files lack because the disk is full
@@ -91,7 +105,8 @@ class Reporter:
         seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
         row = {"step": int(step), "seconds": seconds} | values
         self._add(self._metrics, (to_json(row) + "\n").encode())
-        self._add_events(step, [summary.scalar(name, value) for name, value in values.items()])
+        shown = {self._shown_as.get(name, name): value for name, value in values.items()}
+        self._add_events(step, [summary.scalar(*one) for one in shown.items()])
         self._write()
         if self._pool and time.monotonic() - self._last_upload > UPLOAD_SECONDS:
             self._start_upload()
@@ -100,6 +115,15 @@ class Reporter:
         """Replace the small file `name` in run_dir as a whole; on s3:// with the next upload."""
         self._notes[name] = text
         self._write()
+
+    def describe(self, settings: Mapping[str, Any], text: str) -> None:
+        """Write the settings of the run (hparams) and a text about it, in Markdown."""
+        from torch.utils.tensorboard import summary
+
+        # Without the list of them all, which TensorBoard would take for that of every run.
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+        _, start, _ = summary.hparams(plain, {})
+        self._add_events(1, [start, summary.text("about", text)])
 
     def audio(self, step: int, name: str, wave_T: np.ndarray, rate: int) -> None:
         """Write a wave at peak 0.9, because SI-SNR leaves the level of an estimate open."""
@@ -154,7 +178,7 @@ class Reporter:
         now, events = time.time(), [Event(step=step, summary=one) for one in summaries]
         if self._events is None:
             name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{uuid.uuid4().hex}"
-            self._events = self._folder / "tensorboard" / name
+            self._events = self._board / name
             first, self._purge_step = self._purge_step, 0
             if first:  # a start with a step has TensorBoard forget that step and later ones
                 start = SessionLog(status=SessionLog.START)
@@ -206,7 +230,7 @@ class Reporter:
         self._upload_began = time.monotonic()
         with_events, self._with_events = self._with_events, False
         notes = [one for one in self._folder.iterdir() if one.is_file() and one != self._metrics]
-        events = sorted((self._folder / "tensorboard").iterdir()) if with_events else []
+        events = sorted(self._board.glob("*tfevents*")) if with_events else []
         for path in (self._metrics, *events, *notes):
             state = (path.stat().st_mtime_ns, path.stat().st_size)
             if self._uploaded.get(path) != state:

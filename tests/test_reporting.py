@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sepdist import plotting, reporting, storage
@@ -41,7 +42,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_a_row_has_step_seconds_and_the_metrics_by_name(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     reporter.log(20, {"loss/total": 1.5, "speed/steps_per_second": 4})
     reporter.log(40, {"loss/total": float("nan")})
     reporter.close()
@@ -51,18 +52,18 @@ def test_a_row_has_step_seconds_and_the_metrics_by_name(tmp_path: Path) -> None:
     assert first.pop("seconds") <= second["seconds"]
     assert first == {"step": 20, "loss/total": 1.5, "speed/steps_per_second": 4.0}
     assert second["loss/total"] is None
-    assert scalars(tmp_path / "tensorboard", "loss/total")[0] == (20, 1.5)
+    assert scalars(tmp_path / "tensorboard" / "run", "1 progress/1 training loss")[0] == (20, 1.5)
 
 
 def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     reporter.log(1, {"loss/total": 2.0})
     assert read_metrics(str(tmp_path))[0]["loss/total"] == 2.0
     reporter.close()
 
 
 def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     for step in range(1, 9):
         reporter.log(step, {"loss/total": 100.0 + step})
     reporter.flush()  # then the run is killed; its newest checkpoint is of step 5
@@ -70,7 +71,7 @@ def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None
         file.write('{"step": 9, "sec')
     seconds_before = read_metrics(str(tmp_path))[4]["seconds"]
     next_second()
-    again = Reporter(str(tmp_path), resume_step=5)
+    again = Reporter(str(tmp_path), "run", resume_step=5)
     for step in range(6, 11):
         again.log(step, {"loss/total": 200.0 + step})
     again.close()
@@ -79,14 +80,14 @@ def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None
     assert [(row["step"], row["loss/total"]) for row in rows] == expected
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
     assert rows[5]["seconds"] >= seconds_before
-    assert scalars(tmp_path / "tensorboard", "loss/total") == expected
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert scalars(tmp_path / "tensorboard" / "run", "1 progress/1 training loss") == expected
+    assert len(list((tmp_path / "tensorboard" / "run").iterdir())) == 2
 
 
 def test_seconds_go_on_from_the_attempt_before(tmp_path: Path) -> None:
     rows = "".join(f'{{"step": {step}, "seconds": {step}00.0}}\n' for step in (1, 2, 3))
     (tmp_path / "metrics.jsonl").write_text(rows)
-    reporter = Reporter(str(tmp_path), resume_step=2)
+    reporter = Reporter(str(tmp_path), "run", resume_step=2)
     reporter.log(3, {"loss/total": 1.0})
     reporter.close()
     assert 200.0 <= read_metrics(str(tmp_path))[-1]["seconds"] < 210.0
@@ -97,7 +98,7 @@ def test_a_damaged_line_inside_the_file_is_named(tmp_path: Path) -> None:
         '{"step": 1, "seconds": 0.1}\n{"step": 2, "sec\n{"step": 3, "seconds": 0.3}\n'
     )
     with pytest.raises(ReportingError, match=r"metrics\.jsonl: line 2"):
-        Reporter(str(tmp_path), resume_step=3)
+        Reporter(str(tmp_path), "run", resume_step=3)
 
 
 def test_sound_is_brought_to_a_listening_level_without_clipping(tmp_path: Path) -> None:
@@ -108,10 +109,10 @@ def test_sound_is_brought_to_a_listening_level_without_clipping(tmp_path: Path) 
     assert not for_listening(np.zeros(100)).any()
     with pytest.raises(ReportingError, match=r"estimate 1: 1 of 3 samples"):
         for_listening(np.array([0.0, np.nan, 1.0]), "estimate 1")
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     reporter.audio(7, "listen_0/mixture", 50 * tone(440), RATE)
     reporter.close()
-    [event] = board(tmp_path / "tensorboard").Audio("listen_0/mixture")
+    [event] = board(tmp_path / "tensorboard" / "run").Audio("listen_0/mixture")
     assert (event.step, event.sample_rate, event.length_frames) == (7, RATE, RATE)
     assert event.encoded_audio_string[:4] == b"RIFF"
 
@@ -129,13 +130,62 @@ def test_a_spectrogram_shows_a_tone_at_its_frequency_and_silence_at_the_floor() 
 def test_a_picture_is_drawn_outside_the_main_thread(tmp_path: Path) -> None:
     waves = {"mixture": tone(300) + tone(1500), "source 1": tone(300), "source 2": tone(1500)}
     waves |= {"estimate 1": 9 * tone(300), "estimate 2": np.zeros(RATE, dtype=np.float32)}
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     thread = threading.Thread(target=reporter.spectrogram, args=(3, "listen_0", waves, RATE))
     thread.start()
     thread.join()
     reporter.close()
-    [event] = board(tmp_path / "tensorboard").Images("listen_0/spectrogram")
+    [event] = board(tmp_path / "tensorboard" / "run").Images("listen_0/spectrogram")
     assert event.step == 3 and event.width > 600 and event.height > 300
+
+
+def texts(figure: plotting.Figure) -> list[float]:
+    """The sizes in points of all texts that a figure shows."""
+    return [one.get_fontsize() for one in figure.findobj(Text) if one.get_text().strip()]
+
+
+def test_the_text_of_a_picture_can_be_read_in_a_card_340_pixels_wide() -> None:
+    names = ["source 1", "source 2", "estimate 1: 7.9 dB", "estimate 2: -12.3 dB"]
+    figure = plotting.spectrogram_figure({name: tone(500) for name in names}, RATE)
+    to_png(figure)
+    pixels_per_point = 340 / figure.get_size_inches()[0] / 72
+    assert min(texts(figure)) * pixels_per_point >= 9.5
+
+
+def test_loss_improvement_and_label_switches_are_the_first_group(tmp_path: Path) -> None:
+    """TensorBoard sorts groups by name; metrics.jsonl keeps its own."""
+    reporter = Reporter(str(tmp_path), "run/a")
+    names = ["data/damaged_samples", "goodput/share", "loss/total", "optim/lr", "switching/rate"]
+    names += ["train/si_snr", "train/si_snri", "validation/loss", "validation/si_snri"]
+    reporter.log(1, {name: float(number) for number, name in enumerate(names)})
+    reporter.describe({"optim.lr": 0.1, "model._target_": "m"}, "| command | x |")
+    reporter.close()
+    read = board(tmp_path / "tensorboard" / "run-a")
+    assert sorted(read.Tags()["scalars"])[:5] == [
+        "1 progress/1 training loss",
+        "1 progress/2 validation loss",
+        "1 progress/3 training SI-SNRi in dB",
+        "1 progress/4 validation SI-SNRi in dB",
+        "1 progress/5 label-switch rate",
+    ]
+    assert read.Scalars("1 progress/5 label-switch rate")[0].value == names.index("switching/rate")
+    assert set(names) < read_metrics(str(tmp_path))[0].keys()
+    assert read.Tags()["tensors"] == ["about/text_summary"]
+    hparams = read.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    assert hparams.plugin_name == "hparams" and b"optim.lr" in hparams.content
+
+
+def test_a_run_that_was_begun_under_other_names_keeps_its_place_and_its_cards(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "tensorboard"
+    storage.put_bytes(folder / "events.out.tfevents.1000000000.host.old", b"")
+    storage.put_bytes(tmp_path / "metrics.jsonl", b'{"step": 1, "seconds": 1.0}\n')
+    reporter = Reporter(str(tmp_path), "named", resume_step=1)
+    reporter.log(2, {"loss/total": 2.0})
+    reporter.close()
+    assert not (folder / "named").exists()
+    assert scalars(folder, "loss/total") == [(2, 2.0)]
 
 
 def test_panels_stand_in_columns_by_kind_on_one_colour_scale() -> None:
@@ -162,6 +212,7 @@ class Objects:
         monkeypatch.setattr(storage, "put_file", self.put_file)
         monkeypatch.setattr(storage, "read_bytes", self.objects.__getitem__)
         monkeypatch.setattr(storage, "exists", self.objects.__contains__)
+        monkeypatch.setattr(storage, "list_names", lambda url: [])
 
     def put_bytes(self, url: str | Path, data: bytes) -> None:
         if self.fail:
@@ -184,7 +235,7 @@ def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(
     tmp_path: Path, bucket: str
 ) -> None:
     run_dir = f"s3://{bucket}/run"
-    reporter = Reporter(run_dir)
+    reporter = Reporter(run_dir, "run")
     scratch = Path(reporter._folder)
     for step in range(1, 7):
         reporter.log(step, {"loss/total": 100.0 + step})
@@ -196,18 +247,18 @@ def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(
     assert storage.list_names(run_dir) == ["metrics.jsonl", "note.json", "tensorboard"]
     assert storage.read_bytes(f"{run_dir}/note.json") == b"after 6"
     next_second()
-    again = Reporter(run_dir, resume_step=4)
+    again = Reporter(run_dir, "run", resume_step=4)
     assert len(storage.read_bytes(f"{run_dir}/metrics.jsonl").splitlines()) == 4
     for step in range(5, 9):
         again.log(step, {"loss/total": 200.0 + step})
     again.close()
     expected = [(step, (100.0 if step <= 4 else 200.0) + step) for step in range(1, 9)]
     assert [(row["step"], row["loss/total"]) for row in read_metrics(run_dir)] == expected
-    names = storage.list_names(f"{run_dir}/tensorboard")
+    names = storage.list_names(f"{run_dir}/tensorboard/run")
     assert len(names) == 2
     for name in names:
-        storage.fetch_file(f"{run_dir}/tensorboard/{name}", tmp_path / "board" / name)
-    assert scalars(tmp_path / "board", "loss/total") == expected
+        storage.fetch_file(f"{run_dir}/tensorboard/run/{name}", tmp_path / "board" / name)
+    assert scalars(tmp_path / "board", "1 progress/1 training loss") == expected
 
 
 def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put_again(
@@ -215,7 +266,7 @@ def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put
 ) -> None:
     monkeypatch.setattr(reporting, "EVENT_FILE_BYTES", 10_000)
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run", resume_step=0)
+    reporter = Reporter("s3://b/run", "run", resume_step=0)
     for step in range(1, 4):
         reporter.audio(step, "listen_0/mixture", tone(440), RATE)
         reporter.log(step, {"loss/total": float(step)})
@@ -224,8 +275,8 @@ def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put
     reporter.close()
     events = [url for url in objects.puts if "tensorboard" in url]
     assert len(set(events)) == 3 and len(events) == 3
-    folder = objects.download("s3://b/run/tensorboard", tmp_path / "board")
-    assert scalars(folder, "loss/total") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    folder = objects.download("s3://b/run/tensorboard/run", tmp_path / "board")
+    assert scalars(folder, "1 progress/1 training loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert [event.step for event in board(folder).Audio("listen_0/mixture")] == [1, 2, 3]
 
 
@@ -239,7 +290,7 @@ def test_a_store_that_is_away_holds_nothing_up_and_has_every_row_when_it_is_back
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run")
+    reporter = Reporter("s3://b/run", "run")
     objects.fail = True
     for step in range(1, 5):
         reporter.log(step, {"loss/total": float(step)})
@@ -256,7 +307,7 @@ def test_a_store_that_is_away_for_too_long_is_one_clear_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run", patience_seconds=0.0)
+    reporter = Reporter("s3://b/run", "run", patience_seconds=0.0)
     reporter.log(1, {"loss/total": 1.0})
     objects.fail = True
     settled(reporter)
@@ -271,7 +322,7 @@ def test_rows_between_failed_uploads_do_not_reset_the_patience(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run")
+    reporter = Reporter("s3://b/run", "run")
     objects.fail = True
     reporter.log(1, {"loss/total": 1.0})
     settled(reporter)
@@ -290,7 +341,7 @@ def test_rows_between_failed_uploads_do_not_reset_the_patience(
 
 def test_uploads_that_wait_for_each_other_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
     objects = Objects(monkeypatch)
-    reporter = Reporter("s3://b/run")
+    reporter = Reporter("s3://b/run", "run")
     goes_on = threading.Event()
     monkeypatch.setattr(storage, "put_file", lambda *a: goes_on.wait(10) and objects.put_file(*a))
     uploads = []
@@ -315,7 +366,7 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
 
 
 def test_a_full_disk_holds_nothing_up_and_no_row_is_lost_torn_or_repeated(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     reporter.log(1, {"loss/total": 1.0})
     size = (tmp_path / "metrics.jsonl").stat().st_size
     with files_of_at_most(size + 20):
@@ -328,7 +379,7 @@ def test_a_full_disk_holds_nothing_up_and_no_row_is_lost_torn_or_repeated(tmp_pa
     reporter.close()
     assert [row["step"] for row in read_metrics(str(tmp_path))] == [1, 2, 3, 4, 5, 6]
     expected = [(step, float(step)) for step in range(1, 7)]
-    assert scalars(tmp_path / "tensorboard", "loss/total") == expected
+    assert scalars(tmp_path / "tensorboard" / "run", "1 progress/1 training loss") == expected
     assert "step 5" in (tmp_path / "note.json").read_text()
 
 
@@ -336,7 +387,7 @@ def test_a_disk_that_stays_full_is_one_clear_error_and_pictures_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reporting, "MAX_UNWRITTEN_BYTES", 5000)
-    reporter = Reporter(str(tmp_path), patience_seconds=100.0)
+    reporter = Reporter(str(tmp_path), "run", patience_seconds=100.0)
     with files_of_at_most(10):
         for step in range(1, 9):
             reporter.audio(step, "listen_0/mixture", tone(440), RATE)
@@ -349,7 +400,7 @@ def test_a_disk_that_stays_full_is_one_clear_error_and_pictures_are_bounded(
 
 
 def test_metrics_without_a_group_are_a_mistake_of_ours(tmp_path: Path) -> None:
-    reporter = Reporter(str(tmp_path))
+    reporter = Reporter(str(tmp_path), "run")
     with pytest.raises(AssertionError, match="group/name"):
         reporter.log(1, {"loss": 1.0})
     reporter.close()

@@ -115,8 +115,9 @@ def two_tones(num_samples: int, rate: int) -> np.ndarray:
 def check_run_in_object_storage(url: str) -> None:
     """The files, lineage, metrics and audit of the road's PIT run."""
     assert storage.exists(f"{url}/config.yaml") and storage.exists(f"{url}/metrics.jsonl")
-    assert any("tfevents" in name for name in storage.list_names(f"{url}/tensorboard"))
     lineage = load_export(url).lineage
+    events = storage.list_names(f"{url}/tensorboard/{lineage['run']}")
+    assert any("tfevents" in name for name in events)
     assert lineage["reinitialised"] == ["mask_conv.bias", "mask_conv.weight"]
     assert lineage["parent"]["run"] == "demo-pretrain" and lineage["parent"]["step"] == 3
     rows = read_metrics(url)

@@ -25,6 +25,7 @@ class Objective(Protocol):
     num_loudest: int = 0  # how many of the other outputs are speakers, by energy; 0 = all
     data_sets: tuple[str, ...] = ()  # that `data.extra` must provide ("main" is `data.train`)
     # Whether loss and metrics of several batches as one are those of each, the loss as their mean.
+    # It says so of the class's own `__call__`: a subclass with another one has to say it again.
     mean_of_items: bool = False
     stop_reason: str | None = None  # once set, training ends as after an early stop
     # Raises ValueError for a model it cannot train.
@@ -65,6 +66,16 @@ def with_defaults(objective: Any) -> Objective:
         if not hasattr(objective, name):
             setattr(objective, name, getattr(Objective, name))
     return objective
+
+
+def is_mean_of_items(objective: Any) -> bool:
+    """Whether `mean_of_items` holds; what a class above that of `__call__` says does not count."""
+    for scope in (getattr(objective, "__dict__", {}), *map(vars, type(objective).__mro__)):
+        if "mean_of_items" in scope:
+            return bool(objective.mean_of_items)
+        if "__call__" in scope:
+            break
+    return False
 
 
 def sources_of(batch: Batch) -> Tensor:

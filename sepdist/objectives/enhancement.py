@@ -20,9 +20,10 @@ class Enhancement:
     Metrics per item: `si_snr` and `si_snri` (dB). `threshold` and `skip_silent` as in `Separation`.
     """
 
+    mean_of_items = property(lambda self: self.separation.mean_of_items)
+
     def __init__(self, threshold: float | None = None, skip_silent: bool | None = None) -> None:
         self.separation = Separation(threshold, skip_silent)
-        self.mean_of_items = self.separation.mean_of_items
 
     def __call__(self, model: Callable[[Tensor], Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; reads the first of `batch.sources`."""

@@ -23,9 +23,10 @@ class Separation:
     item: `si_snr`, `si_snri` (dB, mean over sources but `unscored`), `permutation` (its rank).
     """
 
+    mean_of_items = property(lambda self: self.threshold is None and not self.skip_silent)
+
     def __init__(self, threshold: float | None = None, skip_silent: bool | None = None) -> None:
         self.threshold, self.skip_silent = threshold, skip_silent
-        self.mean_of_items = threshold is None and not skip_silent
 
     def __call__(self, model: Callable[[Tensor], Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         """Return loss and metrics; `batch.sources` must be as many as the model's outputs."""

@@ -151,7 +151,8 @@ def estimator(name: str, mini: bool, mode: str = "${vars.mode}") -> StageConfig:
     kind, separator, *encoder = name.split("_")
     if kind == "realm":  # of REAL-M (Subakan et al. 2022), on SI-SNR clipped to 0 to 10 dB
         settings = "model=sisnr_cnn objective.limits=[0.0,10.0]"
-        settings += "" if mini else " schedule.warmup_steps=0 schedule.patience=2"
+        hold = "schedule.hold_steps=43450"  # 25 epochs
+        settings += "" if mini else f" schedule.warmup_steps=0 schedule.patience=2 {hold}"
     elif encoder:
         settings = f"model=ssqp_wav2vec2 model.pretrained={PAPER['encoders'][encoder[0]]}"
         settings += f" model.encoder.model_type={encoder[0]}"

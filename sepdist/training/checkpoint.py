@@ -2,6 +2,7 @@
 
     run_dir/checkpoints/step-000000500-<unique>/
         model.safetensors      fp32 weights       model.yaml    the model's config, its sample rate
+        raw.safetensors        of a run with an average of the weights, which model.safetensors is
         optimizer.safetensors  whole tensors      lineage.json  run, step, hash, parent's lineage
         switches.safetensors   label assignments  state.json    counters, ledger
         COMMIT                 sizes and sha256 of all, put last
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 COMMIT = "COMMIT"
 SWITCHES = "switches.safetensors"
+RAW = "raw.safetensors"
 COLLECTED = b'{"collected": true}'  # a COMMIT that keeps another writer from putting its own
 FORMAT = 1  # of COMMIT
 _MARK = "not_finite"  # of a number that JSON cannot hold
@@ -76,6 +78,7 @@ class Snapshot:
     tables: Mapping[str, Any] = field(default_factory=dict)  # of the SwitchTracker
     url: str = ""  # where it was read from
     lineage: Mapping[str, Any] = field(default_factory=dict)  # as it was read
+    average: dict[str, Tensor] = field(default_factory=dict)  # of the weights, if the run has one
 
 
 @dataclass(frozen=True)
@@ -230,8 +233,7 @@ class Checkpointer:
     def _contents(self, snapshot: Snapshot, ledger: SegmentRef) -> dict[str, bytes]:
         """Return the files of a checkpoint but COMMIT."""
         card = {"model": dict(self.model_node), "sample_rate": self.sample_rate, **self.outputs}
-        tensors = {name: value.contiguous() for name, value in snapshot.weights.items()}
-        weights = safetensors.torch.save(tensors)
+        weights = _save(snapshot.average or snapshot.weights)
         sha256 = hashlib.sha256(weights).hexdigest()
         lineage = self.lineage | {"step": snapshot.step, "sha256": sha256}
         state = snapshot.state | {
@@ -239,14 +241,14 @@ class Checkpointer:
             "optimizer_scalars": snapshot.optimizer.scalars,
             "ledger": asdict(ledger),
         }
-        tables = dict(snapshot.tables)
+        more = {SWITCHES: dict(snapshot.tables), RAW: snapshot.average and snapshot.weights}
         return {
             "model.safetensors": weights,
             "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
             "state.json": to_json(state, lambda number: {_MARK: str(number)}).encode(),
             "model.yaml": yaml.safe_dump(card, sort_keys=False).encode(),
             "lineage.json": to_json(lineage, indent=1).encode(),
-        } | ({SWITCHES: safetensors.torch.save(tables)} if tables else {})
+        } | {name: _save(tensors) for name, tensors in more.items() if tensors}
 
     def _prune(self, written: Committed) -> None:
         """Remove earlier checkpoints but those that `keep_last`, `keep_best` and `keep_every` keep.
@@ -273,6 +275,10 @@ class Checkpointer:
             # COMMIT first, so that a removal that is interrupted leaves nothing loadable.
             storage.remove(storage.join(url, COMMIT))
             storage.remove(url)
+
+
+def _save(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
 
 
 @contextlib.contextmanager
@@ -445,11 +451,14 @@ def _load(one: Committed) -> Snapshot:
         object_hook=lambda node: float(node[_MARK]) if node.keys() == {_MARK} else node,
     )
     load, lineage = safetensors.torch.load, json.loads(contents["lineage.json"])
-    weights = load(contents["model.safetensors"])
+    weights, average = load(contents["model.safetensors"]), {}
+    if RAW in contents:
+        weights, average = load(contents[RAW]), weights
     optimizer = OptimizerState(load(contents["optimizer.safetensors"]), state["optimizer_scalars"])
     # Older checkpoints have the label switches in state.json.
     tables = load(contents[SWITCHES]) if SWITCHES in contents else state.get("switches", {})
-    return Snapshot(one.step, weights, optimizer, state, one.score, [], tables, one.url, lineage)
+    head = (one.step, weights, optimizer, state, one.score)
+    return Snapshot(*head, [], tables, one.url, lineage, average)
 
 
 def collect_orphans(run_dir: str) -> list[str]:

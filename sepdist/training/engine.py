@@ -25,9 +25,11 @@ from sepdist.config import ConfigError
 from sepdist.data.order import owned_virtual_shards
 from sepdist.data.records import Batch
 from sepdist.objectives.contract import Metrics, Objective, mean_of
+from sepdist.training.averaging import WeightAverage
 from sepdist.training.capture import Captured
 from sepdist.training.checkpoint import OptimizerState
 from sepdist.training.merging import run_merged
+from sepdist.training.recomputing import recompute_blocks
 from sepdist.training.reduction import TreeSum, reduce_canonically
 from sepdist.training.world import World, choose_kernels, sum_over_world, to_host
 
@@ -50,6 +52,8 @@ class Engine(Protocol):
     """What the loop uses of an engine; the config's `engine._target_` names one."""
 
     model: nn.Module
+    average: WeightAverage | None  # of the weights, if the run has one
+    evaluated: nn.Module  # what is validated and exported: the average, or `model`
     world: World
     set_lr: Callable[[float], None]  # of the next step
     # (this rank's batches, limit of the norm, whether asked to stop, whether to read results) ->
@@ -57,6 +61,7 @@ class Engine(Protocol):
     step: Callable[..., list[StepResult]]
     autocast: Callable[[], contextlib.AbstractContextManager]  # the precision of a forward pass
     weights: Callable[[], dict[str, Tensor]]  # fp32 and buffers, on the main rank; collective
+    averaged_weights: Callable[[], dict[str, Tensor]]  # the same of `average`; {} without one
     optimizer_state: Callable[[], OptimizerState]  # on the main rank; collective
     load_optimizer_state: Callable[[OptimizerState], None]
 
@@ -73,6 +78,7 @@ class DeepSpeedEngine:
     seed: int
     num_virtual_shards: int
     micro_batch: int
+    ema_decay: float = 0.0  # 0: no average
     zero_stage: int = 0
     precision: str = "fp32"
     reduction: str = "canonical"
@@ -80,6 +86,7 @@ class DeepSpeedEngine:
     tf32: bool = False
     determinism: bool = False
     cuda_graphs: bool = False
+    checkpoint_activations: bool = False
     clip_norm: float = 5.0
     bucket_elements: int = 1_000_000
     allow_slow_bf16: bool = False
@@ -93,6 +100,7 @@ class DeepSpeedEngine:
             num_shards,
             world.size,
             self.cuda_graphs,
+            self.checkpoint_activations,
         )
         self.on_device = world.device.type != "cpu"
         if self.precision == "bf16" and not self.on_device and not self.allow_slow_bf16:
@@ -105,6 +113,9 @@ class DeepSpeedEngine:
         firsts = range(0, len(self.owned), merged)
         self._passes = [self.owned[first : first + merged] for first in firsts]
         self.model.to(world.device)
+        self.average = WeightAverage(self.model, self.ema_decay) if self.ema_decay else None
+        if self.checkpoint_activations:
+            recompute_blocks(self.model)
         autocast = {"enabled": self.precision == "bf16", "dtype": "bfloat16"}
         self._by_zero = self.zero_stage > 0 and not self.canonical
         self._initialize(
@@ -128,6 +139,7 @@ class DeepSpeedEngine:
                 },
             }
         )
+        self.evaluated = self.average.model if self.average else self.model
         captures = self.cuda_graphs and world.device.type == "cuda"
         self._captured = Captured(self.model) if captures else None
         self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -143,7 +155,7 @@ class DeepSpeedEngine:
     def _initialize(self, options: dict[str, Any]) -> None:
         import deepspeed  # here, because it takes seconds that a driver need not spend
 
-        self._fragments = deepspeed.utils
+        self._fragments, self._zero = deepspeed.utils, deepspeed.zero
         deepspeed.utils.logger.setLevel(logging.WARNING)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; Ray and torchrun set it
         if self.world.device.type == "cpu":
@@ -180,6 +192,10 @@ class DeepSpeedEngine:
             self._compile_by_one(batches[: len(self._passes[0])])
         make = self._step_by_zero if self._by_zero else self._step_by_sum
         results, outcome = make(batches, norm_limit)
+        if self.average:
+            whole = self._zero.GatheredParameters(list(self.model.parameters()))
+            with whole if self.zero_stage == 3 else contextlib.nullcontext():
+                self.average.update(self.model)
         self._unread.append(self._measure(results, outcome, stopping))
         if self._guarded and not read:
             return []
@@ -347,6 +363,11 @@ class DeepSpeedEngine:
             named = self.model.state_dict()
         return {name: _copy(value) for name, value in named.items()} if self.world.is_main else {}
 
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Return the average of the weights on CPU, on the main rank; {} if there is none."""
+        named = self.average.model.state_dict() if self.average and self.world.is_main else {}
+        return {name: _copy(value) for name, value in named.items()}
+
     def optimizer_state(self) -> OptimizerState:
         """Its state by whole parameters on CPU, on the main rank; collective at ZeRO >= 1."""
         state = self._torch_optimizer().state
@@ -423,6 +444,7 @@ def check_engine_options(
     num_virtual_shards: int,
     world_size: int,
     cuda_graphs: bool = False,
+    checkpoint_activations: bool = False,
 ) -> None:
     """Raise ConfigError for combinations that cannot work."""
     for name, value, choices in (
@@ -441,6 +463,8 @@ def check_engine_options(
         raise ConfigError(
             "engine.zero_stage=3 partitions the weights; it needs engine.reduction=native"
         )
+    if cuda_graphs and checkpoint_activations:  # which reads the state of random numbers
+        raise ConfigError("engine.checkpoint_activations=true needs engine.cuda_graphs=false")
     if cuda_graphs and zero_stage > 0 and reduction == "native":
         raise ConfigError(
             f"engine.cuda_graphs=true with native reduction needs engine.zero_stage=0, not "

@@ -142,18 +142,18 @@ def parse_card(data: bytes, folder: str) -> dict[str, Any]:
         if type(value) is not int or not least <= value <= most:
             needs = f"must be a whole number, {least} to {most}"
             raise CheckpointError(f"{url}: {name}={value!r} {needs}")
-    for name, value in _leaves(node, "model"):
+    for name, value in leaves(node, "model"):
         if isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
             raise CheckpointError(f"{url}: {name}={value} is not between +-{MAX_NUMBER}")
     return card
 
 
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Every plain value with its dotted name."""
     if isinstance(value, Mapping | list):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, inner in items:
-            yield from _leaves(inner, f"{name}.{key}")
+            yield from leaves(inner, f"{name}.{key}")
     else:
         yield name, value
 

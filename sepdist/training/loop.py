@@ -24,6 +24,7 @@ from sepdist.metrics.switching import SwitchTracker
 from sepdist.reporting import Reporter
 from sepdist.training.checkpoint import collect_orphans
 from sepdist.training.datasets import open_datasets, open_stream
+from sepdist.training.describing import describe
 from sepdist.training.engine import StepResult
 from sepdist.training.lease import lease
 from sepdist.training.ledger import APPLIED, SKIPPED
@@ -83,8 +84,11 @@ def train(
         # 3. Outputs, of the main rank.
         reporter = goodput = checkpointer = None
         if world.is_main:
-            reporter = Reporter(cfg.run_dir, resume_step=state.step, patience_seconds=patience)
+            begun, url = state.step, cfg.run_dir
+            reporter = Reporter(url, cfg.name, resume_step=begun, patience_seconds=patience)
             stack.callback(reporter.close)
+            if not begun:
+                describe(reporter, cfg, engine.model, feeds)
             goodput = continue_goodput(cfg.run_dir, reporter.kept)
             collect_orphans(cfg.run_dir)
             checkpointer = state.checkpointer()
@@ -143,7 +147,7 @@ def train(
                         engine, objective, validation_set, world, cfg.validation, watchdog.beat
                     )
                     score = metrics["score"]
-                    best = " (best so far)" if schedule.observe(score) else ""
+                    best = " (best so far)" if schedule.observe(score, done) else ""
                     objective.observe(metrics)
                     listen(engine, objective, validation_set, reporter, done, cfg.validation)
                 log({f"validation/{k}": v for k, v in metrics.items() if k != "score"})

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from sepdist.data.records import AUDIO, Batch
-from sepdist.objectives.contract import Metrics
+from sepdist.objectives.contract import Metrics, is_mean_of_items
 
 
 class _Asked(BaseException):  # not an Exception, so that no objective catches it
@@ -47,7 +47,7 @@ def run_merged(
     """
     if len(batches) == 1:
         return [objective(model, batches[0])]
-    if getattr(objective, "mean_of_items", False) and (whole := _joined(batches)):
+    if is_mean_of_items(objective) and (whole := _joined(batches)):
         loss, metrics = objective(model, whole)
         shares = zip(*(x.chunk(len(batches), dim=-1) for x in metrics.values()), strict=True)
         return [(loss, dict(zip(metrics, own, strict=True))) for own in shares]

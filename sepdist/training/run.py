@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from sepdist.training.stopping import StopRequest
 FREE_TO_CHANGE: tuple[str, ...] = ("training", "cluster", "validation", "engine.zero", "data_root")
 FREE_TO_CHANGE += ("engine.merge_shards", "engine.tf32", "engine.determinism", "engine.cuda_graphs")
 FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads", "run_dir")
+FREE_TO_CHANGE += ("engine.checkpoint_activations",)
 
 
 def run(cfg: TrainConfig, console: Console) -> float | None:
@@ -83,9 +85,10 @@ def _check_engine(cfg: TrainConfig) -> None:
     options, num_shards = cfg.engine, cfg.data.num_virtual_shards
     fewest, most = config.worker_range(cfg.cluster)
     stage, precision = options.get("zero_stage", 0), options.get("precision", "fp32")
-    reduction, graphs = options.get("reduction", "canonical"), options.get("cuda_graphs", False)
+    reduction = options.get("reduction", "canonical")
+    more = [options.get(name, False) for name in ("cuda_graphs", "checkpoint_activations")]
     for world_size in (most, *range(fewest, most)):
-        check_engine_options(stage, precision, reduction, num_shards, world_size, graphs)
+        check_engine_options(stage, precision, reduction, num_shards, world_size, *more)
     elsewhere = cfg.cluster.address or os.environ.get("RAY_ADDRESS")  # then workers check their CPU
     on_this_cpu = not cfg.cluster.use_gpu and not elsewhere
     if precision == "bf16" and on_this_cpu and not options.get("allow_slow_bf16"):
@@ -112,6 +115,7 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
     storage.put_bytes(url, config.to_yaml(cfg).encode())
     environment: Any = versions("torch", "ray", "deepspeed", "webdataset", "numpy")
     environment |= {"platform": platform.platform(), "data": digests}
+    environment["command"] = shlex.join(["sepdist", *sys.argv[1:]])
     storage.put_bytes(environment_url, to_json(environment, indent=1).encode())
 
 

@@ -16,8 +16,12 @@ NO_SCORE = "no validation had a finite score"
 
 
 @dataclass
-class PlateauSchedule:
-    """Warm-up, then halving and early stop on plateaus of a score, the higher the better."""
+class Schedule:
+    """Warm-up and hold, then a fall of one of SHAPES; early stop on a plateau of a score.
+
+    The higher the score the better. `plateau` multiplies the rate by `factor` after more than
+    `patience` validations without a new best, of which those in warm-up and hold do not count.
+    """
 
     base_lr: float
     warmup_steps: int
@@ -27,26 +31,33 @@ class PlateauSchedule:
     early_stop_patience: int
     decay_steps: int = 0  # the rate falls linearly to 0 in the last steps before `max_steps`
     max_steps: int = 0
+    shape: str = "plateau"
+    hold_steps: int = 0
     scale: float = 1.0
     best: float | None = None
-    num_stagnant: int = 0  # validations since the best
+    num_stagnant: int = 0  # validations since the best, but for those of the warm-up
     num_since_halving: int = 0
+
+    def __post_init__(self) -> None:
+        self._start = max(self.warmup_steps, self.hold_steps)  # of the fall
 
     def lr(self, step: int) -> float:
         """Return the learning rate of step `step` (the first is 0)."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         decay = (self.max_steps - step) / self.decay_steps if self.decay_steps else 1.0
-        lr = self.base_lr * self.scale * warmup * min(1.0, decay)
+        done = max(0, step - self._start) / max(1, self.max_steps - self._start)
+        falls = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}
+        lr = self.base_lr * self.scale * warmup * min(1.0, decay) * falls.get(self.shape, 1.0)
         return max(lr, min(self.min_lr, self.base_lr))
 
-    def observe(self, score: float) -> bool:
-        """Record a validation score; returns whether it is the best so far, and finite."""
+    def observe(self, score: float, step: int) -> bool:
+        """Record the score after `step` steps; returns whether it is the best, and finite."""
         if math.isfinite(score) and (self.best is None or score > self.best):
             self.best = score
             self.num_stagnant = self.num_since_halving = 0
             return True
-        self.num_stagnant += 1
-        self.num_since_halving += 1
+        self.num_stagnant += step > self.warmup_steps or self.best is None
+        self.num_since_halving += self.shape == "plateau" and step > self._start
         if self.num_since_halving > self.patience:
             self.scale *= self.factor
             self.num_since_halving = 0

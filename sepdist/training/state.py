@@ -16,7 +16,7 @@ from sepdist.training import checkpoint
 from sepdist.training.engine import Engine
 from sepdist.training.handoff import inherit, load_weights
 from sepdist.training.ledger import Ledger, SegmentRef
-from sepdist.training.schedule import GradientGuard, PlateauSchedule
+from sepdist.training.schedule import GradientGuard, Schedule
 from sepdist.training.world import World, broadcast_object, broadcast_tensors, gather_to_main
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class RunState:
     """What a run has learnt and counted so far.
 
     step       the next one; all that the data position depends on
-    engine     weights and optimizer state
+    engine     weights, their average and optimizer state
     schedule   learning rate and early stopping
     guard      norms of the last gradients, and how many steps in a row were skipped
     switches   label assignments by utterance, on the main rank
@@ -68,9 +68,10 @@ class RunState:
             seed=cfg.seed,
             num_virtual_shards=cfg.data.num_virtual_shards,
             micro_batch=cfg.data.micro_batch,
+            ema_decay=cfg.training.ema_decay,
         )
         training = cfg.training
-        self.schedule = PlateauSchedule(
+        self.schedule = Schedule(
             cfg.optim["lr"],
             early_stop_patience=training.early_stop_patience,
             max_steps=training.max_steps,
@@ -111,6 +112,9 @@ class RunState:
                 "another run_dir"
             )
         self.engine.load_optimizer_state(saved.optimizer)
+        if self.engine.average and saved.average:  # else it starts from the weights
+            self.engine.average.model.load_state_dict(saved.average)
+            self.engine.average.num_updates = saved.state["num_averaged"]
         for name, counter in self._counters.items():
             counter.load_state_dict(saved.state[name])
         self.switches.load(saved.tables)
@@ -124,8 +128,11 @@ class RunState:
         samples_per_step = self._data["num_virtual_shards"] * self._data["micro_batch"]
         state = self._data | {name: one.state_dict() for name, one in self._counters.items()}
         state |= {"samples_seen": self.step * samples_per_step, "world_size": self._world.size}
-        tables = self.switches.tensors()
-        return checkpoint.Snapshot(self.step, weights, optimizer, state, score, consumed, tables)
+        if self.engine.average:
+            state["num_averaged"] = self.engine.average.num_updates
+        found = checkpoint.Snapshot(self.step, weights, optimizer, state, score, consumed)
+        tables, average = self.switches.tensors(), self.engine.averaged_weights()
+        return replace(found, tables=tables, average=average)
 
     def checkpointer(self) -> checkpoint.Checkpointer:
         """Return the writer of this run's checkpoints."""
@@ -151,12 +158,14 @@ def load_for_all(run_dir: str, world: World) -> checkpoint.Snapshot | None:
         found = checkpoint.load_newest(run_dir) if world.is_main else None
     except (checkpoint.CheckpointError, OSError) as its_error:
         error = its_error
-    head = found and replace(found, weights={}, optimizer=replace(found.optimizer, tensors={}))
-    head, error = broadcast_object((head and replace(head, tables={}), error), world)
+    head = found and replace(found, optimizer=replace(found.optimizer, tensors={}))
+    head = head and replace(head, weights={}, average={}, tables={})
+    head, error = broadcast_object((head, error), world)
     if error:
         raise error
     if head:
         mine = found or head
         head.weights, head.tables = broadcast_tensors(mine.weights, world), mine.tables
+        head.average = broadcast_tensors(mine.average, world)
         head.optimizer.tensors = broadcast_tensors(mine.optimizer.tensors, world)
     return head

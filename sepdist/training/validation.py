@@ -9,9 +9,9 @@ from sepdist.config import ValidationConfig
 from sepdist.data.dataset import Dataset
 from sepdist.metrics.permutation import best_permutation, reorder
 from sepdist.metrics.selection import speakers_of
-from sepdist.metrics.si_snr import pairwise_si_snr
+from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
 from sepdist.objectives.contract import OUTPUT_RULES, Objective, mean_of
-from sepdist.reporting import Reporter
+from sepdist.reporting import LISTEN, Reporter
 from sepdist.training.engine import Engine
 from sepdist.training.world import World, sum_over_world
 
@@ -35,12 +35,12 @@ def validate(
     rounds = -(-count // world.size)  # equal on all ranks, because a ZeRO-3 forward is collective
     rows: dict[str, Tensor] = {}
     nothing = torch.zeros(2, count, dtype=torch.float64, device=world.device)
-    engine.model.eval()
+    engine.evaluated.eval()
     for turn in range(rounds):
         index = turn * world.size + world.rank
         batch = dataset.full(min(index, count - 1), options.max_seconds).to(world.device)
         with torch.no_grad(), engine.autocast():
-            loss, metrics = objective(engine.model, batch)
+            loss, metrics = objective(engine.evaluated, batch)
         silent = nothing.new_full((), batch.num_silent)
         for name, value in (metrics | {"loss": loss, "silent_sources": silent}).items():
             row = rows.setdefault(name, nothing.clone())
@@ -76,17 +76,22 @@ def listen(
         estimates = batch.estimates
         if estimates is None:
             with torch.no_grad(), engine.autocast():
-                outputs = engine.model(batch.mixture.to(engine.world.device)).float().cpu()
+                outputs = engine.evaluated(batch.mixture.to(engine.world.device)).float().cpu()
             rules = {name: getattr(objective, name) for name in OUTPUT_RULES}
             estimates = speakers_of(outputs, **rules)
         if reporter is None:  # but a ZeRO-3 forward is collective
             continue
-        waves = {"mixture": batch.mixture[0].numpy()}
+        waves, titles = {"mixture": batch.mixture[0].numpy()}, dict[str, str]()
         if batch.sources is not None and batch.sources.shape == estimates.shape:
             _, order = best_permutation(pairwise_si_snr(estimates, batch.sources))
             estimates = reorder(estimates, order)
+            scores = enumerate(si_snr(estimates, batch.sources)[0].tolist(), 1)
+            titles = {f"estimate {i}": f"estimate {i}: {score:.1f} dB" for i, score in scores}
             waves |= {f"source {i + 1}": wave.numpy() for i, wave in enumerate(batch.sources[0])}
         waves |= {f"estimate {i + 1}": wave.numpy() for i, wave in enumerate(estimates[0])}
         for name, wave in waves.items():
-            reporter.audio(step, f"listen_{index}/{name}", wave, rate)
-        reporter.spectrogram(step, f"listen_{index}", waves, rate)
+            reporter.audio(step, f"{LISTEN} {batch.ids[0]}/{name}", wave, rate)
+        waves = {titles.get(name, name): wave for name, wave in waves.items()}
+        if titles:  # few panels, which a card has room for
+            del waves["mixture"]
+        reporter.spectrogram(step, f"{LISTEN} {batch.ids[0]}", waves, rate)

@@ -104,8 +104,8 @@ def test_a_model_that_separates_is_refused_before_training() -> None:
         Quality().check_model(nn.Conv1d(1, 1, 1))
 
 
-def test_listening_examples_are_the_estimates_of_the_data_set() -> None:
-    batch, _ = scored(1)
+def test_listening_examples_are_the_estimates_of_the_data_set_with_their_si_snr() -> None:
+    batch, true = scored(1)
     waves: dict[str, np.ndarray] = {}
 
     class Recorded:
@@ -122,12 +122,16 @@ def test_listening_examples_are_the_estimates_of_the_data_set() -> None:
         def spectrogram(
             self, step: int, name: str, shown: dict[str, np.ndarray], rate: int
         ) -> None:
-            assert len(shown) == 5
+            assert name == f"2 listen {batch.ids[0]}"
+            scores = [f"estimate {i + 1}: {true[0, i]:.1f} dB" for i in (0, 1)]
+            assert list(shown) == ["source 1", "source 2", *scores]
 
     listen(None, Quality(), Recorded(), Recorded(), 1, ValidationConfig(num_listening=3))
     for i in (0, 1):
-        assert np.array_equal(waves[f"listen_0/estimate {i + 1}"], batch.estimates[0, i])
-        assert np.array_equal(waves[f"listen_0/source {i + 1}"], batch.sources[0, i])
+        assert np.array_equal(
+            waves[f"2 listen {batch.ids[0]}/estimate {i + 1}"], batch.estimates[0, i]
+        )
+        assert np.array_equal(waves[f"2 listen {batch.ids[0]}/source {i + 1}"], batch.sources[0, i])
 
 
 @pytest.fixture

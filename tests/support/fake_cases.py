@@ -163,6 +163,7 @@ PATHS: dict[str, Callable[[FakeDevice], list[str]]] = {
     "steps, merged": functools.partial(steps, reduction="native", merge_shards=0),
     "steps, native": functools.partial(steps, reduction="native", merge_shards=1),
     "steps, canonical, bf16": functools.partial(steps, precision="bf16"),
+    "steps, averaged": functools.partial(steps, ema_decay=0.9),
     "validation": validating,
     "inference": inferring,
 }

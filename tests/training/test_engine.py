@@ -60,9 +60,13 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         reduction=options.get("reduction", "canonical"),
         merge_shards=options.get("merge_shards", 1),
         clip_norm=0.5,
+        ema_decay=options.get("ema_decay", 0.0),
     )
     if saved:
         engine.load_optimizer_state(OptimizerState(saved["tensors"], saved["scalars"]))
+        if engine.average:
+            engine.average.model.load_state_dict(saved["average"])
+            engine.average.num_updates = options["first"]
     losses, norms, applied, changed = [], [], [], []
     for step in range(options["first"], options["last"]):
         engine.set_lr(1e-2 / (1 + step))
@@ -75,12 +79,14 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
         after = engine.weights()
         changed.append(any(not torch.equal(before[name], after[name]) for name in before))
     weights, optimizer = engine.weights(), engine.optimizer_state()
+    average = engine.averaged_weights()
     if rank == 0:
         state = {"weights": weights, "tensors": optimizer.tensors, "scalars": optimizer.scalars}
-        torch.save(state, f"{folder}/state.pt")
-        digest = hashlib.sha256(
-            b"".join(value.numpy().tobytes() for value in weights.values())
-        ).hexdigest()
+        torch.save(state | {"average": average}, f"{folder}/state.pt")
+        digest, average_digest = (
+            hashlib.sha256(b"".join(x.numpy().tobytes() for x in one.values())).hexdigest()
+            for one in (weights, average)
+        )
         text = json.dumps(
             {
                 "losses": losses,
@@ -88,6 +94,7 @@ def run_steps(rank: int, world_size: int, folder: str, options: dict) -> None:
                 "applied": applied,
                 "changed": changed,
                 "digest": digest,
+                "average": average_digest,
             }
         )
         Path(f"{folder}/{options['key']}.json").write_text(text)
@@ -228,6 +235,24 @@ def test_merged_virtual_shards_give_the_steps_of_separate_ones(stage: int, tmp_p
 
 
 @pytest.mark.slow
+def test_the_average_has_the_same_bits_at_any_world_size_and_stage(tmp_path: Path) -> None:
+    whole = run(tmp_path, 1, 0, ema_decay=0.9)
+    expected = torch.load(tmp_path / "state.pt", weights_only=True)["average"]
+    assert whole["average"] != whole["digest"]
+    for world_size, stage in ((2, 0), (3, 1), (2, 2)):
+        assert run(tmp_path, world_size, stage, ema_decay=0.9) == whole
+    run(tmp_path, 2, 1, 0, 3, ema_decay=0.9)
+    assert run(tmp_path, 1, 0, 3, 6, ema_decay=0.9)["average"] == whole["average"]
+    bf16 = [run(tmp_path, size, 0, ema_decay=0.9, precision="bf16") for size in (1, 2)]
+    assert bf16[0] == bf16[1] and bf16[0]["average"] != whole["average"]
+    for stage in (0, 1, 2, 3):
+        run(tmp_path, 2, stage, 0, 3, ema_decay=0.9, reduction="native")
+        run(tmp_path, 2, stage, 3, 6, ema_decay=0.9, reduction="native")
+        found = torch.load(tmp_path / "state.pt", weights_only=True)["average"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_one_rank_of_a_node_runs_a_pass_before_the_others_begin(tmp_path: Path) -> None:
     run(tmp_path, 3, 0, last=1)
     calls = (tmp_path / "3-0-0-1-.calls").read_text().split()
@@ -264,6 +289,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all_and_the_nex
         ((3, "fp32", "canonical", 4, 2), "reduction=native"),
         ((0, "fp32", "native", 4, 3), "divides"),
         ((1, "bf16", "native", 4, 2, True), "zero_stage=0, not 1.*cuda_graphs=false"),
+        ((0, "bf16", "native", 4, 2, True, True), "checkpoint_activations=true.*cuda_graphs=false"),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_what_to_set(options: tuple, advice: str) -> None:

@@ -174,6 +174,8 @@ def test_an_objective_that_is_a_mean_over_items_is_called_once_for_batches_that_
     given, calls = batches(), []
 
     class Counted(Separation):
+        mean_of_items = True  # of its own `__call__`
+
         def __call__(self, model: Any, batch: Batch) -> Any:
             calls.append(batch)
             return super().__call__(model, batch)
@@ -186,3 +188,26 @@ def test_an_objective_that_is_a_mean_over_items_is_called_once_for_batches_that_
     elsewhere = replace(given[1], data_set="other")
     run_merged(Counted(), Separator(2), [given[0], elsewhere, given[2]])
     assert {len(one.ids) for one in calls} == {2}
+
+
+@pytest.mark.parametrize("base", [Separation, SoftPit, Enhancement])
+def test_a_subclass_with_a_loss_of_its_own_inherits_no_claim_that_it_is_a_mean(base: type) -> None:
+    """The largest loss of an item is no mean over them: merged, all batches would get one."""
+
+    class Worst(base):
+        def __call__(self, model: Any, batch: Batch) -> Any:
+            _, metrics = super().__call__(model, batch)
+            level_B = (model(batch.mixture) ** 2).mean((1, 2))
+            return level_B.max(), metrics
+
+    class Renamed(base):
+        """Without a loss of its own."""
+
+    model, given = Separator(1 if base is Enhancement else 2), batches()
+    objective = with_defaults(Worst())
+    expected = [objective(model, batch)[0] for batch in given]
+    found = [loss for loss, _ in run_merged(objective, model, given)]
+    torch.testing.assert_close(found, expected)
+    model.calls = 0
+    run_merged(with_defaults(Renamed()), model, given)
+    assert model.calls == 1

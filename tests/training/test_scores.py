@@ -13,7 +13,7 @@ from sepdist.inference.export import load_export
 from sepdist.reporting import to_json
 from sepdist.training import launch
 from sepdist.training.checkpoint import Committed, best_of, find_committed, load_newest
-from sepdist.training.schedule import PlateauSchedule
+from sepdist.training.schedule import Schedule
 from tests.support.checkpoints import assert_equal, save, snapshot
 from tests.support.runs import ROOT, frozen, loop, program, train_arguments
 
@@ -30,16 +30,14 @@ def strict(text: str | bytes) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def schedule() -> PlateauSchedule:
-    return PlateauSchedule(
-        0.1, warmup_steps=0, factor=0.5, patience=1, min_lr=1e-9, early_stop_patience=3
-    )
+def schedule() -> Schedule:
+    return Schedule(0.1, warmup_steps=0, factor=0.5, patience=1, min_lr=1e-9, early_stop_patience=3)
 
 
 @pytest.mark.parametrize("wrong", NOT_FINITE)
 def test_a_later_finite_score_is_better_than_one_that_is_not(wrong: float) -> None:
     plateau = schedule()
-    assert [plateau.observe(score) for score in (wrong, -50.0, wrong, -49.0)] == [
+    assert [plateau.observe(score, 1) for score in (wrong, -50.0, wrong, -49.0)] == [
         False,
         True,
         False,
@@ -51,10 +49,10 @@ def test_a_later_finite_score_is_better_than_one_that_is_not(wrong: float) -> No
 @pytest.mark.parametrize("wrong", NOT_FINITE)
 def test_a_score_that_is_not_finite_counts_as_a_stagnant_validation(wrong: float) -> None:
     plateau = schedule()
-    plateau.observe(1.0)
+    plateau.observe(1.0, 1)
     rates, stops = [], []
     for _ in range(3):
-        plateau.observe(wrong)
+        plateau.observe(wrong, 1)
         rates.append(plateau.lr(0))
         stops.append(plateau.should_stop)
     assert rates == [0.1, 0.05, 0.05] and stops == [False, False, True]
@@ -69,7 +67,7 @@ def test_a_schedule_saved_with_such_a_best_forgets_it(wrong: float) -> None:
     assert plateau.best is None and plateau.scale == 0.5
     with pytest.raises(RuntimeError, match="finite score"):
         plateau.check_end()
-    assert plateau.observe(-3.0)
+    assert plateau.observe(-3.0, 1)
     plateau.check_end()
 
 
@@ -142,7 +140,7 @@ def test_a_run_without_a_finite_score_is_not_started_again(monkeypatch: pytest.M
     monkeypatch.setattr(launch, "find_committed", lambda _: [])
     limit = launch.FailureLimit("run", 5)
     plateau = schedule()
-    plateau.observe(math.nan)
+    plateau.observe(math.nan, 1)
     with pytest.raises(RuntimeError) as caught:
         plateau.check_end()
     assert "lower optim.lr=0.1 in another run_dir" in str(caught.value)

@@ -58,7 +58,7 @@ def data(url: Path, late: tuple[int, ...] = LATE) -> Dataset:
 def run(
     dataset: Dataset, seconds: float, objective: Any, model: nn.Module | None = None
 ) -> dict[str, float]:
-    engine: Any = SimpleNamespace(model=model or Leaky(), autocast=contextlib.nullcontext)
+    engine: Any = SimpleNamespace(evaluated=model or Leaky(), autocast=contextlib.nullcontext)
     options = ValidationConfig(max_seconds=seconds)
     return validate(engine, objective, dataset, World(0, 1, torch.device("cpu")), options)
 
@@ -156,7 +156,7 @@ def test_ranks_that_meet_silence_alone_agree_with_the_others(
     found: dict[int, dict[str, float]] = {}
 
     def rank(number: int) -> None:
-        engine: Any = SimpleNamespace(model=Leaky(), autocast=contextlib.nullcontext)
+        engine: Any = SimpleNamespace(evaluated=Leaky(), autocast=contextlib.nullcontext)
         world = World(number, world_size, torch.device("cpu"))
         options = ValidationConfig(max_seconds=2.0)
         objective: Any = Separation()
