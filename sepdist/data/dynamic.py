@@ -1,16 +1,18 @@
 """Dynamic mixing: a new mixture of single utterances for every position of training.
 
-Speakers, levels, speeds, crops and noises are drawn from the seed and the position. Loudness and
-the guards against clipping are LibriMix's (corpora/recipes.py).
+Speakers, levels, speeds, crops, rooms and noises are drawn from the seed and the position. Loudness
+and the guards against clipping are LibriMix's (corpora/recipes.py).
 
 Shapes: T samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import zip_longest
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,7 +23,12 @@ from sepdist.data.crops import MAX_REPLACEMENTS, Damage, beyond_replacing, crop_
 from sepdist.data.dataset import MAX_CROPS, Dataset, Item
 from sepdist.data.members import DataError
 from sepdist.data.order import Blend, Order
+from sepdist.data.rooms import Rooms, play
+from sepdist.data.shards import NUM_READERS, read_index
 from sepdist.seeding import derive, rng
+
+BALANCES = ("utterance", "speaker")
+MAX_DRAWS = 1000  # of a speaker who is not in the mixture yet
 
 
 @dataclass(frozen=True)
@@ -39,17 +46,24 @@ class _Clip:
 class _Clips:
     """A data set of clips, with one order of its samples per member of a mixture."""
 
-    def __init__(self, dataset: Dataset, seeds: Sequence[int]) -> None:
+    def __init__(self, dataset: Dataset, seeds: Sequence[int], by_speaker: bool = False) -> None:
         self.dataset = dataset
         self.seeds = seeds
+        self.places = _places(dataset) if by_speaker else []  # by speaker
         self.arrange(None, 0)
         self._measured: dict[tuple[int, int], tuple[float, float]] = {}
 
     def arrange(self, blend: Blend | None, number: int) -> None:
-        sizes = self.dataset.shard_sizes
-        self.orders = [Order(seed, sizes, blend=blend, number=number) for seed in self.seeds]
+        kind: Any = partial(_Balanced, places=self.places)
+        if not self.places:
+            kind = partial(Order, shard_sizes=self.dataset.shard_sizes)
+        self.orders: list[_Balanced | Order] = [
+            kind(seed, blend=blend, number=number) for seed in self.seeds
+        ]
 
-    def find(self, order: Order, position: int, others: set[str], damages: list[Damage]) -> _Clip:
+    def find(
+        self, order: "_Balanced | Order", position: int, others: set[str], damages: list[Damage]
+    ) -> _Clip:
         """Return the first clip from `position` on that can be mixed and is of none of `others`."""
         first = len(damages)
         for place in order.candidates(position):
@@ -86,12 +100,53 @@ class _Clips:
         self.dataset.cache.prefetch(numbers)
 
 
+class _Balanced:
+    """Samples by position, drawn: any speaker as often as another, then any sample of theirs."""
+
+    def __init__(
+        self,
+        seed: int,
+        places: Sequence[Sequence[tuple[int, int]]],
+        blend: Blend | None = None,
+        number: int = 0,
+    ) -> None:
+        self.seed, self.places, self.number = seed, places, number
+        self.blend = blend or Blend(0, (1,), 1)
+        self._first = lru_cache(maxsize=2**14)(lambda position: next(self.candidates(position)))
+
+    def candidates(self, position: int) -> Iterator[tuple[int, int]]:
+        """Yield independent draws of (shard, sample) for a position."""
+        bits = rng(self.seed, "balanced", position).bit_generator
+        for _ in range(MAX_DRAWS):
+            speaker, sample = bits.random_raw(2).tolist()
+            own = self.places[speaker % len(self.places)]
+            yield own[sample % len(own)]
+
+    def upcoming(self, positions: range, lanes: range) -> list[int]:
+        """Shards of the positions in `lanes`, by first use."""
+        own = (one for one in positions if self.blend.lanes(self.number, one)[0] in lanes)
+        return list(dict.fromkeys(self._first(one)[0] for one in own))
+
+
+def _places(dataset: Dataset) -> list[list[tuple[int, int]]]:
+    """List (shard, sample) of every speaker's samples; reads all indices."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        indices = pool.map(partial(read_index, dataset.url), dataset.manifest.shards)
+        for shard, samples in enumerate(indices):
+            for number, sample in enumerate(samples):
+                found[sample.speakers[0]].append((shard, number))
+    return [found[name] for name in sorted(found)]
+
+
 @dataclass(eq=False)
 class DynamicMixing:
     """Mixtures of the first sources of a data set's samples, each of one person: a feed.
 
     Every sample is the first source once an epoch. The other sources, and the noise, have orders of
-    their own; a sample of a speaker already in the mixture is passed over. Levels are in LUFS.
+    their own; a sample of a speaker already in the mixture is passed over. With `balance` "speaker"
+    each source is drawn instead: a speaker, then one of their samples. Levels are in LUFS. `rooms`
+    are arguments of `Rooms`; with its dry targets, an item has a `mix` that is not their sum.
     """
 
     path_arguments: ClassVar = ("noise",)
@@ -104,6 +159,8 @@ class DynamicMixing:
     levels: tuple[float, float] = SPEECH_LUFS  # of the whole stored utterance rather than the crop
     noise: str | None = None  # a data set of noises (corpus wham)
     noise_levels: tuple[float, float] = NOISE_LUFS
+    balance: str = "utterance"
+    rooms: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         manifest, cache = self.dataset.manifest, self.dataset.cache
@@ -111,6 +168,9 @@ class DynamicMixing:
             raise ValueError(
                 f"speeds={list(self.speeds)}: give one or more, all above 0; 1 is no change"
             )
+        if self.balance not in BALANCES:
+            raise ValueError(f"balance={self.balance}: give one of {', '.join(BALANCES)}")
+        self.acoustics = None if self.rooms is None else Rooms(**self.rooms)
         if "s1" not in manifest.members or manifest.num_speakers < self.num_sources:
             found = f"{manifest.num_speakers} speakers, the members {', '.join(manifest.members)}"
             needed = f"mixing needs s1 of {self.num_sources} different speakers"
@@ -118,7 +178,8 @@ class DynamicMixing:
         self.num_samples, self.rate = manifest.num_samples, manifest.sample_rate
         self.crop_samples = crop_length(self.crop_seconds, self.rate)
         names = [f"s{i + 1}" for i in range(self.num_sources)]
-        self.voices = _Clips(self.dataset, [derive(self.seed, "mixing order", s) for s in names])
+        seeds = [derive(self.seed, "mixing order", one) for one in names]
+        self.voices = _Clips(self.dataset, seeds, by_speaker=self.balance == "speaker")
         self.noises: _Clips | None = None
         if self.noise is not None:
             folder, gigabytes = str(cache.folder), cache.max_bytes / 1e9
@@ -161,9 +222,33 @@ class DynamicMixing:
             names.append("noise")
         waves = [audio.fit(wave, length) for wave in waves]
         loudnesses, peaks = [clip.loudness for clip in clips], [clip.peak for clip in clips]
-        gains = guarded_gains(targets, loudnesses, peaks, lambda: waves)
-        scaled = [wave * np.float32(gain) for wave, gain in zip(waves, gains, strict=True)]
-        return Item(f"{key}@{position}", speakers, dict(zip(names, scaled, strict=True)))
+        heard = waves
+        if self.acoustics is not None:
+            heard, waves = self._in_room(waves, position)
+            peaks = [
+                float(np.max(np.abs(wave), initial=peak))
+                for wave, peak in zip(heard, peaks, strict=True)
+            ]
+        gains = [*map(np.float32, guarded_gains(targets, loudnesses, peaks, lambda: heard))]
+        scaled = [wave * gain for wave, gain in zip(waves, gains, strict=True)]
+        members = dict(zip(names, scaled, strict=True))
+        if heard is not waves:
+            members["mix"] = sum(wave * gain for wave, gain in zip(heard, gains, strict=True))
+        return Item(f"{key}@{position}", speakers, members)
+
+    def _in_room(
+        self, waves: Sequence[np.ndarray], position: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Play the sources in the position's room: what is heard, and the targets; noise stays."""
+        assert self.acoustics is not None
+        count = self.num_sources
+        pairs = self.acoustics.responses(self.seed, position, count, self.rate)
+        noise = waves[count:]
+        played = [
+            [play(wave, one) for wave, one in zip(waves, responses, strict=False)] + [*noise]
+            for responses in zip(*pairs, strict=True)
+        ]
+        return played[0], played[0] if self.acoustics.target == "wet" else played[1]
 
     def _crop(self, clip: _Clip, speed: float, places: Sequence[float]) -> np.ndarray:
         """Play a clip at `speed` from the first of `places` with a sound: crop_samples or fewer."""

@@ -41,16 +41,19 @@ def _open_main(cfg: TrainConfig) -> Feed:
             f"data.noise={data.noise} with data.mixing.noise={noise}: new mixtures have noise if a "
             "data set of noises is given; change one of them"
         )
-    voices = _open(cfg, data.train, 1, False)
+    voices = _open(cfg, data.train, 1, False, sources_only=True)
     options |= {"dataset": voices, "num_sources": data.num_sources}
     return slots.build("mixing", data.mixing, **options)
 
 
-def _open(cfg: TrainConfig, url: str, num_sources: int, noise: bool) -> Dataset:
+def _open(
+    cfg: TrainConfig, url: str, num_sources: int, noise: bool, sources_only: bool = False
+) -> Dataset:
     dataset = Dataset(
         url,
         num_sources=num_sources,
         noise=noise,
+        sources_only=sources_only,
         cache_dir=cfg.data.cache_dir,
         cache_gigabytes=cfg.data.cache_gigabytes,
     )
