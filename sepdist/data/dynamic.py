@@ -19,7 +19,14 @@ import numpy as np
 from sepdist import audio
 from sepdist.corpora.recipes import NOISE_LUFS, SPEECH_LUFS, extend_noise, guarded_gains
 from sepdist.data.cache import OpenShard
-from sepdist.data.crops import MAX_REPLACEMENTS, Damage, beyond_replacing, crop_length
+from sepdist.data.crops import (
+    MAX_REPLACEMENTS,
+    Damage,
+    beyond_replacing,
+    crop_length,
+    require_speeds,
+    samples_at,
+)
 from sepdist.data.dataset import MAX_CROPS, Dataset, Item
 from sepdist.data.members import DataError
 from sepdist.data.order import Blend, Order
@@ -164,10 +171,7 @@ class DynamicMixing:
 
     def __post_init__(self) -> None:
         manifest, cache = self.dataset.manifest, self.dataset.cache
-        if not self.speeds or min(self.speeds) <= 0:
-            raise ValueError(
-                f"speeds={list(self.speeds)}: give one or more, all above 0; 1 is no change"
-            )
+        require_speeds(self.speeds)
         if self.balance not in BALANCES:
             raise ValueError(f"balance={self.balance}: give one of {', '.join(BALANCES)}")
         self.acoustics = None if self.rooms is None else Rooms(**self.rooms)
@@ -233,7 +237,8 @@ class DynamicMixing:
         scaled = [wave * gain for wave, gain in zip(waves, gains, strict=True)]
         members = dict(zip(names, scaled, strict=True))
         if heard is not waves:
-            members["mix"] = sum(wave * gain for wave, gain in zip(heard, gains, strict=True))
+            parts = [wave * gain for wave, gain in zip(heard, gains, strict=True)]
+            members["mix"] = np.sum(parts, axis=0, dtype=np.float32)
         return Item(f"{key}@{position}", speakers, members)
 
     def _in_room(
@@ -252,11 +257,10 @@ class DynamicMixing:
 
     def _crop(self, clip: _Clip, speed: float, places: Sequence[float]) -> np.ndarray:
         """Play a clip at `speed` from the first of `places` with a sound: crop_samples or fewer."""
-        as_rate = round(self.rate * speed)
-        wanted = -(-self.crop_samples * as_rate // self.rate)
+        wanted = samples_at(speed, self.crop_samples, self.rate)
         num_starts = max(0, clip.num_samples - wanted) + 1
         wave = clip.read(wanted, [int(place * num_starts) for place in places])["s1"]
-        return audio.resample(wave, as_rate, self.rate)[: self.crop_samples]
+        return audio.resample(wave, round(self.rate * speed), self.rate)[: self.crop_samples]
 
     def arrange(self, blend: Blend, number: int) -> None:
         """Follow the lanes of data set `number` of `blend`, in the order of every member."""

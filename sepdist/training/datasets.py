@@ -26,7 +26,8 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
             )
         seed = seeding.derive(cfg.seed, "data set", one.name)
         dataset = _open(cfg, one.url, one.num_sources, one.noise)
-        feeds[one.name] = Crops(dataset, seed=seed, crop_seconds=data.crop_seconds)
+        crops = Crops(dataset, seed=seed, crop_seconds=data.crop_seconds, speeds=one.speeds)
+        feeds[one.name] = crops
     return feeds, _open(cfg, data.validation, data.num_sources, data.noise)
 
 
@@ -34,7 +35,11 @@ def _open_main(cfg: TrainConfig) -> Feed:
     data = cfg.data
     options: dict[str, Any] = {"seed": cfg.seed, "crop_seconds": data.crop_seconds}
     if data.mixing is None:
-        return Crops(_open(cfg, data.train, data.num_sources, data.noise), **options)
+        stored = _open(cfg, data.train, data.num_sources, data.noise)
+        return Crops(stored, speeds=data.speeds, **options)
+    if data.speeds:
+        given = f"data.speeds={data.speeds}"
+        raise ConfigError(f"{given} is of stored mixtures; with mixing set data.mixing.speeds")
     noise = data.mixing.get("noise")
     if data.noise != bool(noise):
         raise ConfigError(
