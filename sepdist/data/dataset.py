@@ -31,7 +31,7 @@ class Item:
 class Dataset:
     """A data set whose mixtures have `num_sources` sources and, with `noise`, the noise.
 
-    With `sources_only` no mixture is made of its samples, so that a stored one is not read.
+    `members` are read instead, if given.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class Dataset:
         *,
         num_sources: int = 2,
         noise: bool = False,
-        sources_only: bool = False,
+        members: Sequence[str] = (),
         cache_dir: str = "~/.cache/sepdist",
         cache_gigabytes: float = 50.0,
     ) -> None:
         self.url = url
         self.manifest = read_manifest(url)
-        self.members = self._choose_members(num_sources, noise, sources_only)
+        self.members = tuple(members) or self._choose_members(num_sources, noise)
         self.cache = ShardCache(url, self.manifest, cache_dir, int(cache_gigabytes * 1e9))
         self.shard_sizes = tuple(shard.num_samples for shard in self.manifest.shards)
         self._ends = np.cumsum(self.shard_sizes)
 
-    def _choose_members(self, num_sources: int, noise: bool, apart: bool) -> tuple[str, ...]:
+    def _choose_members(self, num_sources: int, noise: bool) -> tuple[str, ...]:
         found = self.manifest.members
         if found == ("mix",):
             return found
@@ -60,7 +60,7 @@ class Dataset:
         numbers = range(1, num_sources + 1)
         wanted = [f"s{i}" for i in numbers] + ["noise"] * noise
         sources, estimates, rest = split_members(found)
-        if "mix" in rest and not apart:
+        if "mix" in rest:
             has = len(sources), "noise" in rest
             if has != (num_sources, noise):
                 raise DataError(
@@ -68,7 +68,7 @@ class Dataset:
                     f"them or added: set num_sources={has[0]} and noise={str(has[1]).lower()}"
                 )
             wanted.append("mix")
-        if estimates and not apart:
+        if estimates:
             wanted += [f"e{i}" for i in numbers]
             if "noise" in found and not noise:
                 raise DataError(

@@ -19,22 +19,14 @@ import numpy as np
 from sepdist import audio
 from sepdist.corpora.recipes import NOISE_LUFS, SPEECH_LUFS, extend_noise, guarded_gains
 from sepdist.data.cache import OpenShard
-from sepdist.data.crops import (
-    MAX_REPLACEMENTS,
-    Damage,
-    beyond_replacing,
-    crop_length,
-    require_speeds,
-    samples_at,
-)
+from sepdist.data.crops import MAX_REPLACEMENTS, Damage, beyond_replacing, crop_length
 from sepdist.data.dataset import MAX_CROPS, Dataset, Item
 from sepdist.data.members import DataError
 from sepdist.data.order import Blend, Order
-from sepdist.data.rooms import Rooms, play
+from sepdist.data.rooms import Rooms
 from sepdist.data.shards import NUM_READERS, read_index
 from sepdist.seeding import derive, rng
 
-BALANCES = ("utterance", "speaker")
 MAX_DRAWS = 1000  # of a speaker who is not in the mixture yet
 
 
@@ -61,16 +53,13 @@ class _Clips:
         self._measured: dict[tuple[int, int], tuple[float, float]] = {}
 
     def arrange(self, blend: Blend | None, number: int) -> None:
-        kind: Any = partial(_Balanced, places=self.places)
-        if not self.places:
-            kind = partial(Order, shard_sizes=self.dataset.shard_sizes)
-        self.orders: list[_Balanced | Order] = [
-            kind(seed, blend=blend, number=number) for seed in self.seeds
+        kind: Any = partial(_Balanced, self.places) if self.places else Order
+        sizes = self.dataset.shard_sizes
+        self.orders: list[Order] = [
+            kind(seed, sizes, blend=blend, number=number) for seed in self.seeds
         ]
 
-    def find(
-        self, order: "_Balanced | Order", position: int, others: set[str], damages: list[Damage]
-    ) -> _Clip:
+    def find(self, order: Order, position: int, others: set[str], damages: list[Damage]) -> _Clip:
         """Return the first clip from `position` on that can be mixed and is of none of `others`."""
         first = len(damages)
         for place in order.candidates(position):
@@ -107,18 +96,12 @@ class _Clips:
         self.dataset.cache.prefetch(numbers)
 
 
-class _Balanced:
-    """Samples by position, drawn: any speaker as often as another, then any sample of theirs."""
+class _Balanced(Order):
+    """Samples drawn for a position: any speaker as often as another, then any sample of theirs."""
 
-    def __init__(
-        self,
-        seed: int,
-        places: Sequence[Sequence[tuple[int, int]]],
-        blend: Blend | None = None,
-        number: int = 0,
-    ) -> None:
-        self.seed, self.places, self.number = seed, places, number
-        self.blend = blend or Blend(0, (1,), 1)
+    def __init__(self, places: list[list[tuple[int, int]]], *of_order: Any, **more: Any) -> None:
+        super().__init__(*of_order, **more)
+        self.places = places  # by speaker
         self._first = lru_cache(maxsize=2**14)(lambda position: next(self.candidates(position)))
 
     def candidates(self, position: int) -> Iterator[tuple[int, int]]:
@@ -129,7 +112,7 @@ class _Balanced:
             own = self.places[speaker % len(self.places)]
             yield own[sample % len(own)]
 
-    def upcoming(self, positions: range, lanes: range) -> list[int]:
+    def upcoming(self, positions: range, lanes: range = range(1)) -> list[int]:
         """Shards of the positions in `lanes`, by first use."""
         own = (one for one in positions if self.blend.lanes(self.number, one)[0] in lanes)
         return list(dict.fromkeys(self._first(one)[0] for one in own))
@@ -166,21 +149,20 @@ class DynamicMixing:
     levels: tuple[float, float] = SPEECH_LUFS  # of the whole stored utterance rather than the crop
     noise: str | None = None  # a data set of noises (corpus wham)
     noise_levels: tuple[float, float] = NOISE_LUFS
-    balance: str = "utterance"
+    balance: str | None = None
     rooms: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         manifest, cache = self.dataset.manifest, self.dataset.cache
-        require_speeds(self.speeds)
-        if self.balance not in BALANCES:
-            raise ValueError(f"balance={self.balance}: give one of {', '.join(BALANCES)}")
+        if self.balance not in (None, "speaker"):
+            raise ValueError(f"balance={self.balance}: give speaker, or null for none")
         self.acoustics = None if self.rooms is None else Rooms(**self.rooms)
         if "s1" not in manifest.members or manifest.num_speakers < self.num_sources:
             found = f"{manifest.num_speakers} speakers, the members {', '.join(manifest.members)}"
             needed = f"mixing needs s1 of {self.num_sources} different speakers"
             raise DataError(f"{self.dataset.url}: has {found}; {needed}")
         self.num_samples, self.rate = manifest.num_samples, manifest.sample_rate
-        self.crop_samples = crop_length(self.crop_seconds, self.rate)
+        self.crop_samples = crop_length(self.crop_seconds, self.rate, self.speeds)
         names = [f"s{i + 1}" for i in range(self.num_sources)]
         seeds = [derive(self.seed, "mixing order", one) for one in names]
         self.voices = _Clips(self.dataset, seeds, by_speaker=self.balance == "speaker")
@@ -228,39 +210,25 @@ class DynamicMixing:
         loudnesses, peaks = [clip.loudness for clip in clips], [clip.peak for clip in clips]
         heard = waves
         if self.acoustics is not None:
-            heard, waves = self._in_room(waves, position)
-            peaks = [
-                float(np.max(np.abs(wave), initial=peak))
-                for wave, peak in zip(heard, peaks, strict=True)
-            ]
+            own, rest = waves[: self.num_sources], waves[self.num_sources :]
+            played, direct = self.acoustics.play(own, self.seed, position, self.rate)
+            heard = [*played, *rest]
+            waves = heard if self.acoustics.target == "wet" else [*direct, *rest]
+            peaks = [*map(max, peaks, (float(np.abs(wave).max()) for wave in heard))]
         gains = [*map(np.float32, guarded_gains(targets, loudnesses, peaks, lambda: heard))]
-        scaled = [wave * gain for wave, gain in zip(waves, gains, strict=True)]
-        members = dict(zip(names, scaled, strict=True))
+        members = {n: wave * gain for n, wave, gain in zip(names, waves, gains, strict=True)}
         if heard is not waves:
-            parts = [wave * gain for wave, gain in zip(heard, gains, strict=True)]
-            members["mix"] = np.sum(parts, axis=0, dtype=np.float32)
+            scaled = [wave * gain for wave, gain in zip(heard, gains, strict=True)]
+            members["mix"] = np.sum(scaled, axis=0, dtype=np.float32)
         return Item(f"{key}@{position}", speakers, members)
-
-    def _in_room(
-        self, waves: Sequence[np.ndarray], position: int
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Play the sources in the position's room: what is heard, and the targets; noise stays."""
-        assert self.acoustics is not None
-        count = self.num_sources
-        pairs = self.acoustics.responses(self.seed, position, count, self.rate)
-        noise = waves[count:]
-        played = [
-            [play(wave, one) for wave, one in zip(waves, responses, strict=False)] + [*noise]
-            for responses in zip(*pairs, strict=True)
-        ]
-        return played[0], played[0] if self.acoustics.target == "wet" else played[1]
 
     def _crop(self, clip: _Clip, speed: float, places: Sequence[float]) -> np.ndarray:
         """Play a clip at `speed` from the first of `places` with a sound: crop_samples or fewer."""
-        wanted = samples_at(speed, self.crop_samples, self.rate)
+        as_rate = round(self.rate * speed)
+        wanted = -(-self.crop_samples * as_rate // self.rate)
         num_starts = max(0, clip.num_samples - wanted) + 1
         wave = clip.read(wanted, [int(place * num_starts) for place in places])["s1"]
-        return audio.resample(wave, round(self.rate * speed), self.rate)[: self.crop_samples]
+        return audio.resample(wave, as_rate, self.rate)[: self.crop_samples]
 
     def arrange(self, blend: Blend, number: int) -> None:
         """Follow the lanes of data set `number` of `blend`, in the order of every member."""

@@ -1,9 +1,5 @@
 """Rooms for dynamic mixing: shoeboxes drawn for a position, by the image-source method.
 
-Sizes, places and reverberation times are uniform in the given ranges; the defaults are WHAMR!'s
-(Maciejewski et al. 2020, table 1) but for the long reverberation. pyroomacoustics computes the
-impulse responses. Everything is in metres and seconds; the microphone is near the centre.
-
 Shapes: T samples.
 """
 
@@ -16,22 +12,21 @@ import numpy as np
 from sepdist.config import ConfigError
 from sepdist.seeding import rng
 
-SOUND_SPEED = 343.0
-OFF_CENTRE = 0.2  # of the microphone, along each wall, at most
-LEAST_GAP = 0.1  # between a source and a wall
+SOUND_SPEED = 343.0  # m/s
+OFF_CENTRE = 0.2  # m, of the microphone, along each wall, at most
 
 
 @dataclass(frozen=True)
 class Rooms:
-    """One room for each mixture, with a place for each source.
+    """One room for each mixture, drawn uniformly; its microphone is near the centre.
 
-    A response is scaled so that the direct sound has a gain of 1; it keeps its delay. With `target`
-    "dry" that alone is what a model is to find, with "wet" the reverberation too. Reflections above
-    `max_order` are left out: their number, and the time they take, grows with its cube.
+    The default ranges (metres, seconds) are WHAMR!'s, Maciejewski et al. 2020, table 1. The direct
+    sound keeps its delay and has a gain of 1. With `target` "dry" a model is to find that alone,
+    with "wet" the reverberation too. The time that a room takes grows with `max_order` cubed.
     """
 
     target: str = "dry"
-    t60: Sequence[float] = (0.2, 0.6)  # reverberation time, by Sabine's formula
+    t60: Sequence[float] = (0.2, 0.6)  # by Sabine's formula
     sides: Sequence[float] = (5.0, 10.0)
     height: Sequence[float] = (3.0, 4.0)
     distance: Sequence[float] = (0.66, 2.0)  # from the microphone, as seen from above
@@ -39,57 +34,53 @@ class Rooms:
     max_order: int = 10
 
     def __post_init__(self) -> None:
-        if self.target not in ("dry", "wet") or not 0 <= self.max_order <= 50:
-            given = f"target={self.target}, max_order={self.max_order}"
-            raise ValueError(f"rooms: {given}: give dry or wet, and an order from 0 to 50")
-        for name in ("t60", "sides", "height", "distance", "elevation"):
-            value = getattr(self, name)
-            if len(value) != 2 or not 0 < value[0] <= value[1]:
-                raise ValueError(f"rooms.{name}={list(value)}: give [least, most], both above 0")
-        room = self.sides[0] / 2 - OFF_CENTRE - LEAST_GAP, self.height[0] - LEAST_GAP
-        if self.distance[1] > room[0] or self.elevation[1] > room[1]:
-            most = f"at most {room[0]:.2f} m of distance and {room[1]:.2f} m of elevation"
-            raise ValueError(f"rooms: the smallest room allows {most}; change sides or height")
+        ranges = self.t60, self.sides, self.height, self.distance, self.elevation
+        fine = all(len(one) == 2 and 0 < one[0] <= one[1] for one in ranges)
+        if not fine or self.target not in ("dry", "wet") or not 0 <= self.max_order <= 50:
+            rule = "a target dry or wet, ranges [least, most] above 0, a max_order from 0 to 50"
+            raise ValueError(f"{self}: give {rule}")
+        if 2 * self.distance[1] > self.sides[0] - 0.6 or self.elevation[1] > self.height[0] - 0.1:
+            raise ValueError(f"{self}: a source may be in a wall; give larger sides and height")
         acoustics()
 
-    def responses(
-        self, seed: int, position: int, num_sources: int, rate: int
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Draw the room of a position; returns each source's response and that of its direct sound.
+    def play(
+        self, waves: Sequence[np.ndarray], seed: int, position: int, rate: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return waves, float32 [T], as heard in a position's room, and their direct sounds."""
+        from scipy import signal
 
-        Both are float32 and begin `lead` samples early, as fractional delays need.
-        """
         # The raw stream, because NumPy keeps no other the same across versions.
-        raw = rng(seed, "room", position).bit_generator.random_raw(7 + 3 * num_sources)
+        raw = rng(seed, "room", position).bit_generator.random_raw(7 + 3 * len(waves))
         shares = iter(((raw >> np.uint64(11)) * 2.0**-53).tolist())
 
         def draw(bounds: Sequence[float]) -> float:
             return bounds[0] + (bounds[1] - bounds[0]) * next(shares)
 
-        size = np.array([draw(self.sides), draw(self.sides), draw(self.height)])
+        x, y, z = draw(self.sides), draw(self.sides), draw(self.height)
         t60, off = draw(self.t60), (-OFF_CENTRE, OFF_CENTRE)
-        ear = np.array([size[0] / 2 + draw(off), size[1] / 2 + draw(off), draw(self.elevation)])
+        ear = np.array([x / 2 + draw(off), y / 2 + draw(off), draw(self.elevation)])
         places = []
-        for _ in range(num_sources):
+        for _ in waves:
             away, angle, up = draw(self.distance), draw((0, 2 * np.pi)), draw(self.elevation)
             places.append([ear[0] + away * np.cos(angle), ear[1] + away * np.sin(angle), up])
-        area = 2 * (size[0] * size[1] + size[0] * size[2] + size[1] * size[2])
-        absorbed = min(1.0, 24 * np.log(10) * size.prod() / (SOUND_SPEED * area * t60))
-        found = []
+        gains = np.linalg.norm(places - ear, axis=1).astype(np.float32)  # theirs is 1 at 1 m
+        sabine = 24 * np.log(10) / SOUND_SPEED * x * y * z / (2 * (x * y + x * z + y * z) * t60)
+        library, played = acoustics(), []
+        lead = library.constants.get("frac_delay_length") // 2  # of its delay filters
         for order in (self.max_order, 0):
-            material = acoustics().Material(absorbed)
-            room = acoustics().ShoeBox(size, fs=rate, materials=material, max_order=order)
-            room.set_sound_speed(SOUND_SPEED)
+            material = library.Material(min(1.0, sabine))
+            room = library.ShoeBox([x, y, z], rate, materials=material, max_order=order)
             for place in places:
                 room.add_source(place)
             room.add_microphone(ear)
             room.compute_rir()
-            found.append(room.rir[0])
-        gains = np.linalg.norm(np.array(places) - ear, axis=1)  # of a distance of 1 m: 1
-        return [
-            (np.float32(gain) * heard, np.float32(gain) * direct)
-            for gain, heard, direct in zip(gains, *found, strict=True)
-        ]
+            heard = map(
+                signal.oaconvolve,
+                waves,
+                [g * one for g, one in zip(gains, room.rir[0], strict=True)],
+            )
+            played.append([one[lead:][: wave.size] for wave, one in zip(waves, heard, strict=True)])
+        return played[0], played[1]
 
 
 def acoustics() -> Any:
@@ -102,11 +93,3 @@ def acoustics() -> Any:
     pyroomacoustics.constants.set("num_threads", 1)
     pyroomacoustics.constants.set("rir_hpf_enable", False)
     return pyroomacoustics
-
-
-def play(wave_T: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Convolve a wave with a response of `Rooms`, float32 [T]: nothing arrives before its time."""
-    from scipy import signal
-
-    lead = acoustics().constants.get("frac_delay_length") // 2
-    return signal.oaconvolve(wave_T, response)[lead : lead + wave_T.size].astype(np.float32)

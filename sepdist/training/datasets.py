@@ -26,8 +26,9 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
             )
         seed = seeding.derive(cfg.seed, "data set", one.name)
         dataset = _open(cfg, one.url, one.num_sources, one.noise)
-        crops = Crops(dataset, seed=seed, crop_seconds=data.crop_seconds, speeds=one.speeds)
-        feeds[one.name] = crops
+        feeds[one.name] = Crops(
+            dataset, seed=seed, crop_seconds=data.crop_seconds, speeds=one.speeds
+        )
     return feeds, _open(cfg, data.validation, data.num_sources, data.noise)
 
 
@@ -38,29 +39,26 @@ def _open_main(cfg: TrainConfig) -> Feed:
         stored = _open(cfg, data.train, data.num_sources, data.noise)
         return Crops(stored, speeds=data.speeds, **options)
     if data.speeds:
-        given = f"data.speeds={data.speeds}"
-        raise ConfigError(f"{given} is of stored mixtures; with mixing set data.mixing.speeds")
+        raise ConfigError("data.speeds are of stored mixtures; with mixing, set data.mixing.speeds")
     noise = data.mixing.get("noise")
     if data.noise != bool(noise):
         raise ConfigError(
             f"data.noise={data.noise} with data.mixing.noise={noise}: new mixtures have noise if a "
             "data set of noises is given; change one of them"
         )
-    voices = _open(cfg, data.train, 1, False, sources_only=True)
+    voices = _open(cfg, data.train, 1, False, members=["s1"])
     options |= {"dataset": voices, "num_sources": data.num_sources}
     return slots.build("mixing", data.mixing, **options)
 
 
-def _open(
-    cfg: TrainConfig, url: str, num_sources: int, noise: bool, sources_only: bool = False
-) -> Dataset:
+def _open(cfg: TrainConfig, url: str, num_sources: int, noise: bool, **more: Any) -> Dataset:
     dataset = Dataset(
         url,
         num_sources=num_sources,
         noise=noise,
-        sources_only=sources_only,
         cache_dir=cfg.data.cache_dir,
         cache_gigabytes=cfg.data.cache_gigabytes,
+        **more,
     )
     rate = dataset.manifest.sample_rate
     if rate != cfg.sample_rate:

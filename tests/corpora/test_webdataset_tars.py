@@ -120,8 +120,6 @@ def test_speakers_and_texts_come_from_json_a_text_or_the_key(tmp_path: Path) -> 
     assert found("json:speakers.1", "txt") == [("bo", "god dag"), ("unknown", "")]
     assert found(r"key:^(\d+)-", "json:text.en") == [("19", "hej"), ("7", "")]
     assert found("key:[a-z]", "json:absent") == [("x", ""), ("y", "")]
-    with pytest.raises(ValueError, match=r"1 for 2 sources"):
-        WebdatasetTars(tar, PAIR, speakers=["cls"])
 
 
 def test_a_stored_mixture_beside_sources_makes_a_set_of_format_2(tmp_path: Path) -> None:
@@ -165,7 +163,7 @@ def test_members_may_lie_apart_and_what_is_not_used_is_counted(
     assert [record.id for record in records] == ["dp1-u", "dp1-v"]
     assert [load(record)["s2"][0] for record in records] == [pcm(12)[0] / 2**15, pcm(22)[0] / 2**15]
     assert "left out 1 files of other endings" in caplog.text
-    assert "left out 1 files whose names" in caplog.text
+    assert "left out 2 files that are no WebDataset members" in caplog.text
 
 
 def test_a_sample_without_a_member_is_a_bad_record(tmp_path: Path) -> None:
@@ -212,8 +210,10 @@ def test_what_is_no_tar_of_samples_is_named(tmp_path: Path) -> None:
         list(WebdatasetTars(twice, PAIR).records("any"))
     with pytest.raises(ValueError, match=r"no sample has a \.flac; .*\.spk1\.wav \(1\)"):
         list(WebdatasetTars(str(path), {"s1": "flac"}).records("any"))
-    with pytest.raises(ValueError, match=r"corpus\.members=.*give s1, s2"):
-        WebdatasetTars(str(path), {"voice": "wav"})
+    with pytest.raises(DataError, match="its members are voice; give s1, s2"):
+        shards.write_shard(
+            list(WebdatasetTars(str(path), {"voice": "spk1.wav"}).records("x")), tmp_path, "x.tar"
+        )
     with pytest.raises(FileNotFoundError, match=r"absent-1\.tar: no such file"):
         list(WebdatasetTars(str(tmp_path / "absent-{1..2}.tar"), PAIR).records("any"))
 
@@ -226,8 +226,8 @@ def test_no_program_is_run_and_no_pickle_is_read(tmp_path: Path) -> None:
             return (Path.touch, (marker,))
 
     for url in (f"pipe:touch {marker}", f"pipe:touch {marker}.tar", "file:/a.tar"):
-        with pytest.raises(ValueError, match="no such url is opened, no program run"):
-            WebdatasetTars(url, PAIR)
+        with pytest.raises(ValueError, match="no program is run, no such url opened"):
+            next(WebdatasetTars(url, PAIR).records("any"))
     with pytest.raises(ValueError, match="https:// is not supported"):
         find_tars(["https://example.org/a.tar"])
     evil = pickle.dumps(Evil())
@@ -252,7 +252,7 @@ def test_a_tar_that_changes_after_it_was_listed_is_refused(tmp_path: Path, bucke
         storage.put_file(write_tar(tmp_path / "first.tar", pair("u", 1)), place)
         records = list(WebdatasetTars(place, PAIR).records("any"))
         storage.put_file(write_tar(tmp_path / "other.tar", pair("u", 2)), place)
-        fresh = WebdatasetTars(place, PAIR)  # which forgets what was fetched
+        fresh = list(WebdatasetTars(place, PAIR).records("any"))  # forgets what was fetched
         with pytest.raises(DataError, match=r"a\.tar: was changed since it was listed"):
             load(records[0])
-        assert load(next(fresh.records("any")))["s1"][0] == pcm(21)[0] / 2**15
+        assert load(fresh[0])["s1"][0] == pcm(21)[0] / 2**15

@@ -142,7 +142,7 @@ def test_a_subset_keeps_the_stored_mixture_and_unlabelled_data_is_that_mixture(n
 
 
 def test_dynamic_mixing_takes_the_sources_of_such_a_set_and_never_its_mixtures(noisy: str) -> None:
-    dataset = Dataset(noisy, num_sources=1, sources_only=True)
+    dataset = Dataset(noisy, members=["s1"])
     assert dataset.members == ("s1",)
     mixing = DynamicMixing(dataset, seed=1, num_sources=2, crop_seconds=0.25, speeds=[1.0])
     item = mixing.item(0, [])
