@@ -20,9 +20,9 @@ OFF_CENTRE = 0.2  # m, of the microphone, along each wall, at most
 class Rooms:
     """One room for each mixture, drawn uniformly; its microphone is near the centre.
 
-    The default ranges (metres, seconds) are WHAMR!'s, Maciejewski et al. 2020, table 1. The direct
-    sound keeps its delay and has a gain of 1. With `target` "dry" a model is to find that alone,
-    with "wet" the reverberation too. The time that a room takes grows with `max_order` cubed.
+    Ranges are in metres and seconds. The direct sound keeps its delay and has a gain of 1. With
+    `target` "dry" a model is to find that alone, with "wet" the reverberation too. The time that a
+    room takes grows with `max_order` cubed.
     """
 
     target: str = "dry"
@@ -74,11 +74,7 @@ class Rooms:
                 room.add_source(place)
             room.add_microphone(ear)
             room.compute_rir()
-            heard = map(
-                signal.oaconvolve,
-                waves,
-                [g * one for g, one in zip(gains, room.rir[0], strict=True)],
-            )
+            heard = map(signal.oaconvolve, waves, map(np.multiply, gains, room.rir[0]))
             played.append([one[lead:][: wave.size] for wave, one in zip(waves, heard, strict=True)])
         return played[0], played[1]
 
