@@ -33,12 +33,10 @@ class Stored:
         self.url, self.manifest = data, read_manifest(data)
         open_data.cache_clear()  # another data set may lie there by now
         self.name, self.sample_rate = self.manifest.corpus, self.manifest.sample_rate
-        members = self.manifest.members
-        alone = members == ("mix",)
-        if not noise and (alone or {"mix", "noise"} <= {*members}):
-            has = f"mixtures{' only' * alone}, with whatever noise is in them"
+        if not noise and "mix" in self.manifest.members:
+            has = "mixtures as they are (mix), with whatever noise is in them"
             raise ConfigError(f"corpus.noise=false: {data} has {has}")
-        sources, _, others = split_members(members)
+        sources, _, others = split_members(self.manifest.members)
         self.options = {"url": data, "num_sources": len(sources) or 1}
         self.options |= {"noise": noise and "noise" in others}
         self.options |= {"cache_dir": cache_dir, "cache_gigabytes": cache_gigabytes}

@@ -33,8 +33,8 @@ class WebdatasetTars:
     `members` maps ours to endings in the tars: {"s1": "spk1.wav", "s2": "spk2.wav", "mix":
     "mix.wav"}, where `mix` is left out if it is the sum; s1 alone is an utterance. `speakers` and
     `texts` say, for each source, where its name or transcript is: an ending ("cls"), a key of a
-    JSON member ("json:speaker"), or a pattern in the sample's key ("key:^[^-]+"). A speaker
-    without one is "unknown". An id is the sample's key, after its tar's name if tars share keys.
+    JSON member ("json:speaker"), or a pattern in the sample's key ("key:^[^-]+"). A source without
+    one is a speaker of its own. An id is the sample's key, after its tar's name if tars share keys.
     """
 
     tars: str | Sequence[str]
@@ -73,7 +73,7 @@ class WebdatasetTars:
             places = {ours: sample.get(theirs) for ours, theirs in members.items()}
             load = partial(load_sample, tar, stamp, key, places, self.sample_rate)
             names = values[: len(self.speakers)] or [None] * len(sources)
-            speakers = tuple(one or "unknown" for one in names)
+            speakers = tuple(n or f"{id_}-{m}" for n, m in zip(names, sources, strict=True))
             texts = tuple(one or "" for one in values[len(self.speakers) :])
             if [*members] == ["s1"]:
                 yield Utterance(id_, speakers[0], self.sample_rate, load, "".join(texts))
@@ -116,13 +116,10 @@ def index_tar(tar: str, file: BinaryIO) -> dict[str, _Sample]:
                 key, ending = base_plus_ext(one.name.removeprefix("./"))
                 if not one.isreg() or one.issparse() or not key or _RESERVED.match(one.name):
                     unused += not one.isdir()
-                elif (
-                    samples.setdefault(key, {}).setdefault(
-                        ending.lower(), place := (one.offset_data, one.size)
-                    )
-                    != place
-                ):
+                elif ending.lower() in samples.setdefault(key, {}):
                     raise DataError(f"{tar}: has two files {one.name}; WebDataset allows one")
+                else:
+                    samples[key][ending.lower()] = one.offset_data, one.size
     except tarfile.TarError as error:
         todo = "unpack or fetch it again"
         raise DataError(f"{tar}: is no whole, uncompressed tar ({error}); {todo}") from error

@@ -117,7 +117,7 @@ def test_speakers_and_texts_come_from_json_a_text_or_the_key(tmp_path: Path) -> 
         records = WebdatasetTars(tar, **options).records("any")  # type: ignore[arg-type]
         return [(one.speaker, one.text) for one in records if isinstance(one, Utterance)]
 
-    assert found("json:speakers.1", "txt") == [("bo", "god dag"), ("unknown", "")]
+    assert found("json:speakers.1", "txt") == [("bo", "god dag"), ("7-y-s1", "")]
     assert found(r"key:^(\d+)-", "json:text.en") == [("19", "hej"), ("7", "")]
     assert found("key:[a-z]", "json:absent") == [("x", ""), ("y", "")]
 

@@ -115,7 +115,7 @@ def test_nothing_can_be_left_out_of_a_stored_mixture_or_added(noisy: str, tmp_pa
     dry = write(tmp_path / "dry", ("s1", "mix"), 1)
     with pytest.raises(DataError, match="set num_sources=1 and noise=false"):
         Dataset(dry, num_sources=1, noise=True)
-    with pytest.raises(ConfigError, match=r"corpus\.noise=false: .* has mixtures, with whatever"):
+    with pytest.raises(ConfigError, match=r"corpus\.noise=false: .* has mixtures as they are"):
         Stored(noisy, noise=False)
     assert Dataset(dry, num_sources=1).members == ("s1", "mix")
 
