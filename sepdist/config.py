@@ -50,6 +50,7 @@ class ExtraConfig:
     num_sources: int = number(1, 1, 16)
     noise: bool = True
     weight: float | None = number(None, 1e-6, 1e6)  # per batch of data.train; null = one pass
+    speeds: list[float] = field(default_factory=list)  # as in `data`
 
 
 @dataclass
@@ -62,6 +63,7 @@ class DataConfig:
     num_sources: int = number(2, 1, 16)  # of s1, s2, ..., in the mixture and targets
     noise: bool = False  # whether the mixture includes each sample's noise
     mixing: Any = None  # a configs/mixing node that mixes data.train anew; null = as stored
+    speeds: list[float] = field(default_factory=list)  # each source at one of them; [] = as stored
     extra: list[ExtraConfig] = field(default_factory=list)  # for objectives with several tasks
     interleave: str = "drawn"  # order of the data sets' batches: drawn (permuted) | even
     order: int | None = number(None, 1, NEWEST_ORDER)  # version; null = the run's, 2 if new

@@ -48,7 +48,8 @@ SIDEWAYS = {
 # The only files that import a heavy package, by package.
 HOMES = {
     "ray": {"cluster.py", "training/launch.py"},
-    "webdataset": {"data/shards.py"},
+    "webdataset": {"data/shards.py", "corpora/webdataset_tars.py"},
+    "pyroomacoustics": {"data/rooms.py"},
     "deepspeed": {"training/engine.py"},
     "s3fs": {"object_storage.py"},
     "transformers": {"models/speech_encoders.py", "recognisers/transformers_ctc.py"},

@@ -94,7 +94,8 @@ def describe(manifest: "Manifest", output: str, more: dict[str, str]) -> None:
 
     table = Table(title=output, show_header=False, title_justify="left")
     num_bytes = sum(shard.bytes for shard in manifest.shards)
-    members = f"{' + '.join(manifest.members)}, {manifest.sample_rate} Hz"
+    members = " + ".join(manifest.members).replace(" + mix", ", mix")  # mix is no sum of theirs
+    members += f", {manifest.sample_rate} Hz"
     rows = {
         "corpus, split": f"{manifest.corpus}, {manifest.split}",
         "samples": f"{manifest.num_samples} ({members})",

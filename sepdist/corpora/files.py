@@ -53,7 +53,7 @@ def require_files(paths: Iterable[Path], advice: str) -> None:
         raise AudioError(f"{missing[0]}: no such file ({count}); {advice}")
 
 
-def report_left_out(where: Path, count: int, what: str) -> None:
+def report_left_out(where: Path | str, count: int, what: str) -> None:
     """Log how much of a corpus is not used, unless it is nothing."""
     if count:
         logger.warning("%s: left out %d %s", where, count, what)

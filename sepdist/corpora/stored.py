@@ -20,7 +20,7 @@ open_data = lru_cache(maxsize=4)(Dataset)  # records of a data set share one
 class Stored:
     """The samples of the finished data set at `data`, in the order of its manifest.
 
-    `noise=False` leaves the noise out, as `data.noise=false` does; ConfigError for mixtures alone.
+    `noise=False` leaves the noise out, as `data.noise=false` does; ConfigError for stored mixtures.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Stored:
         open_data.cache_clear()  # another data set may lie there by now
         self.name, self.sample_rate = self.manifest.corpus, self.manifest.sample_rate
         if not noise and "mix" in self.manifest.members:
-            has = "mixtures only, with whatever noise is in them"
+            has = "mixtures as they are (mix), with whatever noise is in them"
             raise ConfigError(f"corpus.noise=false: {data} has {has}")
         sources, _, others = split_members(self.manifest.members)
         self.options = {"url": data, "num_sources": len(sources) or 1}

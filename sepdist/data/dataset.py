@@ -29,7 +29,10 @@ class Item:
 
 
 class Dataset:
-    """A data set whose mixtures have `num_sources` sources and, with `noise`, the noise."""
+    """A data set whose mixtures have `num_sources` sources and, with `noise`, the noise.
+
+    `members` are read instead, if given.
+    """
 
     def __init__(
         self,
@@ -37,12 +40,13 @@ class Dataset:
         *,
         num_sources: int = 2,
         noise: bool = False,
+        members: Sequence[str] = (),
         cache_dir: str = "~/.cache/sepdist",
         cache_gigabytes: float = 50.0,
     ) -> None:
         self.url = url
         self.manifest = read_manifest(url)
-        self.members = self._choose_members(num_sources, noise)
+        self.members = tuple(members) or self._choose_members(num_sources, noise)
         self.cache = ShardCache(url, self.manifest, cache_dir, int(cache_gigabytes * 1e9))
         self.shard_sizes = tuple(shard.num_samples for shard in self.manifest.shards)
         self._ends = np.cumsum(self.shard_sizes)
@@ -55,7 +59,16 @@ class Dataset:
             raise DataError(f"{self.url}: num_sources={num_sources}: it must be positive")
         numbers = range(1, num_sources + 1)
         wanted = [f"s{i}" for i in numbers] + ["noise"] * noise
-        if split_members(found)[1]:
+        sources, estimates, rest = split_members(found)
+        if "mix" in rest:
+            has = len(sources), "noise" in rest
+            if has != (num_sources, noise):
+                raise DataError(
+                    f"{self.url}: its mixtures are stored (mix), so nothing can be left out of "
+                    f"them or added: set num_sources={has[0]} and noise={str(has[1]).lower()}"
+                )
+            wanted.append("mix")
+        if estimates:
             wanted += [f"e{i}" for i in numbers]
             if "noise" in found and not noise:
                 raise DataError(
@@ -124,16 +137,17 @@ def collate(
     items: Sequence[Item], positions: range, length: int = 0, data_set: str = MAIN
 ) -> Batch:
     """Make a batch of `length`, or of the first item's; shorter ones are padded with zeros."""
-    names = list(items[0].members)
+    sources, estimates, rest = split_members(list(items[0].members))
+    names = [*sources, *rest, *estimates]
     length = length or len(items[0].members[names[0]])
     waves = np.zeros((len(items), len(names), length), dtype=np.float32)
     for row, item in zip(waves, items, strict=True):
         for padded, name in zip(row, names, strict=True):
             padded[: len(item.members[name])] = item.members[name]
-    sources, estimates, rest = split_members(names)
-    mixture = waves[:, 0].copy()
+    first = names.index("mix") if "mix" in names else 0
+    mixture = waves[:, first].copy()
     # One by one, so that the bits do not depend on the shape of the batch.
-    for column in range(1, len(sources) + len(rest)):
+    for column in () if "mix" in names else range(1, len(sources) + len(rest)):
         mixture += waves[:, column]
     members = torch.from_numpy(waves)
     return Batch(

@@ -1,16 +1,18 @@
 """Dynamic mixing: a new mixture of single utterances for every position of training.
 
-Speakers, levels, speeds, crops and noises are drawn from the seed and the position. Loudness and
-the guards against clipping are LibriMix's (corpora/recipes.py).
+Speakers, levels, speeds, crops, rooms and noises are drawn from the seed and the position. Loudness
+and the guards against clipping are LibriMix's (corpora/recipes.py).
 
 Shapes: T samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import zip_longest
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,7 +23,11 @@ from sepdist.data.crops import MAX_REPLACEMENTS, Damage, beyond_replacing, crop_
 from sepdist.data.dataset import MAX_CROPS, Dataset, Item
 from sepdist.data.members import DataError
 from sepdist.data.order import Blend, Order
+from sepdist.data.rooms import Rooms
+from sepdist.data.shards import NUM_READERS, read_index
 from sepdist.seeding import derive, rng
+
+MAX_DRAWS = 1000  # of a speaker who is not in the mixture yet
 
 
 @dataclass(frozen=True)
@@ -39,15 +45,19 @@ class _Clip:
 class _Clips:
     """A data set of clips, with one order of its samples per member of a mixture."""
 
-    def __init__(self, dataset: Dataset, seeds: Sequence[int]) -> None:
+    def __init__(self, dataset: Dataset, seeds: Sequence[int], by_speaker: bool = False) -> None:
         self.dataset = dataset
         self.seeds = seeds
+        self.places = _places(dataset) if by_speaker else []  # by speaker
         self.arrange(None, 0)
         self._measured: dict[tuple[int, int], tuple[float, float]] = {}
 
     def arrange(self, blend: Blend | None, number: int) -> None:
+        kind: Any = partial(_Balanced, self.places) if self.places else Order
         sizes = self.dataset.shard_sizes
-        self.orders = [Order(seed, sizes, blend=blend, number=number) for seed in self.seeds]
+        self.orders: list[Order] = [
+            kind(seed, sizes, blend=blend, number=number) for seed in self.seeds
+        ]
 
     def find(self, order: Order, position: int, others: set[str], damages: list[Damage]) -> _Clip:
         """Return the first clip from `position` on that can be mixed and is of none of `others`."""
@@ -86,12 +96,47 @@ class _Clips:
         self.dataset.cache.prefetch(numbers)
 
 
+class _Balanced(Order):
+    """Samples drawn for a position: any speaker as often as another, then any sample of theirs."""
+
+    def __init__(self, places: list[list[tuple[int, int]]], *of_order: Any, **more: Any) -> None:
+        super().__init__(*of_order, **more)
+        self.places = places  # by speaker
+        self._first = lru_cache(maxsize=2**14)(lambda position: next(self.candidates(position)))
+
+    def candidates(self, position: int) -> Iterator[tuple[int, int]]:
+        """Yield independent draws of (shard, sample) for a position."""
+        bits = rng(self.seed, "balanced", position).bit_generator
+        for _ in range(MAX_DRAWS):
+            speaker, sample = bits.random_raw(2).tolist()
+            own = self.places[speaker % len(self.places)]
+            yield own[sample % len(own)]
+
+    def upcoming(self, positions: range, lanes: range = range(1)) -> list[int]:
+        """Shards of the positions in `lanes`, by first use."""
+        own = (one for one in positions if self.blend.lanes(self.number, one)[0] in lanes)
+        return list(dict.fromkeys(self._first(one)[0] for one in own))
+
+
+def _places(dataset: Dataset) -> list[list[tuple[int, int]]]:
+    """List (shard, sample) of every speaker's samples; reads all indices."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        indices = pool.map(partial(read_index, dataset.url), dataset.manifest.shards)
+        for shard, samples in enumerate(indices):
+            for number, sample in enumerate(samples):
+                found[sample.speakers[0]].append((shard, number))
+    return [found[name] for name in sorted(found)]
+
+
 @dataclass(eq=False)
 class DynamicMixing:
     """Mixtures of the first sources of a data set's samples, each of one person: a feed.
 
     Every sample is the first source once an epoch. The other sources, and the noise, have orders of
-    their own; a sample of a speaker already in the mixture is passed over. Levels are in LUFS.
+    their own; a sample of a speaker already in the mixture is passed over. With `balance` "speaker"
+    each source is drawn instead: a speaker, then one of their samples. Levels are in LUFS. `rooms`
+    are arguments of `Rooms`; with its dry targets, an item has a `mix` that is not their sum.
     """
 
     path_arguments: ClassVar = ("noise",)
@@ -104,21 +149,23 @@ class DynamicMixing:
     levels: tuple[float, float] = SPEECH_LUFS  # of the whole stored utterance rather than the crop
     noise: str | None = None  # a data set of noises (corpus wham)
     noise_levels: tuple[float, float] = NOISE_LUFS
+    balance: str | None = None
+    rooms: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         manifest, cache = self.dataset.manifest, self.dataset.cache
-        if not self.speeds or min(self.speeds) <= 0:
-            raise ValueError(
-                f"speeds={list(self.speeds)}: give one or more, all above 0; 1 is no change"
-            )
+        if self.balance not in (None, "speaker"):
+            raise ValueError(f"balance={self.balance}: give speaker, or null for none")
+        self.acoustics = None if self.rooms is None else Rooms(**self.rooms)
         if "s1" not in manifest.members or manifest.num_speakers < self.num_sources:
             found = f"{manifest.num_speakers} speakers, the members {', '.join(manifest.members)}"
             needed = f"mixing needs s1 of {self.num_sources} different speakers"
             raise DataError(f"{self.dataset.url}: has {found}; {needed}")
         self.num_samples, self.rate = manifest.num_samples, manifest.sample_rate
-        self.crop_samples = crop_length(self.crop_seconds, self.rate)
+        self.crop_samples = crop_length(self.crop_seconds, self.rate, self.speeds)
         names = [f"s{i + 1}" for i in range(self.num_sources)]
-        self.voices = _Clips(self.dataset, [derive(self.seed, "mixing order", s) for s in names])
+        seeds = [derive(self.seed, "mixing order", one) for one in names]
+        self.voices = _Clips(self.dataset, seeds, by_speaker=self.balance == "speaker")
         self.noises: _Clips | None = None
         if self.noise is not None:
             folder, gigabytes = str(cache.folder), cache.max_bytes / 1e9
@@ -161,9 +208,19 @@ class DynamicMixing:
             names.append("noise")
         waves = [audio.fit(wave, length) for wave in waves]
         loudnesses, peaks = [clip.loudness for clip in clips], [clip.peak for clip in clips]
-        gains = guarded_gains(targets, loudnesses, peaks, lambda: waves)
-        scaled = [wave * np.float32(gain) for wave, gain in zip(waves, gains, strict=True)]
-        return Item(f"{key}@{position}", speakers, dict(zip(names, scaled, strict=True)))
+        heard = waves
+        if self.acoustics is not None:
+            own, rest = waves[: self.num_sources], waves[self.num_sources :]
+            played, direct = self.acoustics.play(own, self.seed, position, self.rate)
+            heard = [*played, *rest]
+            waves = heard if self.acoustics.target == "wet" else [*direct, *rest]
+            peaks = [*map(max, peaks, (float(np.abs(wave).max()) for wave in heard))]
+        gains = [*map(np.float32, guarded_gains(targets, loudnesses, peaks, lambda: heard))]
+        members = {n: wave * gain for n, wave, gain in zip(names, waves, gains, strict=True)}
+        if heard is not waves:
+            scaled = [wave * gain for wave, gain in zip(heard, gains, strict=True)]
+            members["mix"] = np.sum(scaled, axis=0, dtype=np.float32)
+        return Item(f"{key}@{position}", speakers, members)
 
     def _crop(self, clip: _Clip, speed: float, places: Sequence[float]) -> np.ndarray:
         """Play a clip at `speed` from the first of `places` with a sound: crop_samples or fewer."""

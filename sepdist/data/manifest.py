@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sepdist import storage
-from sepdist.data.members import DataError
+from sepdist.data.members import DataError, format_of
 
-FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 # Name and sha256 of a shard.
 SHARD = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar [0-9a-f]{64}")
@@ -63,8 +62,8 @@ def read_manifest(url: str | Path) -> Manifest:
     try:
         raw = json.loads(storage.read_bytes(place))
         version, digest = raw["format_version"], raw.pop("digest", None)  # older ones have none
-        if version != FORMAT_VERSION:
-            known = f"this version of sepdist reads format {FORMAT_VERSION}"
+        if version not in (1, 2) or version != format_of(raw["members"]):
+            known = "this version of sepdist reads 1 and, with sources beside mix, 2"
             raise DataError(f"{place}: is of format {version}, {known}; write it again")
         lists = {name: tuple(raw[name]) for name in ("members", "speakers")}
         shards = tuple(ShardInfo(**shard) for shard in raw["shards"])

@@ -1,8 +1,9 @@
 """The files of one sample: encode a record into bytes, decode a member back into audio.
 
 A sample is <id>.json and one 16-bit mono <id>.<member>.flac per member. The members are s1, s2,
-... and optionally noise, whose sum is the mixture; or mix alone. Estimates e1, e2, ... of a
-separator may accompany the sources. A record that cannot be stored is refused here, by name.
+... and optionally noise, whose sum is the mixture; or mix alone. In format 2 a mix stands beside
+the sources, of which it is not the sum. Estimates e1, e2, ... of a separator may accompany the
+sources. A record that cannot be stored is refused here, by name.
 """
 
 import io
@@ -21,7 +22,7 @@ _FULL_SCALE = 2**15
 _MAX_NAME_BYTES = 100  # of a file in a ustar archive
 _ID = re.compile(r"[^./\x00-\x1f\x7f]+")
 _NUMBERED = re.compile(r"[se][1-9][0-9]*")
-_WANTED = "s1, s2, ... and possibly noise, and e1, e2, ... for all of them or none; or mix alone"
+_WANTED = "s1, s2, ..., possibly noise and mix, and e1, e2, ... for all or none; or mix alone"
 
 
 class DataError(ValueError):
@@ -40,11 +41,16 @@ def people(record: Utterance | Mixture) -> tuple[list[str], list[str]]:
 
 
 def split_members(members: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Split member names into sources and estimates, by their numbers, and the rest."""
+    """Split member names into sources and estimates, by their numbers, and noise, mix."""
     numbered = sorted(filter(_NUMBERED.fullmatch, members), key=lambda name: int(name[1:]))
     sources = [name for name in numbered if name[0] == "s"]
     estimates = [name for name in numbered if name[0] == "e"]
-    return sources, estimates, [name for name in members if name not in numbered]
+    return sources, estimates, sorted({*members}.difference(numbered), reverse=True)
+
+
+def format_of(members: Sequence[str]) -> int:
+    """The format version of a data set: 2 where `mix` stands beside sources, else 1."""
+    return 2 if {"mix", "s1"} <= {*members} else 1
 
 
 def misfits(records: Sequence[Utterance | Mixture]) -> dict[int, str]:
@@ -74,12 +80,12 @@ def load_members(record: Utterance | Mixture) -> dict[str, np.ndarray]:
     waves: Mapping[str, np.ndarray] = loaded if isinstance(loaded, Mapping) else {"s1": loaded}
     what = f"record {record.id!r}"
     sources, estimates, rest = split_members(list(waves))
-    names = [*sources, *rest, *estimates]  # s1, s2, ..., s10, noise or mix, e1, e2, ...
+    names = [*sources, *rest, *estimates]  # s1, s2, ..., s10, noise, mix, e1, e2, ...
     numbers = range(1, len(sources) + 1)
     fine = (
         sources == [f"s{i}" for i in numbers]
         and estimates in ([], [f"e{i}" for i in numbers])
-        and rest in ([[], ["noise"]] if sources else [["mix"]])
+        and ({*rest} <= {"noise", "mix"} if sources else rest == ["mix"])
     )
     if not fine:
         raise DataError(f"{what}: its members are {', '.join(names) or 'nothing'}; give {_WANTED}")

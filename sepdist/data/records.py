@@ -34,9 +34,9 @@ class Mixture:
     """Several people speaking at once. `load()` returns members by name, float32 [T] of one length.
 
     The members are the sources "s1", "s2", ... and optionally "noise", and the mixture is their
-    sum; or "mix" alone where the sources are unknown. "e1", "e2", ... may be added: a separator's
-    estimates, in the order of the sources. `metadata`, called with the stored members (int16),
-    returns extra JSON metadata for the sample.
+    sum, or "mix" beside them where it is not; or "mix" alone where the sources are unknown. "e1",
+    "e2", ... may be added: a separator's estimates, in the order of the sources. `metadata`, called
+    with the stored members (int16), returns extra JSON metadata for the sample.
     """
 
     id: str

@@ -165,9 +165,11 @@ def subset_of(records: list[Any], first: float, last: float) -> list[Any]:
 
 
 def load_mixture(record: Utterance | Mixture) -> Mapping[str, np.ndarray]:
-    """Sum a record's sources and noise, clipped to full scale, as the only member."""
+    """The mixture as the only member: `mix`, or sources and noise summed, clipped to full scale."""
     loaded = record.load()
     waves = loaded if isinstance(loaded, Mapping) else {"s1": loaded}
+    if "mix" in waves:
+        return {"mix": waves["mix"]}
     sources, _, rest = split_members(list(waves))
     return {"mix": np.clip(sum(waves[name] for name in (*sources, *rest)), -1.0, 1.0)}
 

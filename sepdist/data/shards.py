@@ -31,7 +31,6 @@ from sepdist import audio, storage
 from sepdist.data import inputs
 from sepdist.data import members as sample_files
 from sepdist.data.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     Manifest,
     ShardInfo,
@@ -39,7 +38,7 @@ from sepdist.data.manifest import (
     dump,
     read_manifest,
 )
-from sepdist.data.members import DataError, people, split_members
+from sepdist.data.members import DataError, format_of, people, split_members
 from sepdist.data.records import Mixture, Utterance
 
 NUM_READERS = 32  # indices read at once, as storage answers slowly
@@ -119,7 +118,7 @@ def try_shard(
         if bad and not skip:
             return Outcome(None, bad)
         index: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": format_of(samples[0]["members"]) if samples else 1,
             "shard": name,
             "bytes": path.stat().st_size,
             "sha256": _sha256_of(path),
@@ -162,7 +161,7 @@ def write_manifest(
 
 def _fingerprint(records: Sequence[Utterance | Mixture]) -> str:
     identity = [[record.id, record.sample_rate, *people(record)] for record in records]
-    return hashlib.sha256(canonical([FORMAT_VERSION, identity])).hexdigest()
+    return hashlib.sha256(canonical([1, identity])).hexdigest()  # 1: of both formats
 
 
 def read_inputs(url: str | Path, name: str) -> dict[str, Any]:
@@ -254,7 +253,7 @@ def _describe(
             speakers.update(sample.speakers)
             num_frames += sample.num_samples
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=format_of(members),
         corpus=corpus,
         split=split,
         sample_rate=sample_rate,

@@ -69,7 +69,7 @@ def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, list[dict
             f"{cfg.model} works at {export.sample_rate} Hz, {cfg.data} has {manifest.sample_rate} "
             f"Hz: shard the corpus again at {export.sample_rate} Hz"
         )
-    if cfg.num_sources == 1 and not cfg.noise:
+    if cfg.num_sources == 1 and not cfg.noise and manifest.format_version == 1:
         raise ConfigError(
             "num_sources=1 without noise: the mixture is the source itself; pass noise=true"
         )

@@ -24,7 +24,9 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
             raise ConfigError(f"data.extra: {named} ({MAIN!r} is that of data.train)")
         seed = seeding.derive(cfg.seed, "data set", one.name)
         dataset = _open(cfg, one.url, one.num_sources, one.noise)
-        feeds[one.name] = Crops(dataset, seed=seed, crop_seconds=data.crop_seconds)
+        feeds[one.name] = Crops(
+            dataset, seed=seed, crop_seconds=data.crop_seconds, speeds=one.speeds
+        )
     return feeds, _open(cfg, data.validation, data.num_sources, data.noise)
 
 
@@ -32,21 +34,24 @@ def _open_main(cfg: TrainConfig) -> Feed:
     data = cfg.data
     options: dict[str, Any] = {"seed": cfg.seed, "crop_seconds": data.crop_seconds}
     if data.mixing is None:
-        return Crops(_open(cfg, data.train, data.num_sources, data.noise), **options)
+        stored = _open(cfg, data.train, data.num_sources, data.noise)
+        return Crops(stored, speeds=data.speeds, **options)
+    if data.speeds:
+        raise ConfigError("data.speeds are of stored mixtures; with mixing, set data.mixing.speeds")
     noise = data.mixing.get("noise")
     if data.noise != bool(noise):
         raise ConfigError(
             f"data.noise={data.noise} with data.mixing.noise={noise}: new mixtures have noise if a "
             "data set of noises is given; change one of them"
         )
-    voices = _open(cfg, data.train, 1, False)
+    voices = _open(cfg, data.train, 1, False, members=["s1"])
     options |= {"dataset": voices, "num_sources": data.num_sources}
     return slots.build("mixing", data.mixing, **options)
 
 
-def _open(cfg: TrainConfig, url: str, num_sources: int, noise: bool) -> Dataset:
-    cache: Any = {"cache_dir": cfg.data.cache_dir, "cache_gigabytes": cfg.data.cache_gigabytes}
-    dataset = Dataset(url, num_sources=num_sources, noise=noise, **cache)
+def _open(cfg: TrainConfig, url: str, num_sources: int, noise: bool, **more: Any) -> Dataset:
+    more |= {"cache_dir": cfg.data.cache_dir, "cache_gigabytes": cfg.data.cache_gigabytes}
+    dataset = Dataset(url, num_sources=num_sources, noise=noise, **more)
     wanted, rate = cfg.sample_rate, dataset.manifest.sample_rate
     if rate != wanted:
         todo = f"shard it again at {wanted} Hz, or set sample_rate"

@@ -261,3 +261,76 @@ def test_the_first_sources_of_mixtures_can_be_mixed_anew(tmp_path: Path) -> None
     assert item.speakers == tuple(f"a{number}" for number in utterances(item))
     for number, wave in zip(utterances(item), item.members.values(), strict=True):
         assert found_pitch(np.trim_zeros(wave)[:3000]) == pytest.approx(pitch(number), abs=2)
+
+
+def lopsided(number: int) -> str:
+    """Of 14 utterances, 10 are of one speaker, and 1 or 2 of each of three others."""
+    return "most" if number < 10 else f"other{number % 3}"
+
+
+def test_balanced_speakers_are_drawn_alike_and_so_are_the_utterances_of_each(
+    tmp_path: Path,
+) -> None:
+    """Shares by an independent count: 4 speakers, so each is in half of the mixtures of two."""
+    made = mixing(write(tmp_path, speaker=lopsided), balance="speaker", speeds=[1.0])
+    place, firsts, seconds, own = Counter[str](), Counter[str](), Counter[str](), Counter[int]()
+    num_draws = 1500
+    for position in range(num_draws):
+        # The choice alone: an item would cost a second of audio more.
+        clips = [made.voices.find(order, position, set(), []) for order in made.voices.orders[:1]]
+        clips.append(made.voices.find(made.voices.orders[1], position, {clips[0].speaker}, []))
+        names = [clip.speaker for clip in clips]
+        assert len(set(names)) == 2
+        place.update(names)
+        firsts[names[0]] += 1
+        seconds[names[1]] += 1
+        own.update(int(clip.key[1:]) for clip in clips if clip.speaker == "most")
+    for counts, share in ((firsts, 1 / 4), (seconds, 1 / 4), (place, 1 / 2)):
+        assert len(counts) == 4
+        for count in counts.values():
+            spread = 4 * (num_draws * share * (1 - share)) ** 0.5
+            assert count == pytest.approx(num_draws * share, abs=spread)
+    assert sorted(own) == list(range(10)) and min(own.values()) > place["most"] / 20
+    usual = mixing(str(tmp_path))
+    drawn = [usual.voices.find(usual.voices.orders[0], at, set(), []).speaker for at in range(140)]
+    assert drawn.count("most") == 100, "by default, as often as there are utterances"
+
+
+def test_balanced_mixtures_have_the_same_bits_in_any_world_and_go_on_where_they_stopped(
+    tmp_path: Path,
+) -> None:
+    url = write(tmp_path, speaker=lopsided)
+    whole = rows(mixing(url, balance="speaker"), 0, 1, 0, 4, 1)
+    found: list[tuple] = []
+    for first, count, world_size in ((0, 1, 3), (1, 3, 2)):
+        for rank in range(world_size):
+            found += rows(mixing(url, balance="speaker"), rank, world_size, first, count, 2)
+    assert sorted(found) == whole
+    assert len({row[2] for row in whole}) == len(whole), "no two mixtures are equal"
+
+
+def test_a_rank_reads_ahead_the_shards_that_its_own_positions_draw(tmp_path: Path) -> None:
+    made = mixing(write(tmp_path, (2,) * 7, speaker=lopsided), balance="speaker")
+    stream = TrainStream(
+        {"main": made}, seed=3, num_virtual_shards=4, micro_batch=2, rank=1, world_size=4
+    )
+    order = made.voices.orders[0]
+    drawn = [
+        next(order.candidates(at))[0] for step in (0, 1) for at in (8 * step + 2, 8 * step + 3)
+    ]
+    assert order.upcoming(range(16), range(1, 2)) == list(dict.fromkeys(drawn))
+    stream.close()
+
+
+def test_balance_is_one_of_two_words_and_a_damaged_utterance_is_drawn_again(
+    tmp_path: Path,
+) -> None:
+    url = write(tmp_path, speaker=lopsided)
+    with pytest.raises(ValueError, match="balance=time: give speaker, or null for none"):
+        mixing(url, balance="time")
+    info = shards.read_manifest(url).shards[0]
+    toy.damage(tmp_path / info.name, shards.read_index(url, info)[1], "s1")  # utterance 1 of "most"
+    made, damages = mixing(url, balance="speaker"), list[Damage]()
+    items = [made.item(position, damages) for position in range(60)]
+    assert all(1 not in utterances(item) for item in items)
+    assert {damage.key for damage in damages} == {"u1"}

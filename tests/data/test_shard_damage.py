@@ -46,7 +46,7 @@ def with_shard(raw: dict, **changes: object) -> str:
         ),
         (
             lambda raw: json.dumps(raw | {"format_version": 2}),
-            "is of format 2, this version of sepdist reads format 1",
+            "is of format 2, this version of sepdist reads 1",
         ),
         (
             lambda raw: json.dumps(raw | {"num_samples": 5}),

@@ -230,7 +230,7 @@ def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
         (damaged("s2", lambda wave: (wave * 99).astype(np.int16)), "broken-7', s2: is int16"),
         ({}, "broken-7': its members are nothing"),
         (waves_of(1, ("s1", "s3")), "broken-7': its members are s1, s3; give s1, s2"),
-        (waves_of(1, ("s1", "mix")), "broken-7': its members are s1, mix"),
+        (waves_of(1, ("mix", "noise")), "broken-7': its members are noise, mix"),
         (waves_of(1, ("noise",)), "broken-7': its members are noise"),
         (waves_of(1, ("s1",)), "broken-7': names 2 speakers and has 1 sources"),
         (

@@ -146,7 +146,7 @@ def test_without_noise_the_mixture_that_is_stored_or_separated_is_the_sum_of_its
     message = r"noisy: its estimates were made of mixtures with noise.*corpus\.noise=false"
     with pytest.raises(DataError, match=message):
         Dataset(str(tmp_path / "noisy"))
-    with pytest.raises(ConfigError, match=r"corpus\.noise=false: .*alone has mixtures only"):
+    with pytest.raises(ConfigError, match=r"corpus\.noise=false: .*alone has mixtures as they are"):
         slots.build("corpus", stored(str(tmp_path / "alone"), noise=False))
 
 
