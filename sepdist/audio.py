@@ -10,10 +10,12 @@ import itertools
 import logging
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -21,7 +23,19 @@ import soxr
 
 logger = logging.getLogger(__name__)
 READABLE = re.compile(r"\.(wav|flac|aif[cf]?|aiff|au|caf|mp3|og[ag]|opus|rf64|snd|sph|w64)")
-UNREADABLE = re.compile(r"\.(3gp|aac|amr|ape|m4a|mka|mp4|shn|webm|wma|wv[12]?)")
+UNREADABLE = re.compile(r"\.(shn|wv[12])")
+# Read by PyAV alone, one by one: a folder that is a corpus leaves them out, counted.
+CONTAINERS = re.compile(
+    r"\.(3g[2p]|aac|ac3|amr|ape|avi|flv|m4[abv]|mk[av]|mov|mp4|mpe?g|tta|webm|wm[av]|wv)"
+)
+# How they begin, whatever their names; and FFmpeg's readers of them. None of these opens another
+# file or an address, as those of playlists do.
+_CONTAINER = re.compile(
+    rb".{4}(?:ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|\xff[\xf0\xf1\xf8\xf9]|\x0b\x77|#!AMR"
+    rb"|\x30\x26\xb2\x75|MAC |wvpk|TTA1|FLV|RIFF.{4}AVI |\0\0\x01\xba|G.{187}G",
+    re.DOTALL,
+)
+_DEMUXERS = "mov,matroska,webm,aac,ac3,eac3,amr,asf,ape,wv,tta,flv,avi,mpeg,mpegts"
 SILENCE = 2.0**-15  # one step of 16-bit audio: a wave with a lower peak would be stored as zeros
 MIN_LOUDNESS_SECONDS = 0.4  # one gating block of ITU-R BS.1770
 MAX_OVERSHOOT = 2.0  # highest peak that resampling or a lossy codec gives full scale (`clip`)
@@ -59,14 +73,18 @@ def load_channel(
         return check(wave_T, str(path), may_be_silent=may_be_silent), sound.samplerate
 
 
-def open_sound(path: str | Path) -> soundfile.SoundFile:
+def open_sound(path: str | Path, scratch: str | Path | None = None) -> soundfile.SoundFile:
     """Open an audio file; its `frames` are those that can be decoded if the file is whole.
 
     AudioError for a file that cannot be opened, that is cut short (`_is_cut`) or whose header
-    declares no length. MP3 files are decoded to the end to count them.
+    declares no length. MP3 files are decoded to the end to count them; m4a, webm and other
+    containers are decoded into a temporary file in the folder `scratch`, removed when it is closed.
     """
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
+    with open(path, "rb") as file:
+        if _CONTAINER.match(file.read(256)):
+            return _decoded(path, scratch)
     try:
         # Not by its name: *.raw would have no header, and not every name is UTF-8.
         sound = soundfile.SoundFile(os.open(path, os.O_RDONLY))
@@ -80,6 +98,79 @@ def open_sound(path: str | Path) -> soundfile.SoundFile:
     if sound.frames > 2**14 * os.path.getsize(path):  # more than FLAC's silence
         raise AudioError(f"{path}: its header declares no length; convert it, to WAV for example")
     return sound
+
+
+class Decoded(soundfile.SoundFile):
+    """What PyAV decoded of a container; `subtype` tells whether its codec keeps over 16 bits."""
+
+    subtype, note = "", ""
+
+
+def _decoded(path: str | Path, scratch: str | Path | None) -> Decoded:
+    try:
+        import av
+    except ImportError as error:
+        wanted = "pip install 'sepdist[av]', or convert it to WAV"
+        raise AudioError(f"{path}: this kind of file is decoded by PyAV: {wanted}") from error
+    handle, name = tempfile.mkstemp(dir=scratch)
+    try:
+        with open(path, "rb") as file:
+            options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": ""}
+            with av.open(file, options=options, metadata_errors="ignore") as container:
+                num_tracks, deep = _decode_track(container, name, str(path))
+        sound = Decoded(os.open(name, os.O_RDONLY))
+    except soundfile.LibsndfileError as error:
+        raise OSError(
+            f"{path}: its audio could not be stored ({error}); is the disk full?"
+        ) from error
+    except av.FFmpegError as error:
+        reason = f"{error.strerror or error}"
+        raise AudioError(f"{path}: cannot be decoded ({reason}); fetch the file again") from error
+    finally:
+        os.close(handle)
+        os.unlink(name)  # it stays readable until it is closed
+    sound.subtype = "PCM_24" if deep else "PCM_16"
+    if num_tracks > 1:
+        sound.note = f"the first of {num_tracks} audio tracks is taken"
+    return sound
+
+
+def _decode_track(container: Any, out: str, name: str) -> tuple[int, bool]:
+    """Write the first audio track as float32; returns the number of tracks, and if over 16 bits.
+
+    All tracks are read, so that the end of the last is that of the file: AudioError if the header
+    promises more.
+    """
+    import av
+
+    if not (tracks := container.streams.audio):
+        raise AudioError(f"{name}: it has no audio track")
+    to_floats, end, sound = av.AudioResampler(format="flt"), 0.0, None
+    try:
+        for packet in container.demux():
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            for frame in packet.decode() if packet.stream.index == tracks[0].index else ():
+                for part in to_floats.resample(frame):
+                    if sound is None:
+                        num_channels = part.layout.nb_channels
+                        sound = soundfile.SoundFile(
+                            out, "w", part.sample_rate, num_channels, "FLOAT", format="W64"
+                        )
+                    sound.write(part.to_ndarray().reshape(-1, num_channels))
+    finally:
+        if sound is not None:
+            sound.close()
+    if sound is None:
+        raise AudioError(f"{name}: its audio track is empty")
+    begin, promised = (container.start_time or 0) / 1e6, (container.duration or 0) / 1e6
+    # The lengths that other containers give are estimates.
+    if container.format.name[:3] in ("mov", "mat") and end - begin < promised - 0.5:
+        there = f"{end - begin:.1f} of {promised:.1f} s are there"
+        raise AudioError(f"{name}: cut short, {there}; fetch the file again")
+    codec = tracks[0].codec_context.codec
+    deep = tracks[0].codec_context.format.bytes > 2
+    return len(tracks), bool(codec.lossless and not codec.lossy and deep)
 
 
 def _is_cut(path: str | Path, sound: soundfile.SoundFile) -> bool:
@@ -241,11 +332,12 @@ def peak_of_sum(waves: Sequence[np.ndarray], gains: Sequence[float]) -> float:
     return float(np.max(np.abs(total)))
 
 
-def find_files(folder: str | Path) -> list[Path]:
+def find_files(folder: str | Path, *, containers: bool = False) -> list[Path]:
     """Every audio file below a local folder, sorted by path; AudioError if none.
 
     Links to folders are followed. Left out, counted and logged are hidden files, formats that
-    libsndfile does not read, and compressed copies beside a .wav or .flac file of the same name.
+    libsndfile does not read (but `containers` if they are wanted), and compressed copies beside a
+    .wav or .flac file of the same name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -257,9 +349,10 @@ def find_files(folder: str | Path) -> list[Path]:
     found, left_out = list[Path](), Counter[str]()
     for path in sorted(_walk(folder)):
         suffix = path.suffix.lower()
-        if UNREADABLE.fullmatch(suffix):
+        contained = bool(CONTAINERS.fullmatch(suffix))
+        if UNREADABLE.fullmatch(suffix) or (contained and not containers):
             left_out[f"{suffix} (cannot be decoded here)"] += 1
-        elif READABLE.fullmatch(suffix):
+        elif contained or READABLE.fullmatch(suffix):
             beside = {path.with_suffix(".wav"), path.with_suffix(".flac")}
             if any(part.startswith(".") for part in path.relative_to(folder).parts):
                 left_out["hidden (._*)"] += 1

@@ -5,9 +5,8 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -17,13 +16,25 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sepdist import audio, slots, storage
+from sepdist import slots, storage
 from sepdist.inference.export import load_separator
+from sepdist.inference.recordings import (
+    BLOCK_SAMPLES,
+    Track,
+    chosen_channels,
+    of_channel,
+    open_recording,
+    publish,
+    read_blocks,
+    write_audio,
+    write_raw,
+)
 from sepdist.inference.stitching import cut_windows, overlap_add, resampled
-from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names
+from sepdist.inference.windows import SeparationError, Windows, check_outputs, output_names
 
-BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99
+QUIET_PEAK = 2.0**-6  # of outputs: below it 16 bits keep fewer than 10 of them
+DEEP = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")  # recordings of more than 16 bits
 MIN_RATE, MAX_RATE = 1000, 768_000  # Hz; a smaller number is probably in kHz
 
 
@@ -34,8 +45,9 @@ class Separation:
     outputs: list[str]
     num_samples: int
     sample_rate: int
-    gains: list[float]  # by speaker, from the model's level to the recording's, without `scale`
-    scale: float  # common to all speakers; below 1 where an output would have clipped
+    gains: list[float]  # by output, from the model's level to the recording's, without `scale`
+    scale: float  # common to all outputs; below 1 where one would have clipped
+    subtype: str  # of the outputs, such as PCM_16
     warnings: list[str]
 
 
@@ -67,22 +79,29 @@ class Separator:
         """How many speakers the model gives; found by separating a second of silence."""
         return len(self(np.zeros(self.sample_rate, np.float32), self.sample_rate))
 
-    def __call__(self, wave: ArrayLike | Tensor, sample_rate: float) -> NDArray[np.float32]:
+    def __call__(
+        self, wave: ArrayLike | Tensor, sample_rate: float, *, channels: str | int = "mean"
+    ) -> NDArray[np.float32]:
         """Separate a wave [T] or [C, T]; returns [S, T] at the same rate.
 
         The wave is an array, a tensor on any device or a list, of floats or of integers of 16 or 32
-        bits, whose full scale becomes 1. Its channels are averaged. The voices may exceed +-1.
+        bits, whose full scale becomes 1. Its `channels` are averaged ("mean"), or one is taken (1,
+        2, ...), or "each" is separated: [C, S, T]. The voices may exceed +-1.
 
         Raises:
             SeparationError: the wave has another shape or type, is empty or holds NaN, or the model
                 gives NaN.
         """
-        wave_TC, raw = as_frames(wave), io.BytesIO()
-        blocks = (wave_TC[i : i + BLOCK_SAMPLES] for i in range(0, len(wave_TC), BLOCK_SAMPLES))
-        fit, _ = self._run(blocks, len(wave_TC), sample_rate, "the wave", raw)
-        gains = fit.gains()
-        estimates_TS = np.frombuffer(raw.getbuffer(), "<f4").reshape(-1, len(gains))
-        return np.multiply(estimates_TS.T, gains[:, None], dtype=np.float32, order="C")
+        check_outputs("wav", None, channels)
+        wave_TC, estimates = as_frames(wave), []
+        for channel in chosen_channels(channels, wave_TC.shape[1], "the wave"):
+            raw, own = io.BytesIO(), of_channel(wave_TC, channel)
+            blocks = (own[i : i + BLOCK_SAMPLES] for i in range(0, len(own), BLOCK_SAMPLES))
+            gains = self._run(blocks, len(own), sample_rate, "the wave", raw)[0].gains()
+            estimates_TS = np.frombuffer(raw.getbuffer(), "<f4").reshape(-1, len(gains))
+            scaled = np.multiply(estimates_TS.T, gains[:, None], dtype=np.float32, order="C")
+            estimates.append(scaled)
+        return np.stack(estimates) if channels == "each" else estimates[0]
 
     def file(
         self,
@@ -90,15 +109,23 @@ class Separator:
         output_folder: str | os.PathLike[str],
         *,
         file_format: str = "wav",
+        subtype: str | None = None,
+        channels: str | int = "mean",
         stem: str = "",
         progress: Callable[[float, float], None] = lambda seconds, total: None,
     ) -> Separation:
         """Separate a recording (path or s3://) into <stem>_s1.wav and so on in `output_folder`.
 
-        Outputs are mono and 16-bit, and appear when they are complete. If one would clip, all are
-        scaled down. `stem` is the recording's unless it is given; it may begin with folders.
-        `progress` gets the seconds of each block read and of the recording. Memory does not grow
-        with the recording; scratch files take 4 bytes per sample of each output.
+        Outputs are mono and appear when they are complete. Their `subtype` is PCM_16, PCM_24 or
+        FLOAT (not in flac); unless given 24 bits for a recording of more than 16, or whose outputs
+        stay below 1/64 of full scale, else 16. If one would clip, all but FLOAT are scaled down.
+        `channels` is as in `__call__`; with "each" the outputs are <stem>_c1_s1.wav and so on.
+
+        `-` is standard input as a recording and standard output as the folder: one file of all
+        outputs, a channel each. `stem` is the recording's unless it is given; it may begin with
+        folders. `progress` gets the seconds of each block read and of the recording. Memory does
+        not grow with the recording; scratch files take 4 bytes per sample of each output, and of
+        each channel of m4a, webm and the like.
 
         Raises:
             SeparationError: the recording is no file of audio, empty, cut short or holds NaN, or
@@ -107,35 +134,62 @@ class Separator:
         """
         given = (recording, output_folder)
         recording, output_folder = (os.path.expanduser(os.fsdecode(one)) for one in given)
-        if file_format not in FORMATS:
-            raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
-        local = None if storage.is_remote(output_folder) else Path(output_folder)
+        check_outputs(file_format, subtype, channels)
+        piped, remote = output_folder == "-", storage.is_remote(output_folder)
+        local = None if piped or remote else Path(output_folder)
         if local:
             local.mkdir(parents=True, exist_ok=True)
         # Unfinished files lie in the output folder, where finishing one is a rename.
         with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
             work = Path(folder)
-            path, scratch = Path(os.path.abspath(recording)), work / "estimates.f32"
-            if storage.is_remote(recording):
-                path = work / "recording"
-                storage.fetch_file(recording, path)
-            with _open(path, recording) as sound, scratch.open("w+b") as raw:
-                num_samples, rate = sound.frames, sound.samplerate
-                blocks = _read_blocks(sound, recording, progress)
-                fit, peaks = self._run(blocks, num_samples, rate, recording, raw)
-            gains = fit.gains()
-            scale = PEAK_LIMIT / max(float(np.max(np.abs(gains) * peaks)), PEAK_LIMIT)
-            names = output_names(stem or PurePosixPath(recording).stem, len(gains), file_format)
-            outputs = [storage.join(local or output_folder, name) for name in names]
+            with open_recording(recording, work) as sound:
+                num_samples, rate, deep = sound.frames, sound.samplerate, sound.subtype in DEEP
+                tracks, warnings = self._tracks(sound, recording, channels, work, progress)
+            gains = np.concatenate([track.gains for track in tracks])
+            peak = float(np.max(np.abs(gains) * np.concatenate([track.peaks for track in tracks])))
+            subtype = subtype or ("PCM_24" if deep or 0 < peak < QUIET_PEAK else "PCM_16")
+            scale = 1.0 if subtype == "FLOAT" else PEAK_LIMIT / max(peak, PEAK_LIMIT)
+            stem = stem or PurePosixPath(recording if recording != "-" else "stdin").stem
+            outputs = (
+                ["-"]
+                if piped
+                else [
+                    storage.join(local or output_folder, name)
+                    for track in tracks
+                    for name in output_names(stem, len(track.gains), file_format, track.suffix)
+                ]
+            )
             files = {work / f"{number}.{file_format}": out for number, out in enumerate(outputs)}
-            _write_audio([*files], scratch, gains * scale, rate)
-            _publish(files)
-        warnings = []
-        if fit.products[-1, -1] == 0:  # the energy of the mixture
-            warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
+            write_audio([*files], tracks, scale, rate, subtype)
+            publish(files)
         if scale < 1:
             warnings.append(f"{recording}: all scaled by {scale:.3g}, or one would have clipped")
-        return Separation(outputs, num_samples, rate, gains.tolist(), scale, warnings)
+        return Separation(outputs, num_samples, rate, gains.tolist(), scale, subtype, warnings)
+
+    def _tracks(
+        self,
+        sound: soundfile.SoundFile,
+        name: str,
+        channels: str | int,
+        work: Path,
+        progress: Callable[[float, float], None],
+    ) -> tuple[list[Track], list[str]]:
+        """Separate the mean or the chosen channels of a recording into files; and warnings."""
+        tracks: list[Track] = []
+        chosen = chosen_channels(channels, sound.channels, name)
+        warnings = [f"{name}: {note}"] if (note := getattr(sound, "note", "")) else []
+        for channel in chosen:
+            path = work / f"{len(tracks)}.f32"
+            with path.open("w+b") as raw:
+                of_all = partial(_of_passes, progress, len(chosen))
+                blocks = read_blocks(sound, name, channel, of_all)
+                fit, peaks = self._run(blocks, sound.frames, sound.samplerate, name, raw)
+            suffix = f"_c{channel}" if channels == "each" else ""
+            tracks.append(Track(path, suffix, fit.gains(), peaks))
+            if fit.products[-1, -1] == 0:  # the energy of the mixture
+                heard = f"channel {channel}" if channel else "the mean of its channels"
+                warnings.append(f"{name} ({heard}) is silent; so are its outputs")
+        return tracks, warnings
 
     def _run(
         self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
@@ -151,7 +205,7 @@ class Separator:
         mono = resampled(_mono_blocks(blocks, rate, name), int(rate), self.sample_rate)
         separated = self._run_windows(cut_windows((one[0] for one in mono), size, overlap), name)
         fit = LevelFit(overlap_add(separated, overlap))
-        return fit, _write_raw(raw, resampled(fit, self.sample_rate, int(rate)), length)
+        return fit, write_raw(raw, resampled(fit, self.sample_rate, int(rate)), length)
 
     def _run_windows(
         self, windows: Iterator[tuple[np.ndarray, int]], name: str
@@ -252,35 +306,8 @@ def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
         return np.atleast_2d(array).T.astype(np.float32)
 
 
-def _open(path: Path, name: str) -> soundfile.SoundFile:
-    storage.size(path)  # its errors name the file and say what to do
-    if not path.is_file():  # opening a pipe may never return
-        raise SeparationError(f"{name} is a folder, pipe or device; give a file of audio")
-    try:
-        return audio.open_sound(path)
-    except audio.AudioError as error:
-        raise SeparationError(str(error).replace(str(path), name)) from error
-    except OSError as error:
-        raise storage.disk_error(name, "read", error) from error
-
-
-def _read_blocks(
-    sound: soundfile.SoundFile, name: str, progress: Callable[[float, float], None]
-) -> Iterator[np.ndarray]:
-    """The recording in float32 blocks [n, C], as many samples as the header promises."""
-    rate, done = sound.samplerate, 0
-    while done < sound.frames:
-        try:
-            block = sound.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise SeparationError(
-                f"{name} is damaged {done / rate:.2f} s from its start: {error}"
-            ) from error
-        if len(block) == 0:
-            raise SeparationError(f"{name} is cut short: it has {done} of {sound.frames} samples")
-        done += len(block)
-        yield block
-        progress(len(block) / rate, sound.frames / rate)
+def _of_passes(progress: Callable[[float, float], None], num: int, done: float, of: float) -> None:
+    progress(done, num * of)
 
 
 def _mono_blocks(blocks: Iterable[np.ndarray], rate: float, name: str) -> Iterator[np.ndarray]:
@@ -319,51 +346,3 @@ class LevelFit:
         unit = np.divide(1.0, level, out=np.zeros_like(level), where=level > 0)
         solution, *_ = np.linalg.lstsq(gram * np.outer(unit, unit), projection * unit, rcond=1e-6)
         return solution * unit
-
-
-def _write_raw(file: IO[bytes], blocks: Iterable[np.ndarray], num_samples: int) -> np.ndarray:
-    """Write blocks [S, n] as float32 frames, cut or padded to `num_samples`; returns peaks [S]."""
-    peaks, done = np.zeros(1), 0
-    try:
-        for block in blocks:
-            kept = block[:, : num_samples - done]
-            done += kept.shape[1]
-            peaks = np.maximum(peaks, np.abs(kept).max(axis=1, initial=0.0))
-            file.write(np.ascontiguousarray(kept.T, dtype="<f4").tobytes())
-        # Resampling there and back may lose a sample or two by rounding: those are silence.
-        file.write(bytes(4 * len(peaks) * (num_samples - done)))
-        file.flush()
-    except OSError as error:
-        raise storage.disk_error(file.name, "write", error) from error
-    return peaks
-
-
-def _write_audio(paths: list[Path], scratch: Path, gains: np.ndarray, rate: int) -> None:
-    """Write each speaker of the scratch file, multiplied by its gain, as 16-bit audio."""
-    try:
-        with ExitStack() as stack, scratch.open("rb") as stream:
-            files = [
-                stack.enter_context(soundfile.SoundFile(str(path), "w", rate, 1, "PCM_16"))
-                for path in paths
-            ]
-            while data := stream.read(4 * len(gains) * BLOCK_SAMPLES):
-                frames = np.frombuffer(data, dtype="<f4").reshape(-1, len(gains)) * gains
-                for file, wave in zip(files, frames.T, strict=True):
-                    file.write(wave)
-    except soundfile.LibsndfileError as error:
-        raise OSError(
-            f"{paths[0].name} could not be written ({error}); is the disk full?"
-        ) from error
-
-
-def _publish(files: Mapping[Path, str]) -> None:
-    """Move finished files to the outputs; if that is interrupted, none is left without the rest."""
-    with ExitStack() as undo:
-        for path, output in files.items():
-            if storage.is_remote(output):
-                storage.put_file(path, output)
-            else:
-                Path(output).parent.mkdir(parents=True, exist_ok=True)
-                path.replace(output)
-            undo.callback(storage.remove, output)
-        undo.pop_all()

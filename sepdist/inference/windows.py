@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-FORMATS = ("flac", "wav")  # of the outputs
+FORMATS = {"flac": ("PCM_16", "PCM_24"), "wav": ("PCM_16", "PCM_24", "FLOAT")}  # of the outputs
 
 
 class SeparationError(ValueError):
@@ -37,7 +37,8 @@ def output_stems(recordings: Sequence[str]) -> dict[str, str]:
     Recordings of one stem keep their paths below the folder that all share, as in a/x and b/x, and
     their suffixes if only these differ.
     """
-    places = (f"/{one}" if "://" in one else os.path.expanduser(one) for one in recordings)
+    given = ("stdin" if one == "-" else one for one in recordings)
+    places = (f"/{one}" if "://" in one else os.path.expanduser(one) for one in given)
     names = {os.path.abspath(place): one for place, one in zip(places, recordings, strict=True)}
     common, candidates = os.path.commonpath(map(os.path.dirname, names)), {}
     for place, name in names.items():
@@ -50,6 +51,17 @@ def output_stems(recordings: Sequence[str]) -> dict[str, str]:
     }
 
 
-def output_names(stem: str, num_speakers: int, file_format: str) -> list[str]:
-    """File names of the outputs, <stem>_s1.wav and so on."""
-    return [f"{stem}_s{number}.{file_format}" for number in range(1, num_speakers + 1)]
+def output_names(stem: str, num_speakers: int, file_format: str, channel: str = "") -> list[str]:
+    """File names of the outputs, <stem>_s1.wav and so on; of a channel, <stem>_c2_s1.wav."""
+    return [f"{stem}{channel}_s{number}.{file_format}" for number in range(1, num_speakers + 1)]
+
+
+def check_outputs(file_format: str, subtype: str | None, channels: str | int) -> None:
+    """Raise SeparationError for options of a separation that are not known or do not fit."""
+    if file_format not in FORMATS:
+        raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
+    if subtype not in (None, *FORMATS[file_format]):
+        known = ", ".join(FORMATS[file_format])
+        raise SeparationError(f"subtype {subtype!r} is none of {file_format}'s: {known}")
+    if str(channels) not in ("mean", "each") and not (str(channels).isdecimal() and int(channels)):
+        raise SeparationError(f"channels {channels!r} is not mean, each or a number from 1 up")

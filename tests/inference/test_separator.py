@@ -435,7 +435,7 @@ def test_ctrl_c_ends_the_program_with_one_line_and_leaves_nothing_behind(tmp_pat
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not list(tmp_path.glob("out/.separating-*/estimates.f32")):
+    while not list(tmp_path.glob("out/.separating-*/0.f32")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
