@@ -23,13 +23,11 @@ import soxr
 
 logger = logging.getLogger(__name__)
 READABLE = re.compile(r"\.(wav|flac|aif[cf]?|aiff|au|caf|mp3|og[ag]|opus|rf64|snd|sph|w64)")
-UNREADABLE = re.compile(r"\.(shn|wv[12])")
-# Read by PyAV alone, one by one: a folder that is a corpus leaves them out, counted.
-CONTAINERS = re.compile(
-    r"\.(3g[2p]|aac|ac3|amr|ape|avi|flv|m4[abv]|mk[av]|mov|mp4|mpe?g|tta|webm|wm[av]|wv)"
+UNREADABLE = re.compile(  # by libsndfile; most of these by PyAV
+    r"\.(3g[2p]|aac|ac3|amr|ape|avi|flv|m4[abv]|mk[av]|mov|mp4|mpe?g|shn|tta|webm|wm[av]|wv[12]?)"
 )
-# How they begin, whatever their names; and FFmpeg's readers of them. None of these opens another
-# file or an address, as those of playlists do.
+# The beginnings of what PyAV reads, whatever its name; of FFmpeg's readers those that never open
+# another file or an address, as playlists make them do.
 _CONTAINER = re.compile(
     rb".{4}(?:ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|\xff[\xf0\xf1\xf8\xf9]|\x0b\x77|#!AMR"
     rb"|\x30\x26\xb2\x75|MAC |wvpk|TTA1|FLV|RIFF.{4}AVI |\0\0\x01\xba|G.{187}G",
@@ -101,76 +99,62 @@ def open_sound(path: str | Path, scratch: str | Path | None = None) -> soundfile
 
 
 class Decoded(soundfile.SoundFile):
-    """What PyAV decoded of a container; `subtype` tells whether its codec keeps over 16 bits."""
+    """What PyAV decoded, with the codec's depth as its subtype and a note for the user."""
 
-    subtype, note = "", ""
+    subtype, note = "PCM_16", ""
 
 
 def _decoded(path: str | Path, scratch: str | Path | None) -> Decoded:
+    """Decode the first audio track of a file with PyAV into a temporary file of float32."""
     try:
         import av
     except ImportError as error:
         wanted = "pip install 'sepdist[av]', or convert it to WAV"
-        raise AudioError(f"{path}: this kind of file is decoded by PyAV: {wanted}") from error
-    handle, name = tempfile.mkstemp(dir=scratch)
-    try:
-        with open(path, "rb") as file:
+        raise AudioError(f"{path}: only PyAV decodes this kind of file: {wanted}") from error
+    to_floats: Any = av.AudioResampler(format="flt")
+    out, end = None, 0.0
+    with tempfile.NamedTemporaryFile(dir=scratch) as temp, open(path, "rb") as file:
+        try:
             options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": ""}
-            with av.open(file, options=options, metadata_errors="ignore") as container:
-                num_tracks, deep = _decode_track(container, name, str(path))
-        sound = Decoded(os.open(name, os.O_RDONLY))
-    except soundfile.LibsndfileError as error:
-        raise OSError(
-            f"{path}: its audio could not be stored ({error}); is the disk full?"
-        ) from error
-    except av.FFmpegError as error:
-        reason = f"{error.strerror or error}"
-        raise AudioError(f"{path}: cannot be decoded ({reason}); fetch the file again") from error
-    finally:
-        os.close(handle)
-        os.unlink(name)  # it stays readable until it is closed
-    sound.subtype = "PCM_24" if deep else "PCM_16"
-    if num_tracks > 1:
-        sound.note = f"the first of {num_tracks} audio tracks is taken"
+            opened: Any = av.open(file, options=options, metadata_errors="ignore")
+            with opened as container:
+                if not (tracks := container.streams.audio) or not tracks[0].codec_context:
+                    raise AudioError(f"{path}: it has no audio track that can be decoded")
+                codec, depth = tracks[0].codec_context.codec, tracks[0].codec_context.format
+                kind, begin, promised = (
+                    container.format.name,
+                    container.start_time,
+                    container.duration,
+                )
+                for packet in container.demux():  # all tracks: the longest ends with the file
+                    if packet.pts is not None:
+                        last = (packet.pts + (packet.duration or 0)) * packet.time_base
+                        end = max(end, float(last))
+                    for frame in packet.decode() if packet.stream is tracks[0] else ():
+                        for part in to_floats.resample(frame):
+                            wave_TC = part.to_ndarray().reshape(-1, part.layout.nb_channels)
+                            out = out or soundfile.SoundFile(
+                                *(temp.name, "w", part.sample_rate, wave_TC.shape[1], "FLOAT"),
+                                format="W64",
+                            )
+                            out.write(wave_TC)
+        except av.FFmpegError as error:
+            reason = f"{error.strerror or error}"
+            raise AudioError(f"{path}: cannot be decoded ({reason}); fetch it again") from error
+        except soundfile.LibsndfileError as error:
+            raise OSError(f"its audio cannot be stored ({error}); is the disk full?") from error
+        if out is None:
+            raise AudioError(f"{path}: its audio track is empty")
+        out.close()
+        sound = Decoded(os.open(temp.name, os.O_RDONLY))
+    there, promised = end - (begin or 0) / 1e6, (promised or 0) / 1e6
+    if kind.startswith(("mov", "matroska")) and there < promised - 0.5:  # others only guess theirs
+        raise AudioError(f"{path}: cut short, {there:.1f} of {promised:.1f} s; fetch it again")
+    if codec.lossless and not codec.lossy and depth.bytes > 2:
+        sound.subtype = "PCM_24"
+    if len(tracks) > 1:
+        sound.note = f"the first of {len(tracks)} audio tracks is taken"
     return sound
-
-
-def _decode_track(container: Any, out: str, name: str) -> tuple[int, bool]:
-    """Write the first audio track as float32; returns the number of tracks, and if over 16 bits.
-
-    All tracks are read, so that the end of the last is that of the file: AudioError if the header
-    promises more.
-    """
-    import av
-
-    if not (tracks := container.streams.audio):
-        raise AudioError(f"{name}: it has no audio track")
-    to_floats, end, sound = av.AudioResampler(format="flt"), 0.0, None
-    try:
-        for packet in container.demux():
-            if packet.pts is not None:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            for frame in packet.decode() if packet.stream.index == tracks[0].index else ():
-                for part in to_floats.resample(frame):
-                    if sound is None:
-                        num_channels = part.layout.nb_channels
-                        sound = soundfile.SoundFile(
-                            out, "w", part.sample_rate, num_channels, "FLOAT", format="W64"
-                        )
-                    sound.write(part.to_ndarray().reshape(-1, num_channels))
-    finally:
-        if sound is not None:
-            sound.close()
-    if sound is None:
-        raise AudioError(f"{name}: its audio track is empty")
-    begin, promised = (container.start_time or 0) / 1e6, (container.duration or 0) / 1e6
-    # The lengths that other containers give are estimates.
-    if container.format.name[:3] in ("mov", "mat") and end - begin < promised - 0.5:
-        there = f"{end - begin:.1f} of {promised:.1f} s are there"
-        raise AudioError(f"{name}: cut short, {there}; fetch the file again")
-    codec = tracks[0].codec_context.codec
-    deep = tracks[0].codec_context.format.bytes > 2
-    return len(tracks), bool(codec.lossless and not codec.lossy and deep)
 
 
 def _is_cut(path: str | Path, sound: soundfile.SoundFile) -> bool:
@@ -336,8 +320,8 @@ def find_files(folder: str | Path, *, containers: bool = False) -> list[Path]:
     """Every audio file below a local folder, sorted by path; AudioError if none.
 
     Links to folders are followed. Left out, counted and logged are hidden files, formats that
-    libsndfile does not read (but `containers` if they are wanted), and compressed copies beside a
-    .wav or .flac file of the same name.
+    libsndfile does not read (unless `containers` are wanted), and compressed copies beside a .wav
+    or .flac file of the same name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -349,10 +333,10 @@ def find_files(folder: str | Path, *, containers: bool = False) -> list[Path]:
     found, left_out = list[Path](), Counter[str]()
     for path in sorted(_walk(folder)):
         suffix = path.suffix.lower()
-        contained = bool(CONTAINERS.fullmatch(suffix))
-        if UNREADABLE.fullmatch(suffix) or (contained and not containers):
+        unreadable = bool(UNREADABLE.fullmatch(suffix))
+        if unreadable and not containers:
             left_out[f"{suffix} (cannot be decoded here)"] += 1
-        elif contained or READABLE.fullmatch(suffix):
+        elif unreadable or READABLE.fullmatch(suffix):
             beside = {path.with_suffix(".wav"), path.with_suffix(".flac")}
             if any(part.startswith(".") for part in path.relative_to(folder).parts):
                 left_out["hidden (._*)"] += 1

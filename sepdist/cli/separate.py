@@ -25,7 +25,9 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import PurePosixPath
+from typing import Any
 
 from sepdist.console import printable, progress_bar, user_console
 from sepdist.inference.windows import (
@@ -54,7 +56,7 @@ def main() -> int:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
         stems = output_stems([one for name in given.recordings for one in _files_of(name)])
-        check_outputs(given.format, given.subtype, given.channels)
+        check_outputs(given.output, given.format, given.subtype, given.channels)
         _check_names(stems, given.output, given.format)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
@@ -63,18 +65,13 @@ def main() -> int:
         options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
         separator = load(given.model, **options, **windows)
         keep_freed_memory()
-        kept = {name: getattr(given, name) for name in ("subtype", "channels")}
+        kept: dict[str, Any] = {name: getattr(given, name) for name in ("subtype", "channels")}
+        kept["file_format"] = given.format
         for recording, stem in stems.items():
             try:
                 with progress_bar(console, printable(PurePosixPath(recording).name, "")) as advance:
-                    result = separator.file(
-                        recording,
-                        given.output,
-                        file_format=given.format,
-                        stem=stem,
-                        progress=advance,
-                        **kept,
-                    )
+                    separated = partial(separator.file, recording, given.output, **kept)
+                    result = separated(stem=stem, progress=advance)
             except BrokenPipeError:  # of standard output
                 raise
             except (ValueError, OSError) as error:

@@ -2,11 +2,15 @@
 
 import io
 import itertools
+import logging
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -16,22 +20,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sepdist import slots, storage
+from sepdist import audio, slots, storage
 from sepdist.inference.export import load_separator
-from sepdist.inference.recordings import (
-    BLOCK_SAMPLES,
-    Track,
-    chosen_channels,
-    of_channel,
-    open_recording,
-    publish,
-    read_blocks,
-    write_audio,
-    write_raw,
-)
-from sepdist.inference.stitching import cut_windows, overlap_add, resampled
+from sepdist.inference.pauses import Pauses
+from sepdist.inference.stitching import cleaned, cut_windows, overlap_add, resampled
 from sepdist.inference.windows import SeparationError, Windows, check_outputs, output_names
 
+logger = logging.getLogger(__name__)
+BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99
 QUIET_PEAK = 2.0**-6  # of outputs: below it 16 bits keep fewer than 10 of them
 DEEP = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")  # recordings of more than 16 bits
@@ -46,9 +42,9 @@ class Separation:
     num_samples: int
     sample_rate: int
     gains: list[float]  # by output, from the model's level to the recording's, without `scale`
-    scale: float  # common to all outputs; below 1 where one would have clipped
-    subtype: str  # of the outputs, such as PCM_16
+    scale: float  # common to all speakers; below 1 where an output would have clipped
     warnings: list[str]
+    subtype: str = ""  # of the outputs, such as PCM_16
 
 
 @dataclass(repr=False, eq=False)
@@ -92,16 +88,18 @@ class Separator:
             SeparationError: the wave has another shape or type, is empty or holds NaN, or the model
                 gives NaN.
         """
-        check_outputs("wav", None, channels)
-        wave_TC, estimates = as_frames(wave), []
-        for channel in chosen_channels(channels, wave_TC.shape[1], "the wave"):
-            raw, own = io.BytesIO(), of_channel(wave_TC, channel)
-            blocks = (own[i : i + BLOCK_SAMPLES] for i in range(0, len(own), BLOCK_SAMPLES))
-            gains = self._run(blocks, len(own), sample_rate, "the wave", raw)[0].gains()
+        wave_TC, voices = as_frames(wave), list[NDArray[np.float32]]()
+        for channel in _chosen(channels, wave_TC.shape[1], "the wave"):
+            raw, own_TC = io.BytesIO(), _of_channel(wave_TC, channel)
+            blocks = (own_TC[i : i + BLOCK_SAMPLES] for i in range(0, len(own_TC), BLOCK_SAMPLES))
+            fit, _, unsure = self._run(blocks, len(own_TC), sample_rate, "the wave", raw)
+            for warning in unsure:
+                logger.warning("the wave: %s", warning)
+            gains = fit.gains()
             estimates_TS = np.frombuffer(raw.getbuffer(), "<f4").reshape(-1, len(gains))
             scaled = np.multiply(estimates_TS.T, gains[:, None], dtype=np.float32, order="C")
-            estimates.append(scaled)
-        return np.stack(estimates) if channels == "each" else estimates[0]
+            voices.append(scaled)
+        return np.stack(voices) if channels == "each" else voices[0]
 
     def file(
         self,
@@ -117,15 +115,13 @@ class Separator:
         """Separate a recording (path or s3://) into <stem>_s1.wav and so on in `output_folder`.
 
         Outputs are mono and appear when they are complete. Their `subtype` is PCM_16, PCM_24 or
-        FLOAT (not in flac); unless given 24 bits for a recording of more than 16, or whose outputs
-        stay below 1/64 of full scale, else 16. If one would clip, all but FLOAT are scaled down.
-        `channels` is as in `__call__`; with "each" the outputs are <stem>_c1_s1.wav and so on.
-
-        `-` is standard input as a recording and standard output as the folder: one file of all
-        outputs, a channel each. `stem` is the recording's unless it is given; it may begin with
+        (wav) FLOAT; by default PCM_24 for a recording of more than 16 bits or for outputs below
+        1/64 of full scale, else PCM_16. If one would clip, all are scaled down, but for FLOAT.
+        `channels` are those of `__call__`; "each" makes <stem>_c1_s1.wav and so on.
+        `-` is standard input as the recording, standard output as the folder: one file with a
+        channel per speaker. `stem` is the recording's unless it is given; it may begin with
         folders. `progress` gets the seconds of each block read and of the recording. Memory does
-        not grow with the recording; scratch files take 4 bytes per sample of each output, and of
-        each channel of m4a, webm and the like.
+        not grow with the recording; scratch files take 4 bytes per sample of each output.
 
         Raises:
             SeparationError: the recording is no file of audio, empty, cut short or holds NaN, or
@@ -134,67 +130,74 @@ class Separator:
         """
         given = (recording, output_folder)
         recording, output_folder = (os.path.expanduser(os.fsdecode(one)) for one in given)
-        check_outputs(file_format, subtype, channels)
-        piped, remote = output_folder == "-", storage.is_remote(output_folder)
-        local = None if piped or remote else Path(output_folder)
+        check_outputs(output_folder, file_format, subtype, channels)
+        piped = output_folder == "-"
+        local = None if piped or storage.is_remote(output_folder) else Path(output_folder)
         if local:
             local.mkdir(parents=True, exist_ok=True)
         # Unfinished files lie in the output folder, where finishing one is a rename.
         with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
-            work = Path(folder)
-            with open_recording(recording, work) as sound:
-                num_samples, rate, deep = sound.frames, sound.samplerate, sound.subtype in DEEP
-                tracks, warnings = self._tracks(sound, recording, channels, work, progress)
-            gains = np.concatenate([track.gains for track in tracks])
-            peak = float(np.max(np.abs(gains) * np.concatenate([track.peaks for track in tracks])))
-            subtype = subtype or ("PCM_24" if deep or 0 < peak < QUIET_PEAK else "PCM_16")
-            scale = 1.0 if subtype == "FLOAT" else PEAK_LIMIT / max(peak, PEAK_LIMIT)
-            stem = stem or PurePosixPath(recording if recording != "-" else "stdin").stem
-            outputs = (
-                ["-"]
-                if piped
-                else [
-                    storage.join(local or output_folder, name)
-                    for track in tracks
-                    for name in output_names(stem, len(track.gains), file_format, track.suffix)
-                ]
-            )
-            files = {work / f"{number}.{file_format}": out for number, out in enumerate(outputs)}
-            write_audio([*files], tracks, scale, rate, subtype)
-            publish(files)
-        if scale < 1:
-            warnings.append(f"{recording}: all scaled by {scale:.3g}, or one would have clipped")
-        return Separation(outputs, num_samples, rate, gains.tolist(), scale, subtype, warnings)
+            work, files = Path(folder), dict[Path, str]()
+            name = recording if recording != "-" else "stdin"
+            stem = stem or PurePosixPath(name).stem
+            with _open(recording, work) as sound:
+                note = getattr(sound, "note", "")
+                notes = [f"{name}: {note}"] if note else []
+                result = Separation([], sound.frames, sound.samplerate, [], 1.0, notes)
+                scratch = work / "estimates.f32"
+                chosen = self._channels(sound, name, channels, scratch, progress, subtype, result)
+                for channel, gains in chosen:
+                    suffix = f"_c{channel}" if channels == "each" else ""
+                    names = output_names(stem, len(gains), file_format, suffix)
+                    places = [storage.join(local or output_folder, one) for one in names]
+                    for place in ["-"] if piped else places:
+                        files[work / f"{len(files)}.{file_format}"] = place
+                    paths = [*files][-1 if piped else -len(gains) :]
+                    _write_audio(paths, scratch, gains, result)
+            _publish(files)
+        result.outputs = [*files.values()]
+        return result
 
-    def _tracks(
+    def _channels(
         self,
         sound: soundfile.SoundFile,
         name: str,
         channels: str | int,
-        work: Path,
+        scratch: Path,
         progress: Callable[[float, float], None],
-    ) -> tuple[list[Track], list[str]]:
-        """Separate the mean or the chosen channels of a recording into files; and warnings."""
-        tracks: list[Track] = []
-        chosen = chosen_channels(channels, sound.channels, name)
-        warnings = [f"{name}: {note}"] if (note := getattr(sound, "note", "")) else []
+        subtype: str | None,
+        result: Separation,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Separate the mean of the channels (0) or each chosen one into the scratch file.
+
+        Yields the channel and the gains to apply, after what `result` says was completed.
+        """
+        chosen = _chosen(channels, sound.channels, name)
         for channel in chosen:
-            path = work / f"{len(tracks)}.f32"
-            with path.open("w+b") as raw:
-                of_all = partial(_of_passes, progress, len(chosen))
-                blocks = read_blocks(sound, name, channel, of_all)
-                fit, peaks = self._run(blocks, sound.frames, sound.samplerate, name, raw)
-            suffix = f"_c{channel}" if channels == "each" else ""
-            tracks.append(Track(path, suffix, fit.gains(), peaks))
+            with scratch.open("w+b") as raw:
+                blocks = _read_blocks(
+                    sound, name, channel, lambda one, total: progress(one, total * len(chosen))
+                )
+                fit, peaks, unsure = self._run(blocks, sound.frames, sound.samplerate, name, raw)
+            gains, warnings = fit.gains(), list[str]()
+            peak = float(np.max(np.abs(gains) * peaks))
+            deep = sound.subtype in DEEP or 0 < peak < QUIET_PEAK
+            result.subtype = subtype or ("PCM_24" if deep else "PCM_16")
+            scale = 1.0 if result.subtype == "FLOAT" else PEAK_LIMIT / max(peak, PEAK_LIMIT)
             if fit.products[-1, -1] == 0:  # the energy of the mixture
-                heard = f"channel {channel}" if channel else "the mean of its channels"
-                warnings.append(f"{name} ({heard}) is silent; so are its outputs")
-        return tracks, warnings
+                warnings.append("silent; so are its outputs")
+            if scale < 1:
+                warnings.append(f"all scaled by {scale:.3g}, or one would have clipped")
+            heard = f"channel {channel}" if channel else "the mean of its channels"
+            result.warnings += [f"{name} ({heard}): {one}" for one in (*warnings, *unsure)]
+            result.gains += gains.tolist()
+            result.scale = min(scale, result.scale)
+            yield channel, gains * scale
 
     def _run(
         self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
-    ) -> tuple["LevelFit", np.ndarray]:
-        """Write estimates of blocks [n, C] as float32 frames; returns levels to apply and peaks."""
+    ) -> tuple["LevelFit", np.ndarray, list[str]]:
+        """Write estimates of blocks [n, C] as float32 frames; returns levels, peaks, warnings."""
         if not MIN_RATE <= rate <= MAX_RATE or rate % 1:
             allowed = f"a sample rate is whole, from {MIN_RATE} up to {MAX_RATE}"
             raise SeparationError(f"{name}: {rate} Hz; {allowed}")
@@ -203,9 +206,13 @@ class Separator:
         size = max(round(self.windows.window_seconds * self.sample_rate), self._min_length, 2)
         overlap = min(max(round(self.windows.overlap_seconds * self.sample_rate), 1), size // 2)
         mono = resampled(_mono_blocks(blocks, rate, name), int(rate), self.sample_rate)
-        separated = self._run_windows(cut_windows((one[0] for one in mono), size, overlap), name)
-        fit = LevelFit(overlap_add(separated, overlap))
-        return fit, write_raw(raw, resampled(fit, self.sample_rate, int(rate)), length)
+        cut = cut_windows((one[0] for one in mono), size, overlap)
+        windows = ((cleaned(wave_T, self.sample_rate), context) for wave_T, context in cut)
+        separated = self._run_windows(windows, name)
+        pauses = Pauses(lambda w: self._forward(w[None], name)[0], self.sample_rate, size, overlap)
+        fit = LevelFit(overlap_add(separated, overlap, pauses))
+        peaks = _write_raw(raw, resampled(fit, self.sample_rate, int(rate)), length)
+        return fit, peaks, pauses.warnings()
 
     def _run_windows(
         self, windows: Iterator[tuple[np.ndarray, int]], name: str
@@ -306,8 +313,60 @@ def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
         return np.atleast_2d(array).T.astype(np.float32)
 
 
-def _of_passes(progress: Callable[[float, float], None], num: int, done: float, of: float) -> None:
-    progress(done, num * of)
+def _chosen(channels: str | int, num_channels: int, name: str) -> list[int]:
+    """The channels to separate, from 1; [0] stands for the mean of all."""
+    check_outputs("", "wav", None, channels)
+    if channels == "each":
+        return list(range(1, num_channels + 1))
+    channel = 0 if channels == "mean" else int(channels)
+    if channel > num_channels:
+        raise SeparationError(f"{name}: there is no channel {channel}, it has {num_channels}")
+    return [channel]
+
+
+def _of_channel(wave_TC: np.ndarray, channel: int) -> np.ndarray:
+    return wave_TC[:, channel - 1 : channel] if channel else wave_TC
+
+
+def _open(name: str, work: Path) -> soundfile.SoundFile:
+    path = Path(os.path.abspath(name))
+    if name == "-":
+        name, path = "stdin", work / "recording"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    elif storage.is_remote(name):
+        path = work / "recording"
+        storage.fetch_file(name, path)
+    storage.size(path)  # its errors name the file and say what to do
+    if not path.is_file():  # opening a pipe may never return
+        raise SeparationError(f"{name} is a folder, pipe or device; give a file of audio")
+    try:
+        return audio.open_sound(path, work)
+    except audio.AudioError as error:
+        raise SeparationError(str(error).replace(str(path), name)) from error
+    except OSError as error:
+        raise storage.disk_error(name, "read", error) from error
+
+
+def _read_blocks(
+    sound: soundfile.SoundFile, name: str, channel: int, progress: Callable[[float, float], None]
+) -> Iterator[np.ndarray]:
+    """A channel (0: all) in float32 blocks [n, C], as many samples as the header promises."""
+    rate, done = sound.samplerate, 0
+    if channel:
+        sound.seek(0)
+    while done < sound.frames:
+        try:
+            block = sound.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise SeparationError(
+                f"{name} is damaged {done / rate:.2f} s from its start: {error}"
+            ) from error
+        if len(block) == 0:
+            raise SeparationError(f"{name} is cut short: it has {done} of {sound.frames} samples")
+        done += len(block)
+        yield _of_channel(block, channel)
+        progress(len(block) / rate, sound.frames / rate)
 
 
 def _mono_blocks(blocks: Iterable[np.ndarray], rate: float, name: str) -> Iterator[np.ndarray]:
@@ -346,3 +405,60 @@ class LevelFit:
         unit = np.divide(1.0, level, out=np.zeros_like(level), where=level > 0)
         solution, *_ = np.linalg.lstsq(gram * np.outer(unit, unit), projection * unit, rcond=1e-6)
         return solution * unit
+
+
+def _write_raw(file: IO[bytes], blocks: Iterable[np.ndarray], num_samples: int) -> np.ndarray:
+    """Write blocks [S, n] as float32 frames, cut or padded to `num_samples`; returns peaks [S]."""
+    peaks, done = np.zeros(1), 0
+    try:
+        for block in blocks:
+            kept = block[:, : num_samples - done]
+            done += kept.shape[1]
+            peaks = np.maximum(peaks, np.abs(kept).max(axis=1, initial=0.0))
+            file.write(np.ascontiguousarray(kept.T, dtype="<f4").tobytes())
+        # Resampling there and back may lose a sample or two by rounding: those are silence.
+        file.write(bytes(4 * len(peaks) * (num_samples - done)))
+        file.flush()
+    except OSError as error:
+        raise storage.disk_error(file.name, "write", error) from error
+    return peaks
+
+
+def _write_audio(paths: list[Path], scratch: Path, gains: np.ndarray, like: Separation) -> None:
+    """Write each speaker of the scratch file, multiplied by its gain, to its path; or all to one.
+
+    A WAV file of more than 4 GB (of floats) is written as RF64.
+    """
+    width = len(gains) // len(paths)
+    large = 4 * like.num_samples * width > 2**32 - 2**16 and paths[0].suffix == ".wav"
+    given = (like.sample_rate, width, like.subtype, None, "RF64" if large else None)
+    try:
+        with ExitStack() as stack, scratch.open("rb") as stream:
+            files = [
+                stack.enter_context(soundfile.SoundFile(str(path), "w", *given)) for path in paths
+            ]
+            while data := stream.read(4 * len(gains) * BLOCK_SAMPLES):
+                frames = np.frombuffer(data, dtype="<f4").reshape(-1, len(gains)) * gains
+                for file, wave in zip(files, np.split(frames, len(paths), axis=1), strict=True):
+                    file.write(wave)
+    except soundfile.LibsndfileError as error:
+        raise OSError(
+            f"{paths[0].name} could not be written ({error}); is the disk full?"
+        ) from error
+
+
+def _publish(files: Mapping[Path, str]) -> None:
+    """Move finished files to the outputs; if that is interrupted, none is left without the rest."""
+    with ExitStack() as undo:
+        for path, output in files.items():
+            if output == "-":
+                with path.open("rb") as file:
+                    shutil.copyfileobj(file, sys.stdout.buffer)
+                continue
+            if storage.is_remote(output):
+                storage.put_file(path, output)
+            else:
+                Path(output).parent.mkdir(parents=True, exist_ok=True)
+                path.replace(output)
+            undo.callback(storage.remove, output)
+        undo.pop_all()

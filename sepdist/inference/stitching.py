@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import soxr
 
+from sepdist.inference.pauses import Pauses, continued_order
+
 
 def resampled(blocks: Iterable[np.ndarray], rate: int, new_rate: int) -> Iterator[np.ndarray]:
     """Resample float32 blocks [C, n] of one signal to `new_rate`, without delay (soxr)."""
@@ -44,40 +46,65 @@ def cut_windows(
     yield np.concatenate([before[len(before) - context :], buffer]), context
 
 
-def overlap_add(windows: Iterable[np.ndarray], overlap: int) -> Iterator[np.ndarray]:
+def cleaned(wave_T: np.ndarray, rate: int) -> np.ndarray:
+    """Return a window without DC, drift and mains hum; one without them as it is, to the bit.
+
+    What is below 20 Hz is removed where it has over 2 % of the power. Hum is two or more of the
+    first ten multiples of 50 or 60 Hz, each 20 dB above the 10 Hz around it, over at least 2 s.
+    """
+    if (width := len(wave_T) / rate) < 0.25:  # bins of 1 Hz
+        return wave_T
+    from scipy import signal  # late: SciPy takes a second to import
+
+    power = np.square(np.abs(np.fft.rfft(wave_T * np.hanning(len(wave_T)))))
+    filters = []
+    if power[: round(10 * width) + 1].sum() > 0.02 * power.sum():
+        filters.append(signal.butter(2, 20, "high", fs=rate))
+    for mains in (50, 60) if width >= 2 else ():
+        lines = []
+        for hertz in range(mains, min(11 * mains, rate // 2 - 10), mains):
+            edges = (round((hertz + one) * width) for one in (-5, -0.5, 0.5, 5))
+            below, first, last, above = edges
+            if power[first : last + 1].max() > 100 * np.median(power[below:above]):
+                lines.append(signal.iirnotch(hertz, 30, rate))
+        filters += lines if len(lines) > 1 else []
+    result = wave_T.astype(np.float64)
+    for taps in filters:
+        result = signal.filtfilt(*taps, result, padlen=min(rate, len(wave_T) - 1))
+    if filters and np.abs(result).max() < 1e-6 * np.abs(wave_T).max():  # the rest of a constant
+        return np.zeros_like(wave_T)
+    return result.astype(np.float32) if filters else wave_T
+
+
+def overlap_add(
+    windows: Iterable[np.ndarray], overlap: int, pauses: Pauses
+) -> Iterator[np.ndarray]:
     """Join windows [S + 1, n] (estimates, then mixture) that overlap; yields blocks [S + 1, m].
 
     The estimates of each window are put into the order of the window before it. Only raw estimates
-    of the two are compared, never a cross-faded or scaled one with a raw one.
+    of the two are compared, never a cross-faded or scaled one with a raw one. Where a window has a
+    pause, `pauses` gives the order of all that is not yet emitted.
     """
     fade_in = (0.5 - 0.5 * np.cos(np.pi * (np.arange(overlap) + 0.5) / overlap)).astype(np.float32)
     held: np.ndarray | None = None  # end of the window before, not yet emitted, already in order
     order: list[int] = []
     for window in windows:
+        if held is not None:
+            yield pauses.remember(held[:, :-overlap])
+        same = list(range(len(window) - 1))
+        bridged = pauses.bridged(window)
+        if bridged is not None:
+            window, order = bridged, same
         if held is None:
-            order = list(range(len(window) - 1))
-            held = window
+            order, held = same, window
             continue
         tail, head = held[:, -overlap:], window[:, :overlap]
-        order = _continued_order(tail[:-1], head[:-1], order)
+        if bridged is None:
+            order = continued_order(tail[:-1], head[:-1], order)
+        else:
+            tail = tail[[*continued_order(head[:-1], tail[:-1], same), len(same)]]
         rows = [*order, len(window) - 1]
-        yield held[:, :-overlap]
-        yield tail * (1 - fade_in) + head[rows] * fade_in
+        yield pauses.remember(tail * (1 - fade_in) + head[rows] * fade_in)
         held = window[rows][:, overlap:]
     if held is not None:
         yield held
-
-
-def _continued_order(tail: np.ndarray, head: np.ndarray, previous: list[int]) -> list[int]:
-    """The row of `head` [S, n] that continues each speaker of `tail` [S, n].
-
-    It has the largest summed product, which is the least squared difference. `previous` is kept
-    where nothing decides, as in silence.
-    """
-    tail, head = tail.astype(np.float64), head.astype(np.float64)
-    score = tail @ head.T
-    if np.abs(score).max() <= 1e-6 * np.linalg.norm(tail) * np.linalg.norm(head):
-        return previous
-    from scipy.optimize import linear_sum_assignment  # late: SciPy takes a second to import
-
-    return linear_sum_assignment(score, maximize=True)[1].tolist()

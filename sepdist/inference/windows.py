@@ -56,7 +56,7 @@ def output_names(stem: str, num_speakers: int, file_format: str, channel: str = 
     return [f"{stem}{channel}_s{number}.{file_format}" for number in range(1, num_speakers + 1)]
 
 
-def check_outputs(file_format: str, subtype: str | None, channels: str | int) -> None:
+def check_outputs(output: str, file_format: str, subtype: str | None, channels: str | int) -> None:
     """Raise SeparationError for options of a separation that are not known or do not fit."""
     if file_format not in FORMATS:
         raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
@@ -65,3 +65,7 @@ def check_outputs(file_format: str, subtype: str | None, channels: str | int) ->
         raise SeparationError(f"subtype {subtype!r} is none of {file_format}'s: {known}")
     if str(channels) not in ("mean", "each") and not (str(channels).isdecimal() and int(channels)):
         raise SeparationError(f"channels {channels!r} is not mean, each or a number from 1 up")
+    if channels == "each" and output == "-":
+        raise SeparationError(
+            "standard output takes one channel: choose channels=1, 2, ... or mean"
+        )

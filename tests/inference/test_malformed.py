@@ -240,14 +240,14 @@ def test_ctrl_c_in_a_batch_keeps_what_is_finished_and_ends_with_130(
 ) -> None:
     for name in "abc":
         (tmp_path / f"{name}.wav").write_bytes(wav())
-    write = separator_module.write_audio
+    write = separator_module._write_audio
 
     def stopped(paths: list[Path], *rest: object) -> None:
         write(paths, *rest)
         if (tmp_path / "out" / "a_s2.wav").exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(separator_module, "write_audio", stopped)
+    monkeypatch.setattr(separator_module, "_write_audio", stopped)
     names = [str(tmp_path / f"{name}.wav") for name in "abc"]
     status, found, said = separate(*names)
     assert (status, found) == (130, ["a_s1.wav", "a_s2.wav"])
