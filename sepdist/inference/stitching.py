@@ -49,31 +49,32 @@ def cut_windows(
 def cleaned(wave_T: np.ndarray, rate: int) -> np.ndarray:
     """Return a window without DC, drift and mains hum; one without them as it is, to the bit.
 
-    What is below 20 Hz is removed where it has over 2 % of the power. Hum is two or more of the
-    first ten multiples of 50 or 60 Hz, each 20 dB above the 10 Hz around it, over at least 2 s.
+    What is below 20 Hz is removed where it has over 2 % of the power. Hum is what is
+    20 dB above the 10 Hz around it at 50 Hz, or at two multiples up to the tenth; the same at 60.
     """
     if (width := len(wave_T) / rate) < 0.25:  # bins of 1 Hz
         return wave_T
-    from scipy import signal  # late: SciPy takes a second to import
-
     power = np.square(np.abs(np.fft.rfft(wave_T * np.hanning(len(wave_T)))))
-    filters = []
-    if power[: round(10 * width) + 1].sum() > 0.02 * power.sum():
-        filters.append(signal.butter(2, 20, "high", fs=rate))
+    removed = [0] if power[: round(10 * width) + 1].sum() > 0.02 * power.sum() else []
     for mains in (50, 60) if width >= 2 else ():
         lines = []
         for hertz in range(mains, min(11 * mains, rate // 2 - 10), mains):
-            edges = (round((hertz + one) * width) for one in (-5, -0.5, 0.5, 5))
+            edges = (round((hertz + offset) * width) for offset in (-5, -0.5, 0.5, 5))
             below, first, last, above = edges
             if power[first : last + 1].max() > 100 * np.median(power[below:above]):
-                lines.append(signal.iirnotch(hertz, 30, rate))
-        filters += lines if len(lines) > 1 else []
+                lines.append(hertz)
+        removed += lines if mains in lines or len(lines) > 1 else []
+    if not removed:
+        return wave_T
+    from scipy import signal  # late: SciPy takes a second to import
+
     result = wave_T.astype(np.float64)
-    for taps in filters:
+    for hertz in removed:
+        taps = signal.iirnotch(hertz, hertz / 1.5, rate) if hertz else signal.butter(2, 20, "high", fs=rate)
         result = signal.filtfilt(*taps, result, padlen=min(rate, len(wave_T) - 1))
-    if filters and np.abs(result).max() < 1e-6 * np.abs(wave_T).max():  # the rest of a constant
+    if np.abs(result).max() < 1e-6 * np.abs(wave_T).max():  # the rounding of a constant
         return np.zeros_like(wave_T)
-    return result.astype(np.float32) if filters else wave_T
+    return result.astype(np.float32)
 
 
 def overlap_add(

@@ -1,6 +1,5 @@
 """Who is who after a pause, with models that exchange their outputs by rules the tests know."""
 
-
 import numpy as np
 import pytest
 import torch
