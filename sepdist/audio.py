@@ -121,11 +121,9 @@ def _decoded(path: str | Path, scratch: str | Path | None) -> Decoded:
                 if not (tracks := container.streams.audio) or not tracks[0].codec_context:
                     raise AudioError(f"{path}: it has no audio track that can be decoded")
                 codec, depth = tracks[0].codec_context.codec, tracks[0].codec_context.format
-                kind, begin, promised = (
-                    container.format.name,
-                    container.start_time,
-                    container.duration,
-                )
+                promised = ((container.start_time or 0) + (container.duration or 0)) / 1e6
+                if not container.format.name.startswith(("mov", "matroska")):
+                    promised = 0.0  # others only guess their length
                 for packet in container.demux():  # all tracks: the longest ends with the file
                     if packet.pts is not None:
                         last = (packet.pts + (packet.duration or 0)) * packet.time_base
@@ -147,9 +145,8 @@ def _decoded(path: str | Path, scratch: str | Path | None) -> Decoded:
             raise AudioError(f"{path}: its audio track is empty")
         out.close()
         sound = Decoded(os.open(temp.name, os.O_RDONLY))
-    there, promised = end - (begin or 0) / 1e6, (promised or 0) / 1e6
-    if kind.startswith(("mov", "matroska")) and there < promised - 0.5:  # others only guess theirs
-        raise AudioError(f"{path}: cut short, {there:.1f} of {promised:.1f} s; fetch it again")
+    if end < promised - 0.5:
+        raise AudioError(f"{path}: cut short, {end:.1f} of {promised:.1f} s; fetch it again")
     if codec.lossless and not codec.lossy and depth.bytes > 2:
         sound.subtype = "PCM_24"
     if len(tracks) > 1:

@@ -25,18 +25,11 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from sepdist.console import printable, progress_bar, user_console
-from sepdist.inference.windows import (
-    FORMATS,
-    SeparationError,
-    Windows,
-    check_outputs,
-    output_stems,
-)
+from sepdist.inference.windows import FORMATS, SeparationError, Windows, check_options, output_stems
 
 WINDOW_OPTIONS = {
     "window_seconds": "length of the model's input",
@@ -56,8 +49,8 @@ def main() -> int:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
         stems = output_stems([one for name in given.recordings for one in _files_of(name)])
-        check_outputs(given.output, given.format, given.subtype, given.channels)
-        _check_names(stems, given.output, given.format)
+        check_options(given.output, given.file_format, given.subtype, given.channels)
+        _check_names(stems, given.output, given.file_format)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
         from sepdist.inference.separator import load
@@ -65,13 +58,12 @@ def main() -> int:
         options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
         separator = load(given.model, **options, **windows)
         keep_freed_memory()
-        kept: dict[str, Any] = {name: getattr(given, name) for name in ("subtype", "channels")}
-        kept["file_format"] = given.format
+        kept: Any = {name: getattr(given, name) for name in ("file_format", "subtype", "channels")}
         for recording, stem in stems.items():
             try:
                 with progress_bar(console, printable(PurePosixPath(recording).name, "")) as advance:
-                    separated = partial(separator.file, recording, given.output, **kept)
-                    result = separated(stem=stem, progress=advance)
+                    kept |= {"stem": stem, "progress": advance}
+                    result = separator.file(recording, given.output, **kept)
             except BrokenPipeError:  # of standard output
                 raise
             except (ValueError, OSError) as error:
@@ -113,10 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help=model)
     output = "folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ..., or - (stdout)"
     parser.add_argument("--output", required=True, help=output)
-    parser.add_argument("--format", choices=FORMATS, default="wav", help="of the outputs (wav)")
+    kind = "of the outputs (wav)"
+    parser.add_argument("--format", choices=FORMATS, default="wav", dest="file_format", help=kind)
     subtype = "of the outputs (24 bits for recordings of more than 16 and quiet outputs, else 16)"
     known = sorted({one for some in FORMATS.values() for one in some})
-    parser.add_argument("--subtype", choices=known, help=subtype)
+    parser.add_argument("--subtype", choices=known, default="", help=subtype)
     channels = "mean of all, a number from 1, or each by itself, in <stem>_c1_s1.wav, ... (mean)"
     parser.add_argument("--channels", default="mean", help=channels)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
@@ -136,8 +129,6 @@ def _check_names(stems: Mapping[str, str], output: str, file_format: str) -> Non
     if output == "-":
         if len(stems) > 1:
             raise SeparationError(f"--output - takes one recording, not {len(stems)}")
-        if sys.stdout.isatty():
-            raise SeparationError("standard output is a terminal: pipe it, or name a folder")
         return
     folder = os.path.realpath(os.path.expanduser(output))
     places = {os.path.realpath(os.path.expanduser(one)): one for one in stems}

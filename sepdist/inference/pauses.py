@@ -14,7 +14,7 @@ MARGIN = 4  # frames before and after speech that count as speech
 class Pauses:
     """Finds pauses, and separates the speech after one together with the speech before it.
 
-    Frames are speech above a level between the noise of the window and the loudest speech so far.
+    Frames are speech above a level between the quietest and the loudest of the last minutes.
     `separate` maps a mixture [T] to estimates [S, T]; it gets at most `size` + `overlap` samples.
     `unsure` has the times in samples of the speech after pauses longer than the overlap whose
     speakers depend on whether the model hears it behind the speech before the pause or ahead of it.
@@ -25,7 +25,7 @@ class Pauses:
     ) -> None:
         self.rate, self.separate, self.size, self.overlap = rate, separate, size, overlap
         self.frame = max(1, round(FRAME_SECONDS * rate))
-        self.loud = self.least = -np.inf  # dB
+        self.loud, self.quiet, self.least = -np.inf, np.inf, -np.inf  # dB
         self.recent: np.ndarray | None = None  # the last speech [S + 1, n], in order, and mixture
         self.now = self.last_speech = 0  # samples
         self.unsure: list[int] = []
@@ -92,9 +92,10 @@ class Pauses:
         power = np.add.reduceat(np.square(mixture_T, dtype=np.float64), starts) / self.frame
         level = 10 * np.log10(power + 1e-20)
         if update:
-            floor, loud = np.percentile(level, (10, 95))
-            self.loud = max(self.loud - 0.5, loud)  # it falls with every window
-            self.least = np.clip(floor + 8, self.loud - 35, self.loud - 12)
+            quiet, loud = np.percentile(level, (10, 95))
+            self.loud = max(self.loud - 0.5, loud)  # both are forgotten slowly
+            self.quiet = min(max(self.quiet + 1, self.loud - 60), quiet)
+            self.least = np.clip(self.quiet + 8, self.loud - 35, self.loud - 12)
         near = np.convolve(level > self.least, np.ones(2 * MARGIN + 1))[MARGIN:]
         return np.repeat(near[: len(level)] > 0.5, self.frame)[: len(mixture_T)]
 

@@ -24,7 +24,13 @@ from sepdist import audio, slots, storage
 from sepdist.inference.export import load_separator
 from sepdist.inference.pauses import Pauses
 from sepdist.inference.stitching import cleaned, cut_windows, overlap_add, resampled
-from sepdist.inference.windows import SeparationError, Windows, check_outputs, output_names
+from sepdist.inference.windows import (
+    SeparationError,
+    Windows,
+    check_options,
+    chosen_channels,
+    output_names,
+)
 
 logger = logging.getLogger(__name__)
 BLOCK_SAMPLES = 1 << 16
@@ -89,16 +95,19 @@ class Separator:
                 gives NaN.
         """
         wave_TC, voices = as_frames(wave), list[NDArray[np.float32]]()
-        for channel in _chosen(channels, wave_TC.shape[1], "the wave"):
-            raw, own_TC = io.BytesIO(), _of_channel(wave_TC, channel)
-            blocks = (own_TC[i : i + BLOCK_SAMPLES] for i in range(0, len(own_TC), BLOCK_SAMPLES))
-            fit, _, unsure = self._run(blocks, len(own_TC), sample_rate, "the wave", raw)
+        starts, given = (
+            range(0, len(wave_TC), BLOCK_SAMPLES),
+            (len(wave_TC), sample_rate, "the wave"),
+        )
+        for channel in chosen_channels(channels, wave_TC.shape[1], "the wave"):
+            raw, blocks = io.BytesIO(), (wave_TC[i : i + BLOCK_SAMPLES] for i in starts)
+            fit, _, unsure = self._run(blocks, *given, raw, channel)
             for warning in unsure:
                 logger.warning("the wave: %s", warning)
             gains = fit.gains()
             estimates_TS = np.frombuffer(raw.getbuffer(), "<f4").reshape(-1, len(gains))
-            scaled = np.multiply(estimates_TS.T, gains[:, None], dtype=np.float32, order="C")
-            voices.append(scaled)
+            one = np.multiply(estimates_TS.T, gains[:, None], dtype=np.float32, order="C")
+            voices.append(one)
         return np.stack(voices) if channels == "each" else voices[0]
 
     def file(
@@ -107,7 +116,7 @@ class Separator:
         output_folder: str | os.PathLike[str],
         *,
         file_format: str = "wav",
-        subtype: str | None = None,
+        subtype: str = "",
         channels: str | int = "mean",
         stem: str = "",
         progress: Callable[[float, float], None] = lambda seconds, total: None,
@@ -130,7 +139,7 @@ class Separator:
         """
         given = (recording, output_folder)
         recording, output_folder = (os.path.expanduser(os.fsdecode(one)) for one in given)
-        check_outputs(output_folder, file_format, subtype, channels)
+        check_options(output_folder, file_format, subtype, channels)
         piped = output_folder == "-"
         local = None if piped or storage.is_remote(output_folder) else Path(output_folder)
         if local:
@@ -139,63 +148,62 @@ class Separator:
         with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
             work, files = Path(folder), dict[Path, str]()
             name = recording if recording != "-" else "stdin"
-            stem = stem or PurePosixPath(name).stem
             with _open(recording, work) as sound:
                 note = getattr(sound, "note", "")
                 notes = [f"{name}: {note}"] if note else []
-                result = Separation([], sound.frames, sound.samplerate, [], 1.0, notes)
-                scratch = work / "estimates.f32"
-                chosen = self._channels(sound, name, channels, scratch, progress, subtype, result)
-                for channel, gains in chosen:
-                    suffix = f"_c{channel}" if channels == "each" else ""
-                    names = output_names(stem, len(gains), file_format, suffix)
+                done = Separation([], sound.frames, sound.samplerate, [], 1.0, notes, subtype)
+                for channel in chosen_channels(channels, sound.channels, name):
+                    scratch = work / "estimates.f32"
+                    gains = self._channel(sound, name, channel, scratch, progress, done)
+                    own = (stem or PurePosixPath(name).stem) + f"_c{channel}" * (channels == "each")
+                    names = output_names(own, len(gains), file_format)
                     places = [storage.join(local or output_folder, one) for one in names]
-                    for place in ["-"] if piped else places:
-                        files[work / f"{len(files)}.{file_format}"] = place
-                    paths = [*files][-1 if piped else -len(gains) :]
-                    _write_audio(paths, scratch, gains, result)
+                    paths = [work / f"{channel}-{one}.{file_format}" for one in range(len(gains))]
+                    if piped:
+                        places, paths = ["-"], paths[:1]
+                    _write_audio(paths, scratch, gains, done)
+                    files |= zip(paths, places, strict=True)
             _publish(files)
-        result.outputs = [*files.values()]
-        return result
+        done.outputs = [*files.values()]
+        return done
 
-    def _channels(
+    def _channel(
         self,
         sound: soundfile.SoundFile,
         name: str,
-        channels: str | int,
+        channel: int,
         scratch: Path,
         progress: Callable[[float, float], None],
-        subtype: str | None,
-        result: Separation,
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Separate the mean of the channels (0) or each chosen one into the scratch file.
-
-        Yields the channel and the gains to apply, after what `result` says was completed.
-        """
-        chosen = _chosen(channels, sound.channels, name)
-        for channel in chosen:
-            with scratch.open("w+b") as raw:
-                blocks = _read_blocks(
-                    sound, name, channel, lambda one, total: progress(one, total * len(chosen))
-                )
-                fit, peaks, unsure = self._run(blocks, sound.frames, sound.samplerate, name, raw)
-            gains, warnings = fit.gains(), list[str]()
-            peak = float(np.max(np.abs(gains) * peaks))
-            deep = sound.subtype in DEEP or 0 < peak < QUIET_PEAK
-            result.subtype = subtype or ("PCM_24" if deep else "PCM_16")
-            scale = 1.0 if result.subtype == "FLOAT" else PEAK_LIMIT / max(peak, PEAK_LIMIT)
-            if fit.products[-1, -1] == 0:  # the energy of the mixture
-                warnings.append("silent; so are its outputs")
-            if scale < 1:
-                warnings.append(f"all scaled by {scale:.3g}, or one would have clipped")
-            heard = f"channel {channel}" if channel else "the mean of its channels"
-            result.warnings += [f"{name} ({heard}): {one}" for one in (*warnings, *unsure)]
-            result.gains += gains.tolist()
-            result.scale = min(scale, result.scale)
-            yield channel, gains * scale
+        done: Separation,
+    ) -> np.ndarray:
+        """Separate a channel (0: the mean) into `scratch`; returns gains [S] to apply."""
+        with scratch.open("w+b") as raw:
+            blocks = _read_blocks(sound, name, progress)
+            fit, peaks, unsure = self._run(
+                blocks, sound.frames, sound.samplerate, name, raw, channel
+            )
+        gains, heard = fit.gains(), f"channel {channel}" if channel else "the mean of its channels"
+        peak = float(np.max(np.abs(gains) * peaks))
+        deep = sound.subtype in DEEP or 0 < peak < QUIET_PEAK
+        done.subtype = done.subtype or ("PCM_24" if deep else "PCM_16")
+        scale = 1.0 if done.subtype == "FLOAT" else PEAK_LIMIT / max(peak, PEAK_LIMIT)
+        if fit.products[-1, -1] == 0:  # the energy of the mixture
+            unsure.append("silent; so are its outputs")
+        if scale < 1:
+            unsure.append(f"all scaled by {scale:.3g}, or one would have clipped")
+        done.warnings += [f"{name} ({heard}): {one}" for one in unsure]
+        done.gains += gains.tolist()
+        done.scale = min(scale, done.scale)
+        return gains * scale
 
     def _run(
-        self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
+        self,
+        blocks: Iterable[np.ndarray],
+        length: int,
+        rate: float,
+        name: str,
+        raw: IO[bytes],
+        channel: int = 0,
     ) -> tuple["LevelFit", np.ndarray, list[str]]:
         """Write estimates of blocks [n, C] as float32 frames; returns levels, peaks, warnings."""
         if not MIN_RATE <= rate <= MAX_RATE or rate % 1:
@@ -205,7 +213,7 @@ class Separator:
             raise SeparationError(f"{name} is empty: it has no samples")
         size = max(round(self.windows.window_seconds * self.sample_rate), self._min_length, 2)
         overlap = min(max(round(self.windows.overlap_seconds * self.sample_rate), 1), size // 2)
-        mono = resampled(_mono_blocks(blocks, rate, name), int(rate), self.sample_rate)
+        mono = resampled(_mono_blocks(blocks, rate, name, channel), int(rate), self.sample_rate)
         cut = cut_windows((one[0] for one in mono), size, overlap)
         windows = ((cleaned(wave_T, self.sample_rate), context) for wave_T, context in cut)
         separated = self._run_windows(windows, name)
@@ -313,21 +321,6 @@ def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
         return np.atleast_2d(array).T.astype(np.float32)
 
 
-def _chosen(channels: str | int, num_channels: int, name: str) -> list[int]:
-    """The channels to separate, from 1; [0] stands for the mean of all."""
-    check_outputs("", "wav", None, channels)
-    if channels == "each":
-        return list(range(1, num_channels + 1))
-    channel = 0 if channels == "mean" else int(channels)
-    if channel > num_channels:
-        raise SeparationError(f"{name}: there is no channel {channel}, it has {num_channels}")
-    return [channel]
-
-
-def _of_channel(wave_TC: np.ndarray, channel: int) -> np.ndarray:
-    return wave_TC[:, channel - 1 : channel] if channel else wave_TC
-
-
 def _open(name: str, work: Path) -> soundfile.SoundFile:
     path = Path(os.path.abspath(name))
     if name == "-":
@@ -349,12 +342,11 @@ def _open(name: str, work: Path) -> soundfile.SoundFile:
 
 
 def _read_blocks(
-    sound: soundfile.SoundFile, name: str, channel: int, progress: Callable[[float, float], None]
+    sound: soundfile.SoundFile, name: str, progress: Callable[[float, float], None]
 ) -> Iterator[np.ndarray]:
-    """A channel (0: all) in float32 blocks [n, C], as many samples as the header promises."""
+    """The recording in float32 blocks [n, C], as many samples as the header promises."""
     rate, done = sound.samplerate, 0
-    if channel:
-        sound.seek(0)
+    sound.seek(0)
     while done < sound.frames:
         try:
             block = sound.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)
@@ -365,14 +357,17 @@ def _read_blocks(
         if len(block) == 0:
             raise SeparationError(f"{name} is cut short: it has {done} of {sound.frames} samples")
         done += len(block)
-        yield _of_channel(block, channel)
+        yield block
         progress(len(block) / rate, sound.frames / rate)
 
 
-def _mono_blocks(blocks: Iterable[np.ndarray], rate: float, name: str) -> Iterator[np.ndarray]:
-    """The mean of the channels of blocks [n, C], as blocks [1, n]."""
+def _mono_blocks(
+    blocks: Iterable[np.ndarray], rate: float, name: str, channel: int
+) -> Iterator[np.ndarray]:
+    """A channel of blocks [n, C], or for 0 the mean of all, as blocks [1, n]."""
     done = 0
     for block in blocks:
+        block = block[:, channel - 1 : channel] if channel else block
         finite = (np.abs(block) < 1e15).all(axis=1)  # squares of more may exceed float32
         if not finite.all():
             place = f"{(done + int(np.argmin(finite))) / rate:.4f} s from its start"
@@ -425,10 +420,7 @@ def _write_raw(file: IO[bytes], blocks: Iterable[np.ndarray], num_samples: int) 
 
 
 def _write_audio(paths: list[Path], scratch: Path, gains: np.ndarray, like: Separation) -> None:
-    """Write each speaker of the scratch file, multiplied by its gain, to its path; or all to one.
-
-    A WAV file of more than 4 GB (of floats) is written as RF64.
-    """
+    """Write each speaker of the scratch file, times its gain, to its path; or all to one."""
     width = len(gains) // len(paths)
     large = 4 * like.num_samples * width > 2**32 - 2**16 and paths[0].suffix == ".wav"
     given = (like.sample_rate, width, like.subtype, None, "RF64" if large else None)

@@ -70,7 +70,11 @@ def cleaned(wave_T: np.ndarray, rate: int) -> np.ndarray:
 
     result = wave_T.astype(np.float64)
     for hertz in removed:
-        taps = signal.iirnotch(hertz, hertz / 1.5, rate) if hertz else signal.butter(2, 20, "high", fs=rate)
+        taps = (
+            signal.iirnotch(hertz, hertz / 1.5, rate)
+            if hertz
+            else signal.butter(2, 20, "high", fs=rate)
+        )
         result = signal.filtfilt(*taps, result, padlen=min(rate, len(wave_T) - 1))
     if np.abs(result).max() < 1e-6 * np.abs(wave_T).max():  # the rounding of a constant
         return np.zeros_like(wave_T)

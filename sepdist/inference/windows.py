@@ -51,21 +51,28 @@ def output_stems(recordings: Sequence[str]) -> dict[str, str]:
     }
 
 
-def output_names(stem: str, num_speakers: int, file_format: str, channel: str = "") -> list[str]:
-    """File names of the outputs, <stem>_s1.wav and so on; of a channel, <stem>_c2_s1.wav."""
-    return [f"{stem}{channel}_s{number}.{file_format}" for number in range(1, num_speakers + 1)]
+def output_names(stem: str, num_speakers: int, file_format: str) -> list[str]:
+    """File names of the outputs, <stem>_s1.wav and so on."""
+    return [f"{stem}_s{number}.{file_format}" for number in range(1, num_speakers + 1)]
 
 
-def check_outputs(output: str, file_format: str, subtype: str | None, channels: str | int) -> None:
-    """Raise SeparationError for options of a separation that are not known or do not fit."""
+def chosen_channels(channels: str | int, num_channels: int, name: str) -> range:
+    """The channels to separate, from 1; 0 alone stands for the mean of all."""
+    if channels in ("mean", "each"):
+        return range(1) if channels == "mean" else range(1, num_channels + 1)
+    if not str(channels).isdecimal() or not 1 <= int(channels) <= num_channels:
+        known = f"mean, each and 1 to {num_channels}"
+        raise SeparationError(f"{name}: channels={channels} is none of {known}")
+    return range(int(channels), int(channels) + 1)
+
+
+def check_options(output: str, file_format: str, subtype: str, channels: str | int) -> None:
+    """Raise SeparationError for options that are not known or do not fit each other."""
     if file_format not in FORMATS:
         raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
-    if subtype not in (None, *FORMATS[file_format]):
+    if subtype and subtype not in FORMATS[file_format]:
         known = ", ".join(FORMATS[file_format])
         raise SeparationError(f"subtype {subtype!r} is none of {file_format}'s: {known}")
-    if str(channels) not in ("mean", "each") and not (str(channels).isdecimal() and int(channels)):
-        raise SeparationError(f"channels {channels!r} is not mean, each or a number from 1 up")
-    if channels == "each" and output == "-":
-        raise SeparationError(
-            "standard output takes one channel: choose channels=1, 2, ... or mean"
-        )
+    if output == "-" and channels == "each":
+        raise SeparationError("standard output takes one channel: channels=1, 2, ... or mean")
+    chosen_channels(channels, 1024, "separation")  # libsndfile reads no more

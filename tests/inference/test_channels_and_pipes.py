@@ -79,10 +79,10 @@ def test_in_python_each_channel_of_an_array_is_separated() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 3}, "in.wav: there is no channel 3, it has 2"),
-        ({"channels": 0}, "channels 0 is not mean, each or a number"),
-        ({"channels": "left"}, "channels 'left' is not mean"),
-        ({"channels": "-1"}, "channels '-1' is not mean"),
+        ({"channels": 3}, "in.wav: channels=3 is none of mean, each and 1 to 2"),
+        ({"channels": 0}, "channels=0 is none of mean, each"),
+        ({"channels": "left"}, "channels=left is none of mean"),
+        ({"channels": "-1"}, "channels=-1 is none of mean"),
         ({"subtype": "PCM_17"}, "subtype 'PCM_17' is none of wav's: PCM_16, PCM_24, FLOAT"),
         ({"subtype": "FLOAT", "file_format": "flac"}, "none of flac's: PCM_16, PCM_24"),
         ({"file_format": "mp3"}, "format 'mp3' is not one of flac, wav"),
