@@ -10,12 +10,11 @@ the correlation of the estimates on the overlap carries the order of the speaker
 next. Each output then gets the gain that brings the sum of all outputs closest to the recording;
 if one would clip, all are scaled down together. The outputs <stem>_s1.wav, ... are mono, at the
 recording's rate and of its length to the sample, and appear only when they are complete.
-A folder stands for all recordings below it, a quoted pattern ('talks/*.m4a', also with **) for
-those it matches. Recordings of one stem keep their folders: a/x.wav and b/x.wav become a/x_s1.wav,
-... and b/x_s1.wav, ... One that cannot be separated is named and left out, and the exit status is
-1. As a recording, - is standard input; as the output it is standard output, which then gets one
-file with a channel per voice and nothing else. m4a, webm, video files and the like need the extra
-`av`; the first of several audio tracks is taken.
+A folder stands for all recordings below it, a quoted pattern ('talks/**/*.m4a') for the files it
+matches. Recordings of one stem keep their folders: a/x.wav and b/x.wav become a/x_s1.wav, ... and
+b/x_s1.wav, ... One that cannot be separated is named and left out, and the exit status is 1.
+As a recording - is standard input, as the output it is standard output, for one file with a channel
+per voice. m4a, webm, videos and the like need the extra `av`; their first audio track is taken.
 """
 
 import argparse

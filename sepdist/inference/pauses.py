@@ -57,7 +57,7 @@ class Pauses:
         before = before[:, -max(self.overlap, self.size - new.shape[1]) :]
         num, same = before.shape[1], list(range(len(window) - 1))
         together = self.separate(np.concatenate([before[-1], new[-1]]))
-        together = together[continued_order(together[:, :num], before[:-1], same)]
+        together = together[continued_order(before[:-1], together[:, :num], same)]
         if gaps[0] > self.overlap:
             self._ask_again(before, new, together[:, num:], self.now + int(at[0]))
         rows = continued_order(together[:, num:], new[:-1], same)

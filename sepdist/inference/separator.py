@@ -94,21 +94,18 @@ class Separator:
             SeparationError: the wave has another shape or type, is empty or holds NaN, or the model
                 gives NaN.
         """
-        wave_TC, voices = as_frames(wave), list[NDArray[np.float32]]()
-        starts, given = (
-            range(0, len(wave_TC), BLOCK_SAMPLES),
-            (len(wave_TC), sample_rate, "the wave"),
-        )
-        for channel in chosen_channels(channels, wave_TC.shape[1], "the wave"):
-            raw, blocks = io.BytesIO(), (wave_TC[i : i + BLOCK_SAMPLES] for i in starts)
-            fit, _, unsure = self._run(blocks, *given, raw, channel)
-            for warning in unsure:
-                logger.warning("the wave: %s", warning)
-            gains = fit.gains()
-            estimates_TS = np.frombuffer(raw.getbuffer(), "<f4").reshape(-1, len(gains))
-            one = np.multiply(estimates_TS.T, gains[:, None], dtype=np.float32, order="C")
-            voices.append(one)
-        return np.stack(voices) if channels == "each" else voices[0]
+        wave_TC, raw = as_frames(wave), io.BytesIO()
+        if channels == "each":
+            return np.stack([self(wave_T, sample_rate) for wave_T in wave_TC.T])
+        if (channel := chosen_channels(channels, wave_TC.shape[1], "the wave")[0]) > 0:
+            wave_TC = wave_TC[:, channel - 1 : channel]
+        blocks = (wave_TC[i : i + BLOCK_SAMPLES] for i in range(0, len(wave_TC), BLOCK_SAMPLES))
+        fit, _, warnings = self._run(blocks, len(wave_TC), sample_rate, "the wave", raw)
+        for warning in warnings:
+            logger.warning("the wave: %s", warning)
+        gains = fit.gains()
+        estimates_TS = np.frombuffer(raw.getbuffer(), "<f4").reshape(-1, len(gains))
+        return np.multiply(estimates_TS.T, gains[:, None], dtype=np.float32, order="C")
 
     def file(
         self,
@@ -149,20 +146,18 @@ class Separator:
             work, files = Path(folder), dict[Path, str]()
             name = recording if recording != "-" else "stdin"
             with _open(recording, work) as sound:
-                note = getattr(sound, "note", "")
-                notes = [f"{name}: {note}"] if note else []
+                notes = [f"{name}: {sound.note}"] if getattr(sound, "note", "") else []
                 done = Separation([], sound.frames, sound.samplerate, [], 1.0, notes, subtype)
                 for channel in chosen_channels(channels, sound.channels, name):
                     scratch = work / "estimates.f32"
                     gains = self._channel(sound, name, channel, scratch, progress, done)
                     own = (stem or PurePosixPath(name).stem) + f"_c{channel}" * (channels == "each")
-                    names = output_names(own, len(gains), file_format)
-                    places = [storage.join(local or output_folder, one) for one in names]
-                    paths = [work / f"{channel}-{one}.{file_format}" for one in range(len(gains))]
-                    if piped:
-                        places, paths = ["-"], paths[:1]
+                    names = ["-"] if piped else output_names(own, len(gains), file_format)
+                    paths = [work / f"{channel}-{one}.{file_format}" for one in range(len(names))]
                     _write_audio(paths, scratch, gains, done)
-                    files |= zip(paths, places, strict=True)
+                    files |= zip(paths, names, strict=True)
+            if not piped:
+                files = {path: storage.join(local or output_folder, files[path]) for path in files}
             _publish(files)
         done.outputs = [*files.values()]
         return done
@@ -178,32 +173,24 @@ class Separator:
     ) -> np.ndarray:
         """Separate a channel (0: the mean) into `scratch`; returns gains [S] to apply."""
         with scratch.open("w+b") as raw:
-            blocks = _read_blocks(sound, name, progress)
-            fit, peaks, unsure = self._run(
-                blocks, sound.frames, sound.samplerate, name, raw, channel
-            )
+            blocks = _read_blocks(sound, name, channel, progress)
+            fit, peaks, warnings = self._run(blocks, sound.frames, sound.samplerate, name, raw)
         gains, heard = fit.gains(), f"channel {channel}" if channel else "the mean of its channels"
         peak = float(np.max(np.abs(gains) * peaks))
         deep = sound.subtype in DEEP or 0 < peak < QUIET_PEAK
         done.subtype = done.subtype or ("PCM_24" if deep else "PCM_16")
         scale = 1.0 if done.subtype == "FLOAT" else PEAK_LIMIT / max(peak, PEAK_LIMIT)
         if fit.products[-1, -1] == 0:  # the energy of the mixture
-            unsure.append("silent; so are its outputs")
+            warnings.append("silent; so are its outputs")
         if scale < 1:
-            unsure.append(f"all scaled by {scale:.3g}, or one would have clipped")
-        done.warnings += [f"{name} ({heard}): {one}" for one in unsure]
+            warnings.append(f"all scaled by {scale:.3g}, or one would have clipped")
+        done.warnings += [f"{name} ({heard}): {one}" for one in warnings]
         done.gains += gains.tolist()
         done.scale = min(scale, done.scale)
         return gains * scale
 
     def _run(
-        self,
-        blocks: Iterable[np.ndarray],
-        length: int,
-        rate: float,
-        name: str,
-        raw: IO[bytes],
-        channel: int = 0,
+        self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
     ) -> tuple["LevelFit", np.ndarray, list[str]]:
         """Write estimates of blocks [n, C] as float32 frames; returns levels, peaks, warnings."""
         if not MIN_RATE <= rate <= MAX_RATE or rate % 1:
@@ -213,7 +200,7 @@ class Separator:
             raise SeparationError(f"{name} is empty: it has no samples")
         size = max(round(self.windows.window_seconds * self.sample_rate), self._min_length, 2)
         overlap = min(max(round(self.windows.overlap_seconds * self.sample_rate), 1), size // 2)
-        mono = resampled(_mono_blocks(blocks, rate, name, channel), int(rate), self.sample_rate)
+        mono = resampled(_mono_blocks(blocks, rate, name), int(rate), self.sample_rate)
         cut = cut_windows((one[0] for one in mono), size, overlap)
         windows = ((cleaned(wave_T, self.sample_rate), context) for wave_T, context in cut)
         separated = self._run_windows(windows, name)
@@ -342,9 +329,9 @@ def _open(name: str, work: Path) -> soundfile.SoundFile:
 
 
 def _read_blocks(
-    sound: soundfile.SoundFile, name: str, progress: Callable[[float, float], None]
+    sound: soundfile.SoundFile, name: str, channel: int, progress: Callable[[float, float], None]
 ) -> Iterator[np.ndarray]:
-    """The recording in float32 blocks [n, C], as many samples as the header promises."""
+    """All channels (0) or one in float32 blocks [n, C], as many samples as the header promises."""
     rate, done = sound.samplerate, 0
     sound.seek(0)
     while done < sound.frames:
@@ -357,17 +344,14 @@ def _read_blocks(
         if len(block) == 0:
             raise SeparationError(f"{name} is cut short: it has {done} of {sound.frames} samples")
         done += len(block)
-        yield block
+        yield block[:, channel - 1 : channel] if channel else block
         progress(len(block) / rate, sound.frames / rate)
 
 
-def _mono_blocks(
-    blocks: Iterable[np.ndarray], rate: float, name: str, channel: int
-) -> Iterator[np.ndarray]:
-    """A channel of blocks [n, C], or for 0 the mean of all, as blocks [1, n]."""
+def _mono_blocks(blocks: Iterable[np.ndarray], rate: float, name: str) -> Iterator[np.ndarray]:
+    """The mean of the channels of blocks [n, C], as blocks [1, n]."""
     done = 0
     for block in blocks:
-        block = block[:, channel - 1 : channel] if channel else block
         finite = (np.abs(block) < 1e15).all(axis=1)  # squares of more may exceed float32
         if not finite.all():
             place = f"{(done + int(np.argmin(finite))) / rate:.4f} s from its start"

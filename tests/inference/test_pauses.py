@@ -86,6 +86,30 @@ def test_a_recording_without_pauses_is_separated_window_by_window_alone() -> Non
     assert model.lengths == [2 * RATE] * 8
 
 
+class Bands(nn.Module):
+    """Three voices by their amplitude; every call turns the outputs by one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = 0
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        self.turn += 1
+        return torch.from_numpy(thirds(mixture_BT[0].numpy()))[None].roll(self.turn, 1)
+
+
+def thirds(wave: np.ndarray) -> np.ndarray:
+    kept = [wave < -0.2, np.abs(wave) <= 0.2, wave > 0.2]
+    return np.stack([np.where(one, wave, 0) for one in kept])
+
+
+def test_three_speakers_keep_their_order_over_pauses_too() -> None:
+    parts = [speech(3.1, 0), np.zeros(4 * RATE), speech(2.3, 1), np.zeros(3 * RATE), speech(3, 2)]
+    wave = np.concatenate(parts).astype(np.float32)
+    got = Separator(Bands(), RATE, windows=WINDOWS)(wave, RATE)
+    np.testing.assert_allclose(np.roll(got, -1, 0), thirds(wave), atol=1e-5)
+
+
 def alternating(num: int) -> tuple[np.ndarray, list[float]]:
     """Quiet and loud speech of 2 s by turns, with pauses of 3 s; returns when the pauses end."""
     parts = [np.zeros(0, np.float32)]
