@@ -27,8 +27,8 @@ import torch
 import sepdist
 from sepdist.corpora.stored import Stored
 from sepdist.inference import separator as module
-from sepdist.inference.pauses import Pauses
 from sepdist.inference.separator import Separator
+from sepdist.inference.stitching import Pauses
 
 RATE, LEVEL = 8000, 0.05
 

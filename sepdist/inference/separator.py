@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from sepdist import audio, slots, storage
 from sepdist.inference.export import load_separator
-from sepdist.inference.pauses import Pauses
-from sepdist.inference.stitching import cleaned, cut_windows, overlap_add, resampled
+from sepdist.inference.stitching import Pauses, cleaned, cut_windows, overlap_add, resampled
 from sepdist.inference.windows import (
     SeparationError,
     Windows,
@@ -36,6 +35,7 @@ logger = logging.getLogger(__name__)
 BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99
 QUIET_PEAK = 2.0**-6  # of outputs: below it 16 bits keep fewer than 10 of them
+FAINT = 2.0**-8  # peak of a window
 DEEP = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")  # recordings of more than 16 bits
 MIN_RATE, MAX_RATE = 1000, 768_000  # Hz; a smaller number is probably in kHz
 
@@ -231,10 +231,17 @@ class Separator:
                 yield np.concatenate([estimates_ST, wave_T[None]])[:, context:]
 
     def _forward(self, mixtures_BT: np.ndarray, name: str) -> np.ndarray:
-        """float32 [B, S, T]; signals shorter than the model takes are padded with zeros and cut."""
+        """float32 [B, S, T]; signals shorter than the model takes are padded with zeros and cut.
+
+        Faint signals, at which the epsilons of normalisations tell, are louder for the model.
+        """
         length = mixtures_BT.shape[1]
+        peak_B1 = np.abs(mixtures_BT).max(axis=1, keepdims=True)
+        gain_B1 = np.where(peak_B1 < FAINT, np.exp2(np.frexp(FAINT / (peak_B1 + 1e-30))[1]), 1)
+        gain_B1 = gain_B1.astype(np.float32)  # powers of two, so nothing is rounded
         missing = max(0, self._min_length - length)
-        padded_BT = torch.from_numpy(np.pad(mixtures_BT, ((0, 0), (0, missing)))).to(self.device)
+        padded = np.pad(mixtures_BT * gain_B1, ((0, 0), (0, missing)))
+        padded_BT = torch.from_numpy(padded).to(self.device)
         try:
             with torch.inference_mode():
                 estimates_BST = self.model(padded_BT).float().cpu()
@@ -252,7 +259,7 @@ class Separator:
             raise SeparationError(
                 f"{name}: the model's estimates hold NaN or infinity; its weights may be damaged"
             )
-        return estimates_BST[..., :length].numpy()
+        return estimates_BST[..., :length].numpy() / gain_B1[..., None]
 
 
 def load(

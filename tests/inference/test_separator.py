@@ -19,9 +19,8 @@ from torch import Tensor, nn
 import sepdist
 from sepdist import slots, storage
 from sepdist.cli import separate
-from sepdist.inference.pauses import Pauses
 from sepdist.inference.separator import Separation, Separator
-from sepdist.inference.stitching import cut_windows, overlap_add, resampled
+from sepdist.inference.stitching import Pauses, cut_windows, overlap_add, resampled
 from sepdist.inference.windows import SeparationError, Windows
 from tests.support.exports import write_export
 
