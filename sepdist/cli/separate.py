@@ -107,8 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     kind = "of the outputs (wav)"
     parser.add_argument("--format", choices=FORMATS, default="wav", dest="file_format", help=kind)
     subtype = "of the outputs (24 bits for recordings of more than 16 and quiet outputs, else 16)"
-    known = sorted({one for some in FORMATS.values() for one in some})
-    parser.add_argument("--subtype", choices=known, default="", help=subtype)
+    parser.add_argument("--subtype", choices=FORMATS["wav"], default="", help=subtype)
     channels = "mean of all, a number from 1, or each by itself, in <stem>_c1_s1.wav, ... (mean)"
     parser.add_argument("--channels", default="mean", help=channels)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")

@@ -236,7 +236,7 @@ class Separator:
         Faint signals, at which the epsilons of normalisations tell, are louder for the model.
         """
         length = mixtures_BT.shape[1]
-        peak_B1 = np.abs(mixtures_BT).max(axis=1, keepdims=True)
+        peak_B1 = np.abs(mixtures_BT).max(axis=1, keepdims=True, initial=0)
         gain_B1 = np.where(peak_B1 < FAINT, np.exp2(np.frexp(FAINT / (peak_B1 + 1e-30))[1]), 1)
         gain_B1 = gain_B1.astype(np.float32)  # powers of two, so nothing is rounded
         missing = max(0, self._min_length - length)

@@ -101,8 +101,6 @@ class Pauses:
 
     def remember(self, block: np.ndarray) -> np.ndarray:
         """Return a block [S + 1, n] that is finished, after its speech was kept."""
-        if not block.size:
-            return block
         active = self._speech(block[-1])
         kept = [block[:, active]] if self.recent is None else [self.recent, block[:, active]]
         self.recent = np.concatenate(kept, axis=1)[:, -self.size :]
@@ -157,6 +155,8 @@ class Pauses:
 
     def _speech(self, mixture_T: np.ndarray, update: bool = False) -> np.ndarray:
         """Bool [T]; with `update` the level that tells speech from pauses is that of this wave."""
+        if not mixture_T.size:
+            return np.zeros(0, bool)
         starts = np.arange(0, len(mixture_T), self.frame)
         power = np.add.reduceat(np.square(mixture_T, dtype=np.float64), starts) / self.frame
         level = 10 * np.log10(power + 1e-20)
