@@ -85,8 +85,7 @@ class Pauses:
 
     Frames are speech above a level between the quietest and the loudest of the last minutes.
     `separate` maps a mixture [T] to estimates [S, T]; it gets at most `size` + `overlap` samples.
-    `unsure` has the times in samples of the speech after pauses longer than the overlap whose
-    speakers depend on whether the model hears it behind the speech before the pause or ahead of it.
+    `unsure` has the times in samples of the speech after pauses longer than the overlap.
     """
 
     def __init__(
@@ -125,8 +124,9 @@ class Pauses:
         num, same = before.shape[1], list(range(len(window) - 1))
         together = self.separate(np.concatenate([before[-1], new[-1]]))
         together = together[_continued_order(before[:-1], together[:, :num], same)]
-        if gaps[0] > self.overlap:
-            self._ask_again(before, new, together[:, num:], self.now + int(at[0]))
+        time = self.now + int(at[0])
+        if gaps[0] > self.overlap and (not self.unsure or time > self.unsure[-1] + self.overlap):
+            self.unsure.append(time)
         rows = _continued_order(together[:, num:], new[:-1], same)
         result = window[[*rows, len(rows)]]
         fade_T = np.convolve(active, np.ones(self.frame) / self.frame, "same") * active
@@ -136,22 +136,11 @@ class Pauses:
         return result
 
     def warnings(self) -> list[str]:
-        """One warning with the first of the unsure times, [] if there are none."""
+        """One warning with the first times after long pauses, [] if there are none."""
         times = [f"{t // 60:.0f}:{t % 60:04.1f}" for t in (one / self.rate for one in self.unsure)]
         shown = ", ".join([*times[:10], *(["..."] if len(times) > 10 else [])])
-        what = f"nothing sure tells who is who after {len(times)} long pauses, at {shown}"
-        return [f"{what} (min:s): the outputs may exchange their speakers there"] if times else []
-
-    def _ask_again(
-        self, before: np.ndarray, new: np.ndarray, estimates: np.ndarray, time: int
-    ) -> None:
-        """Note that speech at `time` is unsure if new speech heard first has another order."""
-        num, same = new.shape[1], list(range(len(estimates)))
-        swapped = self.separate(np.concatenate([new[-1], before[-1]]))
-        swapped = swapped[_continued_order(before[:-1], swapped[:, num:], same)]
-        self.unsure = [one for one in self.unsure if one < time - self.size]  # asked again by now
-        if _continued_order(estimates, swapped[:, :num], same) != same:
-            self.unsure.append(time)
+        long = f"{len(times)} pauses longer than the overlap of windows, until {shown} (min:s)"
+        return [f"only the voices told who is who after {long}"] if times else []
 
     def _speech(self, mixture_T: np.ndarray, update: bool = False) -> np.ndarray:
         """Bool [T]; with `update` the level that tells speech from pauses is that of this wave."""
