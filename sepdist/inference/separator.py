@@ -23,13 +23,7 @@ from torch import Tensor, nn
 from sepdist import audio, slots, storage
 from sepdist.inference.export import load_separator
 from sepdist.inference.stitching import Pauses, cleaned, cut_windows, overlap_add, resampled
-from sepdist.inference.windows import (
-    SeparationError,
-    Windows,
-    check_options,
-    chosen_channels,
-    output_names,
-)
+from sepdist.inference.windows import SeparationError, Windows, check_options, output_names
 
 logger = logging.getLogger(__name__)
 BLOCK_SAMPLES = 1 << 16
@@ -97,7 +91,7 @@ class Separator:
         wave_TC, raw = as_frames(wave), io.BytesIO()
         if channels == "each":
             return np.stack([self(wave_T, sample_rate) for wave_T in wave_TC.T])
-        if (channel := chosen_channels(channels, wave_TC.shape[1], "the wave")[0]) > 0:
+        if channel := check_options("", "wav", "", channels, wave_TC.shape[1], "wave")[0]:
             wave_TC = wave_TC[:, channel - 1 : channel]
         blocks = (wave_TC[i : i + BLOCK_SAMPLES] for i in range(0, len(wave_TC), BLOCK_SAMPLES))
         fit, _, warnings = self._run(blocks, len(wave_TC), sample_rate, "the wave", raw)
@@ -147,10 +141,13 @@ class Separator:
             name = recording if recording != "-" else "stdin"
             with _open(recording, work) as sound:
                 notes = [f"{name}: {sound.note}"] if getattr(sound, "note", "") else []
-                done = Separation([], sound.frames, sound.samplerate, [], 1.0, notes, subtype)
-                for channel in chosen_channels(channels, sound.channels, name):
+                depth = subtype or ("PCM_24" if sound.subtype in DEEP else "")
+                done = Separation([], sound.frames, sound.samplerate, [], 1.0, notes, depth)
+                options = (output_folder, file_format, subtype, channels, sound.channels, name)
+                for channel in check_options(*options):
                     scratch = work / "estimates.f32"
-                    gains = self._channel(sound, name, channel, scratch, progress, done)
+                    blocks = _read_blocks(sound, name, channel, progress)
+                    gains = self._channel(blocks, name, channel, scratch, done)
                     own = (stem or PurePosixPath(name).stem) + f"_c{channel}" * (channels == "each")
                     names = ["-"] if piped else output_names(own, len(gains), file_format)
                     paths = [work / f"{channel}-{one}.{file_format}" for one in range(len(names))]
@@ -163,22 +160,14 @@ class Separator:
         return done
 
     def _channel(
-        self,
-        sound: soundfile.SoundFile,
-        name: str,
-        channel: int,
-        scratch: Path,
-        progress: Callable[[float, float], None],
-        done: Separation,
+        self, blocks: Iterable[np.ndarray], name: str, channel: int, path: Path, done: Separation
     ) -> np.ndarray:
-        """Separate a channel (0: the mean) into `scratch`; returns gains [S] to apply."""
-        with scratch.open("w+b") as raw:
-            blocks = _read_blocks(sound, name, channel, progress)
-            fit, peaks, warnings = self._run(blocks, sound.frames, sound.samplerate, name, raw)
+        """Separate a channel (0: the mean) into a scratch file; returns gains [S] to apply."""
+        with path.open("w+b") as raw:
+            fit, peaks, warnings = self._run(blocks, done.num_samples, done.sample_rate, name, raw)
         gains, heard = fit.gains(), f"channel {channel}" if channel else "the mean of its channels"
         peak = float(np.max(np.abs(gains) * peaks))
-        deep = sound.subtype in DEEP or 0 < peak < QUIET_PEAK
-        done.subtype = done.subtype or ("PCM_24" if deep else "PCM_16")
+        done.subtype = done.subtype or ("PCM_24" if 0 < peak < QUIET_PEAK else "PCM_16")
         scale = 1.0 if done.subtype == "FLOAT" else PEAK_LIMIT / max(peak, PEAK_LIMIT)
         if fit.products[-1, -1] == 0:  # the energy of the mixture
             warnings.append("silent; so are its outputs")

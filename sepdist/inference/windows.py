@@ -56,23 +56,20 @@ def output_names(stem: str, num_speakers: int, file_format: str) -> list[str]:
     return [f"{stem}_s{number}.{file_format}" for number in range(1, num_speakers + 1)]
 
 
-def chosen_channels(channels: str | int, num_channels: int, name: str) -> range:
-    """The channels to separate, from 1; 0 alone stands for the mean of all."""
-    if channels in ("mean", "each"):
-        return range(1) if channels == "mean" else range(1, num_channels + 1)
-    if not str(channels).isdecimal() or not 1 <= int(channels) <= num_channels:
-        known = f"mean, each and 1 to {num_channels}"
-        raise SeparationError(f"{name}: channels={channels} is none of {known}")
-    return range(int(channels), int(channels) + 1)
+def check_options(
+    output: str, file_format: str, subtype: str, channels: str | int, num: int = 1024, of: str = ""
+) -> range:
+    """Return the channels to separate, from 1, of `num`; 0 alone stands for the mean of all.
 
-
-def check_options(output: str, file_format: str, subtype: str, channels: str | int) -> None:
-    """Raise SeparationError for options that are not known or do not fit each other."""
-    if file_format not in FORMATS:
-        raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
-    if subtype and subtype not in FORMATS[file_format]:
-        known = ", ".join(FORMATS[file_format])
-        raise SeparationError(f"subtype {subtype!r} is none of {file_format}'s: {known}")
+    SeparationError for options that are not known or do not fit each other or the recording `of`.
+    """
+    if subtype not in ("", *FORMATS.get(file_format, ())) or file_format not in FORMATS:
+        known = "; ".join(f"{name} with {', '.join(some)}" for name, some in FORMATS.items())
+        raise SeparationError(f"outputs of {file_format} {subtype}: there are {known}")
     if output == "-" and channels == "each":
         raise SeparationError("standard output takes one channel: channels=1, 2, ... or mean")
-    chosen_channels(channels, 1024, "separation")  # libsndfile reads no more
+    if channels in ("mean", "each"):
+        return range(1) if channels == "mean" else range(1, num + 1)
+    if not str(channels).isdecimal() or not 1 <= int(channels) <= num:
+        raise SeparationError(f"{of} channels={channels}: there are mean, each and 1 to {num}")
+    return range(int(channels), int(channels) + 1)

@@ -79,13 +79,16 @@ def test_in_python_each_channel_of_an_array_is_separated() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 3}, "in.wav: channels=3 is none of mean, each and 1 to 2"),
-        ({"channels": 0}, "channels=0 is none of mean, each"),
-        ({"channels": "left"}, "channels=left is none of mean"),
-        ({"channels": "-1"}, "channels=-1 is none of mean"),
-        ({"subtype": "PCM_17"}, "subtype 'PCM_17' is none of wav's: PCM_16, PCM_24, FLOAT"),
-        ({"subtype": "FLOAT", "file_format": "flac"}, "none of flac's: PCM_16, PCM_24"),
-        ({"file_format": "mp3"}, "format 'mp3' is not one of flac, wav"),
+        ({"channels": 3}, "in.wav channels=3: there are mean, each and 1 to 2"),
+        ({"channels": 0}, "channels=0: there are mean, each"),
+        ({"channels": "left"}, "channels=left: there are mean"),
+        ({"channels": "-1"}, "channels=-1: there are mean"),
+        ({"subtype": "PCM_17"}, "outputs of wav PCM_17: .*wav with PCM_16, PCM_24, FLOAT"),
+        (
+            {"subtype": "FLOAT", "file_format": "flac"},
+            "outputs of flac FLOAT: there are flac with PCM_16, PCM_24; ",
+        ),
+        ({"file_format": "mp3"}, "outputs of mp3 : there are flac"),
     ],
 )
 def test_a_wrong_option_is_refused_and_nothing_is_written(
