@@ -10,10 +10,12 @@ import itertools
 import logging
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -21,7 +23,17 @@ import soxr
 
 logger = logging.getLogger(__name__)
 READABLE = re.compile(r"\.(wav|flac|aif[cf]?|aiff|au|caf|mp3|og[ag]|opus|rf64|snd|sph|w64)")
-UNREADABLE = re.compile(r"\.(3gp|aac|amr|ape|m4a|mka|mp4|shn|webm|wma|wv[12]?)")
+UNREADABLE = re.compile(  # by libsndfile; most of these by PyAV
+    r"\.(3g[2p]|aac|ac3|amr|ape|avi|flv|m4[abv]|mk[av]|mov|mp4|mpe?g|shn|tta|webm|wm[av]|wv[12]?)"
+)
+# The beginnings of what PyAV reads, whatever its name; of FFmpeg's readers those that never open
+# another file or an address, as playlists make them do.
+_CONTAINER = re.compile(
+    rb".{4}(?:ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|\xff[\xf0\xf1\xf8\xf9]|\x0b\x77|#!AMR"
+    rb"|\x30\x26\xb2\x75|MAC |wvpk|TTA1|FLV|RIFF.{4}AVI |\0\0\x01\xba|G.{187}G",
+    re.DOTALL,
+)
+_DEMUXERS = "mov,matroska,webm,aac,ac3,eac3,amr,asf,ape,wv,tta,flv,avi,mpeg,mpegts"
 SILENCE = 2.0**-15  # one step of 16-bit audio: a wave with a lower peak would be stored as zeros
 MIN_LOUDNESS_SECONDS = 0.4  # one gating block of ITU-R BS.1770
 MAX_OVERSHOOT = 2.0  # highest peak that resampling or a lossy codec gives full scale (`clip`)
@@ -59,14 +71,18 @@ def load_channel(
         return check(wave_T, str(path), may_be_silent=may_be_silent), sound.samplerate
 
 
-def open_sound(path: str | Path) -> soundfile.SoundFile:
+def open_sound(path: str | Path, scratch: str | Path | None = None) -> soundfile.SoundFile:
     """Open an audio file; its `frames` are those that can be decoded if the file is whole.
 
     AudioError for a file that cannot be opened, that is cut short (`_is_cut`) or whose header
-    declares no length. MP3 files are decoded to the end to count them.
+    declares no length. MP3 files are decoded to the end to count them; m4a, webm and other
+    containers are decoded into a temporary file in the folder `scratch`, removed when it is closed.
     """
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file; check the corpus's root and that it is complete")
+    with open(path, "rb") as file:
+        if _CONTAINER.match(file.read(256)):
+            return _decoded(path, scratch)
     try:
         # Not by its name: *.raw would have no header, and not every name is UTF-8.
         sound = soundfile.SoundFile(os.open(path, os.O_RDONLY))
@@ -82,6 +98,62 @@ def open_sound(path: str | Path) -> soundfile.SoundFile:
         raise AudioError(f"{path}: cut short, its header declares more; fetch the file again")
     if sound.frames > 2**14 * os.path.getsize(path):  # more than FLAC's silence
         raise AudioError(f"{path}: its header declares no length; convert it, to WAV for example")
+    return sound
+
+
+class Decoded(soundfile.SoundFile):
+    """What PyAV decoded, with the codec's depth as its subtype and a note for the user."""
+
+    subtype, note = "PCM_16", ""
+
+
+def _decoded(path: str | Path, scratch: str | Path | None) -> Decoded:
+    """Decode the first audio track of a file with PyAV into a temporary file of float32."""
+    try:
+        import av
+    except ImportError as error:
+        wanted = "pip install 'sepdist[av]', or convert it to WAV"
+        raise AudioError(f"{path}: only PyAV decodes this kind of file: {wanted}") from error
+    to_floats: Any = av.AudioResampler(format="flt")
+    out, end = None, 0.0
+    with tempfile.NamedTemporaryFile(dir=scratch) as temp, open(path, "rb") as file:
+        try:
+            options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": ""}
+            opened: Any = av.open(file, options=options, metadata_errors="ignore")
+            with opened as container:
+                if not (tracks := container.streams.audio) or not tracks[0].codec_context:
+                    raise AudioError(f"{path}: it has no audio track that can be decoded")
+                codec, depth = tracks[0].codec_context.codec, tracks[0].codec_context.format
+                promised = ((container.start_time or 0) + (container.duration or 0)) / 1e6
+                if not container.format.name.startswith(("mov", "matroska")):
+                    promised = 0.0  # others only guess their length
+                for packet in container.demux():  # all tracks: the longest ends with the file
+                    if packet.pts is not None:
+                        last = (packet.pts + (packet.duration or 0)) * packet.time_base
+                        end = max(end, float(last))
+                    for frame in packet.decode() if packet.stream is tracks[0] else ():
+                        for part in to_floats.resample(frame):
+                            wave_TC = part.to_ndarray().reshape(-1, part.layout.nb_channels)
+                            out = out or soundfile.SoundFile(
+                                *(temp.name, "w", part.sample_rate, wave_TC.shape[1], "FLOAT"),
+                                format="W64",
+                            )
+                            out.write(wave_TC)
+        except av.FFmpegError as error:
+            reason = f"{error.strerror or error}"
+            raise AudioError(f"{path}: cannot be decoded ({reason}); fetch it again") from error
+        except soundfile.LibsndfileError as error:
+            raise OSError(f"its audio cannot be stored ({error}); is the disk full?") from error
+        if out is None:
+            raise AudioError(f"{path}: its audio track is empty")
+        out.close()
+        sound = Decoded(os.open(temp.name, os.O_RDONLY))
+    if end < promised - 0.5:
+        raise AudioError(f"{path}: cut short, {end:.1f} of {promised:.1f} s; fetch it again")
+    if codec.lossless and not codec.lossy and depth.bytes > 2:
+        sound.subtype = "PCM_24"
+    if len(tracks) > 1:
+        sound.note = f"the first of {len(tracks)} audio tracks is taken"
     return sound
 
 
@@ -244,11 +316,12 @@ def peak_of_sum(waves: Sequence[np.ndarray], gains: Sequence[float]) -> float:
     return float(np.max(np.abs(total)))
 
 
-def find_files(folder: str | Path) -> list[Path]:
+def find_files(folder: str | Path, *, containers: bool = False) -> list[Path]:
     """Every audio file below a local folder, sorted by path; AudioError if none.
 
     Links to folders are followed. Left out, counted and logged are hidden files, formats that
-    libsndfile does not read, and compressed copies beside a .wav or .flac file of the same name.
+    libsndfile does not read (unless `containers` are wanted), and compressed copies beside a .wav
+    or .flac file of the same name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -260,9 +333,10 @@ def find_files(folder: str | Path) -> list[Path]:
     found, left_out = list[Path](), Counter[str]()
     for path in sorted(_walk(folder)):
         suffix = path.suffix.lower()
-        if UNREADABLE.fullmatch(suffix):
+        unreadable = bool(UNREADABLE.fullmatch(suffix))
+        if unreadable and not containers:
             left_out[f"{suffix} (cannot be decoded here)"] += 1
-        elif READABLE.fullmatch(suffix):
+        elif unreadable or READABLE.fullmatch(suffix):
             beside = {path.with_suffix(".wav"), path.with_suffix(".flac")}
             if any(part.startswith(".") for part in path.relative_to(folder).parts):
                 left_out["hidden (._*)"] += 1

@@ -2,28 +2,33 @@
 
     sepdist separate --model runs/a --output separated meeting.wav
     sepdist separate --model s3://bucket/exports/a --output s3://bucket/out a.wav s3://bucket/b.flac
+    sepdist separate --model runs/a --output - - < in.wav > voices.wav
 
 The recording is read in blocks (channels averaged), resampled to the model's rate and cut into
 overlapping windows, so memory does not grow with its length. The windows are joined by cross-fades;
 the correlation of the estimates on the overlap carries the order of the speakers from one to the
 next. Each output then gets the gain that brings the sum of all outputs closest to the recording;
-if one would clip, all are scaled down together. The outputs <stem>_s1.wav, ... are mono 16-bit, at
-the recording's rate and of its length to the sample, and appear only when they are complete.
-A folder stands for all recordings below it. Recordings of one stem keep their folders: a/x.wav and
-b/x.wav become a/x_s1.wav, ... and b/x_s1.wav, ... One that cannot be separated is named and left
-out, and the exit status is 1.
+if one would clip, all are scaled down together. The outputs <stem>_s1.wav, ... are mono, at the
+recording's rate and of its length to the sample, and appear only when they are complete.
+A folder stands for all recordings below it, a quoted pattern ('talks/**/*.m4a') for the files it
+matches. Recordings of one stem keep their folders: a/x.wav and b/x.wav become a/x_s1.wav, ... and
+b/x_s1.wav, ... One that cannot be separated is named and left out, and the exit status is 1.
+As a recording - is standard input, as the output it is standard output, for one file with a channel
+per voice. m4a, webm, videos and the like need the extra `av`; their first audio track is taken.
 """
 
 import argparse
+import glob
 import io
 import os
+import re
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import PurePosixPath
+from typing import Any
 
 from sepdist.console import printable, progress_bar, user_console
-from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names, output_stems
+from sepdist.inference.windows import FORMATS, SeparationError, Windows, check_options, output_stems
 
 WINDOW_OPTIONS = {
     "window_seconds": "length of the model's input",
@@ -43,7 +48,8 @@ def main() -> int:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
         stems = output_stems([one for name in given.recordings for one in _files_of(name)])
-        _check_names(stems, given.output, given.format)
+        check_options(given.output, given.file_format, given.subtype, given.channels)
+        _check_names(stems, given.output, given.file_format)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
         from sepdist.inference.separator import load
@@ -51,18 +57,22 @@ def main() -> int:
         options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
         separator = load(given.model, **options, **windows)
         keep_freed_memory()
-        separate = partial(separator.file, output_folder=given.output, file_format=given.format)
+        kept: Any = {name: getattr(given, name) for name in ("file_format", "subtype", "channels")}
         for recording, stem in stems.items():
             try:
                 with progress_bar(console, printable(PurePosixPath(recording).name, "")) as advance:
-                    result = separate(recording, stem=stem, progress=advance)
+                    kept |= {"stem": stem, "progress": advance}
+                    result = separator.file(recording, given.output, **kept)
+            except BrokenPipeError:  # of standard output
+                raise
             except (ValueError, OSError) as error:
                 failed.append(printable(str(error), ""))
                 console.print(f"error: {failed[-1]}")
                 continue
             for warning in result.warnings:
                 console.print(f"warning: {printable(warning, '')}")
-            print("\n".join(result.outputs))
+            if given.output != "-":
+                print("\n".join(result.outputs))
         if len(stems) > 1:
             counts = f"{len(stems) - len(failed)} separated, {len(failed)} failed"
             console.print("\n  ".join([counts, *failed]))
@@ -70,24 +80,36 @@ def main() -> int:
 
 
 def _files_of(name: str) -> list[str]:
-    """The audio files below a local folder, or `name` itself."""
-    if not os.path.isdir(folder := os.path.expanduser(name)):
+    """The audio files below a local folder, the files that a pattern matches, or `name` itself."""
+    place = os.path.expanduser(name)
+    if glob.has_magic(name) and "://" not in name and not os.path.lexists(place):
+        found = sorted(one for one in glob.glob(place, recursive=True) if os.path.isfile(one))
+        if not found:
+            raise SeparationError(f"no file matches the pattern {name}")
+        return found
+    if not os.path.isdir(place):
         return [name]
     from sepdist.audio import find_files  # late: TAB does without NumPy
 
-    return [str(path) for path in find_files(folder)]
+    return [str(path) for path in find_files(place, containers=True)]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recordings", nargs="+", help="audio file (wav, flac, ogg, ...) or s3://")
+    audio = "audio file (wav, flac, mp3, m4a, mp4, ...), folder, quoted pattern, s3:// or - (stdin)"
+    parser.add_argument("recordings", nargs="+", help=audio)
     model = "run_dir (its best checkpoint is taken) or export; path or s3://"
     parser.add_argument("--model", required=True, help=model)
-    output = "folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ..."
+    output = "folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ..., or - (stdout)"
     parser.add_argument("--output", required=True, help=output)
-    parser.add_argument("--format", choices=FORMATS, default="wav", help="of the outputs (wav)")
+    kind = "of the outputs (wav)"
+    parser.add_argument("--format", choices=FORMATS, default="wav", dest="file_format", help=kind)
+    subtype = "of the outputs (24 bits for recordings of more than 16 and quiet outputs, else 16)"
+    parser.add_argument("--subtype", choices=FORMATS["wav"], default="", help=subtype)
+    channels = "mean of all, a number from 1, or each by itself, in <stem>_c1_s1.wav, ... (mean)"
+    parser.add_argument("--channels", default="mean", help=channels)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     plugins = "package that may define the model (repeat for more)"
     parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)
@@ -101,10 +123,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_names(stems: Mapping[str, str], output: str, file_format: str) -> None:
-    """Refuse outputs that would replace a recording."""
-    places = {os.path.realpath(os.path.expanduser(one)) for one in stems}
+    """Refuse outputs that would replace a recording, and several recordings for one stream."""
+    if output == "-":
+        if len(stems) > 1:
+            raise SeparationError(f"--output - takes one recording, not {len(stems)}")
+        return
+    folder = os.path.realpath(os.path.expanduser(output))
+    places = {os.path.realpath(os.path.expanduser(one)): one for one in stems}
     for recording, stem in stems.items():
-        for name in output_names(stem, 8, file_format):
-            if os.path.realpath(os.path.join(os.path.expanduser(output), name)) in places:
-                wrong = f"an output of {recording} would replace the recording {name}"
+        name = re.compile(re.escape(os.path.join(folder, stem)) + rf"(_c\d+)?_s\d+\.{file_format}")
+        for place, other in places.items():
+            if name.fullmatch(place):
+                wrong = f"an output of {recording} would replace the recording {other}"
                 raise SeparationError(f"{wrong}: use another --output")

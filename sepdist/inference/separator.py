@@ -2,7 +2,10 @@
 
 import io
 import itertools
+import logging
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,11 +22,15 @@ from torch import Tensor, nn
 
 from sepdist import audio, slots, storage
 from sepdist.inference.export import load_separator
-from sepdist.inference.stitching import cut_windows, overlap_add, resampled
-from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names
+from sepdist.inference.stitching import Pauses, cleaned, cut_windows, overlap_add, resampled
+from sepdist.inference.windows import SeparationError, Windows, check_options, output_names
 
+logger = logging.getLogger(__name__)
 BLOCK_SAMPLES = 1 << 16
 PEAK_LIMIT = 0.99
+QUIET_PEAK = 2.0**-6  # of outputs: below it 16 bits keep fewer than 10 of them
+FAINT = 2.0**-8  # peak of a window
+DEEP = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")  # recordings of more than 16 bits
 MIN_RATE, MAX_RATE = 1000, 768_000  # Hz; a smaller number is probably in kHz
 
 
@@ -34,9 +41,10 @@ class Separation:
     outputs: list[str]
     num_samples: int
     sample_rate: int
-    gains: list[float]  # by speaker, from the model's level to the recording's, without `scale`
+    gains: list[float]  # by output, from the model's level to the recording's, without `scale`
     scale: float  # common to all speakers; below 1 where an output would have clipped
     warnings: list[str]
+    subtype: str = ""  # of the outputs, such as PCM_16
 
 
 @dataclass(repr=False, eq=False)
@@ -67,19 +75,28 @@ class Separator:
         """How many speakers the model gives; found by separating a second of silence."""
         return len(self(np.zeros(self.sample_rate, np.float32), self.sample_rate))
 
-    def __call__(self, wave: ArrayLike | Tensor, sample_rate: float) -> NDArray[np.float32]:
+    def __call__(
+        self, wave: ArrayLike | Tensor, sample_rate: float, *, channels: str | int = "mean"
+    ) -> NDArray[np.float32]:
         """Separate a wave [T] or [C, T]; returns [S, T] at the same rate.
 
         The wave is an array, a tensor on any device or a list, of floats or of integers of 16 or 32
-        bits, whose full scale becomes 1. Its channels are averaged. The voices may exceed +-1.
+        bits, whose full scale becomes 1. Its `channels` are averaged ("mean"), or one is taken (1,
+        2, ...), or "each" is separated: [C, S, T]. The voices may exceed +-1.
 
         Raises:
             SeparationError: the wave has another shape or type, is empty or holds NaN, or the model
                 gives NaN.
         """
         wave_TC, raw = as_frames(wave), io.BytesIO()
+        if channels == "each":
+            return np.stack([self(wave_T, sample_rate) for wave_T in wave_TC.T])
+        if channel := check_options("", "wav", "", channels, wave_TC.shape[1], "wave")[0]:
+            wave_TC = wave_TC[:, channel - 1 : channel]
         blocks = (wave_TC[i : i + BLOCK_SAMPLES] for i in range(0, len(wave_TC), BLOCK_SAMPLES))
-        fit, _ = self._run(blocks, len(wave_TC), sample_rate, "the wave", raw)
+        fit, _, warnings = self._run(blocks, len(wave_TC), sample_rate, "the wave", raw)
+        for warning in warnings:
+            logger.warning("the wave: %s", warning)
         gains = fit.gains()
         estimates_TS = np.frombuffer(raw.getbuffer(), "<f4").reshape(-1, len(gains))
         return np.multiply(estimates_TS.T, gains[:, None], dtype=np.float32, order="C")
@@ -90,15 +107,21 @@ class Separator:
         output_folder: str | os.PathLike[str],
         *,
         file_format: str = "wav",
+        subtype: str = "",
+        channels: str | int = "mean",
         stem: str = "",
         progress: Callable[[float, float], None] = lambda seconds, total: None,
     ) -> Separation:
         """Separate a recording (path or s3://) into <stem>_s1.wav and so on in `output_folder`.
 
-        Outputs are mono and 16-bit, and appear when they are complete. If one would clip, all are
-        scaled down. `stem` is the recording's unless it is given; it may begin with folders.
-        `progress` gets the seconds of each block read and of the recording. Memory does not grow
-        with the recording; scratch files take 4 bytes per sample of each output.
+        Outputs are mono and appear when they are complete. Their `subtype` is PCM_16, PCM_24 or
+        (wav) FLOAT; by default PCM_24 for a recording of more than 16 bits or for outputs below
+        1/64 of full scale, else PCM_16. If one would clip, all are scaled down, but for FLOAT.
+        `channels` are those of `__call__`; "each" makes <stem>_c1_s1.wav and so on.
+        `-` is standard input as the recording, standard output as the folder: one file with a
+        channel per speaker. `stem` is the recording's unless it is given; it may begin with
+        folders. `progress` gets the seconds of each block read and of the recording. Memory does
+        not grow with the recording; scratch files take 4 bytes per sample of each output.
 
         Raises:
             SeparationError: the recording is no file of audio, empty, cut short or holds NaN, or
@@ -107,40 +130,58 @@ class Separator:
         """
         given = (recording, output_folder)
         recording, output_folder = (os.path.expanduser(os.fsdecode(one)) for one in given)
-        if file_format not in FORMATS:
-            raise SeparationError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
-        local = None if storage.is_remote(output_folder) else Path(output_folder)
+        check_options(output_folder, file_format, subtype, channels)
+        piped = output_folder == "-"
+        local = None if piped or storage.is_remote(output_folder) else Path(output_folder)
         if local:
             local.mkdir(parents=True, exist_ok=True)
         # Unfinished files lie in the output folder, where finishing one is a rename.
         with tempfile.TemporaryDirectory(prefix=".separating-", dir=local) as folder:
-            work = Path(folder)
-            path, scratch = Path(os.path.abspath(recording)), work / "estimates.f32"
-            if storage.is_remote(recording):
-                path = work / "recording"
-                storage.fetch_file(recording, path)
-            with _open(path, recording) as sound, scratch.open("w+b") as raw:
-                num_samples, rate = sound.frames, sound.samplerate
-                blocks = _read_blocks(sound, recording, progress)
-                fit, peaks = self._run(blocks, num_samples, rate, recording, raw)
-            gains = fit.gains()
-            scale = PEAK_LIMIT / max(float(np.max(np.abs(gains) * peaks)), PEAK_LIMIT)
-            names = output_names(stem or PurePosixPath(recording).stem, len(gains), file_format)
-            outputs = [storage.join(local or output_folder, name) for name in names]
-            files = {work / f"{number}.{file_format}": out for number, out in enumerate(outputs)}
-            _write_audio([*files], scratch, gains * scale, rate)
+            work, files = Path(folder), dict[Path, str]()
+            name = recording if recording != "-" else "stdin"
+            with _open(recording, work) as sound:
+                notes = [f"{name}: {sound.note}"] if getattr(sound, "note", "") else []
+                depth = subtype or ("PCM_24" if sound.subtype in DEEP else "")
+                done = Separation([], sound.frames, sound.samplerate, [], 1.0, notes, depth)
+                options = (output_folder, file_format, subtype, channels, sound.channels, name)
+                for channel in check_options(*options):
+                    scratch = work / "estimates.f32"
+                    blocks = _read_blocks(sound, name, channel, progress)
+                    gains = self._channel(blocks, name, channel, scratch, done)
+                    own = (stem or PurePosixPath(name).stem) + f"_c{channel}" * (channels == "each")
+                    names = ["-"] if piped else output_names(own, len(gains), file_format)
+                    paths = [work / f"{channel}-{one}.{file_format}" for one in range(len(names))]
+                    _write_audio(paths, scratch, gains, done)
+                    files |= zip(paths, names, strict=True)
+            if not piped:
+                files = {path: storage.join(local or output_folder, files[path]) for path in files}
             _publish(files)
-        warnings = []
+        done.outputs = [*files.values()]
+        return done
+
+    def _channel(
+        self, blocks: Iterable[np.ndarray], name: str, channel: int, path: Path, done: Separation
+    ) -> np.ndarray:
+        """Separate a channel (0: the mean) into a scratch file; returns gains [S] to apply."""
+        with path.open("w+b") as raw:
+            fit, peaks, warnings = self._run(blocks, done.num_samples, done.sample_rate, name, raw)
+        gains, heard = fit.gains(), f"channel {channel}" if channel else "the mean of its channels"
+        peak = float(np.max(np.abs(gains) * peaks))
+        done.subtype = done.subtype or ("PCM_24" if 0 < peak < QUIET_PEAK else "PCM_16")
+        scale = 1.0 if done.subtype == "FLOAT" else PEAK_LIMIT / max(peak, PEAK_LIMIT)
         if fit.products[-1, -1] == 0:  # the energy of the mixture
-            warnings.append(f"{recording} (the mean of its channels) is silent; so are its outputs")
+            warnings.append("silent; so are its outputs")
         if scale < 1:
-            warnings.append(f"{recording}: all scaled by {scale:.3g}, or one would have clipped")
-        return Separation(outputs, num_samples, rate, gains.tolist(), scale, warnings)
+            warnings.append(f"all scaled by {scale:.3g}, or one would have clipped")
+        done.warnings += [f"{name} ({heard}): {one}" for one in warnings]
+        done.gains += gains.tolist()
+        done.scale = min(scale, done.scale)
+        return gains * scale
 
     def _run(
         self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
-    ) -> tuple["LevelFit", np.ndarray]:
-        """Write estimates of blocks [n, C] as float32 frames; returns levels to apply and peaks."""
+    ) -> tuple["LevelFit", np.ndarray, list[str]]:
+        """Write estimates of blocks [n, C] as float32 frames; returns levels, peaks, warnings."""
         if not MIN_RATE <= rate <= MAX_RATE or rate % 1:
             allowed = f"a sample rate is whole, from {MIN_RATE} up to {MAX_RATE}"
             raise SeparationError(f"{name}: {rate} Hz; {allowed}")
@@ -149,9 +190,13 @@ class Separator:
         size = max(round(self.windows.window_seconds * self.sample_rate), self._min_length, 2)
         overlap = min(max(round(self.windows.overlap_seconds * self.sample_rate), 1), size // 2)
         mono = resampled(_mono_blocks(blocks, rate, name), int(rate), self.sample_rate)
-        separated = self._run_windows(cut_windows((one[0] for one in mono), size, overlap), name)
-        fit = LevelFit(overlap_add(separated, overlap))
-        return fit, _write_raw(raw, resampled(fit, self.sample_rate, int(rate)), length)
+        cut = cut_windows((one[0] for one in mono), size, overlap)
+        windows = ((cleaned(wave_T, self.sample_rate), context) for wave_T, context in cut)
+        separated = self._run_windows(windows, name)
+        pauses = Pauses(lambda w: self._forward(w[None], name)[0], self.sample_rate, size, overlap)
+        fit = LevelFit(overlap_add(separated, overlap, pauses))
+        peaks = _write_raw(raw, resampled(fit, self.sample_rate, int(rate)), length)
+        return fit, peaks, pauses.warnings()
 
     def _run_windows(
         self, windows: Iterator[tuple[np.ndarray, int]], name: str
@@ -175,10 +220,17 @@ class Separator:
                 yield np.concatenate([estimates_ST, wave_T[None]])[:, context:]
 
     def _forward(self, mixtures_BT: np.ndarray, name: str) -> np.ndarray:
-        """float32 [B, S, T]; signals shorter than the model takes are padded with zeros and cut."""
+        """float32 [B, S, T]; signals shorter than the model takes are padded with zeros and cut.
+
+        Faint signals, at which the epsilons of normalisations tell, are louder for the model.
+        """
         length = mixtures_BT.shape[1]
+        peak_B1 = np.abs(mixtures_BT).max(axis=1, keepdims=True, initial=0)
+        gain_B1 = np.where(peak_B1 < FAINT, np.exp2(np.frexp(FAINT / (peak_B1 + 1e-30))[1]), 1)
+        gain_B1 = gain_B1.astype(np.float32)  # powers of two, so nothing is rounded
         missing = max(0, self._min_length - length)
-        padded_BT = torch.from_numpy(np.pad(mixtures_BT, ((0, 0), (0, missing)))).to(self.device)
+        padded = np.pad(mixtures_BT * gain_B1, ((0, 0), (0, missing)))
+        padded_BT = torch.from_numpy(padded).to(self.device)
         try:
             with torch.inference_mode():
                 estimates_BST = self.model(padded_BT).float().cpu()
@@ -196,7 +248,7 @@ class Separator:
             raise SeparationError(
                 f"{name}: the model's estimates hold NaN or infinity; its weights may be damaged"
             )
-        return estimates_BST[..., :length].numpy()
+        return estimates_BST[..., :length].numpy() / gain_B1[..., None]
 
 
 def load(
@@ -252,12 +304,20 @@ def as_frames(wave: ArrayLike | Tensor) -> np.ndarray:
         return np.atleast_2d(array).T.astype(np.float32)
 
 
-def _open(path: Path, name: str) -> soundfile.SoundFile:
+def _open(name: str, work: Path) -> soundfile.SoundFile:
+    path = Path(os.path.abspath(name))
+    if name == "-":
+        name, path = "stdin", work / "recording"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    elif storage.is_remote(name):
+        path = work / "recording"
+        storage.fetch_file(name, path)
     storage.size(path)  # its errors name the file and say what to do
     if not path.is_file():  # opening a pipe may never return
         raise SeparationError(f"{name} is a folder, pipe or device; give a file of audio")
     try:
-        return audio.open_sound(path)
+        return audio.open_sound(path, work)
     except audio.AudioError as error:
         raise SeparationError(str(error).replace(str(path), name)) from error
     except OSError as error:
@@ -265,10 +325,11 @@ def _open(path: Path, name: str) -> soundfile.SoundFile:
 
 
 def _read_blocks(
-    sound: soundfile.SoundFile, name: str, progress: Callable[[float, float], None]
+    sound: soundfile.SoundFile, name: str, channel: int, progress: Callable[[float, float], None]
 ) -> Iterator[np.ndarray]:
-    """The recording in float32 blocks [n, C], as many samples as the header promises."""
+    """All channels (0) or one in float32 blocks [n, C], as many samples as the header promises."""
     rate, done = sound.samplerate, 0
+    sound.seek(0)
     while done < sound.frames:
         try:
             block = sound.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)
@@ -279,7 +340,7 @@ def _read_blocks(
         if len(block) == 0:
             raise SeparationError(f"{name} is cut short: it has {done} of {sound.frames} samples")
         done += len(block)
-        yield block
+        yield block[:, channel - 1 : channel] if channel else block
         progress(len(block) / rate, sound.frames / rate)
 
 
@@ -338,17 +399,19 @@ def _write_raw(file: IO[bytes], blocks: Iterable[np.ndarray], num_samples: int) 
     return peaks
 
 
-def _write_audio(paths: list[Path], scratch: Path, gains: np.ndarray, rate: int) -> None:
-    """Write each speaker of the scratch file, multiplied by its gain, as 16-bit audio."""
+def _write_audio(paths: list[Path], scratch: Path, gains: np.ndarray, like: Separation) -> None:
+    """Write each speaker of the scratch file, times its gain, to its path; or all to one."""
+    width = len(gains) // len(paths)
+    large = 4 * like.num_samples * width > 2**32 - 2**16 and paths[0].suffix == ".wav"
+    given = (like.sample_rate, width, like.subtype, None, "RF64" if large else None)
     try:
         with ExitStack() as stack, scratch.open("rb") as stream:
             files = [
-                stack.enter_context(soundfile.SoundFile(str(path), "w", rate, 1, "PCM_16"))
-                for path in paths
+                stack.enter_context(soundfile.SoundFile(str(path), "w", *given)) for path in paths
             ]
             while data := stream.read(4 * len(gains) * BLOCK_SAMPLES):
                 frames = np.frombuffer(data, dtype="<f4").reshape(-1, len(gains)) * gains
-                for file, wave in zip(files, frames.T, strict=True):
+                for file, wave in zip(files, np.split(frames, len(paths), axis=1), strict=True):
                     file.write(wave)
     except soundfile.LibsndfileError as error:
         raise OSError(
@@ -360,6 +423,10 @@ def _publish(files: Mapping[Path, str]) -> None:
     """Move finished files to the outputs; if that is interrupted, none is left without the rest."""
     with ExitStack() as undo:
         for path, output in files.items():
+            if output == "-":
+                with path.open("rb") as file:
+                    shutil.copyfileobj(file, sys.stdout.buffer)
+                continue
             if storage.is_remote(output):
                 storage.put_file(path, output)
             else:

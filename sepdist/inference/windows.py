@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-FORMATS = ("flac", "wav")  # of the outputs
+FORMATS = {"flac": ("PCM_16", "PCM_24"), "wav": ("PCM_16", "PCM_24", "FLOAT")}  # of the outputs
 
 
 class SeparationError(ValueError):
@@ -37,7 +37,8 @@ def output_stems(recordings: Sequence[str]) -> dict[str, str]:
     Recordings of one stem keep their paths below the folder that all share, as in a/x and b/x, and
     their suffixes if only these differ.
     """
-    places = (f"/{one}" if "://" in one else os.path.expanduser(one) for one in recordings)
+    given = ("stdin" if one == "-" else one for one in recordings)
+    places = (f"/{one}" if "://" in one else os.path.expanduser(one) for one in given)
     names = {os.path.abspath(place): one for place, one in zip(places, recordings, strict=True)}
     common, candidates = os.path.commonpath(map(os.path.dirname, names)), {}
     for place, name in names.items():
@@ -53,3 +54,22 @@ def output_stems(recordings: Sequence[str]) -> dict[str, str]:
 def output_names(stem: str, num_speakers: int, file_format: str) -> list[str]:
     """File names of the outputs, <stem>_s1.wav and so on."""
     return [f"{stem}_s{number}.{file_format}" for number in range(1, num_speakers + 1)]
+
+
+def check_options(
+    output: str, file_format: str, subtype: str, channels: str | int, num: int = 1024, of: str = ""
+) -> range:
+    """Return the channels to separate, from 1, of `num`; 0 alone stands for the mean of all.
+
+    SeparationError for options that are not known or do not fit each other or the recording `of`.
+    """
+    if subtype not in ("", *FORMATS.get(file_format, ())) or file_format not in FORMATS:
+        known = "; ".join(f"{name} with {', '.join(some)}" for name, some in FORMATS.items())
+        raise SeparationError(f"outputs of {file_format} {subtype}: there are {known}")
+    if output == "-" and channels == "each":
+        raise SeparationError("standard output takes one channel: channels=1, 2, ... or mean")
+    if channels in ("mean", "each"):
+        return range(1) if channels == "mean" else range(1, num + 1)
+    if not str(channels).isdecimal() or not 1 <= int(channels) <= num:
+        raise SeparationError(f"{of} channels={channels}: there are mean, each and 1 to {num}")
+    return range(int(channels), int(channels) + 1)

@@ -116,7 +116,7 @@ ODD_BUT_SOUND = {
     "[bold]{0}%s.wav": wav(),
     "-n.wav": wav(),
     "~no-such-user.wav": wav(),
-    "-": wav(),
+    "./-": wav(),
     "a\nb.wav": wav(),
     os.fsdecode(b"\xff\xfe.wav"): wav(),
     "\u202e\x1b[31mx.wav": wav(),
