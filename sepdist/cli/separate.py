@@ -39,6 +39,7 @@ def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
     failed: list[str] = []
+    separated: dict[str, list[str]] = {}
     with user_console(stopped="nothing is left of the unfinished recording") as console:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
@@ -63,6 +64,11 @@ def main() -> int:
             for warning in result.warnings:
                 console.print(f"warning: {printable(warning, '')}")
             print("\n".join(result.outputs))
+            separated[recording] = result.outputs
+        if given.page:
+            from sepdist.inference.listening import write_separated_page
+
+            print(write_separated_page(given.output, separated))
         if len(stems) > 1:
             counts = f"{len(stems) - len(failed)} separated, {len(failed)} failed"
             console.print("\n  ".join([counts, *failed]))
@@ -93,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)
     compiled = "compile the model where it can be: seconds at first, then faster"
     parser.add_argument("--compile", action="store_true", help=compiled)
+    page = "write OUTPUT/listening.html, a page with players and spectrograms"
+    parser.add_argument("--page", action="store_true", help=page)
     for name, text in WINDOW_OPTIONS.items():
         value = getattr(Windows(), name)
         option = f"--{name.replace('_', '-')}"

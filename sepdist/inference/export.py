@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Export:
     sample_rate: int
     lineage: dict[str, Any]
     url: str
+    rules: dict[str, int] = field(default_factory=dict)  # arguments of `speakers_of`
 
 
 def load_export(url: str) -> Export:
@@ -41,7 +42,7 @@ def load_export(url: str) -> Export:
     rules = {name: int(card[name]) for name in OUTPUT_RULES if card.get(name)}
     if rules:
         model.register_forward_hook(lambda _, __, estimates: speakers_of(estimates, **rules))
-    return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
+    return Export(model.eval(), int(card["sample_rate"]), lineage, folder, rules)
 
 
 def build_stored(node: Mapping[str, Any], weights: Mapping[str, Tensor], folder: str) -> nn.Module:

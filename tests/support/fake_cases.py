@@ -116,10 +116,11 @@ def inferring(fake: FakeDevice) -> list[str]:
     ):
         patched["open_dataset"].return_value = dataset_of(batch(2))
         patched["load_export"].return_value.model = small("conv_tasnet", 2).eval()
+        patched["load_export"].return_value.rules = {}
         load.return_value.model = small("sisnr_cnn", 2).eval()
         separate, predict = scoring.mixture_separator(cfg), estimation.predictor(cfg)
         fake.waits.clear()
-        estimates, _ = separate(0)
+        estimates, *_ = separate(0)
         assert estimates.shape == (2, 160) and predict(0)["predicted_2"] == 1.0
     assert separator(np.ones(20000, np.float32), 8000).shape == (2, 20000)
     return [one for one in fake.waits if "_to_copy" not in one] + fake.waits[7:]
