@@ -197,7 +197,6 @@ class EvaluateConfig:
     metrics: list[str] = field(
         default_factory=lambda: ["si_snri", "sdri"]
     )  # evaluate: of si_snri, sdri, sir, sar, stoi, estoi, pesq
-    num_replicates: int = 1000  # evaluate: bootstrap samples of intervals; 0 = no intervals
     num_mixtures: int = 0  # score only the first mixtures; 0 = all
     max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
     num_listening: int = 3  # mixtures to save as audio and spectrograms

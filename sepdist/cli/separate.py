@@ -39,7 +39,7 @@ def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
     failed: list[str] = []
-    separated: dict[str, list[str]] = {}
+    sections = []  # of the page
     with user_console(stopped="nothing is left of the unfinished recording") as console:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
@@ -64,11 +64,13 @@ def main() -> int:
             for warning in result.warnings:
                 console.print(f"warning: {printable(warning, '')}")
             print("\n".join(result.outputs))
-            separated[recording] = result.outputs
+            voices = [(f"speaker {i}", one, "") for i, one in enumerate(result.outputs, start=1)]
+            sections.append((recording, [("recording", recording, ""), *voices]))
         if given.page:
-            from sepdist.inference.listening import write_separated_page
+            from sepdist.inference.listening import write_listening_page
 
-            print(write_separated_page(given.output, separated))
+            write_listening_page(f"{given.output}/listening.html", "Separated recordings", sections)
+            print(f"{given.output}/listening.html")
         if len(stems) > 1:
             counts = f"{len(stems) - len(failed)} separated, {len(failed)} failed"
             console.print("\n  ".join([counts, *failed]))

@@ -14,44 +14,47 @@ from sepdist.inference.evaluation import METRICS, print_scores, text_of
 from sepdist.metrics.intervals import SCHEME, mean_intervals, sign_flip_p
 from sepdist.reporting import to_json
 
-COLUMNS = ("a", "b", "b - a (95 % interval)", "p")
-
 
 def compare(cfg: CompareConfig, console: Console) -> dict[str, Any]:
-    """Print and return how far `b` is above `a` on the utterances that both scored.
+    """Print and return how far `b` is above `a` on the utterances that have all scores in both.
 
-    ConfigError if a folder is no evaluation, or their data or settings differ.
+    ConfigError if a folder is no evaluation, their data or settings differ, or nothing is common.
     """
     slots.make_paths_absolute(cfg)
-    data, rows = zip(read_evaluation(cfg.a), read_evaluation(cfg.b), strict=True)
-    if different := differences(*data, free=("url",)):
+    data, rows = zip(*map(read_evaluation, (cfg.a, cfg.b)), strict=True)
+    if different := differences(data[0], data[1], free=("url",)):
         raise ConfigError(f"{cfg.a} and {cfg.b} are of different data: {'; '.join(different)}")
-    ids = [one for one in rows[0] if one in rows[1]]
-    shared = [
-        name for name in METRICS if all(one and name in next(iter(one.values())) for one in rows)
-    ]
-    left_out = [len(one) - len(ids) for one in rows]
-    if not ids:
-        raise ConfigError(f"{cfg.a} and {cfg.b} have no utterance in common")
-    values = np.array([[[float(one[id_][name]) for name in shared] for id_ in ids] for one in rows])
-    speakers = [rows[0][id_]["speakers"] for id_ in ids]
-    ends_2K = mean_intervals(values[1] - values[0], speakers)
-    found, columns = dict[str, Any](), {one: dict[str, str]() for one in COLUMNS}
-    for name, pair, ends in zip(shared, np.moveaxis(values, 2, 0), ends_2K.T, strict=True):
-        known = ~np.isnan(pair).any(0)
-        [a, b], gain = pair[:, known].mean(1), pair[1, known] - pair[0, known]
-        p = sign_flip_p(gain, [one for one, use in zip(speakers, known, strict=True) if use])
-        found[name] = {"a": a, "b": b, "difference": gain.mean(), "p": p, "num": len(gain)}
-        found[name]["interval"] = None if np.isnan(ends).any() else ends.tolist()
-        difference = text_of(name, gain.mean(), *(found[name]["interval"] or ()))
-        cells = text_of(name, a), text_of(name, b), difference, f"{p:.4f}"
-        for column, cell in zip(columns.values(), cells, strict=True):
-            column[name] = cell
+    names = [one for one in METRICS if not one.endswith("_mixture")]
+    metrics = [one for one in names if all(one in next(iter(each.values()), ()) for each in rows)]
+    values = {
+        id_: np.array([[float(each[id_][one]) for one in metrics] for each in rows])
+        for id_ in rows[0].keys() & rows[1].keys()
+    }
+    ids = [id_ for id_ in rows[0] if id_ in values and not np.isnan(values[id_]).any()]
+    if not ids or not metrics:
+        raise ConfigError(f"{cfg.a} and {cfg.b} have no scored utterance in common")
+    pairs_NK2 = np.stack([values[id_].T for id_ in ids])
+    speakers, gains_NK = [rows[0][id_]["speakers"] for id_ in ids], np.diff(pairs_NK2)[..., 0]
+    found, columns = {}, {one: dict[str, str]() for one in ("a", "b", "b - a", "p")}
+    ends_K2 = mean_intervals(gains_NK, speakers).T
+    for one, pair, gains_N, ends in zip(
+        metrics, pairs_NK2.mean(0), gains_NK.T, ends_K2, strict=True
+    ):
+        interval, p = (
+            None if np.isnan(ends).any() else ends.tolist(),
+            sign_flip_p(gains_N, speakers),
+        )
+        found[one] = {"mean": gains_N.mean(), "interval": interval, "p": p}
+        gain = text_of(one, gains_N.mean(), *(interval or ()))
+        texts = (*(text_of(one, mean) for mean in pair), gain, f"{p:.4f}")
+        for column, text in zip(columns.values(), texts, strict=True):
+            column[one] = text
     print_scores(
         console, f"{len(ids)} utterances of {data[0]['corpus']} {data[0]['split']}", columns
     )
+    left_out = [len(each) - len(ids) for each in rows]
     if any(left_out):
-        console.print("left out, as the other has no score: {} of a, {} of b".format(*left_out))
+        console.print("left out, without a score in the other: {} of a, {} of b".format(*left_out))
     results = {"a": cfg.a, "b": cfg.b, "num_utterances": len(ids), "num_left_out": left_out}
     results |= {"data": data[0], "scheme": SCHEME, "differences": found}
     if cfg.output:
@@ -67,5 +70,4 @@ def read_evaluation(folder: str) -> tuple[dict[str, Any], dict[str, dict[str, st
         text = storage.read_bytes(storage.join(folder, "utterances.csv")).decode()
     except (FileNotFoundError, KeyError) as error:
         raise ConfigError(f"{folder} holds no evaluation of one data set ({error})") from error
-    rows = {row["id"]: row for row in csv.DictReader(io.StringIO(text)) if not row["reason"]}
-    return data, rows
+    return data, {row["id"]: row for row in csv.DictReader(io.StringIO(text)) if not row["reason"]}

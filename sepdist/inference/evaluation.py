@@ -25,7 +25,7 @@ from sepdist.data.shards import Manifest, read_manifest
 from sepdist.inference import foreign, scoring
 from sepdist.inference.export import Export, load_separator
 from sepdist.inference.listening import Track, write_listening_page
-from sepdist.inference.scoring import NO_LIMIT_SECONDS, EvaluationError
+from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.intervals import SCHEME, mean_intervals
 from sepdist.metrics.perceptual import PACKAGES, check_usable, perceptual_score
 from sepdist.metrics.permutation import best_permutation
@@ -72,30 +72,24 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
         check_scores(one, scoring.check_data(one, export)[0])
     if not listed:
         return evaluate_one(sets[0], export, console)
-    paths = [one.data.split("/") for one in sets]
-    while len({path[0] for path in paths if len(path) > 1}) == 1:
-        paths = [path[1:] or path for path in paths]  # without the folders that all are in
-    names = {"-".join(path): one for path, one in zip(paths, sets, strict=True)}
+    names = {"-".join(one.data.rstrip("/").split("/")[-2:]): one for one in sets}
     if len(names) < len(sets):
-        raise ConfigError(f"data={cfg.data}: it names a data set twice")
-    found = {}
+        raise ConfigError(f"data={cfg.data}: of two data sets the last two folders are the same")
+    found, columns = {}, {}
     for name, one in names.items():
         own = replace(one, output=storage.join(one.output, name), max_unscored=-1)
         found[name] = evaluate_one(own, export, console)
-    columns = {
-        name: {
-            metric: text_of(metric, one["mean"], *(one["interval"] or ()))
-            for metric, one in scores_of(results).items()
+        columns[name] = {
+            metric: text_of(metric, score["mean"], *(score["interval"] or ()))
+            for metric, score in scores_of(found[name]).items()
         }
-        for name, results in found.items()
-    }
     print_scores(console, "means and their 95 % intervals", columns)
-    summary: dict[str, Any] = {
-        kind: [one for each in found.values() for one in each[kind]]
-        for kind in ("unscored", "incomplete")
-    }
-    scoring.write_results(console, sets[0], {}, summary | {"data_sets": found})
-    return summary | {"data_sets": found}
+    results: dict[str, Any] = {"data_sets": found, "unscored": [], "incomplete": []}
+    for each in found.values():
+        results["unscored"] += each["unscored"]
+        results["incomplete"] += each["incomplete"]
+    scoring.write_results(console, sets[0], {}, results)
+    return results
 
 
 def check_scores(cfg: EvaluateConfig, manifest: Manifest) -> None:
@@ -106,8 +100,6 @@ def check_scores(cfg: EvaluateConfig, manifest: Manifest) -> None:
     if "s1" not in manifest.members:
         raise ConfigError(f"{cfg.data} has mixtures only; without sources there are no scores")
     check_usable([one for one in PACKAGES if one in cfg.metrics], manifest.sample_rate)
-    if cfg.num_sources == 1 and "sir" in cfg.metrics:
-        raise ConfigError("metrics: sir is about other sources, but num_sources=1; leave it out")
 
 
 def evaluate_one(cfg: EvaluateConfig, export: Export | None, console: Console) -> dict[str, Any]:
@@ -136,18 +128,16 @@ def evaluate_one(cfg: EvaluateConfig, export: Export | None, console: Console) -
         outputs = outputs_of(cfg)
         for number in list(found)[: cfg.num_listening]:
             folder = storage.join(cfg.output, "listening", str(number))
-            tracks = write_listening(
-                folder, *outputs(number)[:2], manifest.sample_rate, found[number]
-            )
+            waves = outputs(number)[:2]
+            tracks = write_listening(folder, *waves, manifest.sample_rate, found[number])
             sections.append((found[number]["id"], tracks))
     rows = list(found.values())
     results = summarise(cfg, model, manifest, rows) | unscored
     results["run"] = {"seconds": round(time.monotonic() - began, 1), "num_workers": cfg.num_workers}
     if sections:
-        mean = f"mean SI-SNRi {results['metrics_db']['si_snri']['mean']:.2f} dB"
-        heading = f"{manifest.corpus} {manifest.split}: {len(sections)} of {len(rows)} mixtures"
-        page = storage.join(cfg.output, "listening", "index.html")
-        write_listening_page(page, heading, sections, f"Separated by {model['url']}: {mean}")
+        title = f"{len(sections)} of {len(rows)} mixtures of {manifest.corpus} {manifest.split}, "
+        title += f"mean SI-SNRi {results['metrics_db']['si_snri']['mean']:.2f} dB"
+        write_listening_page(storage.join(cfg.output, "listening", "index.html"), title, sections)
     gains = np.array([row["si_snri"] for row in rows])
     before = [value for row in rows for value in row["si_snr_mixture_by_source"]]
     after = [value for row in rows for value in row["si_snr_by_source"]]
@@ -158,20 +148,8 @@ def evaluate_one(cfg: EvaluateConfig, export: Export | None, console: Console) -
 
 
 def outputs_of(cfg: EvaluateConfig) -> Callable[[int], tuple[Tensor, Batch, Tensor]]:
-    """`scoring.mixture_separator`, or the same with the estimates of another system."""
-    if not cfg.estimates:
-        return scoring.mixture_separator(cfg)
-    dataset, files = scoring.open_dataset(cfg), foreign.find_estimates(cfg.estimates)
-
-    def read(number: int) -> tuple[Tensor, Batch, Tensor]:
-        batch = dataset.full(number, cfg.max_seconds or NO_LIMIT_SECONDS)
-        assert batch.sources is not None
-        where = batch.ids[0], files.get(batch.ids[0], []), batch.sources[0].shape
-        rate, may_be_cut = dataset.manifest.sample_rate, cfg.max_seconds > 0
-        estimates_ST = foreign.read_estimates(*where, rate, may_be_cut)
-        return estimates_ST, batch, estimates_ST
-
-    return read
+    """A function that gives a mixture's estimates, batch of one and outputs to choose from."""
+    return (foreign.estimates_reader if cfg.estimates else scoring.mixture_separator)(cfg)
 
 
 def scorer(cfg: EvaluateConfig) -> Callable[[int], Callable[[], dict[str, Any]]]:
@@ -211,12 +189,13 @@ def score_utterance(
     values, by_source, order, reasons = measure(estimates_ST, sources_ST, mixture_T, rate, kinds)
     if outputs_MT is not None and len(outputs_MT) > len(sources_ST):
         waves_MT = outputs_MT.double() / outputs_MT.double().std(-1, keepdim=True).clamp_min(1e-30)
-        fits_MS = pairwise_si_snr(waves_MT[None], sources_ST[None])[0].numpy()
+        fits_MS = pairwise_si_snr(waves_MT[None], sources_ST[None])[0].nan_to_num(-1e3).numpy()
         best_ST = outputs_MT[linear_sum_assignment(fits_MS, maximize=True)[0]]
+        scoring.check_audible(f"{name}, oracle", best_ST, sources_ST)
         best, *_, why = measure(best_ST, sources_ST, mixture_T, rate, kinds)
         values |= {f"{one}_oracle": best[one] for one in best if not one.endswith("_mixture")}
         reasons += [f"oracle {one}" for one in why]
-    if np.isnan([values["si_snri"], values.get("sdri", 0.0)]).any():
+    if not np.isfinite([values[one] for one in ("si_snri", "sdri", "sir") if one in values]).all():
         raise EvaluationError(f"{name}: its scores are not finite: {values}")
     return {
         "id": name,
@@ -227,7 +206,7 @@ def score_utterance(
         "si_snr_by_source": tuple(by_source[1].tolist()),
         # For sources 1, 2, ... the number (from 1) of the estimate assigned to it.
         "permutation": " ".join(str(int(i) + 1) for i in order),
-    } | ({"incomplete": "; ".join(reasons)} if kinds - {"si_snr", "sdr"} else {})
+    } | ({"incomplete": "; ".join(dict.fromkeys(reasons))} if kinds - {"si_snr", "sdr"} else {})
 
 
 def measure(
@@ -259,7 +238,7 @@ def measure(
             values[one] = float(np.mean(scores))
         except ValueError as error:
             values[one] = np.nan
-            reasons.append(f"{METRICS[one]}: {error}")
+            reasons.append(f"{METRICS[kind_of(one)]}: {error}")
     return values, (before, after), order, reasons
 
 
@@ -268,7 +247,7 @@ def write_listening(
 ) -> list[Track]:
     """Write audio of one mixture; estimates in the order and level of sources.
 
-    Returns the tracks of the listening page beside `folder`, with the scores of `row`.
+    Returns the tracks of a listening page, with the scores of `row`.
     """
     assert batch.sources is not None
     _, order = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))
@@ -280,16 +259,14 @@ def write_listening(
     captions = {"mixture": f"SI-SNRi {row['si_snri']:.1f} dB"}
     for i, value in enumerate(row["si_snr_by_source"], start=1):
         captions[f"estimate {i}"] = f"SI-SNR {value:.1f} dB"
-    tracks = []
     scale = min(1.0, 0.99 / max(float(np.abs(wave).max()) for wave in waves.values()))
+    tracks = []
     for name, wave in waves.items():
-        stream = io.BytesIO()
+        stream, file = io.BytesIO(), storage.join(folder, f"{name.replace(' ', '_')}.wav")
         soundfile.write(stream, wave * scale, rate, format="WAV", subtype="PCM_16")
-        file = f"{name.replace(' ', '_')}.wav"
-        storage.put_bytes(storage.join(folder, file), stream.getvalue())
-        link = f"{folder.rpartition('/')[2]}/{file}"
-        tracks.append(Track(name, link, captions.get(name, ""), wave, rate))
-    return sorted(tracks, key=lambda track: track.label.partition(" ")[2])  # source 1, estimate 1
+        storage.put_bytes(file, stream.getvalue())
+        tracks.append((name, file, captions.get(name, "")))
+    return sorted(tracks, key=lambda track: track[0].partition(" ")[2])  # source 1, estimate 1
 
 
 def summarise(
@@ -298,12 +275,13 @@ def summarise(
     """The content of results.json, without the time that the scoring took."""
     names, speakers = [one for one in METRICS if one in rows[0]], [row["speakers"] for row in rows]
     values_NK = np.array([[row[one] for one in names] for row in rows])
-    ends_2K = mean_intervals(values_NK, speakers, cfg.num_replicates)
+    ends_2K = mean_intervals(values_NK, speakers)
     metrics: dict[str, dict[str, dict[str, Any]]] = {"metrics_db": {}, "metrics": {}}
     for name, values, ends in zip(names, values_NK.T, ends_2K.T, strict=True):
         known = values[~np.isnan(values)]
         found = {key: float(of(known)) if known.size else None for key, of in STATISTICS.items()}
-        found |= {"interval": ends.tolist() if np.isfinite(ends).all() else None}
+        interval = ends.tolist() if np.isfinite(ends).all() else None
+        found = {"mean": found["mean"], "interval": interval} | found
         if f"{name}_oracle" in rows[0]:
             found["oracle"] = float(np.nanmean([row[f"{name}_oracle"] for row in rows]))
         metrics["metrics" if kind_of(name) in PACKAGES else "metrics_db"][name] = found
@@ -317,8 +295,7 @@ def summarise(
         **metrics,
         "intervals": {
             "scheme": SCHEME,
-            "num_replicates": cfg.num_replicates,
-            "num_speakers": len({one for text in speakers for one in text.split("+")} - {""}),
+            "num_speakers": len({*"+".join(speakers).split("+")} - {""}),
         },
         "incomplete": [{"id": id_, "reason": reason} for id_, reason in texts.items()],
         "model": model,

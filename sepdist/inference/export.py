@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ class Export:
     sample_rate: int
     lineage: dict[str, Any]
     url: str
-    rules: dict[str, int] = field(default_factory=dict)  # arguments of `speakers_of`
 
 
 def load_export(url: str) -> Export:
@@ -41,8 +40,9 @@ def load_export(url: str) -> Export:
     load_weights(model, weights, source=folder)
     rules = {name: int(card[name]) for name in OUTPUT_RULES if card.get(name)}
     if rules:
+        model.output_rules = rules  # type: ignore[assignment]
         model.register_forward_hook(lambda _, __, estimates: speakers_of(estimates, **rules))
-    return Export(model.eval(), int(card["sample_rate"]), lineage, folder, rules)
+    return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
 
 
 def build_stored(node: Mapping[str, Any], weights: Mapping[str, Tensor], folder: str) -> nn.Module:

@@ -5,13 +5,16 @@ est1, spk1 or source1hat are as good as s1, and numbers may start anywhere: scor
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sepdist.audio import find_files, open_sound
-from sepdist.inference.scoring import EvaluationError
+from sepdist.config import EvaluateConfig
+from sepdist.data.records import Batch
+from sepdist.inference.scoring import NO_LIMIT_SECONDS, EvaluationError, open_dataset
 
 _SOURCE = r"(?:s|spk|speaker|est|estimate|source)_?\d+(?:hat)?"
 
@@ -25,23 +28,32 @@ def find_estimates(folder: str) -> dict[str, list[Path]]:
     return found
 
 
-def read_estimates(id_: str, paths: list[Path], shape: torch.Size, rate: int, cut: bool) -> Tensor:
-    """The estimates [S, T] of a mixture with sources of this shape, cut to T where they may be.
+def estimates_reader(cfg: EvaluateConfig) -> Callable[[int], tuple[Tensor, Batch, Tensor]]:
+    """`scoring.mixture_separator` with estimates from `cfg.estimates`, which must be as the data.
 
-    EvaluationError for too few or many files, another rate or length, or several channels.
+    They are cut where `max_seconds` cuts the mixture.
     """
-    waves = torch.zeros(shape)
-    if len(paths) != len(waves):
-        there = ", ".join(map(str, paths)) or "none"
-        raise EvaluationError(f"{id_}: {len(paths)} estimates of {len(waves)} sources ({there})")
-    for wave_T, path in zip(waves, paths, strict=True):
-        with open_sound(path) as sound:
-            size, wanted = sound.frames, len(wave_T)
-            if (sound.samplerate, sound.channels) != (rate, 1):
-                has = f"{sound.samplerate} Hz and {sound.channels} channel(s)"
-                raise EvaluationError(f"{id_}: {path} has {has}; the mixture has {rate} Hz and 1")
-            if size < wanted or (size > wanted and not cut):
-                wrong = f"too {'short' if size < wanted else 'long'}: {size} samples"
-                raise EvaluationError(f"{id_}: {path} is {wrong}, the mixture has {wanted}")
-            wave_T[:] = torch.from_numpy(sound.read(wanted, "float32"))
-    return waves
+    dataset, files = open_dataset(cfg), find_estimates(str(cfg.estimates))
+    rate = dataset.manifest.sample_rate
+
+    def read(number: int) -> tuple[Tensor, Batch, Tensor]:
+        batch = dataset.full(number, cfg.max_seconds or NO_LIMIT_SECONDS)
+        assert batch.sources is not None
+        waves, paths = torch.zeros_like(batch.sources[0]), files.get(batch.ids[0], [])
+        num_samples = waves.shape[1]
+        if len(paths) != len(waves):
+            there = f"{len(paths)} estimates of {len(waves)} sources"
+            raise EvaluationError(f"{batch.ids[0]}: {there} ({', '.join(map(str, paths))})")
+        for wave_T, path in zip(waves, paths, strict=True):
+            with open_sound(path) as sound:
+                has = f"{sound.samplerate} Hz, {sound.channels} channel(s), {sound.frames} samples"
+                fits = (
+                    sound.frames >= num_samples if cfg.max_seconds else sound.frames == num_samples
+                )
+                if (sound.samplerate, sound.channels) != (rate, 1) or not fits:
+                    wanted = f"{rate} Hz, 1 channel and {num_samples} samples"
+                    raise EvaluationError(f"{batch.ids[0]}: {path} has {has}, not {wanted}")
+                wave_T[:] = torch.from_numpy(sound.read(num_samples, "float32"))
+        return waves, batch, waves
+
+    return read

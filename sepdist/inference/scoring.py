@@ -122,8 +122,8 @@ def mixture_separator(cfg: EvaluateConfig) -> Callable[[int], tuple[Tensor, Batc
     Third are the outputs [M, T] that it chooses from, which are the estimates for most models.
     """
     device, dataset = device_of(cfg), open_dataset(cfg)
-    export = load_export(cfg.model)
-    model, num_loudest = export.model.to(device), export.rules.pop("num_loudest", 0)
+    model = load_export(cfg.model).model.to(device)
+    num_loudest = getattr(model, "output_rules", {}).pop("num_loudest", 0)  # done here instead
 
     def separate(number: int) -> tuple[Tensor, Batch, Tensor]:
         batch = dataset.full(number, cfg.max_seconds or NO_LIMIT_SECONDS)

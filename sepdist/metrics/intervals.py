@@ -20,34 +20,30 @@ MIN_SPEAKERS = 5  # fewer say nothing about others
 SCHEME = "95 %, percentiles of a bootstrap over speakers; a mixture weighs the product of counts"
 
 
-def speaker_table(speakers: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Numbers of each mixture's speakers, [N, most of one], filled up with P; and P.
+def speakers_in(speakers: Sequence[str]) -> np.ndarray:
+    """Which of all speakers each mixture has, 0 or 1, [N, P].
 
     `speakers` has them with "+" in between. A mixture without any counts as its own speaker.
     """
-    sets = [sorted(set(text.split("+"))) if text else [i] for i, text in enumerate(speakers)]
-    numbers = {one: i for i, one in enumerate(dict.fromkeys(one for each in sets for one in each))}
-    table = np.full((len(sets), max(map(len, sets))), len(numbers))
-    for row, each in zip(table, sets, strict=True):
-        row[: len(each)] = [numbers[one] for one in each]
-    return table, len(numbers)
+    sets = [{*text.split("+")} if text else {i} for i, text in enumerate(speakers)]
+    names = list(dict.fromkeys(one for each in sets for one in sorted(each)))
+    return np.array([[one in each for one in names] for each in sets], float)
 
 
 def mean_intervals(
-    values_NK: np.ndarray, speakers: Sequence[str], replicates: int = 1000, level: float = 0.95
+    values_NK: np.ndarray, speakers: Sequence[str], replicates: int = 1000
 ) -> np.ndarray:
-    """The ends [2, K] of the intervals of the means; NaN scores are left out, NaN if undefined."""
-    table, num_speakers = speaker_table(speakers)
-    if num_speakers < MIN_SPEAKERS or not replicates:
+    """The ends [2, K] of 95 % intervals of the means without NaN scores; NaN for few speakers."""
+    has_NP, known_NK = speakers_in(speakers), ~np.isnan(values_NK)
+    num_speakers = has_NP.shape[1]
+    if num_speakers < MIN_SPEAKERS:
         return np.full((2, values_NK.shape[1]), np.nan)
-    known_NK, random = ~np.isnan(values_NK), rng(0, "bootstrap over speakers")
-    filled_NK, means = np.where(known_NK, values_NK, 0.0), []
-    for _ in range(replicates):
-        drawn = random.integers(num_speakers, size=num_speakers)
-        weights_N = np.append(np.bincount(drawn, minlength=num_speakers), 1)[table].prod(1)
-        with np.errstate(invalid="ignore"):  # of a replicate without any mixture
-            means.append(weights_N @ filled_NK / (weights_N @ known_NK))
-    return np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    chances = np.full(num_speakers, 1 / num_speakers)
+    counts_RP = rng(0, "bootstrap over speakers").multinomial(num_speakers, chances, replicates)
+    weights_RN = np.exp(np.log(np.maximum(counts_RP, 1e-99)) @ has_NP.T).round()
+    with np.errstate(invalid="ignore"):  # of draws of speakers who have no mixture together
+        means_RK = weights_RN @ np.where(known_NK, values_NK, 0.0) / (weights_RN @ known_NK)
+    return np.nanquantile(means_RK, [0.025, 0.975], axis=0)
 
 
 def sign_flip_p(
@@ -59,12 +55,10 @@ def sign_flip_p(
     flipped at random, because differences that share a speaker are no independent pairs. For one
     speaker per mixture this is the common test with the speakers' sums as clusters.
     """
-    table, num_speakers = speaker_table(speakers)
-    has_NP = (table[:, :, None] == np.arange(num_speakers)).any(1).astype(float)
-    has_NP = np.unique(has_NP, axis=1)  # speakers who only occur together cannot be told apart
+    # Speakers who only occur together cannot be told apart: they are one.
+    has_NP = np.unique(speakers_in(speakers), axis=1)
     effects_P = np.linalg.pinv(has_NP.T @ has_NP, hermitian=True) @ (has_NP.T @ differences_N)
     shares_P = has_NP.sum(0) * effects_P
     signs_RP = rng(0, "sign flips").choice([-1.0, 1.0], (replicates, len(shares_P)))
-    observed, tolerance = abs(differences_N.sum()), 1e-9 * np.abs(differences_N).sum()
-    as_far = np.abs(signs_RP @ shares_P) >= observed - tolerance
-    return float((1 + as_far.sum()) / (1 + replicates))
+    least = abs(differences_N.sum()) - 1e-9 * np.abs(differences_N).sum()
+    return float((1 + (np.abs(signs_RP @ shares_P) >= least).sum()) / (1 + replicates))

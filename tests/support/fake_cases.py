@@ -116,7 +116,6 @@ def inferring(fake: FakeDevice) -> list[str]:
     ):
         patched["open_dataset"].return_value = dataset_of(batch(2))
         patched["load_export"].return_value.model = small("conv_tasnet", 2).eval()
-        patched["load_export"].return_value.rules = {}
         load.return_value.model = small("sisnr_cnn", 2).eval()
         separate, predict = scoring.mixture_separator(cfg), estimation.predictor(cfg)
         fake.waits.clear()
