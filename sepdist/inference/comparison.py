@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sepdist import slots, storage
 from sepdist.config import CompareConfig, ConfigError, differences
-from sepdist.inference.evaluation import METRICS, print_scores, text_of
+from sepdist.inference.evaluation import METRICS, mean_of, print_scores, text_of
 from sepdist.metrics.intervals import SCHEME, mean_intervals, sign_flip_p
 from sepdist.reporting import to_json
 
@@ -36,19 +36,17 @@ def compare(cfg: CompareConfig, console: Console) -> dict[str, Any]:
     pairs_NK2 = np.stack([values[id_].T for id_ in ids])
     speakers, gains_NK = [rows[0][id_]["speakers"] for id_ in ids], np.diff(pairs_NK2)[..., 0]
     found, columns = {}, {one: dict[str, str]() for one in ("a", "b", "b - a", "p")}
-    ends_K2 = mean_intervals(gains_NK, speakers).T
-    for one, pair, gains_N, ends in zip(
-        metrics, pairs_NK2.mean(0), gains_NK.T, ends_K2, strict=True
+    for one, gains_N, ends in zip(
+        metrics, gains_NK.T, mean_intervals(gains_NK, speakers).T, strict=True
     ):
         interval, p = (
             None if np.isnan(ends).any() else ends.tolist(),
             sign_flip_p(gains_N, speakers),
         )
-        found[one] = {"mean": gains_N.mean(), "interval": interval, "p": p}
-        gain = text_of(one, gains_N.mean(), *(interval or ()))
-        texts = (*(text_of(one, mean) for mean in pair), gain, f"{p:.4f}")
-        for column, text in zip(columns.values(), texts, strict=True):
-            column[one] = text
+        found[one] = {"mean": float(gains_N.mean()), "interval": interval, "p": p}
+        columns["b - a"][one], columns["p"][one] = mean_of(one, found[one]), f"{p:.4f}"
+        for side, mean in zip("ab", pairs_NK2[:, metrics.index(one)].mean(0), strict=True):
+            columns[side][one] = text_of(one, mean)
     print_scores(
         console, f"{len(ids)} utterances of {data[0]['corpus']} {data[0]['split']}", columns
     )
@@ -56,7 +54,7 @@ def compare(cfg: CompareConfig, console: Console) -> dict[str, Any]:
     if any(left_out):
         console.print("left out, without a score in the other: {} of a, {} of b".format(*left_out))
     results = {"a": cfg.a, "b": cfg.b, "num_utterances": len(ids), "num_left_out": left_out}
-    results |= {"data": data[0], "scheme": SCHEME, "differences": found}
+    results |= {"data": data[0], "intervals": SCHEME, "differences": found}
     if cfg.output:
         place = storage.join(cfg.output, "comparison.json")
         storage.put_bytes(place, to_json(results, indent=1).encode())

@@ -75,21 +75,19 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     names = {"-".join(one.data.rstrip("/").split("/")[-2:]): one for one in sets}
     if len(names) < len(sets):
         raise ConfigError(f"data={cfg.data}: of two data sets the last two folders are the same")
-    found, columns = {}, {}
+    found: dict[str, Any] = {}
     for name, one in names.items():
         own = replace(one, output=storage.join(one.output, name), max_unscored=-1)
         found[name] = evaluate_one(own, export, console)
-        columns[name] = {
-            metric: text_of(metric, score["mean"], *(score["interval"] or ()))
-            for metric, score in scores_of(found[name]).items()
-        }
+    scores = {name: one["metrics_db"] | one["metrics"] for name, one in found.items()}
+    columns = {
+        name: {key: mean_of(key, one) for key, one in own.items()} for name, own in scores.items()
+    }
     print_scores(console, "means and their 95 % intervals", columns)
-    results: dict[str, Any] = {"data_sets": found, "unscored": [], "incomplete": []}
-    for each in found.values():
-        results["unscored"] += each["unscored"]
-        results["incomplete"] += each["incomplete"]
-    scoring.write_results(console, sets[0], {}, results)
-    return results
+    lists = ("unscored", "incomplete")
+    results = {key: [one for each in found.values() for one in each[key]] for key in lists}
+    scoring.write_results(console, sets[0], {}, results | {"data_sets": found})
+    return results | {"data_sets": found}
 
 
 def check_scores(cfg: EvaluateConfig, manifest: Manifest) -> None:
@@ -119,9 +117,7 @@ def evaluate_one(cfg: EvaluateConfig, export: Export | None, console: Console) -
         }
     elif unused := foreign.find_estimates(model["url"]).keys() - {one["id"] for one in ids}:
         model["unused"] = sorted(unused)
-        console.print(
-            f"{len(unused)} names in {model['url']} are no mixture's, such as {min(unused)}"
-        )
+        console.print(f"{cfg.estimates}: {len(unused)} names are no mixture's, as {min(unused)}")
     found, unscored = scoring.run_on_data_set(scorer, cfg, range(len(ids)), ids, console)
     sections = []
     with scoring.single_threaded():
@@ -256,16 +252,15 @@ def write_listening(
     for i, wave in enumerate(estimates_ST[order[0]].numpy(), start=1):
         level = np.linalg.norm(sources[f"source {i}"]) / np.linalg.norm(wave)
         waves[f"estimate {i}"] = wave * float(level)
-    captions = {"mixture": f"SI-SNRi {row['si_snri']:.1f} dB"}
-    for i, value in enumerate(row["si_snr_by_source"], start=1):
-        captions[f"estimate {i}"] = f"SI-SNR {value:.1f} dB"
     scale = min(1.0, 0.99 / max(float(np.abs(wave).max()) for wave in waves.values()))
+    shown = [row["si_snri"], *[None] * len(sources), *row["si_snr_by_source"]]
     tracks = []
-    for name, wave in waves.items():
+    for (name, wave), value in zip(waves.items(), shown, strict=True):
         stream, file = io.BytesIO(), storage.join(folder, f"{name.replace(' ', '_')}.wav")
         soundfile.write(stream, wave * scale, rate, format="WAV", subtype="PCM_16")
         storage.put_bytes(file, stream.getvalue())
-        tracks.append((name, file, captions.get(name, "")))
+        kind = "SI-SNRi" if name == "mixture" else "SI-SNR"
+        tracks.append((name, file, "" if value is None else f"{kind} {value:.1f} dB"))
     return sorted(tracks, key=lambda track: track[0].partition(" ")[2])  # source 1, estimate 1
 
 
@@ -285,19 +280,14 @@ def summarise(
         if f"{name}_oracle" in rows[0]:
             found["oracle"] = float(np.nanmean([row[f"{name}_oracle"] for row in rows]))
         metrics["metrics" if kind_of(name) in PACKAGES else "metrics_db"][name] = found
-    texts = {
-        row["id"]: f"{row['id']}: {row['incomplete']}" for row in rows if row.get("incomplete")
-    }
+    lacking = [row for row in rows if row.get("incomplete")]
     return {
         "num_utterances": len(rows),
         "num_worse_than_mixture": sum(row["si_snri"] < 0 for row in rows),
         "hours": sum(row["length_seconds"] for row in rows) / 3600,
         **metrics,
-        "intervals": {
-            "scheme": SCHEME,
-            "num_speakers": len({*"+".join(speakers).split("+")} - {""}),
-        },
-        "incomplete": [{"id": id_, "reason": reason} for id_, reason in texts.items()],
+        "intervals": {"of": SCHEME, "num_speakers": len({*"+".join(speakers).split("+")} - {""})},
+        "incomplete": [{"id": x["id"], "reason": f"{x['id']}: {x['incomplete']}"} for x in lacking],
         "model": model,
         "data": {
             "url": cfg.data,
@@ -312,36 +302,35 @@ def summarise(
     }
 
 
-def scores_of(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The statistics in a results.json by metric."""
-    return results["metrics_db"] | results["metrics"]
-
-
 def text_of(metric: str, *values: float | None) -> str:
-    """A score, or a mean and the ends of its interval: STOI and PESQ with three decimals."""
+    """Scores as text: two decimals in dB, three of STOI and PESQ."""
     digits = 3 if kind_of(metric) in PACKAGES else 2
-    texts = ["none" if one is None else f"{one:.{digits}f}" for one in values]
-    return " to ".join(texts) if len(texts) < 3 else "{} ({} to {})".format(*texts)
+    return " to ".join("none" if one is None else f"{one:.{digits}f}" for one in values)
+
+
+def mean_of(metric: str, score: Mapping[str, Any]) -> str:
+    """A mean with its interval, if it has one, as text."""
+    interval = f" ({text_of(metric, *score['interval'])})" if score["interval"] else ""
+    return text_of(metric, score["mean"]) + interval
 
 
 def print_scores(console: Console, title: str, columns: Mapping[str, Mapping[str, str]]) -> None:
     """Print a table with a row for each metric, of the texts in `columns` by metric."""
     table = Table("", *columns, title=title, title_justify="left")
-    for metric, label in METRICS.items():
-        if any(metric in texts for texts in columns.values()):
-            style = "bold" if metric in ("si_snri", "sdri") else None
-            cells = (texts.get(metric, "") for texts in columns.values())
-            table.add_row(label, *cells, style=style)
+    for metric in (one for one in METRICS if any(one in texts for texts in columns.values())):
+        style = "bold" if metric in ("si_snri", "sdri") else None
+        cells = (texts.get(metric, "") for texts in columns.values())
+        table.add_row(METRICS[metric], *cells, style=style)
     console.print(table)
 
 
 def print_table(console: Console, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
     """Print the metrics and the utterance with the least improvement."""
     data, missing, columns = results["data"], results["num_unscored"], dict[str, Any]()
-    for metric, found in scores_of(results).items():
-        for name, value in found.items():
-            ends = [value] if name != "interval" else value or [None]
-            columns.setdefault(name, {})[metric] = text_of(metric, *ends)
+    for metric, found in (results["metrics_db"] | results["metrics"]).items():
+        texts = {name: text_of(metric, *np.atleast_1d(value)) for name, value in found.items()}
+        for name, text in texts.items():
+            columns.setdefault(name, {})[metric] = text
     of_all = f" of {len(rows) + missing}" if missing else ""
     counts = f"{len(rows)}{of_all} utterances, {results['hours']:.2f} h"
     print_scores(console, f"{data['corpus']} {data['split']}: {counts}", columns)

@@ -20,7 +20,7 @@ _SOURCE = r"(?:s|spk|speaker|est|estimate|source)_?\d+(?:hat)?"
 
 
 def find_estimates(folder: str) -> dict[str, list[Path]]:
-    """The audio files below a folder by the id of their mixture, in order."""
+    """The audio files below a local folder by the id of their mixture, in order."""
     found: dict[str, list[Path]] = defaultdict(list)
     for path in find_files(folder):
         name = path.relative_to(folder).as_posix().removesuffix(path.suffix)
@@ -29,31 +29,25 @@ def find_estimates(folder: str) -> dict[str, list[Path]]:
 
 
 def estimates_reader(cfg: EvaluateConfig) -> Callable[[int], tuple[Tensor, Batch, Tensor]]:
-    """`scoring.mixture_separator` with estimates from `cfg.estimates`, which must be as the data.
-
-    They are cut where `max_seconds` cuts the mixture.
-    """
+    """`scoring.mixture_separator` for the files in `cfg.estimates`, cut as the mixtures are."""
     dataset, files = open_dataset(cfg), find_estimates(str(cfg.estimates))
-    rate = dataset.manifest.sample_rate
+    wanted = f"{dataset.manifest.sample_rate} Hz, 1 channel(s)"
 
     def read(number: int) -> tuple[Tensor, Batch, Tensor]:
         batch = dataset.full(number, cfg.max_seconds or NO_LIMIT_SECONDS)
         assert batch.sources is not None
-        waves, paths = torch.zeros_like(batch.sources[0]), files.get(batch.ids[0], [])
-        num_samples = waves.shape[1]
+        waves, paths, name = batch.sources[0].clone(), files.get(batch.ids[0], []), batch.ids[0]
         if len(paths) != len(waves):
-            there = f"{len(paths)} estimates of {len(waves)} sources"
-            raise EvaluationError(f"{batch.ids[0]}: {there} ({', '.join(map(str, paths))})")
+            there = ", ".join(map(str, paths)) or "none"
+            raise EvaluationError(f"{name}: {len(paths)} of {len(waves)} estimates ({there})")
         for wave_T, path in zip(waves, paths, strict=True):
             with open_sound(path) as sound:
-                has = f"{sound.samplerate} Hz, {sound.channels} channel(s), {sound.frames} samples"
-                fits = (
-                    sound.frames >= num_samples if cfg.max_seconds else sound.frames == num_samples
-                )
-                if (sound.samplerate, sound.channels) != (rate, 1) or not fits:
-                    wanted = f"{rate} Hz, 1 channel and {num_samples} samples"
-                    raise EvaluationError(f"{batch.ids[0]}: {path} has {has}, not {wanted}")
-                wave_T[:] = torch.from_numpy(sound.read(num_samples, "float32"))
+                has = f"{sound.samplerate} Hz, {sound.channels} channel(s)"
+                extra = sound.frames - len(wave_T)
+                if has != wanted or extra < 0 or (extra and not cfg.max_seconds):
+                    own = f"{has}, {sound.frames} samples"
+                    raise EvaluationError(f"{name}: {path} has {own}, not {wanted}, {len(wave_T)}")
+                wave_T[:] = torch.from_numpy(sound.read(len(wave_T), "float32"))
         return waves, batch, waves
 
     return read

@@ -4,6 +4,7 @@ It needs no server and no script: audio is linked relative to the page, pictures
 """
 
 import base64
+import contextlib
 import io
 import os
 from collections.abc import Iterable, Sequence
@@ -46,11 +47,8 @@ def _figure(folder: str, label: str, file: str, caption: str) -> str:
     if not storage.is_remote(file) and not storage.is_remote(folder):
         place = os.path.expanduser(file)
         link = os.path.relpath(place, os.path.expanduser(folder))
-        try:
+        with contextlib.suppress(AudioError):  # of a format that only the browser reads
             wave_T, rate = load_channel(place, MAX_DRAWN, may_be_silent=True)
-        except AudioError:  # such as of a format that only the browser reads
-            rate = 0
-        if rate:
             data = base64.b64encode(spectrogram_png(wave_T, rate)).decode()
             shown = f"{label}, {wave_T.size / rate:.1f} s, 0 to {rate / 2000:g} kHz"
             picture = f'<img alt="{escape(shown)}" src="data:image/png;base64,{data}">\n'

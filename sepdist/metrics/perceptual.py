@@ -28,20 +28,15 @@ def check_usable(names: Iterable[str], rate: int) -> None:
 
 def perceptual_score(name: str, estimate_T: np.ndarray, source_T: np.ndarray, rate: int) -> float:
     """One of PACKAGES of an estimate; ValueError with the reason if it has none."""
-    if name == "pesq":
-        import pesq
-
-        try:
-            return float(pesq.pesq(rate, source_T, estimate_T, PESQ_MODES[rate]))
-        except pesq.PesqError as error:
-            reason = error.args[0] if error.args else b"no reason given"
-            raise ValueError(reason.decode() if isinstance(reason, bytes) else reason) from error
-    import pystoi
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # instead of which it returns 1e-5
-        try:
-            value = pystoi.stoi(source_T, estimate_T, rate, extended=name == "estoi")
-        except (RuntimeWarning, IndexError) as error:
-            raise ValueError("fewer than 30 frames (0.4 s) within 40 dB of the loudest") from error
+    package = importlib.import_module(PACKAGES[name])
+    try:
+        if name == "pesq":
+            return float(package.pesq(rate, source_T, estimate_T, PESQ_MODES[rate]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # instead of which it returns 1e-5
+            value = package.stoi(source_T, estimate_T, rate, extended=name == "estoi")
+    except (RuntimeWarning, IndexError) as error:
+        raise ValueError("fewer than 30 frames (0.4 s) within 40 dB of the loudest") from error
+    except RuntimeError as error:  # pesq's, whose text is bytes
+        raise ValueError(str(error).strip("b'")) from error
     return round(float(value), 9)  # pystoi adds noise of 1e-16, at random

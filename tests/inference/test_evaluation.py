@@ -19,24 +19,11 @@ from torch import nn
 
 from sepdist.cli import evaluate as program
 from sepdist.config import ConfigError, EvaluateConfig
-from sepdist.data.records import Batch, Mixture
+from sepdist.data.records import Mixture
 from sepdist.inference import evaluation, scoring
 from sepdist.inference.evaluation import score_utterance
 from sepdist.inference.scoring import EvaluationError
-from tests.support.exports import RATE, oracle_si_snr, voices, write_export
-
-
-def batch_of(sources: np.ndarray, noise: np.ndarray | None = None) -> Batch:
-    mixture = sources.sum(0) + (0 if noise is None else noise)
-    return Batch(
-        ids=["talk-7"],
-        positions=torch.tensor([0]),
-        mixture=torch.from_numpy(mixture)[None],
-        sources=torch.from_numpy(sources)[None],
-        noise=None if noise is None else torch.from_numpy(noise)[None],
-        lengths=torch.tensor([sources.shape[1]]),
-        speakers=[("anna", "bert")],
-    )
+from tests.support.exports import RATE, batch_of, oracle_si_snr, voices, write_export
 
 
 def oracle_sdr(estimate: np.ndarray, source: np.ndarray, taps: int = 512) -> float:

@@ -27,8 +27,7 @@ from sepdist.inference.comparison import compare
 from sepdist.inference.evaluation import score_utterance
 from sepdist.inference.listening import write_listening_page
 from sepdist.inference.scoring import EvaluationError
-from tests.inference.test_evaluation import batch_of
-from tests.support.exports import MODEL, RATE, oracle_si_snr, voices, write_export
+from tests.support.exports import MODEL, RATE, batch_of, oracle_si_snr, voices, write_export
 
 IDS = [f"m{number}" for number in range(6)]
 
@@ -113,7 +112,11 @@ def test_files_of_another_system_are_scored_with_the_permutation_solved_and_the_
     assert [one["id"] for one in results["incomplete"]] == ["m5"]
     assert results["model"] == {"url": str(work / "theirs"), "unused": ["stranger"]}
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "1 names" in shown and "1 lack some of their scores" in shown and "PESQ" in shown
+    assert (
+        "1 names are no mixture's" in shown
+        and "1 lack some of their scores" in shown
+        and "PESQ" in shown
+    )
     with pytest.raises(EvaluationError, match=r"1 lack some of their scores.*max_unscored=1"):
         evaluation.evaluate(theirs(work, "x", metrics=["stoi"]), console)
 
@@ -136,8 +139,8 @@ def test_names_with_a_suffix_are_as_good_and_what_does_not_fit_is_named(
     evaluation.evaluate(cfg, console)
     rows = rows_of(work / "suffix")
     assert [one for one in IDS if not rows[one]["reason"]] == ["m0", "m5"]
-    assert "1 estimates of 2 sources" in rows["m1"]["reason"]
-    assert "5191 samples, not 8000 Hz, 1 channel and 5200" in rows["m2"]["reason"]
+    assert "1 of 2 estimates" in rows["m1"]["reason"]
+    assert "5191 samples, not 8000 Hz, 1 channel(s), 5200" in rows["m2"]["reason"]
     assert "m3_s1.wav has 16000 Hz" in rows["m3"]["reason"]
     assert "2 channel(s)" in rows["m4"]["reason"]
 
@@ -146,9 +149,9 @@ def test_a_folder_of_other_names_or_a_model_beside_it_is_refused(
     work: Path, tmp_path: Path, console: Console
 ) -> None:
     soundfile.write(tmp_path / "talk_est1.wav", np.ones(100), RATE)
-    with pytest.raises(EvaluationError, match="none of 6 has a score: m0: 0 estimates of 2"):
+    with pytest.raises(EvaluationError, match="none of 6 has a score: m0: 0 of 2 estimates"):
         evaluation.evaluate(theirs(work, "x", estimates=str(tmp_path)), console)
-    assert "1 names" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1 names are" in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="give one of them"):
         evaluation.evaluate(theirs(work, "x", model="runs/a"), console)
     with pytest.raises(ConfigError, match="metrics: no 'snr'; there are si_snri, sdri"):
