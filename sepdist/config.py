@@ -302,7 +302,7 @@ def check(value: Any, key: str = "", owner: dataclasses.Field | None = None) -> 
             check(inner, name, one)
             if inner and one.name in getattr(value, "path_arguments", ()):
                 check(inner, name)  # a path, as those of parts may be
-                if storage.absolute(inner) == "/":
+                if any(storage.absolute(one) == "/" for one in listed(inner)):
                     raise ConfigError(f"{name}={inner}: it is the root of all files; give a folder")
     elif isinstance(value, Mapping | list | tuple):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -320,6 +320,12 @@ def check(value: Any, key: str = "", owner: dataclasses.Field | None = None) -> 
         if not (least <= value <= most and math.isfinite(value)):
             takes = allowed(owner) if owner and least > -math.inf else "a finite number"
             raise ConfigError(f"{key}={value}: give {takes}")
+
+
+def listed(text: str) -> list[str]:
+    """The items of a text [a,b], or the text alone."""
+    found = re.fullmatch(r"\[(.+)\]", text)
+    return [one.strip(" '\"") for one in found[1].split(",")] if found else [text]
 
 
 def number_range(owner: dataclasses.Field | None) -> tuple[float, float]:

@@ -4,7 +4,6 @@ Shapes: S sources, M outputs of a model that chooses S of them, T samples, N mix
 """
 
 import io
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sepdist import slots, storage
-from sepdist.config import MISSING, ConfigError, EvaluateConfig
+from sepdist.config import MISSING, ConfigError, EvaluateConfig, listed
 from sepdist.data.records import Batch
 from sepdist.data.shards import Manifest, read_manifest
 from sepdist.inference import foreign, scoring
@@ -62,15 +61,13 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     """
     if cfg.estimates and cfg.model not in (MISSING, cfg.estimates):
         raise ConfigError(f"model={cfg.model} and estimates={cfg.estimates}: give one of them")
-    listed = re.fullmatch(r"\[(.*)\]", cfg.data)
-    urls = [one.strip(" '\"") for one in listed[1].split(",")] if listed else [cfg.data]
-    sets = [replace(cfg, data=url) for url in urls]
+    sets = [replace(cfg, data=url) for url in listed(cfg.data)]
     for one in sets:
         slots.make_paths_absolute(one)
     export = None if cfg.estimates else load_separator(sets[0].model)
     for one in sets:  # what does not fit is refused before anything is scored
         check_scores(one, scoring.check_data(one, export)[0])
-    if not listed:
+    if listed(cfg.data) == [cfg.data]:
         return evaluate_one(sets[0], export, console)
     names = {"-".join(one.data.rstrip("/").split("/")[-2:]): one for one in sets}
     if len(names) < len(sets):
