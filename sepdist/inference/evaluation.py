@@ -72,6 +72,7 @@ def evaluate(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     names = {"-".join(one.data.rstrip("/").split("/")[-2:]): one for one in sets}
     if len(names) < len(sets):
         raise ConfigError(f"data={cfg.data}: of two data sets the last two folders are the same")
+    storage.remove(storage.join(sets[0].output, "results.json"))
     found: dict[str, Any] = {}
     for name, one in names.items():
         own = replace(one, output=storage.join(one.output, name), max_unscored=-1)
@@ -325,9 +326,9 @@ def print_table(console: Console, results: Mapping[str, Any], rows: Sequence[Map
     """Print the metrics and the utterance with the least improvement."""
     data, missing, columns = results["data"], results["num_unscored"], dict[str, Any]()
     for metric, found in (results["metrics_db"] | results["metrics"]).items():
-        texts = {name: text_of(metric, *np.atleast_1d(value)) for name, value in found.items()}
-        for name, text in texts.items():
-            columns.setdefault(name, {})[metric] = text
+        for name, value in found.items():
+            columns.setdefault(name, {})[metric] = text_of(metric, *np.atleast_1d(value))
+    del columns["std"]  # for the width of a terminal
     of_all = f" of {len(rows) + missing}" if missing else ""
     counts = f"{len(rows)}{of_all} utterances, {results['hours']:.2f} h"
     print_scores(console, f"{data['corpus']} {data['split']}: {counts}", columns)
