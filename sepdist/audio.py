@@ -74,7 +74,10 @@ def open_sound(path: str | Path) -> soundfile.SoundFile:
             sound = _counted_mp3(path, sound)
     except soundfile.LibsndfileError as error:
         reason = error.error_string
-        raise AudioError(f"{path}: cannot be decoded ({reason}); fetch the file again") from error
+        with open(path, "rb") as file:
+            shorten = b"embedded-shorten" in file.read(1024)
+        todo = "sph2pipe -f wav IN OUT undoes shorten" if shorten else "fetch the file again"
+        raise AudioError(f"{path}: cannot be decoded ({reason}); {todo}") from error
     if _is_cut(path, sound):
         raise AudioError(f"{path}: cut short, its header declares more; fetch the file again")
     if sound.frames > 2**14 * os.path.getsize(path):  # more than FLAC's silence

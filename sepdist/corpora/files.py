@@ -1,8 +1,11 @@
 """Helpers of the corpora that are folders of audio files: keys, tables, loading, missing files."""
 
 import csv
+import hashlib
 import io
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,16 +16,26 @@ from sepdist import audio
 from sepdist.audio import AudioError
 
 logger = logging.getLogger(__name__)
+MAX_KEY_BYTES = 100 - len(".noise.flac")  # of a file name in a ustar archive
 
 
 def sample_key(name: str) -> str:
-    """Replace '.' by 'p', because the key of a shard's sample ends at its first dot.
+    """Make a name the key of a sample: '-' for '/', 'p' for '.', and cut, with a hash, at 89 bytes.
 
-    In the names of WSJ0-mix and WHAM!, `<utt1>_<level1>_<utt2>_<level2>`, fields 2, 4, ... are
-    numbers: the first 'p' in those is the dot, so the original name can be recovered. Elsewhere two
-    names may become one key, which `require_unique` reports.
+    A WebDataset key ends at its first dot. In the names of WSJ0-mix and WHAM!,
+    `<utt1>_<level1>_<utt2>_<level2>`, the first 'p' in fields 2, 4, ... is the dot, so the original
+    name can be recovered. Elsewhere two names may become one key, which `require_unique` reports.
     """
-    return name.replace(".", "p")
+    key = re.sub(r"[\x00-\x1f\x7f]", "_", printable(name).replace("/", "-").replace(".", "p"))
+    if len(key.encode()) <= MAX_KEY_BYTES:
+        return key
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+    return f"{key.encode()[: MAX_KEY_BYTES - 13].decode(errors='ignore')}-{digest}"
+
+
+def printable(name: str) -> str:
+    """Write the bytes of a file name that are not UTF-8 as \\xNN."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def require_unique(keys: Iterable[str], where: str) -> None:
@@ -55,9 +68,10 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file whose first line names its columns; ValueError names it."""
+    """Read a CSV file (.tsv: tabs) whose first line names its columns; ValueError names it."""
     try:
-        return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        text, by = io.StringIO(read_text(path), newline=""), "\t" if path.suffix == ".tsv" else ","
+        return list(csv.DictReader(text, delimiter=by))
     except csv.Error as error:
         raise ValueError(f"{path}: is not a CSV file ({error})") from error
 
@@ -66,35 +80,57 @@ def load(
     path: str,
     sample_rate: int,
     resample: Callable[[np.ndarray, int, int], np.ndarray] = audio.resample,
+    *,
+    exactly: bool = False,
 ) -> np.ndarray:
     """Load the first channel of a file, float32 [T] at `sample_rate`; lower rates are an error."""
     wave, rate = audio.load_channel(path)
-    audio.require_rate(rate, sample_rate, path)
+    audio.require_rate(rate, sample_rate, path, exactly=exactly)
     return audio.clip(resample(wave, rate, sample_rate), path)
 
 
+def read_members(
+    paths: Mapping[str, Path], sample_rate: int = 0, *, exactly: bool = False
+) -> tuple[dict[str, np.ndarray], int]:
+    """Read the files of a mixture, float32 [T], and their rate; AudioError unless all are alike."""
+    members, rate = dict[str, np.ndarray](), sample_rate
+    for member, path in paths.items():
+        members[member], found = audio.load_channel(path, may_be_silent=True)
+        audio.require_rate(found, rate, str(path), exactly=exactly or len(members) > 1)
+        rate, first = found, next(iter(members))
+        if (size := members[member].size) != members[first].size:
+            other = f"{paths[first]} has {members[first].size}"
+            raise AudioError(f"{path}: {size} samples where {other}; generate it again")
+    return members, rate
+
+
 def load_generated(
-    paths: Mapping[str, Path], sample_rate: int, mixture: Path | None = None
+    paths: Mapping[str, Path],
+    sample_rate: int,
+    mixture: Path | None = None,
+    *,
+    own: bool = False,
+    exactly: bool = True,
 ) -> dict[str, np.ndarray]:
     """Load the members of a mixture, float32 [T]; AudioError unless rates and lengths are equal.
 
     If there is a file `mixture`, it has to be their sum, but for clipping and the rounding of each
-    file to 16 bits.
+    file to 16 bits. With `own` it need not be, and is the member "mix". Without `exactly`, higher
+    rates are resampled.
     """
-    members: dict[str, np.ndarray] = {}
-    files = {**paths, "mix": mixture} if mixture and mixture.is_file() else paths
-    for member, path in files.items():
-        wave, rate = audio.load_channel(path, may_be_silent=True)
-        audio.require_rate(rate, sample_rate, str(path), exactly=True)
-        members[member] = wave
-        first = next(iter(members))
-        if wave.size != members[first].size:
-            other = f"{paths[first]} has {members[first].size}"
-            raise AudioError(f"{path}: {wave.size} samples where {other}; generate it again")
-    if (mixed := members.pop("mix", None)) is not None:
-        total = np.clip(sum(members.values()), -1.0, 1.0)
-        off = float(np.max(np.abs(mixed - total))) / audio.SILENCE
-        if off > len(files) / 2 + 0.5:
-            differs = f"it differs by up to {off:.0f} steps of 16 bits; generate it again"
-            raise AudioError(f"{mixture}: is not the sum of {', '.join(members)}, {differs}")
-    return members
+    keep = mixture is not None and (own or mixture.is_file())
+    files = {**paths, "mix": mixture} if keep and mixture else paths
+    members, rate = read_members(files, sample_rate, exactly=exactly)
+    if keep and not own and (off := off_sum(members.pop("mix"), members.values())):
+        wrong = f"is not the sum of {', '.join(members)}, off by up to {off:.0f} steps of 16 bits"
+        raise AudioError(f"{mixture}: {wrong}; generate it again, or keep it (mixture=own)")
+    waves = {name: audio.resample(wave, rate, sample_rate) for name, wave in members.items()}
+    return {name: audio.clip(wave, str(files[name])) for name, wave in waves.items()}
+
+
+def off_sum(mixed_T: np.ndarray, waves: Iterable[np.ndarray]) -> float:
+    """By how many steps of 16 bits a mixture is off the clipped sum; 0 within their rounding."""
+    waves = list(waves)
+    total = np.clip(sum(waves), -1.0, 1.0)
+    off = float(np.max(np.abs(mixed_T - total))) / audio.SILENCE
+    return off if off > len(waves) / 2 + 1 else 0.0

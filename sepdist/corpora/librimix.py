@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath
 
 from sepdist import audio, storage
 from sepdist.corpora.files import (
-    load_generated,
     read_rows,
     report_left_out,
     require_files,
@@ -28,7 +27,8 @@ from sepdist.corpora.files import (
 )
 from sepdist.corpora.librispeech import speaker_of, transcripts, utterance_paths
 from sepdist.corpora.recipes import Clip, Mode, Recipe, choose, level, render
-from sepdist.data.records import Mixture
+from sepdist.corpora.tables import Row, to_records
+from sepdist.data.records import Mixture, Utterance
 
 # LibriMix's pairing of LibriSpeech's splits with WHAM!'s, by prefix.
 NOISE_SPLITS = {"train": "tr", "dev": "cv", "test": "tt"}
@@ -133,7 +133,7 @@ class LibriMix:
         self.speech = Path(self.speech_root or "").expanduser()
         self.noises = Path(self.noise_root or "").expanduser() if self.noise else None
 
-    def records(self, split: str) -> Iterator[Mixture]:
+    def records(self, split: str) -> Iterator[Utterance | Mixture]:
         """Yield the mixtures of a split in the order of the metadata or of the draw."""
         if self.generated:
             yield from self._generated_records(Path(self.generated).expanduser(), split)
@@ -179,7 +179,7 @@ class LibriMix:
             return found[0]
         raise ValueError(f"LibriMix: no noise split goes with {split!r} by name; give noise_split")
 
-    def _generated_records(self, root: Path, split: str) -> Iterator[Mixture]:
+    def _generated_records(self, root: Path, split: str) -> Iterator[Utterance | Mixture]:
         base = root / f"wav{self.sample_rate // 1000}k" / self.mode
         kinds = ["mix_single", "mix_both"] if self.num_speakers == 1 else ["mix_both"]
         kinds += [] if self.noise else ["mix_clean"]
@@ -193,12 +193,12 @@ class LibriMix:
         columns = {f"s{number}": f"source_{number}_path" for number in numbers}
         columns |= {"noise": "noise_path"} if self.noise else {}
         rows = read_rows(table)
-        require_unique((row.get("mixture_ID", "") for row in rows), str(table))
         there = {path.stem for path in (base / split / "s1").glob("[!.]*.wav")}
         others = there.difference(row.get("mixture_ID") for row in rows)
         report_left_out(base / split, len(others), f"mixtures that {table.name} does not list")
         # The folder of their sums; without noise Libri1Mix has none.
         kind = kinds[0] if self.noise else "mix_clean" if self.num_speakers > 1 else "none"
+        listed = []
         for row in rows:
             name = row.get("mixture_ID", "")
             for column in ("mixture_ID", *columns.values()):
@@ -210,12 +210,7 @@ class LibriMix:
                 member: base.joinpath(split, *PurePosixPath(row[column]).parts[-2:])
                 for member, column in columns.items()
             }
-            mixture = base / split / kind / paths["s1"].name
-            require_files(paths.values(), f"{table} lists it; generate the split again")
-            yield Mixture(
-                id=sample_key(name),
-                speakers=tuple(field.split("-")[0] for field in name.split("_")[: len(numbers)]),
-                sample_rate=self.sample_rate,
-                load=partial(load_generated, paths, self.sample_rate, mixture),
-                may_be_silent=True,
-            )
+            paths["mix"] = base / split / kind / paths["s1"].name
+            speakers = (field.split("-")[0] for field in name.split("_")[: len(numbers)])
+            listed.append(Row(name, paths, tuple(speakers)))
+        yield from to_records(listed, table, self.sample_rate)

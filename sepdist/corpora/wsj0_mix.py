@@ -1,14 +1,17 @@
 """WSJ0-2mix and -3mix in two ways, neither of which writes audio.
 
-From the published lists mix_<n>_spk_{tr,cv,tt}.txt, WSJ0 as 16 kHz wav files (of the wv1 channel)
-and the published tables of active speech levels; mixtures are made when a record is loaded. Or from
-the generated tree 2speakers/wav8k/min/{tr,cv,tt}/{s1,s2}.
+From the published lists mix_<n>_spk_{tr,cv,tt}.txt, WSJ0 (of the wv1 channel) and the published
+tables of active speech levels; mixtures are made when a record is loaded. Or from the generated
+tree 2speakers/wav8k/min/{tr,cv,tt}/{s1,s2}. WSJ0 is si_tr_s/40n/40na010x.wav and so on, or the
+CDs as the LDC sends them, in any folders and case: 11-1.1/WSJ0/SI_TR_S/40N/40NA010X.WV1.
 
 Active levels (ITU-R P.56, as the original Matlab scripts measured them) are read, never estimated:
 a measurement that differs by a tenth of a dB would make another test set under the same name.
 """
 
-from collections.abc import Callable, Iterator
+import glob
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -17,15 +20,10 @@ from typing import TypeVar
 import numpy as np
 
 from sepdist import audio
-from sepdist.corpora.files import (
-    load_generated,
-    read_text,
-    require_files,
-    require_unique,
-    sample_key,
-)
+from sepdist.corpora.files import read_text, require_files, require_unique, sample_key
 from sepdist.corpora.recipes import Mode, fit_lengths
-from sepdist.data.records import Mixture
+from sepdist.corpora.tables import folder_rows, to_records
+from sepdist.data.records import Mixture, Utterance
 
 FULL_SCALE = 2**15
 _T = TypeVar("_T")
@@ -74,6 +72,22 @@ def read_list(path: Path, num_speakers: int) -> list[list[tuple[str, float]]]:
     return _parse(path, f"{num_speakers} x '<wav> <dB>'", parse)
 
 
+def find_utterances(root: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Find si_tr_s/40n/40na010x.wav and so on below `root`, or among the files of CDs."""
+    paths = {name: root / name.removeprefix("wsj0/") for name in names}
+    if not all(path.is_file() for path in paths.values()):
+        files = sorted(glob.iglob(f"{glob.escape(str(root))}/**/*.*", recursive=True), reverse=True)
+        files = [file for file in files if re.search(r"\.(wav|wv1|sph|flac)$", file.lower())]
+        there = {Path(file).stem.lower(): Path(file) for file in files}  # some are on two CDs
+        paths = {name: there.get(Path(name).stem.lower(), path) for name, path in paths.items()}
+    return paths
+
+
+def speakers_in(name: str) -> tuple[str, ...]:
+    """Return the speakers in the name of a mixture; 40n says 40na010x."""
+    return tuple(field[:3] for field in name.split("_")[::2])
+
+
 def mixture_name(clips: list[tuple[str, float]]) -> str:
     """Return the published name <utt1>_<dB1>_<utt2>_<dB2>, with eight significant digits."""
     return "_".join(f"{PurePosixPath(path).stem}_{level:.8g}" for path, level in clips)
@@ -120,16 +134,13 @@ class Wsj0Mix:
         if (self.generated is None) == (self.wsj0 is None):
             raise ValueError("Wsj0Mix: give either generated, or wsj0 with lists and levels")
         if self.wsj0 is not None and (self.lists is None or self.levels is None):
-            raise ValueError(
-                "Wsj0Mix: wsj0 needs lists (the folder of mix_2_spk_tr.txt) and levels (that of "
-                "activlev_*.txt), both from pywsj0-mix's metadata; levels are never estimated, so "
-                "that the published mixtures result"
-            )
+            todo = "give both from pywsj0-mix's metadata; levels are never estimated"
+            raise ValueError(f"Wsj0Mix: wsj0 needs lists and levels; {todo}")
         if self.mode not in ("min", "max"):
             raise ValueError(f"Wsj0Mix: mode is min or max, not {self.mode!r}")
         self.name = f"wsj0-{self.num_speakers}mix"
 
-    def records(self, split: str) -> Iterator[Mixture]:
+    def records(self, split: str) -> Iterator[Utterance | Mixture]:
         """Yield the mixtures of a split in the order of the list, or of the generated names."""
         if self.generated is not None:
             yield from self._generated_records(Path(self.generated).expanduser(), split)
@@ -140,33 +151,23 @@ class Wsj0Mix:
         mixtures = read_list(list_path, self.num_speakers)
         levels = read_levels(levels_path)
         require_unique(map(mixture_name, mixtures), str(list_path))
-        paths = {name: wsj0 / name.removeprefix("wsj0/") for clips in mixtures for name, _ in clips}
-        for path in paths.values():
-            if path.stem not in levels:
-                lacks = f"no active level of utterance {path.stem}"
-                raise ValueError(f"{levels_path}: {lacks}, in {list_path}")
-        require_files(paths.values(), f"{list_path} needs it; wsj0 is the folder of si_tr_s/")
+        paths = find_utterances(wsj0, (name for clips in mixtures for name, _ in clips))
+        stems = {name: PurePosixPath(name).stem for name in paths}
+        if unknown := [stem for stem in stems.values() if stem not in levels]:
+            lacks = f"no active level of utterance {unknown[0]}"
+            raise ValueError(f"{levels_path}: {lacks}, in {list_path}")
+        todo = "wsj0 is the folder of si_tr_s/, or that of the CDs 11-1.1/, ..."
+        require_files(paths.values(), f"{list_path} needs it; {todo}")
         for clips in mixtures:
-            files = tuple((str(paths[n]), levels[paths[n].stem], level) for n, level in clips)
+            files = tuple((str(paths[n]), levels[stems[n]], level) for n, level in clips)
             speakers = tuple(PurePosixPath(name).parts[-2] for name, _ in clips)
             read = partial(mix, files, self.sample_rate, self.mode)
             yield Mixture(sample_key(mixture_name(clips)), speakers, self.sample_rate, read)
 
-    def _generated_records(self, root: Path, split: str) -> Iterator[Mixture]:
+    def _generated_records(self, root: Path, split: str) -> Iterator[Utterance | Mixture]:
         rate = f"wav{self.sample_rate // 1000}k"
         base = root / f"{self.num_speakers}speakers" / rate / self.mode / split
-        members = [f"s{number}" for number in range(1, self.num_speakers + 1)]
-        found = audio.find_files(base)
-        names = {path.name for path in found if path.parent.name in (*members, "mix")}
-        for name in sorted(names):
-            paths = {member: base / member / name for member in members}
-            require_files(paths.values(), "but others of its mixture are; generate the split again")
-            stem = Path(name).stem
-            yield Mixture(
-                id=sample_key(stem),
-                # WSJ0 utterances are named speaker (3 characters), session, text: 40na010x.
-                speakers=tuple(field[:3] for field in stem.split("_")[::2]),
-                sample_rate=self.sample_rate,
-                load=partial(load_generated, paths, self.sample_rate, base / "mix" / name),
-                may_be_silent=True,
-            )
+        members = [*(f"s{number}" for number in range(1, self.num_speakers + 1)), "mix"]
+        rows = folder_rows(base, dict(zip(members, members, strict=True)))
+        named = [row._replace(speakers=speakers_in(row.name)) for row in rows]
+        yield from to_records(named, base, self.sample_rate)

@@ -248,6 +248,25 @@ def test_a_generated_folder_is_read_wherever_it_was_moved(
         np.testing.assert_allclose(wave, waves[member], atol=STEP)
 
 
+def test_three_speakers_are_read_from_a_generated_folder(tmp_path: Path) -> None:
+    base, name = tmp_path / "wav16k" / "max", "1-1-0_2-2-0_3-3-0"
+    members = ("s1", "s2", "s3", "noise")
+    waves = {member: signal(i, 4000) for i, member in enumerate(members)}
+    for folder, wave in {**waves, "mix_both": sum(waves.values())}.items():
+        write(base / "dev" / folder / f"{name}.wav", np.asarray(wave), 16000)
+    columns = [*(f"source_{i}_path" for i in (1, 2, 3)), "noise_path"]
+    paths = [f"/gone/{member}/{name}.wav" for member in members]
+    (base / "metadata").mkdir()
+    (base / "metadata" / "mixture_dev_mix_both.csv").write_text(
+        ",".join(["mixture_ID", *columns]) + "\n" + ",".join([name, *paths]) + "\n"
+    )
+    options: dict[str, Any] = {"num_speakers": 3, "sample_rate": 16000, "mode": "max"}
+    (record,) = LibriMix(generated=str(tmp_path), **options).records("dev")
+    assert isinstance(record, Mixture) and record.speakers == ("1", "2", "3")
+    for member, wave in record.load().items():
+        np.testing.assert_allclose(wave, waves[member], atol=STEP)
+
+
 def test_faults_of_a_generated_folder_name_the_file(tmp_path: Path) -> None:
     generated_tree(tmp_path, "mix_clean")
     with pytest.raises(ValueError, match=r"mixture_train-100_mix_both\.csv.*noise=false"):

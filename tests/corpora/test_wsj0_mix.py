@@ -11,6 +11,7 @@ import soundfile
 
 from sepdist.audio import AudioError
 from sepdist.corpora.wsj0_mix import Wsj0Mix
+from sepdist.data.records import Mixture
 from tests.corpora.conftest import signal, write
 
 NAME = "40na010x_1.9857_01xo031a_-1.9857"
@@ -79,8 +80,46 @@ def test_a_generated_tree_gives_the_same_records(arguments: dict[str, Any], tmp_
     with pytest.raises(AudioError, match=r"10 samples where .*s1"):
         read.load()
     (base / "s2" / f"{NAME}.wav").unlink()
-    with pytest.raises(AudioError, match=r"s2.*no such file"):
+    with pytest.raises(AudioError, match=r"s2: no audio file"):
         list(Wsj0Mix(generated=str(tmp_path / "wsj0-mix")).records("tr"))
+
+
+def sphere(path: Path, wave: np.ndarray, coding: str = "pcm") -> None:
+    """Write a NIST SPHERE file as on WSJ0's CDs: a header of text and 16-bit samples."""
+    fields = {"sample_count -i": len(wave), "sample_n_bytes -i": 2, "channel_count -i": 1}
+    fields |= {"sample_rate -i": 16000, "sample_byte_format -s2": "01"}
+    fields |= {f"sample_coding -s{len(coding)}": coding}
+    lines = ["NIST_1A", "   1024", *(f"{key} {value}" for key, value in fields.items()), "end_head"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("\n".join(lines).encode().ljust(1024) + wave.astype("<i2").tobytes())
+
+
+def test_wsj0_is_read_from_its_cds_in_any_case_and_only_of_the_first_channel(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    (made,) = Wsj0Mix(**arguments).records("tr")
+    cds, steps = tmp_path / "cds", {}
+    for name in ("40n/40na010x", "01x/01xo031a"):
+        path = Path(arguments["wsj0"], "si_tr_s", f"{name}.wav")
+        steps[name[:3]] = soundfile.read(path, dtype="int16")[0]
+    sphere(cds / "11-1.1" / "WSJ0" / "SI_TR_S" / "40N" / "40NA010X.WV1", steps["40n"])
+    sphere(cds / "11-1.1" / "WSJ0" / "SI_TR_S" / "40N" / "40NA010X.WV2", steps["01x"])
+    other = cds / "csr_1" / "11-2.1" / "wsj0" / "si_tr_s" / "01x" / "01xo031a.wv1"
+    sphere(other, steps["01x"])
+    again = cds / "csr_1" / "11-3.1" / "wsj0" / "si_tr_s" / "01x" / "01xo031a.wv1"
+    sphere(again, steps["01x"])
+    (read,) = Wsj0Mix(**{**arguments, "wsj0": str(cds)}).records("tr")
+    assert isinstance(read, Mixture) and isinstance(made, Mixture)
+    assert (read.id, read.speakers) == (made.id, made.speakers)
+    for member, wave in pickle.loads(pickle.dumps(read)).load().items():
+        np.testing.assert_array_equal(wave, made.load()[member])
+    sphere(other, steps["01x"], "pcm,embedded-shorten-v2.00")
+    with pytest.raises(AudioError, match=r"01xo031a\.wv1: cannot be decoded .*sph2pipe -f wav"):
+        read.load()
+    other.unlink()
+    again.unlink()
+    with pytest.raises(AudioError, match=r"01xo031a\.wav: no such file .*CDs"):
+        list(Wsj0Mix(**{**arguments, "wsj0": str(cds)}).records("tr"))
 
 
 def test_faults_of_the_lists_name_the_file_and_line(arguments: dict[str, Any]) -> None:
