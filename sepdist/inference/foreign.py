@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sepdist.audio import find_files, open_sound
 from sepdist.config import EvaluateConfig
+from sepdist.corpora.files import sample_key
 from sepdist.data.records import Batch
 from sepdist.inference.scoring import NO_LIMIT_SECONDS, EvaluationError, open_dataset
 
@@ -20,11 +21,12 @@ _SOURCE = r"(?:s|spk|speaker|est|estimate|source)_?\d+(?:hat)?"
 
 
 def find_estimates(folder: str) -> dict[str, list[Path]]:
-    """The audio files below a local folder by the id of their mixture, in order."""
+    """The audio files below a local folder by the id that a corpus gives their mixture."""
     found: dict[str, list[Path]] = defaultdict(list)
     for path in find_files(folder):
         name = path.relative_to(folder).as_posix().removesuffix(path.suffix)
-        found[re.sub(rf"(?i)(^|/){_SOURCE}/|[_.-]{_SOURCE}$", r"\1", name, count=1)].append(path)
+        name = re.sub(rf"(?i)(^|/){_SOURCE}/|[_.-]{_SOURCE}$", r"\1", name, count=1)
+        found[sample_key(name)].append(path)
     return found
 
 

@@ -25,6 +25,7 @@ from sepdist.data.records import Mixture
 from sepdist.inference import evaluation
 from sepdist.inference.comparison import compare
 from sepdist.inference.evaluation import score_utterance
+from sepdist.inference.foreign import find_estimates
 from sepdist.inference.listening import write_listening_page
 from sepdist.inference.scoring import EvaluationError
 from tests.support.exports import MODEL, RATE, batch_of, oracle_si_snr, voices, write_export
@@ -143,6 +144,18 @@ def test_names_with_a_suffix_are_as_good_and_what_does_not_fit_is_named(
     assert "5191 samples, not 8000 Hz, 1 channel(s), 5200" in rows["m2"]["reason"]
     assert "m3_s1.wav has 16000 Hz" in rows["m3"]["reason"]
     assert "2 channel(s)" in rows["m4"]["reason"]
+
+
+def test_files_have_the_ids_that_a_corpus_makes_of_the_names_of_their_mixtures(
+    tmp_path: Path,
+) -> None:
+    names = ["talk_a/s1/x.wav", "talk_a/s2/x.wav", "01t_0.5_02b_-0.5_est1.flac", "spk0/y.z.wav"]
+    names += ["item1_source1hat.wav", "item1_source2hat.wav", "plain.wav"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, np.ones(9), RATE)
+    found = {id_: len(paths) for id_, paths in find_estimates(str(tmp_path)).items()}
+    assert found == {"01t_0p5_02b_-0p5": 1, "item1": 2, "plain": 1, "talk_a-x": 2, "ypz": 1}
 
 
 def test_a_folder_of_other_names_or_a_model_beside_it_is_refused(
