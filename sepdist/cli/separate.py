@@ -66,11 +66,12 @@ def main() -> int:
             print("\n".join(result.outputs))
             voices = [(f"speaker {i}", one, "") for i, one in enumerate(result.outputs, start=1)]
             sections.append((recording, [("recording", recording, ""), *voices]))
-        if given.page:
+        if given.page and sections:
             from sepdist.inference.listening import write_listening_page
 
-            write_listening_page(f"{given.output}/listening.html", "Separated recordings", sections)
-            print(f"{given.output}/listening.html")
+            page = f"{given.output.rstrip('/')}/listening.html"
+            write_listening_page(page, "Separated recordings", sections)
+            print(page)
         if len(stems) > 1:
             counts = f"{len(stems) - len(failed)} separated, {len(failed)} failed"
             console.print("\n  ".join([counts, *failed]))
