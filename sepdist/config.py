@@ -196,7 +196,7 @@ class EvaluateConfig:
     estimates: str | None = None  # evaluate: folder of another system's audio, not a model's
     metrics: list[str] = field(
         default_factory=lambda: ["si_snri", "sdri"]
-    )  # evaluate: of si_snri, sdri, sir, sar, stoi, estoi, pesq
+    )  # evaluate: of sdri, sir, sar, stoi, estoi, pesq; SI-SNR always
     num_mixtures: int = 0  # score only the first mixtures; 0 = all
     max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
     num_listening: int = 3  # mixtures to save as audio and spectrograms

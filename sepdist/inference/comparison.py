@@ -68,4 +68,6 @@ def read_evaluation(folder: str) -> tuple[dict[str, Any], dict[str, dict[str, st
         text = storage.read_bytes(storage.join(folder, "utterances.csv")).decode()
     except (FileNotFoundError, KeyError) as error:
         raise ConfigError(f"{folder} holds no evaluation of one data set ({error})") from error
-    return data, {row["id"]: row for row in csv.DictReader(io.StringIO(text)) if not row["reason"]}
+    return data, {
+        row["id"]: row for row in csv.DictReader(io.StringIO(text)) if not row.get("reason")
+    }

@@ -171,6 +171,17 @@ def test_a_folder_of_other_names_or_a_model_beside_it_is_refused(
         evaluation.evaluate(theirs(work, "x", metrics=["snr"]), console)
 
 
+def test_a_data_set_without_sources_is_refused(
+    work: Path, tmp_path: Path, console: Console
+) -> None:
+    record = Mixture("m0", (), RATE, lambda: {"mix": members(0)["s1"]})
+    name = shards.shard_name("toy", "real", 0)
+    info = shards.write_shard([record], str(tmp_path / "real"), name)
+    shards.write_manifest(str(tmp_path / "real"), "toy", "real", RATE, [info])
+    with pytest.raises(ConfigError, match="mixtures only"):
+        evaluation.evaluate(theirs(work, "x", data=str(tmp_path / "real")), console)
+
+
 def test_a_model_that_chooses_its_outputs_has_the_oracle_beside_it(
     work: Path, tmp_path: Path, console: Console
 ) -> None:
