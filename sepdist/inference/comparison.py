@@ -35,21 +35,20 @@ def compare(cfg: CompareConfig, console: Console) -> dict[str, Any]:
         raise ConfigError(f"{cfg.a} and {cfg.b} have no scored utterance in common")
     pairs_NK2 = np.stack([values[id_].T for id_ in ids])
     speakers, gains_NK = [rows[0][id_]["speakers"] for id_ in ids], np.diff(pairs_NK2)[..., 0]
-    found, columns = {}, {one: dict[str, str]() for one in ("a", "b", "b - a", "p")}
-    for one, gains_N, ends in zip(
-        metrics, gains_NK.T, mean_intervals(gains_NK, speakers).T, strict=True
-    ):
-        interval, p = (
-            None if np.isnan(ends).any() else ends.tolist(),
-            sign_flip_p(gains_N, speakers),
-        )
-        found[one] = {"mean": float(gains_N.mean()), "interval": interval, "p": p}
-        columns["b - a"][one], columns["p"][one] = mean_of(one, found[one]), f"{p:.4f}"
-        for side, mean in zip("ab", pairs_NK2[:, metrics.index(one)].mean(0), strict=True):
-            columns[side][one] = text_of(one, mean)
-    print_scores(
-        console, f"{len(ids)} utterances of {data[0]['corpus']} {data[0]['split']}", columns
-    )
+    intervals, means_K2 = mean_intervals(gains_NK, speakers), pairs_NK2.mean(0)
+    found, columns = dict[str, Any](), {one: dict[str, str]() for one in ("a", "b", "b - a", "p")}
+    for k, one in enumerate(metrics):
+        gain, p = float(gains_NK[:, k].mean()), sign_flip_p(gains_NK[:, k], speakers)
+        found[one] = {"mean": gain, "interval": intervals[k], "p": p}
+        texts = [
+            *(text_of(one, mean) for mean in means_K2[k]),
+            mean_of(one, found[one]),
+            f"{p:.4f}",
+        ]
+        for column, text in zip(columns.values(), texts, strict=True):
+            column[one] = text
+    title = f"{len(ids)} utterances of {data[0]['corpus']} {data[0]['split']}"
+    print_scores(console, title, columns)
     left_out = [len(each) - len(ids) for each in rows]
     if any(left_out):
         console.print("left out, without a score in the other: {} of a, {} of b".format(*left_out))

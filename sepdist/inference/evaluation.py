@@ -268,13 +268,12 @@ def summarise(
     """The content of results.json, without the time that the scoring took."""
     names, speakers = [one for one in METRICS if one in rows[0]], [row["speakers"] for row in rows]
     values_NK = np.array([[row[one] for one in names] for row in rows])
-    ends_2K = mean_intervals(values_NK, speakers)
+    intervals = mean_intervals(values_NK, speakers)
     metrics: dict[str, dict[str, dict[str, Any]]] = {"metrics_db": {}, "metrics": {}}
-    for name, values, ends in zip(names, values_NK.T, ends_2K.T, strict=True):
+    for name, values, interval in zip(names, values_NK.T, intervals, strict=True):
         known = values[~np.isnan(values)]
-        found = {key: float(of(known)) if known.size else None for key, of in STATISTICS.items()}
-        interval = ends.tolist() if np.isfinite(ends).all() else None
-        found = {"mean": found["mean"], "interval": interval} | found
+        found: dict[str, Any] = {"mean": None, "interval": interval}
+        found |= {key: float(of(known)) if known.size else None for key, of in STATISTICS.items()}
         if f"{name}_oracle" in rows[0]:
             found["oracle"] = float(np.nanmean([row[f"{name}_oracle"] for row in rows]))
         metrics["metrics" if kind_of(name) in PACKAGES else "metrics_db"][name] = found

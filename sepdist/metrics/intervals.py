@@ -32,18 +32,19 @@ def speakers_in(speakers: Sequence[str]) -> np.ndarray:
 
 def mean_intervals(
     values_NK: np.ndarray, speakers: Sequence[str], replicates: int = 1000
-) -> np.ndarray:
-    """The ends [2, K] of 95 % intervals of the means without NaN scores; NaN for few speakers."""
+) -> list[list[float] | None]:
+    """95 % intervals of the K means of scores that are not NaN; None for few speakers."""
     has_NP, known_NK = speakers_in(speakers), ~np.isnan(values_NK)
     num_speakers = has_NP.shape[1]
     if num_speakers < MIN_SPEAKERS:
-        return np.full((2, values_NK.shape[1]), np.nan)
+        return [None] * values_NK.shape[1]
     chances = np.full(num_speakers, 1 / num_speakers)
     counts_RP = rng(0, "bootstrap over speakers").multinomial(num_speakers, chances, replicates)
     weights_RN = np.exp(np.log(np.maximum(counts_RP, 1e-99)) @ has_NP.T).round()
     with np.errstate(invalid="ignore"):  # of draws of speakers who have no mixture together
         means_RK = weights_RN @ np.where(known_NK, values_NK, 0.0) / (weights_RN @ known_NK)
-    return np.nanquantile(means_RK, [0.025, 0.975], axis=0)
+    ends_K2 = np.nanquantile(means_RK, [0.025, 0.975], axis=0).T
+    return [ends.tolist() if np.isfinite(ends).all() else None for ends in ends_K2]
 
 
 def sign_flip_p(
