@@ -69,7 +69,7 @@ def write_data(url: str, num_mixtures: int) -> None:
 
 def ours(cfg: EvaluateConfig) -> Side:
     separate = scoring.mixture_separator(cfg)
-    return separate, lambda found: evaluation.score_utterance(*found, RATE).sdr
+    return separate, lambda found: evaluation.score_utterance(*found[:2], RATE)["sdr"]
 
 
 def read_and_forward(cfg: EvaluateConfig, peer: nn.Module) -> Callable[[int], Any]:

@@ -194,12 +194,16 @@ class ShardConfig:
 class EvaluateConfig:
     """`configs/evaluate.yaml`: sepdist evaluate."""
 
-    path_arguments: ClassVar = ("model", "data", "output", "cache_dir")
+    path_arguments: ClassVar = ("model", "data", "output", "cache_dir", "estimates")
     model: str = MISSING  # a run_dir (its best checkpoint is taken) or an export folder
-    data: str = MISSING  # folder or s3:// prefix of the test set
+    data: str = MISSING  # folder or s3:// prefix of the test set; evaluate: [a,b] for several
     output: str = MISSING  # folder or s3:// prefix for results.json, utterances.csv, ...
     num_sources: int = number(2, 1, 16)  # of a mixture, s1, s2, ...
     noise: bool = False  # whether the mixture includes each sample's noise
+    estimates: str | None = None  # evaluate: folder of another system's audio, not a model's
+    metrics: list[str] = field(
+        default_factory=lambda: ["si_snri", "sdri"]
+    )  # evaluate: of sdri, sir, sar, stoi, estoi, pesq; SI-SNR always
     num_mixtures: int = 0  # score only the first mixtures; 0 = all
     max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
     num_listening: int = 3  # mixtures to save as audio and spectrograms
@@ -226,6 +230,16 @@ class RecogniseConfig:
     num_workers: int = number(1, 0, MANY)  # Ray tasks; 0 = in this process
     use_gpu: bool = False  # one GPU per worker, for separator and recogniser
     plugins: list[str] = field(default_factory=list)  # packages with models, corpora, ... to use
+
+
+@dataclass
+class CompareConfig:
+    """The keys of sepdist compare."""
+
+    path_arguments: ClassVar = ("a", "b", "output")
+    a: str = MISSING  # output folder of an evaluation
+    b: str = MISSING  # that of another on the same data
+    output: str | None = None  # folder or s3:// prefix for comparison.json
 
 
 @dataclass
@@ -258,6 +272,8 @@ def config_dir() -> str:
 
 def typed(composed: DictConfig, schema: type[_T]) -> _T:
     """Return a composed config as dataclasses; ConfigError names a mandatory value left at ???."""
+    if composed.get("estimates") and OmegaConf.is_missing(composed, "model"):
+        composed.model = composed.estimates  # what is scored instead of a model's
     if missing := missing_keys(OmegaConf.to_container(composed)):
         names = ", ".join(missing)
         raise ConfigError(f"no value given for {names} (pass {missing[0]}=... on the command line)")
@@ -291,7 +307,7 @@ def check(value: Any, key: str = "", owner: dataclasses.Field | None = None) -> 
             check(inner, name, one)
             if inner and one.name in getattr(value, "path_arguments", ()):
                 check(inner, name)  # a path, as those of parts may be
-                if storage.absolute(inner) == "/":
+                if any(storage.absolute(one) == "/" for one in listed(inner)):
                     raise ConfigError(f"{name}={inner}: it is the root of all files; give a folder")
     elif isinstance(value, Mapping | list | tuple):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -311,6 +327,12 @@ def check(value: Any, key: str = "", owner: dataclasses.Field | None = None) -> 
         if not (least <= value <= most and math.isfinite(value)):
             takes = allowed(owner) if owner and least > -math.inf else "a finite number"
             raise ConfigError(f"{key}={value}: give {takes}")
+
+
+def listed(text: str) -> list[str]:
+    """The items of a text [a,b], or the text alone."""
+    found = re.fullmatch(r"\[(.+)\]", text)
+    return [one.strip(" '\"") for one in found[1].split(",")] if found else [text]
 
 
 def number_range(owner: dataclasses.Field | None) -> tuple[float, float]:

@@ -14,7 +14,8 @@ PURPOSES = {
         "pipeline": "run the stages of an experiment in order and write its tables",
     },
     "judge results": {
-        "evaluate": "score a separator on a test set: SI-SNR and SDR",
+        "evaluate": "score a separator, or files of estimates, on test sets: SI-SNR, SDR, ...",
+        "compare": "compare two evaluations: differences, intervals, a paired test",
         "estimate": "score an SI-SNR estimator against the true SI-SNR",
         "recognise": "measure word error rates of mixtures and of a separator's estimates",
         "labels": "measure label switching over the checkpoints of a run",

@@ -32,6 +32,7 @@ SCHEMAS: dict[str, tuple[str, Any]] = {
     "pipeline": ("pipeline", PipelineConfig),
     "recognise": ("recognise", config.RecogniseConfig),
     "audit": ("audit", config.AuditConfig),
+    "compare": ("compare", config.CompareConfig),
     "plot": ("plot", FigureConfig),
 }
 FIRST = {"shard": ("write", "verify", "info"), "completion": ("bash", "zsh", "fish")}

@@ -44,11 +44,14 @@ def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
     failed: list[str] = []
+    sections = []  # of the page
     with user_console(stopped="nothing is left of the unfinished recording") as console:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
         stems = output_stems([one for name in given.recordings for one in _files_of(name)])
         check_options(given.output, given.file_format, given.subtype, given.channels)
+        if given.page and given.output == "-":
+            raise SeparationError("--page needs a folder as the --output, to lie in")
         _check_names(stems, given.output, given.file_format)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
@@ -73,6 +76,14 @@ def main() -> int:
                 console.print(f"warning: {printable(warning, '')}")
             if given.output != "-":
                 print("\n".join(result.outputs))
+            heard = [recording, *result.outputs] if recording != "-" else result.outputs
+            sections.append((recording, [(PurePosixPath(one).name, one, "") for one in heard]))
+        if given.page and sections:
+            from sepdist.inference.listening import write_listening_page
+
+            page = f"{given.output.rstrip('/')}/listening.html"
+            write_listening_page(page, "Separated recordings", sections)
+            print(page)
         if len(stems) > 1:
             counts = f"{len(stems) - len(failed)} separated, {len(failed)} failed"
             console.print("\n  ".join([counts, *failed]))
@@ -115,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)
     compiled = "compile the model where it can be: seconds at first, then faster"
     parser.add_argument("--compile", action="store_true", help=compiled)
+    page = "write OUTPUT/listening.html, a page with players and spectrograms"
+    parser.add_argument("--page", action="store_true", help=page)
     for name, text in WINDOW_OPTIONS.items():
         value = getattr(Windows(), name)
         option = f"--{name.replace('_', '-')}"

@@ -40,6 +40,7 @@ def load_export(url: str) -> Export:
     load_weights(model, weights, source=folder)
     rules = {name: int(card[name]) for name in OUTPUT_RULES if card.get(name)}
     if rules:
+        model.output_rules = rules  # type: ignore[assignment]
         model.register_forward_hook(lambda _, __, estimates: speakers_of(estimates, **rules))
     return Export(model.eval(), int(card["sample_rate"]), lineage, folder)
 

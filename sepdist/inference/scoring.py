@@ -30,6 +30,7 @@ from sepdist.data.members import DataError
 from sepdist.data.records import Batch
 from sepdist.data.shards import Manifest, read_index
 from sepdist.inference.export import Export, load_export
+from sepdist.metrics.selection import speakers_of
 from sepdist.reporting import to_csv, to_json
 
 NO_LIMIT_SECONDS = 1e6
@@ -60,11 +61,13 @@ def open_dataset(cfg: EvaluateConfig) -> Dataset:
     )
 
 
-def check_data(cfg: EvaluateConfig, export: Export) -> tuple[Manifest, list[dict[str, Any]]]:
+def check_data(
+    cfg: EvaluateConfig, export: Export | None = None
+) -> tuple[Manifest, list[dict[str, Any]]]:
     """The manifest and the `id` of each mixture to score; ConfigError if the model misfits."""
     check_workers(cfg)
     manifest = open_dataset(cfg).manifest
-    if export.sample_rate != manifest.sample_rate:
+    if export and export.sample_rate != manifest.sample_rate:
         raise ConfigError(
             f"{cfg.model} works at {export.sample_rate} Hz, {cfg.data} has {manifest.sample_rate} "
             f"Hz: shard the corpus again at {export.sample_rate} Hz"
@@ -113,14 +116,19 @@ def separate_batch(model: nn.Module, batch: Batch, device: torch.device) -> Tens
         return model(batch.mixture.to(device))[0].float().cpu()
 
 
-def mixture_separator(cfg: EvaluateConfig) -> Callable[[int], tuple[Tensor, Batch]]:
-    """A function that gives the separator's estimates [S, T] of a mixture, and its batch of one."""
+def mixture_separator(cfg: EvaluateConfig) -> Callable[[int], tuple[Tensor, Batch, Tensor]]:
+    """A function that gives a separator's estimates [S, T] of a mixture, and its batch of one.
+
+    Third are the outputs [M, T] that it chooses from, which are the estimates for most models.
+    """
     device, dataset = device_of(cfg), open_dataset(cfg)
     model = load_export(cfg.model).model.to(device)
+    num_loudest = getattr(model, "output_rules", {}).pop("num_loudest", 0)  # done here instead
 
-    def separate(number: int) -> tuple[Tensor, Batch]:
+    def separate(number: int) -> tuple[Tensor, Batch, Tensor]:
         batch = dataset.full(number, cfg.max_seconds or NO_LIMIT_SECONDS)
-        return separate_batch(model, batch, device), batch
+        outputs_MT = separate_batch(model, batch, device)
+        return speakers_of(outputs_MT[None], num_loudest=num_loudest)[0], batch, outputs_MT
 
     return separate
 
@@ -240,14 +248,16 @@ def write_results(
 ) -> None:
     """Write `files` to the output folder, and `results` as JSON last, which marks them complete.
 
-    EvaluationError, when all is written, if more than `max_unscored` utterances have no score.
+    EvaluationError, when all is written, if more than `max_unscored` utterances lack a score.
     """
     for file, data in (files | {name: to_json(results, indent=1).encode()}).items():
         storage.put_bytes(storage.join(cfg.output, file), data)
     console.print(f"results: {storage.join(cfg.output, name)}")
-    unscored = results["unscored"]
-    if unscored:
-        left_out = f"{len(unscored)} have no score and are in no mean (see utterances.csv)"
-        console.print(f"{left_out}; the first: {unscored[0]['reason']}")
-        if 0 <= cfg.max_unscored < len(unscored):
-            raise EvaluationError(f"{left_out}; max_unscored={len(unscored)} accepts them")
+    unscored, incomplete = results["unscored"], results.get("incomplete", [])
+    kinds = {"have no score and are in no mean": unscored, "lack some of their scores": incomplete}
+    left_out = {f"{len(some)} {text}": some[0]["reason"] for text, some in kinds.items() if some}
+    for text, first in left_out.items():
+        console.print(f"{text} (see utterances.csv); the first: {first}")
+    if 0 <= cfg.max_unscored < (number := len(unscored) + len(incomplete)):
+        there = f"{' and '.join(left_out)} (see utterances.csv)"
+        raise EvaluationError(f"{there}; max_unscored={number} accepts them")

@@ -74,7 +74,7 @@ def assigner(cfg: EvaluateConfig) -> Callable[[tuple[str, int]], dict[str, int]]
     opened = lru_cache(maxsize=1)(lambda url: scoring.mixture_separator(replace(cfg, model=url)))
 
     def assign(item: tuple[str, int]) -> dict[str, int]:
-        estimates_ST, batch = opened(item[0])(item[1])
+        estimates_ST, batch, _ = opened(item[0])(item[1])
         assert batch.sources is not None
         scoring.check_audible(batch.ids[0], estimates_ST, batch.sources[0])
         _, order_BS = best_permutation(pairwise_si_snr(estimates_ST[None], batch.sources))

@@ -19,24 +19,11 @@ from torch import nn
 
 from sepdist.cli import evaluate as program
 from sepdist.config import ConfigError, EvaluateConfig
-from sepdist.data.records import Batch, Mixture
+from sepdist.data.records import Mixture
 from sepdist.inference import evaluation, scoring
 from sepdist.inference.evaluation import score_utterance
 from sepdist.inference.scoring import EvaluationError
-from tests.support.exports import RATE, oracle_si_snr, voices, write_export
-
-
-def batch_of(sources: np.ndarray, noise: np.ndarray | None = None) -> Batch:
-    mixture = sources.sum(0) + (0 if noise is None else noise)
-    return Batch(
-        ids=["talk-7"],
-        positions=torch.tensor([0]),
-        mixture=torch.from_numpy(mixture)[None],
-        sources=torch.from_numpy(sources)[None],
-        noise=None if noise is None else torch.from_numpy(noise)[None],
-        lengths=torch.tensor([sources.shape[1]]),
-        speakers=[("anna", "bert")],
-    )
+from tests.support.exports import RATE, batch_of, oracle_si_snr, voices, write_export
 
 
 def oracle_sdr(estimate: np.ndarray, source: np.ndarray, taps: int = 512) -> float:
@@ -57,29 +44,29 @@ def test_scores_agree_with_oracles_and_the_permutation_is_solved() -> None:
     )
     score = score_utterance(torch.from_numpy(estimates), batch_of(sources), RATE)
     mixture = sources.sum(0)
-    assert score.permutation == "2 1"
-    assert (score.id, score.length_seconds, score.speakers) == ("talk-7", 0.5, "anna+bert")
+    assert score["permutation"] == "2 1"
+    assert (score["id"], score["length_seconds"], score["speakers"]) == ("talk-7", 0.5, "anna+bert")
     by_source = [oracle_si_snr(estimates[1], sources[0]), oracle_si_snr(estimates[0], sources[1])]
-    assert score.si_snr_by_source == pytest.approx(by_source, abs=1e-3)
+    assert score["si_snr_by_source"] == pytest.approx(by_source, abs=1e-3)
     after = sum(by_source) / 2
     before = (oracle_si_snr(mixture, sources[0]) + oracle_si_snr(mixture, sources[1])) / 2
-    assert score.si_snr == pytest.approx(after, abs=1e-3)
-    assert score.si_snr_mixture == pytest.approx(before, abs=1e-3)
-    assert score.si_snri == pytest.approx(after - before, abs=1e-3)
+    assert score["si_snr"] == pytest.approx(after, abs=1e-3)
+    assert score["si_snr_mixture"] == pytest.approx(before, abs=1e-3)
+    assert score["si_snri"] == pytest.approx(after - before, abs=1e-3)
     after = (oracle_sdr(estimates[1], sources[0]) + oracle_sdr(estimates[0], sources[1])) / 2
     before = (oracle_sdr(mixture, sources[0]) + oracle_sdr(mixture, sources[1])) / 2
-    assert score.sdr == pytest.approx(after, abs=1e-3)
-    assert score.sdri == pytest.approx(after - before, abs=1e-3)
+    assert score["sdr"] == pytest.approx(after, abs=1e-3)
+    assert score["sdri"] == pytest.approx(after - before, abs=1e-3)
 
 
 def test_enhancement_is_scored_with_one_source_and_noise() -> None:
     speech, noise = voices(num=1), voices(seed=2)[0]
     estimate = speech + 0.1 * noise
     score = score_utterance(torch.from_numpy(estimate), batch_of(speech, noise), RATE)
-    assert score.permutation == "1"
+    assert score["permutation"] == "1"
     expected = oracle_si_snr(estimate[0], speech[0]) - oracle_si_snr(speech[0] + noise, speech[0])
-    assert score.si_snri == pytest.approx(expected, abs=1e-3)
-    assert 15 < score.sdri < 25
+    assert score["si_snri"] == pytest.approx(expected, abs=1e-3)
+    assert 15 < score["sdri"] < 25
 
 
 def test_the_level_of_an_estimate_does_not_count() -> None:
@@ -87,14 +74,16 @@ def test_the_level_of_an_estimate_does_not_count() -> None:
     estimates = torch.from_numpy(sources + 0.01 * voices(seed=1))
     loud = score_utterance(estimates, batch_of(sources), RATE)
     quiet = score_utterance(estimates * torch.tensor([[1e-6], [300.0]]), batch_of(sources), RATE)
-    assert (quiet.si_snr, quiet.sdr) == pytest.approx((loud.si_snr, loud.sdr), abs=1e-3)
+    assert (quiet["si_snr"], quiet["sdr"]) == pytest.approx((loud["si_snr"], loud["sdr"]), abs=1e-3)
 
 
 def test_the_mixture_itself_gains_nothing() -> None:
     sources = voices()
     batch = batch_of(sources)
     score = score_utterance(batch.mixture.repeat(2, 1), batch, RATE)
-    assert score.si_snri == pytest.approx(0, abs=1e-6) and score.sdri == pytest.approx(0, abs=1e-6)
+    assert score["si_snri"] == pytest.approx(0, abs=1e-6) and score["sdri"] == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,12 +163,16 @@ def test_the_output_folder_holds_results_rows_pictures_and_sound(
     assert len(results["data"]["manifest_sha256"]) == 64
     assert results["versions"]["torch"] == metadata.version("torch")
     assert (output / "histogram.png").read_bytes()[:4] == b"\x89PNG"
-    assert sorted(path.name for path in (output / "listening").iterdir()) == ["0", "1"]
+    assert sorted(path.name for path in (output / "listening").iterdir()) == [
+        "0",
+        "1",
+        "index.html",
+    ]
     wave, rate = soundfile.read(str(output / "listening" / "1" / "mixture.wav"))
     assert rate == RATE and len(wave) == 4800
     assert sorted(path.name for path in (output / "listening" / "1").iterdir()) == [
         *("estimate_1.wav", "estimate_2.wav", "mixture.wav"),
-        *("source_1.wav", "source_2.wav", "spectrogram.png"),
+        *("source_1.wav", "source_2.wav"),
     ]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "SI-SNRi" in shown and "toy test: 7 utterances" in shown

@@ -102,7 +102,12 @@ def test_the_scores_of_the_others_are_those_of_each_alone_and_means_are_theirs(
     evaluate, data: str, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listening: list[str] = []
-    monkeypatch.setattr(evaluation, "write_listening", lambda url, *_: listening.append(url[-1]))
+
+    def listen(url: str, *_: Any) -> list[Any]:
+        listening.append(url[-1])
+        return []
+
+    monkeypatch.setattr(evaluation, "write_listening", listen)
     results = evaluate(num_listening=2)
     dataset, alone = Dataset(data, num_sources=2), {}
     for number in (0, 5, 7):
@@ -112,11 +117,11 @@ def test_the_scores_of_the_others_are_those_of_each_alone_and_means_are_theirs(
     assert [*rows] == [f"m{number}" for number in range(12)]
     for name in GOOD:
         assert rows[name]["reason"] == ""
-        assert float(rows[name]["si_snri"]) == pytest.approx(alone[name].si_snri, abs=1e-4)
+        assert float(rows[name]["si_snri"]) == pytest.approx(alone[name]["si_snri"], abs=1e-4)
     for name, reason in REASONS.items():
         assert reason in rows[name]["reason"] and "\n" not in rows[name]["reason"]
         assert {value for key, value in rows[name].items() if key not in ("id", "reason")} == {""}
-    wanted = np.mean([score.sdri for score in alone.values()])
+    wanted = np.mean([score["sdri"] for score in alone.values()])
     assert results["metrics_db"]["sdri"]["mean"] == pytest.approx(wanted, abs=1e-9)
     assert (results["num_utterances"], results["num_unscored"]) == (3, 9)
     assert [one["id"] for one in results["unscored"]] == [*REASONS]
@@ -162,10 +167,10 @@ def test_what_is_scored_is_kept_when_the_work_is_stopped(
     (tmp_path / "out" / "results.json").write_text("of an earlier evaluation")
     score = evaluation.score_utterance
 
-    def stopping(estimates_ST: Tensor, batch: Any, rate: int) -> Any:
+    def stopping(estimates_ST: Tensor, batch: Any, *rest: Any) -> Any:
         if batch.ids[0] == "m7":
             raise stop
-        return score(estimates_ST, batch, rate)
+        return score(estimates_ST, batch, *rest)
 
     monkeypatch.setattr(evaluation, "score_utterance", stopping)
     with pytest.raises(type(stop) if isinstance(stop, BaseException) else stop):

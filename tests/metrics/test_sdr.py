@@ -6,7 +6,7 @@ import scipy.linalg
 import scipy.signal
 import torch
 
-from sepdist.metrics.sdr import BLOCK, TAPS, pairwise_sdr
+from sepdist.metrics.sdr import BLOCK, TAPS, bss_eval, pairwise_sdr
 
 
 def speech_like(seed: int, num_samples: int, num: int = 2) -> np.ndarray:
@@ -87,3 +87,48 @@ def test_a_silent_source_is_an_error() -> None:
     sources[1] = 0
     with pytest.raises(ValueError, match=r"[Ss]ingular"):
         sdr_of(speech_like(7, 2000), sources)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_sir_and_sar_split_the_distortion_as_explicit_least_squares_on_all_sources_does(
+    num: int,
+) -> None:
+    sources = speech_like(8, 700, num)
+    noise = 0.01 * np.random.default_rng(9).standard_normal(sources.shape)
+    estimates = sources + 0.2 * sources[::-1] + noise
+    padded = np.pad(estimates, ((0, 0), (0, TAPS - 1)))
+    copies = [
+        scipy.linalg.toeplitz(np.append(source, np.zeros(TAPS - 1)), np.zeros(TAPS))
+        for source in sources
+    ]
+    bases = [np.linalg.qr(one)[0] for one in (*copies, np.hstack(copies)) if one.size]
+    *targets, explained = (padded @ basis @ basis.T for basis in bases)
+    sar = 10 * np.log10((explained**2).sum(1) / ((padded - explained) ** 2).sum(1))
+    found = bss_eval(torch.from_numpy(estimates), torch.from_numpy(sources))
+    np.testing.assert_allclose(found[0], sdr_of(estimates, sources), rtol=0, atol=0)
+    np.testing.assert_allclose(found[2], sar, rtol=0, atol=1e-7)
+    for j, target in enumerate(targets if num > 1 else []):
+        sir = 10 * np.log10((target**2).sum(1) / ((explained - target) ** 2).sum(1))
+        np.testing.assert_allclose(found[1][:, j], sir, rtol=0, atol=1e-7)
+    if num == 1:  # nobody interferes
+        assert found[1].item() == pytest.approx(100)
+
+
+def test_sdr_sir_and_sar_are_those_of_mir_eval() -> None:
+    oracle = pytest.importorskip("mir_eval.separation")
+    sources = speech_like(10, 4000)
+    noise = 0.05 * np.random.default_rng(11).standard_normal(sources.shape)
+    estimates = sources[::-1] + 0.3 * sources + noise
+    sdr, sir, sar, order = oracle.bss_eval_sources(sources, estimates)
+    found = bss_eval(torch.from_numpy(estimates), torch.from_numpy(sources))
+    assert list(order) == [1, 0]
+    np.testing.assert_allclose(found[0].numpy()[order, [0, 1]], sdr, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(found[1].numpy()[order, [0, 1]], sir, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(found[2].numpy()[order], sar, rtol=0, atol=1e-9)
+
+
+def test_the_same_source_twice_has_no_sir() -> None:
+    [source] = speech_like(12, 2000, 1)
+    estimates = torch.from_numpy(speech_like(13, 2000))
+    with pytest.raises(ValueError, match="no SIR is defined"):
+        bss_eval(estimates, torch.from_numpy(np.stack([source, source])))

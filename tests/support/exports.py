@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 from sepdist import seeding, slots
+from sepdist.data.records import Batch
 
 RATE = 8000
 
@@ -34,6 +35,19 @@ PUT = {"_target_": "sepdist.storage.put_bytes", "url": "~/mark", "data": "x"}
 def voices(num_samples: int = 4000, seed: int = 0, num: int = 2) -> np.ndarray:
     waves = 0.1 * np.random.default_rng(seed).standard_normal((num, num_samples))
     return waves.astype(np.float32)
+
+
+def batch_of(sources: np.ndarray, noise: np.ndarray | None = None) -> Batch:
+    mixture = sources.sum(0) + (0 if noise is None else noise)
+    return Batch(
+        ids=["talk-7"],
+        positions=torch.tensor([0]),
+        mixture=torch.from_numpy(mixture)[None],
+        sources=torch.from_numpy(sources)[None],
+        noise=None if noise is None else torch.from_numpy(noise)[None],
+        lengths=torch.tensor([sources.shape[1]]),
+        speakers=[("anna", "bert")],
+    )
 
 
 def oracle_si_snr(estimate: np.ndarray, source: np.ndarray) -> float:

@@ -119,7 +119,7 @@ def inferring(fake: FakeDevice) -> list[str]:
         load.return_value.model = small("sisnr_cnn", 2).eval()
         separate, predict = scoring.mixture_separator(cfg), estimation.predictor(cfg)
         fake.waits.clear()
-        estimates, _ = separate(0)
+        estimates, *_ = separate(0)
         assert estimates.shape == (2, 160) and predict(0)["predicted_2"] == 1.0
     assert separator(np.ones(20000, np.float32), 8000).shape == (2, 20000)
     return [one for one in fake.waits if "_to_copy" not in one] + fake.waits[7:]
