@@ -1,6 +1,7 @@
 """The programs, one module per verb: `sepdist VERB ...`, or `python -m sepdist VERB ...`."""
 
 import importlib
+import keyword
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ PURPOSES = {
     },
     "use a model": {
         "separate": "separate recordings into one file per speaker",
+        "import": "turn a checkpoint of Asteroid, SpeechBrain or torchaudio into a model of ours",
+        "export": "write a separator as one file for torch.export or ONNX",
+        "push": "put a model, with a model card, on the Hugging Face hub or into a folder",
     },
     "look": {
         "plot": "draw the papers' figures from runs",
@@ -64,7 +68,8 @@ def run(verb: str) -> int | None:
     if verb in VERBS:
         os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's may not be installed
         sys.argv = [f"sepdist {verb}", *sys.argv[2:]]
-        return importlib.import_module(f"sepdist.cli.{verb}").main()
+        module = f"sepdist.cli.{verb}" + "_" * keyword.iskeyword(verb)  # import_.py
+        return importlib.import_module(module).main()
     width = max(map(len, VERBS))
     wanted = verb in ("-h", "--help")
     lines = ["usage: sepdist VERB ..."]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 EPS = 1e-8
 MAX_CHUNK = 10_000  # frames; the time of attention grows with its square
+PADDINGS = ("end", "none", "both")  # of cut_frames
+MASKS = {"relu": F.relu, "sigmoid": torch.sigmoid}  # the activations of masks
 MAX_OVERLAP = 64  # frames at one place; joining them takes as many passes over the signal
 
 
@@ -96,6 +98,14 @@ def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: in
             f"chunk_size={chunk_size}: chunks overlap by half, choose an even number from 2 to"
             f" {MAX_CHUNK}"
         )
+
+
+def check_variant(padding: str, mask_activation: str = "relu") -> None:
+    """Raise ValueError for a padding or an activation of masks that no mask network has."""
+    given = {"padding": (padding, PADDINGS), "mask_activation": (mask_activation, [*MASKS])}
+    for name, (value, known) in given.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
 
 
 def check_mixture(mixture_BT: Tensor, least: int) -> None:
