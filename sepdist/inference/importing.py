@@ -32,8 +32,8 @@ def _table(text: str) -> dict[str, str]:
     return dict(pair.split("=") for pair in text.split())
 
 
-# Their name=ours. % is a number and @ a path, as on the other side; * is the end of their name, ~ the
-# gain or shift of a norm; ^ transposes; #0 and #1 are halves of one parameter; - drops a constant.
+# Their name=ours. % is a number and @ a path, as on the other side; * is the end of their name,
+# ~ the gain or shift of a norm; ^ transposes; #0 and #1 are halves of a parameter; - is left out.
 _TCN = """B.0=blocks.%.in_* B.1=blocks.%.prelu1 B.2=blocks.%.~1 B.3.weight=blocks.%.taps^
     B.3.bias=blocks.%.taps_bias B.4=blocks.%.prelu2 B.5=blocks.%.~2"""
 _MASKER = """encoder.filterbank=encoder.weight decoder.filterbank=decoder.weight^
@@ -104,19 +104,18 @@ ASTEROID = {  # class -> our module and class, our names of its sizes, its encod
 }
 
 
-def convert(state: Mapping[str, Tensor], rules: str) -> State:
+def convert(state: Mapping[str, Tensor], table: str) -> State:
     """A published model's tensors by our names; CheckpointError for one without a rule."""
-    found: dict[str, dict[str, Tensor]] = {}
-    patterns = {}
-    for theirs, ours in _table(rules).items():
+    halves: dict[str, dict[str, Tensor]] = {}
+    rules = []
+    for theirs, ours in _table(table).items():
         pattern = re.escape(theirs).replace("%", r"(\d+)").replace("@", "(intra|inter)")
-        patterns[re.compile(pattern + r"(?:[._](\w+))?")] = ours
+        rules.append((re.compile(pattern + r"(?:[._](\w+))?"), ours))
     for theirs, tensor in state.items():
-        for pattern, ours in patterns.items():
-            if match := pattern.fullmatch(theirs):
-                break
-        else:
+        matches = [(found, ours) for one, ours in rules if (found := one.fullmatch(theirs))]
+        if len(matches) != 1:
             raise CheckpointError(f"the parameter {theirs} has no counterpart in our model")
+        (match, ours), *_ = matches
         *groups, end = match.groups()
         for group in groups:
             ours = ours.replace("%" if group.isdigit() else "@", group, 1)
@@ -126,12 +125,9 @@ def convert(state: Mapping[str, Tensor], rules: str) -> State:
             name, tensor = name.replace("~", GAINS.get(end, "")), tensor.flatten()
         if name.endswith("^"):
             name, tensor = name[:-1], tensor.T
-        found.setdefault(name, {})[half] = tensor.detach().float()
-    found.pop("-", None)
-    return {
-        name: torch.cat([halves[half] for half in sorted(halves)]).contiguous()
-        for name, halves in found.items()
-    }
+        halves.setdefault(name, {})[half] = tensor.detach().float()
+    halves.pop("-", None)
+    return {name: torch.cat([one[key] for key in sorted(one)]) for name, one in halves.items()}
 
 
 def check_values(where: str, given: Node, allowed: Node, sizes: Any = ()) -> None:
@@ -294,7 +290,7 @@ def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, str]:
     )
     same = {key: (intra.get(key),) for key in ("num_layers", "nhead", "d_ffn")}
     check_values(f"{path}: inter_model", {key: inter.get(key) for key in same}, same)
-    node = {"_target_": "sepdist.models.sepformer.SepFormer", "padding": "none"}
+    node: Node = {"_target_": "sepdist.models.sepformer.SepFormer", "padding": "none"}
     node |= {"num_filters": width, "kernel_size": kernel, "stride": stride}
     node |= {"num_speakers": masknet.get("num_spks", 2), "chunk_size": masknet.get("K", 200)}
     node |= {"num_blocks": masknet.get("num_layers", 1), "num_hidden": intra["d_ffn"]}

@@ -96,7 +96,7 @@ def _lstm_by_shape() -> Iterator[None]:
 
     def run(x: Tensor, hidden: Any, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         size = hidden[0].shape[2] * (1 + bool(others[-2]))  # of both directions
-        return x.new_empty(*x.shape[:2], size), *map(torch.empty_like, hidden)
+        return x.new_empty(*x.shape[:2], size), hidden[0].clone(), hidden[1].clone()
 
     for key in (keys.CompositeImplicitAutograd, keys.Autograd):
         operation.py_kernels[key] = run

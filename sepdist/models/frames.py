@@ -4,6 +4,7 @@ Shapes: B batch, S speakers, T samples, N frames, F features.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 EPS = 1e-8
 MAX_CHUNK = 10_000  # frames; the time of attention grows with its square
 PADDINGS = ("end", "none", "both")  # of cut_frames
-MASKS = {"relu": F.relu, "sigmoid": torch.sigmoid}  # the activations of masks
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}  # the activations of masks
 MAX_OVERLAP = 64  # frames at one place; joining them takes as many passes over the signal
 
 

@@ -3,9 +3,9 @@
 Subakan et al., "Attention Is All You Need in Speech Separation", 2021, in the form that SpeechBrain
 published and trained: 25,679,361 parameters for two speakers, no dropout, and with padding="none"
 the same estimates to rounding at any length (the default hears the samples after the last whole
-frame too, which SpeechBrain drops). That form has norms that the paper does not draw, one over each item before the chunks and
-one after each Transformer, and an even number of chunks. Tensors inside are channels-last
-(dual_path.py).
+frame too, which SpeechBrain drops). That form has norms that the paper does not draw, one over each
+item before the chunks and one after each Transformer, and an even number of chunks. Tensors inside
+are channels-last (dual_path.py).
 
 Shapes: B batch, S speakers, T samples, N frames, F features, C chunks, K frames of a chunk,
 M sequences of an item, R sequences of L places.
