@@ -252,6 +252,8 @@ def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, str]:
         for _ in range(9):  # a reference may name another one
             match = re.fullmatch(r"!ref <(\w+)>", one) if isinstance(one, str) else None
             one = top.get(match[1]) if match else one
+        if isinstance(one, str) and one.startswith("!"):  # nothing is computed or called
+            raise CheckpointError(f"{path}: write the value of {one} instead")
         return one
 
     def part(one: Any, kind: str, sizes: str, allowed: Node, **defaults: Any) -> Node:
@@ -260,7 +262,7 @@ def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, str]:
         if tag != f"new:{kinds}.{kind}":
             raise CheckpointError(f"{path}: {tag!r} cannot be mapped: a {kinds}.{kind} is wanted")
         args = defaults | {key: value(inner) for key, inner in found.items() if key != "!"}
-        plain = {key: inner for key, inner in args.items() if key not in ("!", *paths)}
+        plain = {key: inner for key, inner in args.items() if key not in paths}
         check_values(f"{path}: {kind}", plain, allowed, sizes.split())
         return args
 

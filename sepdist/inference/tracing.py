@@ -39,7 +39,7 @@ def write(url: str, output: str, kind: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model" + SUFFIXES[kind])
         try:
-            with warnings.catch_warnings(), _quiet():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 save(trace(export.model), path, kind, facts)
         except Exception as error:  # of the compiler, which has many
@@ -77,6 +77,7 @@ def save(program: ExportedProgram, path: str, kind: str, facts: dict[str, Any]) 
     if kind == "torch":
         torch.export.save(program, path, extra_files={"sepdist.json": json.dumps(facts)})
         return
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no notes about other packages
     with _lstm_by_shape():
         names = {"input_names": ["mixture"], "output_names": ["estimates"]}
         found = torch.onnx.export(program, dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
@@ -107,14 +108,3 @@ def _lstm_by_shape() -> Iterator[None]:
         operation.py_kernels.clear()
         operation.py_kernels.update(before)
         operation._dispatch_cache.clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No notes of the exporters about packages that they can do without."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -240,7 +240,11 @@ def test_what_cannot_be_mapped_is_refused_by_key_and_value(
         ("skip_around_intra: true", "skip_around_intra: false", "skip_around_intra=False"),
         ("stride: 4", "stride: 2", "stride=2"),
         ("SBTransformerBlock", "SBConformerEncoderBlock", "SBConformerEncoderBlock"),
-        ("kernel_size: 8\n    out", "kernel_size: !ref <width> // 3\n    out", "kernel_size="),
+        (
+            "kernel_size: 8\n    out",
+            "kernel_size: !ref <width> // 3\n    out",
+            "value of !ref <width>",
+        ),
         ("    masknet: !ref <MaskNet>", "", "Dual_Path_Model is wanted"),
         ("width: 24", "width: &a [*a]", "alias"),
     ],
