@@ -23,7 +23,7 @@ import soundfile
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sepdist import cli
-from sepdist.cli import compose, separate
+from sepdist.cli import compose
 from sepdist.config import ConfigError
 from tests.support.exports import RATE, voices, write_export
 from tests.support.runs import program
@@ -36,7 +36,7 @@ ELSEWHERE = {"results.md", "extending.md"}  # whose commands are not for this te
 FENCE = re.compile(r"^ *```(\S*)\n(.*?)^ *```$", re.M | re.S)
 # Languages of blocks that are not commands or Python: what is in them is checked elsewhere.
 OTHER_LANGUAGES = {"text", "toml", "yaml", "{toctree}", "{eval-rst}"}
-NUM_BASH_BLOCKS, NUM_PYTHON_BLOCKS = 47, 3
+NUM_BASH_BLOCKS, NUM_PYTHON_BLOCKS = 50, 3
 # Programs that cannot be run or composed here, and why it is enough that they are spelled so.
 STRANGERS = {
     "chmod": "a permission of the user's own file",
@@ -187,8 +187,9 @@ def check_verb(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert verb in cli.VERBS, verb
     if verb == "completion":
         assert rest in (["bash"], ["zsh"], ["fish"])
-    elif verb == "separate":
-        separate._parser().parse_args(rest)
+    elif verb in ("separate", "import", "export", "push"):
+        module = importlib.import_module(f"sepdist.cli.{'import_' if verb == 'import' else verb}")
+        module._parser().parse_intermixed_args(rest)
     else:
         elided = "..." in rest
         rest = [word for word in rest if word != "..."]

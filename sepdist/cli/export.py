@@ -16,14 +16,7 @@ from sepdist.console import user_console
 
 def main() -> None:
     """Export one model."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="run_dir, export or hf://; a path or s3://")
-    parser.add_argument("--format", choices=("torch", "onnx"), required=True)
-    parser.add_argument("--output", required=True, help="a new file: .pt2 or .onnx")
-    parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE")
-    given = parser.parse_args()
+    given = _parser().parse_args()
     with user_console() as console:
         from sepdist import slots
         from sepdist.inference.tracing import write
@@ -32,3 +25,14 @@ def main() -> None:
         facts = write(given.model, given.output, given.format)
         console.print(", ".join(f"{key}={value}" for key, value in facts.items()))
         print(given.output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="run_dir, export or hf://; a path or s3://")
+    parser.add_argument("--format", choices=("torch", "onnx"), required=True)
+    parser.add_argument("--output", required=True, help="a new file: .pt2 or .onnx")
+    parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE")
+    return parser

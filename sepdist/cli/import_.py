@@ -20,19 +20,7 @@ from sepdist.console import user_console
 
 def main() -> None:
     """Import one checkpoint."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("origin", choices=("asteroid", "speechbrain", "torchaudio"))
-    parser.add_argument("checkpoint", help="file, folder or hf://org/name[@revision]")
-    parser.add_argument(
-        "arguments",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="what the checkpoint does not tell: sample_rate, or an argument of our model",
-    )
-    parser.add_argument("--output", required=True, help="a new folder, or an s3:// prefix")
-    given = parser.parse_intermixed_args()
+    given = _parser().parse_intermixed_args()
     with user_console() as console:
         from sepdist.config import ConfigError, parse_plain
         from sepdist.inference.importing import import_model
@@ -47,3 +35,19 @@ def main() -> None:
         kind = card["model"]["_target_"].rpartition(".")[2]
         console.print(f"{kind} at {card['sample_rate']} Hz")
         print(given.output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("origin", choices=("asteroid", "speechbrain", "torchaudio"))
+    parser.add_argument("checkpoint", help="file, folder or hf://org/name[@revision]")
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="what the checkpoint does not tell: sample_rate, or an argument of our model",
+    )
+    parser.add_argument("--output", required=True, help="a new folder, or an s3:// prefix")
+    return parser

@@ -16,6 +16,14 @@ from sepdist.console import user_console
 
 def main() -> None:
     """Push one model."""
+    given = _parser().parse_args()
+    with user_console():
+        from sepdist.inference.pushing import push
+
+        print(push(**vars(given)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,8 +34,4 @@ def main() -> None:
     parser.add_argument("--results", default="", help="results.json of `sepdist evaluate`")
     parser.add_argument("--private", action="store_true", help="a new repository is private")
     parser.add_argument("--update", action="store_true", help="add a commit to a repository")
-    given = parser.parse_args()
-    with user_console():
-        from sepdist.inference.pushing import push
-
-        print(push(**vars(given)))
+    return parser

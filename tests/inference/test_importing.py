@@ -242,8 +242,8 @@ def test_what_cannot_be_mapped_is_refused_by_key_and_value(
         ("SBTransformerBlock", "SBConformerEncoderBlock", "SBConformerEncoderBlock"),
         (
             "kernel_size: 8\n    out",
-            "kernel_size: !ref <width> // 3\n    out",
-            "value of !ref <width>",
+            "kernel_size: !ref <a> // 3\n    out",
+            "value of !ref <a> // 3",
         ),
         ("    masknet: !ref <MaskNet>", "", "Dual_Path_Model is wanted"),
         ("width: 24", "width: &a [*a]", "alias"),

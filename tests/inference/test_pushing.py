@@ -1,4 +1,4 @@
-"""Models on the hub and model cards, against a cache laid out by hand and a hub that is a folder."""
+"""Models on the hub and model cards: a cache laid out by hand, and a folder for the hub."""
 
 import json
 import shutil
@@ -162,7 +162,7 @@ def test_a_push_to_the_hub_makes_one_commit_and_never_replaces_unasked(
     assert FolderHub.calls == ["create org/name True", "upload org/name"]
     names = {path.name for path in FolderHub.folder.iterdir()} - {".gitattributes"}
     assert names == set(hub.OURS)
-    with pytest.raises(HubError, match="hf://org/name holds .*add --update"):
+    with pytest.raises(HubError, match=r"hf://org/name holds .*add --update"):
         push(str(export), "hf://org/name", "mit", "", True, False)
     push(str(export), "hf://org/name", "mit", "", True, True)
     assert FolderHub.calls.count("upload org/name") == 2
