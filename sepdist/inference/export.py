@@ -99,9 +99,8 @@ def bounded(weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 def check_new(url: str) -> None:
     """Raise FileExistsError unless nothing is at `url`, or an empty folder."""
-    if storage.list_names(url) or (
-        storage.exists(url) and not os.path.isdir(os.path.expanduser(url))
-    ):
+    is_file = storage.exists(url) and not os.path.isdir(os.path.expanduser(url))
+    if is_file or storage.list_names(url):
         raise FileExistsError(f"{url} holds something already; choose another place")
 
 

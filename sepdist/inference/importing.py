@@ -83,22 +83,18 @@ _FREE: Node = {"fb_name": ("free", "FreeFB"), "norm_type": ("gLN",), "bidirectio
 _FREE |= {"padding": (0,), "output_padding": (0,), "who_is_pinv": (None,), "causal": (False,)}
 _FREE |= {"mask_act": ("relu", "sigmoid"), "rnn_type": ("LSTM",), "num_layers": (1,)}
 _FREE |= {"use_mulcat": (False,), "ff_activation": ("relu",)}
+_DUAL = _MASKED + "bn_chan=num_bottleneck chunk_size=chunk_size "
+_TCNS = "bn_chan=num_bottleneck hid_chan=num_hidden skip_chan=num_skip n_blocks=num_blocks "
 ASTEROID = {  # class -> our module and class, our names of its sizes, its encoder's activations
     "ConvTasNet": (
         "conv_tasnet.ConvTasNet",
-        _MASKED
-        + "bn_chan=num_bottleneck hid_chan=num_hidden skip_chan=num_skip n_blocks=num_blocks"
-        " conv_kernel_size=num_taps",
+        f"{_MASKED} {_TCNS} conv_kernel_size=num_taps",
         (None, "linear"),
     ),
-    "DPRNNTasNet": (
-        "dprnn.DPRNN",
-        _MASKED + "bn_chan=num_bottleneck hid_size=num_hidden chunk_size=chunk_size",
-        (None, "linear"),
-    ),
+    "DPRNNTasNet": ("dprnn.DPRNN", f"{_DUAL} hid_size=num_hidden", (None, "linear")),
     "DPTNet": (
         "dptnet.DPTNet",
-        _MASKED + "n_heads=num_heads ff_hid=num_hidden chunk_size=chunk_size",
+        f"{_MASKED} chunk_size=chunk_size n_heads=num_heads ff_hid=num_hidden",
         ("relu",),
     ),
 }
@@ -206,18 +202,11 @@ def read_torchaudio(path: str, given: Node) -> tuple[Node, State, str]:
     repeats = given.get("num_repeats") or 1
     if not isinstance(repeats, int) or count % repeats:
         raise CheckpointError(f"num_repeats={repeats} does not divide the {count} blocks of {path}")
-    node = dict.fromkeys(("num_repeats", "mask_activation")) | {
-        "_target_": "sepdist.models.conv_tasnet.ConvTasNet",
-        "num_speakers": num_outputs // num_filters,
-        "num_filters": num_filters,
-        "kernel_size": kernel_size,
-        "stride": kernel_size // 2,
-        "num_bottleneck": num_features,
-        "num_hidden": num_hidden,
-        "num_skip": num_features,
-        "num_blocks": count // repeats,
-        "padding": "both",
-    }
+    node: Node = {"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "padding": "both"}
+    node |= {"num_filters": num_filters, "kernel_size": kernel_size, "stride": kernel_size // 2}
+    node |= {"num_bottleneck": num_features, "num_hidden": num_hidden, "num_skip": num_features}
+    node |= {"num_speakers": num_outputs // num_filters, "num_blocks": count // repeats}
+    node |= {"num_repeats": None, "mask_activation": None}
     return node, state, RULES["torchaudio"]
 
 

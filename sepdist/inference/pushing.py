@@ -76,30 +76,25 @@ def without_places(lineage: Any) -> Any:
 def model_card(export: Export, url: str, licence: str, scores: Mapping[str, Any]) -> str:
     """README.md with the front matter that the hub reads."""
     name, kind = url.rstrip("/").rpartition("/")[2].partition("@")[0], type(export.model).__name__
-    data = scores.get("data", {})
-    test_set = f"{data['corpus']} {data['split']}" if data else ""
-    values = {key: one["mean"] for key, one in scores.get("metrics_db", {}).items()}
     front: dict[str, Any] = {"license": licence, "library_name": "sepdist"}
     front |= {"pipeline_tag": "audio-to-audio", "tags": ["speech-separation", kind.lower()]}
+    size = sum(p.numel() for p in export.model.parameters())
+    lines = [f"# {name}\n\n{kind} at {export.sample_rate} Hz, {size:,} parameters, {licence}.\n"]
+    lines.append("## Use\n\n" + USE.format(url=url))
     if scores:
-        metrics = [{"type": key, "value": round(value, 2)} for key, value in values.items()]
+        data, values = scores["data"], scores["metrics_db"].items()
+        test_set = f"{data['corpus']} {data['split']}"
+        metrics = [{"type": key, "value": round(one["mean"], 2)} for key, one in values]
         task = {"type": "audio-to-audio", "name": "speech separation"}
         result = {"task": task, "dataset": {"name": test_set, "type": data["corpus"]}}
         front["model-index"] = [{"name": name, "results": [result | {"metrics": metrics}]}]
-    size = sum(p.numel() for p in export.model.parameters())
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
-    lines += [f"{kind} at {export.sample_rate} Hz, {size:,} parameters, licence {licence}.", ""]
-    lines += ["## Use", "", USE.format(url=url)]
-    if scores:
         noisy = ", with noise" if data.get("noise") else ""
-        lines += ["## Scores", "", f"Means of {scores['num_utterances']} mixtures of {test_set}"]
-        lines[-1] += f"{noisy}, in dB:"
-        lines += ["", "| score | dB |", "|---|---|"]
-        lines += [*(f"| {key} | {value:.2f} |" for key, value in values.items()), ""]
-    lines += ["## Origin", ""]
+        lines.append(f"## Scores\n\nMeans of {scores.get('num_utterances')} mixtures of {test_set}")
+        lines[-1] += f"{noisy}, in dB:\n\n| score | dB |\n|---|---|"
+        lines += [*(f"| {key} | {one['mean']:.2f} |" for key, one in values), ""]
+    lines.append("## Origin\n")
     stage: Any = export.lineage
     while isinstance(stage, Mapping) and stage:
-        weights = f", weights {stage['sha256'][:12]}" if "sha256" in stage else ""
-        lines.append(f"- run {stage.get('run', '?')}, step {stage.get('step', '?')}{weights}")
+        lines.append(f"- run {stage.get('run')}, step {stage.get('step')}")
         stage = stage.get("parent")
-    return "\n".join(lines) + "\n"
+    return "\n".join(["---", yaml.safe_dump(front, sort_keys=False) + "---\n", *lines, ""])

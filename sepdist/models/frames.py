@@ -4,7 +4,7 @@ Shapes: B batch, S speakers, T samples, N frames, F features.
 """
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,7 @@ from torch import Tensor, nn
 EPS = 1e-8
 MAX_CHUNK = 10_000  # frames; the time of attention grows with its square
 PADDINGS = ("end", "none", "both")  # of cut_frames
-MASKS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-}  # the activations of masks
+MASKS: dict[str, Any] = {"relu": F.relu, "sigmoid": torch.sigmoid}
 MAX_OVERLAP = 64  # frames at one place; joining them takes as many passes over the signal
 
 
@@ -69,8 +66,7 @@ def decode(
     features_BNSF: Tensor, decoder: nn.Linear, stride: int, num_samples: int, padding: str = "end"
 ) -> Tensor:
     """Waveforms [B, S, T] of the speakers' features, in fp32 or wider."""
-    frames_BSNK = widen(decoder(features_BNSF)).transpose(1, 2)
-    return overlap_add(frames_BSNK, stride, num_samples, padding)
+    return overlap_add(widen(decoder(features_BNSF)).transpose(1, 2), stride, num_samples, padding)
 
 
 def widen(x: Tensor) -> Tensor:
