@@ -31,7 +31,7 @@ def cut_frames(signal_BT: Tensor, kernel_size: int, stride: int, padding: str = 
     """
     front = stride if padding == "both" else 0
     behind = 0 if padding == "none" else front + stride - 1  # unfold leaves out what is too much
-    return F.pad(signal_BT, (front, behind)).unfold(-1, kernel_size, stride)
+    return F.pad(signal_BT, (front, behind)).unfold(-1, kernel_size, stride).contiguous()
 
 
 def overlap_add(frames: Tensor, stride: int, num_samples: int, padding: str = "end") -> Tensor:
