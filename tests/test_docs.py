@@ -188,8 +188,7 @@ def check_verb(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if verb == "completion":
         assert rest in (["bash"], ["zsh"], ["fish"])
     elif verb in ("separate", "import", "export", "push"):
-        module = importlib.import_module(f"sepdist.cli.{'import_' if verb == 'import' else verb}")
-        module._parser().parse_intermixed_args(rest)
+        importlib.import_module(f"sepdist.cli.{verb}")._parser().parse_intermixed_args(rest)
     else:
         elided = "..." in rest
         rest = [word for word in rest if word != "..."]

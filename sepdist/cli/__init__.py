@@ -1,7 +1,6 @@
 """The programs, one module per verb: `sepdist VERB ...`, or `python -m sepdist VERB ...`."""
 
 import importlib
-import keyword
 import os
 import signal
 import sys
@@ -68,8 +67,7 @@ def run(verb: str) -> int | None:
     if verb in VERBS:
         os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's may not be installed
         sys.argv = [f"sepdist {verb}", *sys.argv[2:]]
-        module = f"sepdist.cli.{verb}" + "_" * keyword.iskeyword(verb)  # import_.py
-        return importlib.import_module(module).main()
+        return importlib.import_module(f"sepdist.cli.{verb}").main()
     width = max(map(len, VERBS))
     wanted = verb in ("-h", "--help")
     lines = ["usage: sepdist VERB ..."]

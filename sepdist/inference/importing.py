@@ -226,11 +226,15 @@ def _keep_tag(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
 
 
 _TaggedLoader.add_multi_constructor("!", _keep_tag)
+_KINDS = "speechbrain.lobes.models.dual_path"
+_BLOCK: Node = {"use_positional_encoding": (True,), "norm_before": (True,)}
+_BLOCK |= {"activation": ("relu",), "attention_type": ("regularMHA",)}
+_BLOCK |= dict.fromkeys(("kdim", "vdim", "input_shape"), (None,))
 
 
 def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, str]:
     """The same of a folder of SpeechBrain: hyperparams.yaml, encoder, masknet and decoder.ckpt."""
-    path, kinds = storage.join(folder, "hyperparams.yaml"), "speechbrain.lobes.models.dual_path"
+    path = storage.join(folder, "hyperparams.yaml")
     try:
         top = yaml.load(storage.read_bytes(path)[:MAX_BYTES], _TaggedLoader)
         modules = top["modules"]
@@ -248,8 +252,8 @@ def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, str]:
     def part(one: Any, kind: str, sizes: str, allowed: Node, **defaults: Any) -> Node:
         found = value(one)
         tag = found.get("!", "") if isinstance(found, dict) else found
-        if tag != f"new:{kinds}.{kind}":
-            raise CheckpointError(f"{path}: {tag!r} cannot be mapped: a {kinds}.{kind} is wanted")
+        if tag != f"new:{_KINDS}.{kind}":
+            raise CheckpointError(f"{path}: {tag!r} cannot be mapped: a {_KINDS}.{kind} is wanted")
         args = defaults | {key: value(inner) for key, inner in found.items() if key != "!"}
         plain = {key: inner for key, inner in args.items() if key not in paths}
         check_values(f"{path}: {kind}", plain, allowed, sizes.split())
@@ -257,23 +261,20 @@ def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, str]:
 
     modules, paths = value(modules), ("intra_model", "inter_model")
     modules = modules if isinstance(modules, dict) else {}
-    encoder = part(
-        modules.get("encoder"), "Encoder", "out_channels kernel_size", {"in_channels": (1,)}
-    )
+    sizes = "out_channels kernel_size"
+    encoder = part(modules.get("encoder"), "Encoder", sizes, {"in_channels": (1,)})
     width, kernel = encoder.get("out_channels", 64), encoder.get("kernel_size", 2)
     stride = kernel // 2 if isinstance(kernel, int) else None
     net = {"norm": ("ln", "gln"), "skip_around_intra": (True,), "use_global_pos_enc": (False,)}
     net |= {"linear_layer_after_inter_intra": (False,), "in_channels": (width,)}
-    net |= {"out_channels": (width,)}
+    net["out_channels"] = (width,)
     unset: Node = {"linear_layer_after_inter_intra": True}
     sizes = "num_spks num_layers K max_length"
     masknet = part(modules.get("masknet"), "Dual_Path_Model", sizes, net, **unset)
     ends: Node = {"in_channels": (width,), "out_channels": (1,), "kernel_size": (kernel,)}
     ends |= {"bias": (False,), "stride": (stride,)}
     part(modules.get("decoder"), "Decoder", "", ends, bias=True, stride=1)
-    block: Node = {"use_positional_encoding": (True,), "norm_before": (True,)}
-    block |= {"activation": ("relu",), "attention_type": ("regularMHA",), "d_model": (width,)}
-    block |= dict.fromkeys(("kdim", "vdim", "input_shape"), (None,))
+    block = _BLOCK | {"d_model": (width,)}
     unset = {"use_positional_encoding": False, "norm_before": False, "d_ffn": 2048}
     sizes = "num_layers nhead d_ffn dropout"
     intra, inter = (

@@ -79,8 +79,8 @@ def save(program: ExportedProgram, path: str, kind: str, facts: dict[str, Any]) 
         return
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no notes about other packages
     with _lstm_by_shape():
-        names = {"input_names": ["mixture"], "output_names": ["estimates"]}
-        found = torch.onnx.export(program, dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
+        names: Any = {"input_names": ["mixture"], "output_names": ["estimates"]}
+        found = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     assert found is not None
     found.model.metadata_props.update({name: str(value) for name, value in facts.items()})
     found.save(path)
