@@ -23,7 +23,7 @@ import soundfile
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sepdist import cli
-from sepdist.cli import compose, separate
+from sepdist.cli import compose
 from sepdist.config import ConfigError
 from tests.support.exports import RATE, voices, write_export
 from tests.support.runs import program
@@ -187,8 +187,8 @@ def check_verb(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert verb in cli.VERBS, verb
     if verb == "completion":
         assert rest in (["bash"], ["zsh"], ["fish"])
-    elif verb == "separate":
-        separate._parser().parse_args(rest)
+    elif verb in ("separate", "import", "export", "push"):
+        importlib.import_module(f"sepdist.cli.{verb}")._parser().parse_intermixed_args(rest)
     else:
         elided = "..." in rest
         rest = [word for word in rest if word != "..."]

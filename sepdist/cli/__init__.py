@@ -23,6 +23,9 @@ PURPOSES = {
     },
     "use a model": {
         "separate": "separate recordings into one file per speaker",
+        "import": "turn a checkpoint of Asteroid, SpeechBrain or torchaudio into a model of ours",
+        "export": "write a separator as one file for torch.export or ONNX",
+        "push": "put a model, with a model card, on the Hugging Face hub or into a folder",
     },
     "look": {
         "plot": "draw the papers' figures from runs",

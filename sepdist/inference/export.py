@@ -1,5 +1,6 @@
 """Load the model of a run_dir or an export folder, ready to use."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from sepdist import slots
+from sepdist import slots, storage
 from sepdist.config import ConfigError
 from sepdist.metrics.selection import speakers_of
 from sepdist.objectives.contract import OUTPUT_RULES
@@ -95,6 +96,13 @@ def bounded(weights: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_new(url: str) -> None:
+    """Raise FileExistsError unless nothing is at `url`, or an empty folder."""
+    is_file = storage.exists(url) and not os.path.isdir(os.path.expanduser(url))
+    if is_file or storage.list_names(url):
+        raise FileExistsError(f"{url} holds something already; choose another place")
 
 
 def load_separator(url: str) -> Export:

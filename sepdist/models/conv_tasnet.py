@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sepdist.models.conv_block import ConvBlock, compiled_if, init_uniform
 from sepdist.models.dual_path import global_norm
-from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
+from sepdist.models.frames import MASKS, check_sizes, check_variant, decode, encode, init_filterbank
 
 
-def apply_masks(masks_BNSF: Tensor, encoded_BNF: Tensor) -> Tensor:
-    """ReLU masks of every speaker times the encoded frames, [B, N, S, F]."""
-    return F.relu(masks_BNSF) * encoded_BNF.unsqueeze(2)
+def apply_masks(masks_BNSF: Tensor, encoded_BNF: Tensor, activation: str = "relu") -> Tensor:
+    """The masks of every speaker times the encoded frames, [B, N, S, F]."""
+    return MASKS[activation](masks_BNSF) * encoded_BNF.unsqueeze(2)
 
 
 class NormLinear(nn.Module):
@@ -65,9 +65,13 @@ class ConvTasNet(nn.Module):
         num_taps: int = 3,
         masking: bool = True,
         compile: bool = True,
+        padding: str = "end",
+        mask_activation: str = "relu",
     ) -> None:
         super().__init__()
         check_sizes(num_speakers, kernel_size, stride)
+        check_variant(padding, mask_activation)
+        self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.num_filters, self.num_skip = num_speakers, num_filters, num_skip
         self.num_features = num_speakers * num_filters
         self.kernel_size, self.stride = kernel_size, stride
@@ -90,10 +94,12 @@ class ConvTasNet(nn.Module):
         encoded_BNF, output_BNF = self._encode(mixture_BT)
         masks_BNSF = output_BNF.unflatten(-1, (self.num_speakers, self.num_filters))
         if self.masking:
-            masked_BNSF = compiled_if(self.compiled, apply_masks)(masks_BNSF, encoded_BNF)
+            masked_BNSF = compiled_if(self.compiled, apply_masks)(
+                masks_BNSF, encoded_BNF, self.mask_activation
+            )
         else:
             masked_BNSF = F.relu(masks_BNSF)
-        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
+        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1], self.padding)
 
     def features(self, mixture_BT: Tensor) -> Tensor:
         """The network's output [B, N, num_features], before it is applied as masks."""
@@ -101,7 +107,7 @@ class ConvTasNet(nn.Module):
 
     def _encode(self, mixture_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The encoded frames [B, N, F] and the network's output [B, N, S * F]."""
-        encoded_BNF = encode(mixture_BT, self.encoder, self.stride)
+        encoded_BNF = encode(mixture_BT, self.encoder, self.stride, self.padding)
         x = self.bottleneck(encoded_BNF)
         skip = x.new_zeros(*x.shape[:2], self.num_skip)
         for block in self.blocks:

@@ -8,12 +8,11 @@ speakers. Tensors inside are channels-last (dual_path.py).
 Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk, F features.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, split, swapped
-from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
+from sepdist.models.frames import MASKS, check_sizes, check_variant, decode, encode, init_filterbank
 
 
 class PathRNN(nn.Module):
@@ -53,9 +52,13 @@ class DPRNN(nn.Module):
         num_hidden: int = 128,
         chunk_size: int = 250,
         num_repeats: int = 6,
+        padding: str = "end",
+        mask_activation: str = "relu",
     ) -> None:
         super().__init__()
         check_sizes(num_speakers, kernel_size, stride, chunk_size)
+        check_variant(padding, mask_activation)
+        self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
         self.min_length, self.stride = kernel_size, stride
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
@@ -73,12 +76,12 @@ class DPRNN(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        encoded_BNF = encode(mixture_BT, self.encoder, self.stride)
+        encoded_BNF = encode(mixture_BT, self.encoder, self.stride, self.padding)
         x = segment(self.bottleneck(self.norm(encoded_BNF)), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(inter(swapped(intra(x))))
         merged = merge(self.prelu(x), encoded_BNF.shape[1])
         y_BNSF = split(merged, self.mask_conv, self.num_speakers)
-        masks_BNSF = F.relu(self.mask(self.gate(y_BNSF)))
+        masks_BNSF = MASKS[self.mask_activation](self.mask(self.gate(y_BNSF)))
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
-        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
+        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1], self.padding)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sepdist.models.attention import Attention
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, swapped
-from sepdist.models.frames import check_sizes, decode, encode, init_filterbank
+from sepdist.models.frames import MASKS, check_sizes, check_variant, decode, encode, init_filterbank
 
 
 class PathTransformer(nn.Module):
@@ -63,9 +63,13 @@ class DPTNet(nn.Module):
         num_hidden: int = 256,
         chunk_size: int = 250,
         num_repeats: int = 6,
+        padding: str = "end",
+        mask_activation: str = "relu",
     ) -> None:
         super().__init__()
         check_sizes(num_speakers, kernel_size, stride, chunk_size)
+        check_variant(padding, mask_activation)
+        self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
         self.min_length, self.stride = kernel_size, stride
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
@@ -81,7 +85,7 @@ class DPTNet(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        encoded_BNF = F.relu(encode(mixture_BT, self.encoder, self.stride))
+        encoded_BNF = F.relu(encode(mixture_BT, self.encoder, self.stride, self.padding))
         x = segment(self.norm(encoded_BNF), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(intra(x.flatten(0, 1)).view_as(x))
@@ -89,6 +93,8 @@ class DPTNet(nn.Module):
         # The 1x1 convolution is linear, so it may follow the overlap-add, which is a mean here, and
         # work on half as many frames.
         y = self.mask_conv(merge(self.prelu(x), encoded_BNF.shape[1]) / 2)
-        masks_BNSF = F.relu(self.gate(y.unflatten(-1, (self.num_speakers, -1))))
+        masks_BNSF = MASKS[self.mask_activation](
+            self.gate(y.unflatten(-1, (self.num_speakers, -1)))
+        )
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
-        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
+        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1], self.padding)

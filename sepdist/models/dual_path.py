@@ -23,8 +23,9 @@ def segment(frames_BNF: Tensor, chunk_size: int) -> Tensor:
     assert chunk_size % 2 == 0, chunk_size
     hop = chunk_size // 2
     num_frames = frames_BNF.shape[1]
-    behind = hop * (num_frames // hop + 2) - num_frames
-    halves = F.pad(frames_BNF, (0, 0, chunk_size, behind)).unflatten(1, (-1, hop))
+    count = num_frames // hop + 4  # named, so that torch.export need not divide
+    behind = hop * (count - 2) - num_frames
+    halves = F.pad(frames_BNF, (0, 0, chunk_size, behind)).unflatten(1, (count, hop))
     return torch.cat([halves[:, :-1], halves[:, 1:]], dim=2)
 
 

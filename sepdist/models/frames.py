@@ -4,6 +4,7 @@ Shapes: B batch, S speakers, T samples, N frames, F features.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,32 +12,40 @@ from torch import Tensor, nn
 
 EPS = 1e-8
 MAX_CHUNK = 10_000  # frames; the time of attention grows with its square
+PADDINGS = ("end", "none", "both")  # of cut_frames
+MASKS: dict[str, Any] = {"relu": F.relu, "sigmoid": torch.sigmoid}
 MAX_OVERLAP = 64  # frames at one place; joining them takes as many passes over the signal
 
 
 def num_frames(num_samples: int, kernel_size: int, stride: int) -> int:
     """The number of frames that cover `num_samples` samples; the last one may be zero-padded."""
-    return 1 + max(0, -(-(num_samples - kernel_size) // stride))
+    return 1 + max(0, (num_samples - kernel_size + stride - 1) // stride)
 
 
-def cut_frames(signal_BT: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """Overlapping frames [B, N, kernel_size]; the tail is zero-padded to a whole frame."""
-    num_samples = signal_BT.shape[-1]
-    padded = (num_frames(num_samples, kernel_size, stride) - 1) * stride + kernel_size
-    return F.pad(signal_BT, (0, padded - num_samples)).unfold(-1, kernel_size, stride)
+def cut_frames(signal_BT: Tensor, kernel_size: int, stride: int, padding: str = "end") -> Tensor:
+    """Overlapping frames [B, N, kernel_size] of at least that many samples.
+
+    Zeros fill the last frame (`padding` "end"), or what fills no frame is left out ("none", as in
+    Asteroid and SpeechBrain), or zeros surround the signal, `stride` at each side ("both", as in
+    torchaudio).
+    """
+    front = stride if padding == "both" else 0
+    behind = 0 if padding == "none" else front + stride - 1  # unfold leaves out what is too much
+    return F.pad(signal_BT, (front, behind)).unfold(-1, kernel_size, stride).contiguous()
 
 
-def overlap_add(frames: Tensor, stride: int, num_samples: int) -> Tensor:
-    """The sum of overlapping frames [..., N, K], cut or zero-padded to [..., num_samples]."""
+def overlap_add(frames: Tensor, stride: int, num_samples: int, padding: str = "end") -> Tensor:
+    """The sum [..., num_samples] of overlapping frames [..., N, K], cut with the same padding."""
     *lead, count, kernel_size = frames.shape
     pieces = -(-kernel_size // stride)
     frames = F.pad(frames, (0, pieces * stride - kernel_size)).unflatten(-1, (pieces, stride))
     total = sum(
-        F.pad(frames[..., piece, :], (0, 0, piece, pieces - 1 - piece)) for piece in range(pieces)
+        F.pad(frames[..., piece, :], (0, 0, piece, pieces - piece)) for piece in range(pieces)
     )
     assert isinstance(total, Tensor)
-    signal = total.reshape(*lead, (count + pieces - 1) * stride)
-    return F.pad(signal, (0, num_samples - signal.shape[-1]))
+    signal = total.reshape(*lead, (count + pieces) * stride)  # longer than needed, at any length
+    front = stride if padding == "both" else 0
+    return signal[..., front : front + num_samples].clone(memory_format=torch.contiguous_format)
 
 
 def init_filterbank(encoder: nn.Linear, decoder: nn.Linear) -> None:
@@ -47,15 +56,17 @@ def init_filterbank(encoder: nn.Linear, decoder: nn.Linear) -> None:
         nn.init.normal_(weight, std=deviation)
 
 
-def encode(mixture_BT: Tensor, encoder: nn.Linear, stride: int) -> Tensor:
+def encode(mixture_BT: Tensor, encoder: nn.Linear, stride: int, padding: str = "end") -> Tensor:
     """Features [B, N, F] of the frames; ValueError unless [B, T] with at least one frame."""
     check_mixture(mixture_BT, encoder.in_features)
-    return encoder(cut_frames(mixture_BT, encoder.in_features, stride))
+    return encoder(cut_frames(mixture_BT, encoder.in_features, stride, padding))
 
 
-def decode(features_BNSF: Tensor, decoder: nn.Linear, stride: int, num_samples: int) -> Tensor:
+def decode(
+    features_BNSF: Tensor, decoder: nn.Linear, stride: int, num_samples: int, padding: str = "end"
+) -> Tensor:
     """Waveforms [B, S, T] of the speakers' features, in fp32 or wider."""
-    return overlap_add(widen(decoder(features_BNSF)).transpose(1, 2), stride, num_samples)
+    return overlap_add(widen(decoder(features_BNSF)).transpose(1, 2), stride, num_samples, padding)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -87,6 +98,14 @@ def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: in
             f"chunk_size={chunk_size}: chunks overlap by half, choose an even number from 2 to"
             f" {MAX_CHUNK}"
         )
+
+
+def check_variant(padding: str, mask_activation: str = "relu") -> None:
+    """Raise ValueError for a padding or an activation of masks that no mask network has."""
+    given = {"padding": (padding, PADDINGS), "mask_activation": (mask_activation, [*MASKS])}
+    for name, (value, known) in given.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
 
 
 def check_mixture(mixture_BT: Tensor, least: int) -> None:

@@ -72,7 +72,7 @@ class GlobalAttention(nn.Module):
         x = self.attention_norm(swapped(coarse_BCQF).flatten(0, 1))
         x = x + sinusoids(x.shape[1], x)
         x = self.norm(x + self.dropout(widen(self.attention(x))))
-        coarse_BCQF = swapped(x.unflatten(0, (len(x_BCKF), -1)))
+        coarse_BCQF = swapped(x.unflatten(0, (-1, coarse_BCQF.shape[2])))
         return (coarse_BCQF.unsqueeze(3) * self.up_taps + self.up_bias).flatten(2, 3)
 
 

@@ -1,10 +1,11 @@
 """SepFormer: separates a mixture [B, T] into one waveform per speaker [B, S, T] by attention.
 
 Subakan et al., "Attention Is All You Need in Speech Separation", 2021, in the form that SpeechBrain
-published and trained: 25,679,361 parameters for two speakers, no dropout, and the same estimates to
-rounding. That form has norms that the paper does not draw, one over each item before the chunks and
-one after each Transformer, and an even number of chunks. Tensors inside are channels-last
-(dual_path.py).
+published and trained: 25,679,361 parameters for two speakers, no dropout, and with padding="none"
+the same estimates to rounding at any length (the default hears the samples after the last whole
+frame too, which SpeechBrain drops). That form has norms that the paper does not draw, one over each
+item before the chunks and one after each Transformer, and an even number of chunks. Tensors inside
+are channels-last (dual_path.py).
 
 Shapes: B batch, S speakers, T samples, N frames, F features, C chunks, K frames of a chunk,
 M sequences of an item, R sequences of L places.
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sepdist.models.attention import Attention, sinusoids
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, split, swapped
-from sepdist.models.frames import check_sizes, decode, encode, widen
+from sepdist.models.frames import check_sizes, check_variant, decode, encode, widen
 
 NORM_EPS = 1e-6
 
@@ -83,9 +84,12 @@ class SepFormer(nn.Module):
         num_heads: int = 8,
         num_hidden: int = 1024,
         checkpoint_activations: bool = False,
+        padding: str = "end",
     ) -> None:
         super().__init__()
         check_sizes(num_speakers, kernel_size, stride, chunk_size)
+        check_variant(padding)
+        self.padding = padding
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
         self.min_length, self.stride = kernel_size, stride
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
@@ -104,7 +108,7 @@ class SepFormer(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        encoded_BNF = F.relu(encode(mixture_BT, self.encoder, self.stride))
+        encoded_BNF = F.relu(encode(mixture_BT, self.encoder, self.stride, self.padding))
         x = to_chunks(widen(self.bottleneck(self.norm(encoded_BNF))), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(inter(swapped(intra(x))))
@@ -112,7 +116,7 @@ class SepFormer(nn.Module):
         y_BNSF = split(merged, self.mask_conv, self.num_speakers)
         masks_BNSF = F.relu(self.mask_out(self.gate(y_BNSF)))
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
-        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
+        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1], self.padding)
 
 
 def to_chunks(frames_BNF: Tensor, chunk_size: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from sepdist import slots, storage
+from sepdist import hub, slots, storage
 from sepdist.config import ConfigError, InitConfig, parse_plain
 from sepdist.objectives.contract import OUTPUT_RULES
 from sepdist.training.checkpoint import (
@@ -88,7 +88,11 @@ def inherit(model: nn.Module, init: InitConfig) -> tuple[list[str], dict[str, An
 
 
 def find_export(url: str) -> str:
-    """Return the folder with weights: `url` or the best (else newest) checkpoint of that run."""
+    """Return the folder with weights: `url` or the best (else newest) checkpoint of that run.
+
+    For hf://org/name[@revision] it is the one in the hub's cache, after a download if need be.
+    """
+    url = hub.local(url)
     if storage.exists(storage.join(url, "model.safetensors")):
         return url
     committed = find_committed(storage.join(url, "checkpoints"))

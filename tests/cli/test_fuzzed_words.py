@@ -25,6 +25,9 @@ NEEDED = {
     "recognise": ["corpus=overlap", "corpus.root=r", "output=o"],
     "audit": ["run_dir=r"],
     "plot": ["output=o"],
+    "import": ["asteroid", "m.pth", "--output", "o"],
+    "export": ["m", "--format", "torch", "--output", "o.pt2"],
+    "push": ["m", "o", "--licence", "mit"],
     **{verb: ["model=m", "data=d", "output=o"] for verb in ("evaluate", "estimate", "labels")},
 }
 PART_KEYS = ["optim.lr", "model.num_filters", "model._target_", "corpus.root", "hydra.run.dir"]

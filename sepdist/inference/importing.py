@@ -1,0 +1,334 @@
+"""Turn checkpoints of Asteroid, SpeechBrain and torchaudio into models of ours.
+
+Their files are read as data: tensors and plain values, never code. The estimates are those of the
+original code at any length, as imported models take its padding. What has no counterpart here is
+refused by its name and value.
+"""
+
+import glob
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+from sepdist import hub, storage
+from sepdist.inference.export import build_stored, check_new
+from sepdist.reporting import to_json
+from sepdist.training.checkpoint import CheckpointError
+from sepdist.training.handoff import MAX_BYTES, load_weights, parse_card
+
+Node = dict[str, Any]
+State = dict[str, Tensor]
+
+
+def _table(text: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in text.split())
+
+
+# Their name=ours. % is a number and @ a path, as on the other side; * is the end of their name,
+# ~ the gain or shift of a norm; ^ transposes; #0 and #1 are halves of a parameter; - is left out.
+_TCN = """B.0=blocks.%.in_* B.1=blocks.%.prelu1 B.2=blocks.%.~1 B.3.weight=blocks.%.taps^
+    B.3.bias=blocks.%.taps_bias B.4=blocks.%.prelu2 B.5=blocks.%.~2"""
+_MASKER = """encoder.filterbank=encoder.weight decoder.filterbank=decoder.weight^
+    masker.first_out.0=prelu.weight masker.first_out.1=mask_conv.*
+    masker.net_out.0=gate.linear.*#0 masker.net_gate.0=gate.linear.*#1 """
+_DPT = "mha.in_proj=attention.qkv.* mha.out_proj=attention.out.* recurrent=lstm.* linear=linear.*"
+_LAYER = "masknet.dual_mdl.%.@_mdl.mdl.layers.%."
+RULES = {
+    "conv_tasnet": _MASKER
+    + _TCN.replace("B", "masker.TCN.%.shared_block")
+    + """ masker.bottleneck.0=bottleneck.~ masker.bottleneck.1=bottleneck.*
+    masker.TCN.%.res_conv=blocks.%.out_*#0 masker.TCN.%.skip_conv=blocks.%.out_*#1
+    masker.mask_net.0=prelu.weight masker.mask_net.1=mask_conv.*""",
+    "torchaudio": _TCN.replace("B", "mask_generator.conv_layers.%.conv_layers")
+    + """ mask_generator.conv_layers.%.res_out=blocks.%.out_*#0 encoder=encoder.weight
+    mask_generator.conv_layers.%.skip_out=blocks.%.out_*#1 decoder=decoder.weight^
+    mask_generator.input_norm=bottleneck.~ mask_generator.input_conv=bottleneck.*
+    mask_generator.output_prelu=prelu.weight mask_generator.output_conv=mask_conv.*""",
+    "dprnn": _MASKER
+    + """masker.bottleneck.0=norm.~ masker.bottleneck.1=bottleneck.* masker.mask_net=mask.*
+    masker.net.%.@_RNN.rnn=@.%.lstm.* masker.net.%.@_linear=@.%.linear.*
+    masker.net.%.@_norm=@.%.norm.~""",
+    "dptnet": _MASKER
+    + "masker.in_norm=norm.~ "
+    + " ".join(
+        f"masker.layers.%.{number}.{theirs}={path}.%.{ours}"
+        for number, path in enumerate(("intra", "inter"))
+        for theirs, ours in _table(f"{_DPT} norm_mha=attention_norm.~ norm_ff=norm.~").items()
+    ),
+    "sepformer": """encoder.conv1d=encoder.weight decoder=decoder.weight^ masknet.norm=norm.~
+    masknet.conv1d=bottleneck.* masknet.conv2d=mask_conv.* masknet.end_conv1x1=mask_out.*
+    masknet.prelu=prelu.* masknet.output.0=gate.linear.*#0 masknet.output_gate.0=gate.linear.*#1
+    masknet.dual_mdl.%.@_norm=@.%.global_norm.~ masknet.dual_mdl.%.@_mdl.pos_enc=-
+    masknet.dual_mdl.%.@_mdl.mdl.norm.norm=@.%.layer_norm.* """
+    + " ".join(
+        f"{_LAYER}{theirs}=@.%.layers.%.{ours}"
+        for theirs, ours in _table(
+            "self_att.att.in_proj=attention.qkv.* self_att.att.out_proj=attention.out.*"
+            " norm1.norm=attention_norm.* norm2.norm=norm.* pos_ffn.ffn.0=up.* pos_ffn.ffn.3=down.*"
+        ).items()
+    ),
+}
+GAINS = {"weight": "gain", "gamma": "gain", "bias": "shift", "beta": "shift"}
+_MASKED = "n_src=num_speakers n_filters=num_filters kernel_size=kernel_size stride=stride "
+_MASKED += "n_repeats=num_repeats mask_act=mask_activation "
+_FREE: Node = {"fb_name": ("free", "FreeFB"), "norm_type": ("gLN",), "bidirectional": (True,)}
+_FREE |= {"padding": (0,), "output_padding": (0,), "who_is_pinv": (None,), "causal": (False,)}
+_FREE |= {"mask_act": ("relu", "sigmoid"), "rnn_type": ("LSTM",), "num_layers": (1,)}
+_FREE |= {"use_mulcat": (False,), "ff_activation": ("relu",)}
+_DUAL = _MASKED + "bn_chan=num_bottleneck chunk_size=chunk_size "
+_TCNS = "bn_chan=num_bottleneck hid_chan=num_hidden skip_chan=num_skip n_blocks=num_blocks "
+ASTEROID = {  # class -> our module and class, our names of its sizes, its encoder's activations
+    "ConvTasNet": (
+        "conv_tasnet.ConvTasNet",
+        f"{_MASKED} {_TCNS} conv_kernel_size=num_taps",
+        (None, "linear"),
+    ),
+    "DPRNNTasNet": ("dprnn.DPRNN", f"{_DUAL} hid_size=num_hidden", (None, "linear")),
+    "DPTNet": (
+        "dptnet.DPTNet",
+        f"{_MASKED} chunk_size=chunk_size n_heads=num_heads ff_hid=num_hidden",
+        ("relu",),
+    ),
+}
+
+
+def convert(state: Mapping[str, Tensor], table: str) -> State:
+    """A published model's tensors by our names; CheckpointError for one without a rule."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    rules = []
+    for theirs, ours in _table(table).items():
+        pattern = re.escape(theirs).replace("%", r"(\d+)").replace("@", "(intra|inter)")
+        rules.append((re.compile(pattern + r"(?:[._](\w+))?"), ours))
+    for theirs, tensor in state.items():
+        matches = [(found, ours) for one, ours in rules if (found := one.fullmatch(theirs))]
+        if len(matches) != 1:
+            raise CheckpointError(f"the parameter {theirs} has no counterpart in our model")
+        (match, ours), *_ = matches
+        *groups, end = match.groups()
+        for group in groups:
+            ours = ours.replace("%" if group.isdigit() else "@", group, 1)
+        name, _, half = ours.replace("*", end or "").partition("#")
+        tensor = tensor.flatten(1) if tensor.ndim > 2 else tensor
+        if "~" in name:
+            name, tensor = name.replace("~", GAINS.get(end, "")), tensor.flatten()
+        if name.endswith("^"):
+            name, tensor = name[:-1], tensor.T
+        halves.setdefault(name, {})[half] = tensor.detach().float()
+    halves.pop("-", None)
+    return {name: torch.cat([one[key] for key in sorted(one)]) for name, one in halves.items()}
+
+
+def check_values(where: str, given: Node, allowed: Node, sizes: Any = ()) -> None:
+    """Raise CheckpointError for a value that our model cannot have, or a key that is not known."""
+    for key, value in given.items():
+        plain = value is None or isinstance(value, int | float | str)
+        if not plain or (key not in sizes and value not in allowed.get(key, ())):
+            only = " or ".join(map(repr, allowed.get(key, ()))) or "no such argument"
+            raise CheckpointError(f"{where}: {key}={value!r} cannot be mapped: we have {only}")
+
+
+def read_tensors(path: str) -> Any:
+    """The content of a file of torch.save, if it holds tensors and plain values only."""
+    try:
+        with torch.serialization.safe_globals([torch.torch_version.TorchVersion]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        what = "not a file of torch.save with tensors and plain values only; nothing in it was run"
+        raise CheckpointError(f"{path}: {what} ({reason})") from error
+
+
+def _state(path: str, value: Any) -> State:
+    if not isinstance(value, Mapping) or not all(isinstance(x, Tensor) for x in value.values()):
+        raise CheckpointError(f"{path}: no state_dict, which maps names to tensors")
+    return dict(value)
+
+
+def read_asteroid(path: str, given: Node) -> tuple[Node, State, str]:
+    """Our config, their tensors and the rules for them, of what Asteroid's `serialize` saved."""
+    if os.path.isdir(path):
+        files = [one for end in ("pth", "bin") for one in glob.glob(f"{glob.escape(path)}/*.{end}")]
+        if len(files) != 1:
+            raise CheckpointError(f"{path}: {len(files)} files *.pth or *.bin; name one")
+        path = files[0]
+    saved = read_tensors(path)
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("model_args"), Mapping):
+        what = "a model of Asteroid has model_name, model_args and state_dict (best_model.pth)"
+        raise CheckpointError(f"{path}: {what}, not a Lightning checkpoint")
+    name, args = saved.get("model_name"), dict(saved["model_args"])
+    if name not in ASTEROID:
+        raise CheckpointError(f"{path}: model_name={name!r}: we have {', '.join(ASTEROID)}")
+    target, sizes, activations = ASTEROID[name]
+    names, chunk = _table(sizes), args.get("chunk_size")
+    allowed = _FREE | dict.fromkeys(("in_chan", "out_chan"), (None, args.get("n_filters")))
+    allowed |= {"hop_size": (None, chunk // 2 if isinstance(chunk, int) else None)}
+    allowed |= {"encoder_activation": activations}
+    check_values(path, args, allowed, {*names, "sample_rate", "dropout"} - {"mask_act"})
+    if not args.get("skip_chan", 1):
+        raise CheckpointError(f"{path}: skip_chan={args['skip_chan']} cannot be mapped")
+    node = {ours: args[theirs] for theirs, ours in names.items() if args.get(theirs)}
+    node |= {"sample_rate": args["sample_rate"]} if args.get("sample_rate") else {}
+    if "stride" not in node and isinstance(args.get("kernel_size"), int):
+        node["stride"] = args["kernel_size"] // 2
+    missing = dict.fromkeys(names.values())
+    node = missing | node | {"_target_": f"sepdist.models.{target}", "padding": "none"}
+    return node, _state(path, saved.get("state_dict")), RULES[target.partition(".")[0]]
+
+
+def read_torchaudio(path: str, given: Node) -> tuple[Node, State, str]:
+    """The same of torchaudio's ConvTasNet, whose state_dict shows all sizes but three."""
+    state, layers = _state(path, read_tensors(path)), "mask_generator.conv_layers."
+    try:
+        num_filters, _, kernel_size = state["encoder.weight"].shape
+        num_hidden, num_features, _ = state[f"{layers}0.conv_layers.0.weight"].shape
+        num_taps = state[f"{layers}0.conv_layers.3.weight"].shape[2]
+        num_outputs = state["mask_generator.output_conv.weight"].shape[0]
+        count = 1 + max(int(one.split(".")[2]) for one in state if one.startswith(layers))
+    except (LookupError, ValueError) as error:
+        raise CheckpointError(f"{path}: no state_dict of torchaudio's ConvTasNet") from error
+    if num_taps != 3:  # torchaudio pads for three taps, whatever there are
+        raise CheckpointError(f"{path}: msk_kernel_size={num_taps} cannot be mapped: we have 3")
+    last = f"{layers}{count - 1}.res_out."  # which torchaudio leaves out, as nothing follows
+    state.setdefault(f"{last}weight", torch.zeros(num_features, num_hidden, 1))
+    state.setdefault(f"{last}bias", torch.zeros(num_features))
+    repeats = given.get("num_repeats") or 1
+    if not isinstance(repeats, int) or count % repeats:
+        raise CheckpointError(f"num_repeats={repeats} does not divide the {count} blocks of {path}")
+    node: Node = {"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "padding": "both"}
+    node |= {"num_filters": num_filters, "kernel_size": kernel_size, "stride": kernel_size // 2}
+    node |= {"num_bottleneck": num_features, "num_hidden": num_hidden, "num_skip": num_features}
+    node |= {"num_speakers": num_outputs // num_filters, "num_blocks": count // repeats}
+    node |= {"num_repeats": None, "mask_activation": None}
+    return node, state, RULES["torchaudio"]
+
+
+class _TaggedLoader(yaml.SafeLoader):
+    """HyperPyYAML as data: a mapping keeps its tag under "!", a scalar becomes "!tag value"."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few can stand for terabytes
+            raise yaml.YAMLError("it has an alias")
+        return super().compose_node(parent, index)
+
+
+def _keep_tag(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return {"!": tag} | loader.construct_mapping(node, deep=True)
+    return f"!{tag} {node.value}" if isinstance(node, yaml.ScalarNode) else f"!{tag}"
+
+
+_TaggedLoader.add_multi_constructor("!", _keep_tag)
+_KINDS = "speechbrain.lobes.models.dual_path"
+_BLOCK: Node = {"use_positional_encoding": (True,), "norm_before": (True,)}
+_BLOCK |= {"activation": ("relu",), "attention_type": ("regularMHA",)}
+_BLOCK |= dict.fromkeys(("kdim", "vdim", "input_shape"), (None,))
+
+
+def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, str]:
+    """The same of a folder of SpeechBrain: hyperparams.yaml, encoder, masknet and decoder.ckpt."""
+    path = storage.join(folder, "hyperparams.yaml")
+    try:
+        top = yaml.load(storage.read_bytes(path)[:MAX_BYTES], _TaggedLoader)
+        modules = top["modules"]
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CheckpointError(f"{path}: it does not describe a model ({error})") from error
+
+    def value(one: Any) -> Any:
+        for _ in range(9):  # a reference may name another one
+            match = re.fullmatch(r"!ref <(\w+)>", one) if isinstance(one, str) else None
+            one = top.get(match[1]) if match else one
+        if isinstance(one, str) and one.startswith("!"):  # nothing is computed or called
+            raise CheckpointError(f"{path}: write the value of {one} instead")
+        return one
+
+    def part(one: Any, kind: str, sizes: str, allowed: Node, **defaults: Any) -> Node:
+        found = value(one)
+        tag = found.get("!", "") if isinstance(found, dict) else found
+        if tag != f"new:{_KINDS}.{kind}":
+            raise CheckpointError(f"{path}: {tag!r} cannot be mapped: a {_KINDS}.{kind} is wanted")
+        args = defaults | {key: value(inner) for key, inner in found.items() if key != "!"}
+        plain = {key: inner for key, inner in args.items() if key not in paths}
+        check_values(f"{path}: {kind}", plain, allowed, sizes.split())
+        return args
+
+    modules, paths = value(modules), ("intra_model", "inter_model")
+    modules = modules if isinstance(modules, dict) else {}
+    sizes = "out_channels kernel_size"
+    encoder = part(modules.get("encoder"), "Encoder", sizes, {"in_channels": (1,)})
+    width, kernel = encoder.get("out_channels", 64), encoder.get("kernel_size", 2)
+    stride = kernel // 2 if isinstance(kernel, int) else None
+    net = {"norm": ("ln", "gln"), "skip_around_intra": (True,), "use_global_pos_enc": (False,)}
+    net |= {"linear_layer_after_inter_intra": (False,), "in_channels": (width,)}
+    net["out_channels"] = (width,)
+    unset: Node = {"linear_layer_after_inter_intra": True}
+    sizes = "num_spks num_layers K max_length"
+    masknet = part(modules.get("masknet"), "Dual_Path_Model", sizes, net, **unset)
+    ends: Node = {"in_channels": (width,), "out_channels": (1,), "kernel_size": (kernel,)}
+    ends |= {"bias": (False,), "stride": (stride,)}
+    part(modules.get("decoder"), "Decoder", "", ends, bias=True, stride=1)
+    block = _BLOCK | {"d_model": (width,)}
+    unset = {"use_positional_encoding": False, "norm_before": False, "d_ffn": 2048}
+    sizes = "num_layers nhead d_ffn dropout"
+    intra, inter = (
+        part(masknet.get(one), "SBTransformerBlock", sizes, block, **unset) for one in paths
+    )
+    same = {key: (intra.get(key),) for key in ("num_layers", "nhead", "d_ffn")}
+    check_values(f"{path}: inter_model", {key: inter.get(key) for key in same}, same)
+    node: Node = {"_target_": "sepdist.models.sepformer.SepFormer", "padding": "none"}
+    node |= {"num_filters": width, "kernel_size": kernel, "stride": stride}
+    node |= {"num_speakers": masknet.get("num_spks", 2), "chunk_size": masknet.get("K", 200)}
+    node |= {"num_blocks": masknet.get("num_layers", 1), "num_hidden": intra["d_ffn"]}
+    node |= {"num_layers": intra.get("num_layers"), "num_heads": intra.get("nhead")}
+    state: State = {}
+    for name in ("encoder", "masknet", "decoder"):
+        file = os.path.join(folder, f"{name}.ckpt")
+        state |= {f"{name}.{key}": x for key, x in _state(file, read_tensors(file)).items()}
+    return node | {"sample_rate": value(top.get("sample_rate"))}, state, RULES["sepformer"]
+
+
+READERS = {
+    "asteroid": read_asteroid,
+    "speechbrain": read_speechbrain,
+    "torchaudio": read_torchaudio,
+}
+
+
+def import_model(origin: str, checkpoint: str, output: str, given: Node) -> Node:
+    """Write the export `output` of a published model; returns its model.yaml.
+
+    `given` are arguments of our model, and its sample_rate, that the checkpoint does not tell.
+    CheckpointError if the model cannot be mapped, or `output` holds something.
+    """
+    check_new(output)
+    place = hub.local(os.path.expanduser(checkpoint), hub.FOREIGN)
+    storage.size(place)
+    node, state, rules = READERS[origin](place, given)
+    if changed := [key for key in given if node.get(key) is not None]:
+        key = changed[0]
+        raise CheckpointError(f"{key}={given[key]}: {checkpoint} says {key}={node[key]} itself")
+    rate = (node := {"sample_rate": None} | node | given).pop("sample_rate")
+    missing = {"sample_rate": rate} | node
+    if unknown := [f"{key}=..." for key, value in missing.items() if value is None]:
+        raise CheckpointError(
+            f"{checkpoint} does not tell {', '.join(unknown)}: give it at the end"
+        )
+    rate = int(rate) if isinstance(rate, float) and rate.is_integer() else rate
+    data = yaml.safe_dump({"model": node, "sample_rate": rate}, sort_keys=False).encode()
+    card, weights = parse_card(data, output), convert(state, rules)
+    model = build_stored(card["model"], weights, checkpoint)
+    load_weights(model, weights, source=checkpoint)
+    tensors = safetensors.torch.save(weights)
+    lineage = {"run": f"{origin}: {os.path.basename(checkpoint.rstrip('/'))}", "step": 0}
+    lineage |= {"sha256": hashlib.sha256(tensors).hexdigest(), "imported_from": origin}
+    files = {"model.safetensors": tensors, "lineage.json": to_json(lineage, indent=1).encode()}
+    for name, content in (files | {"model.yaml": data}).items():
+        storage.put_bytes(storage.join(output, name), content)
+    return card
