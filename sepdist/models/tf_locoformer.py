@@ -1,0 +1,128 @@
+"""TF-Locoformer: separates a mixture [B, T] into S waveforms [B, S, T] on its complex spectrum.
+
+Saijo, Wichern, Germain, Pan and Le Roux, "TF-Locoformer: Transformer with Local Modeling by
+Convolution for Speech Separation and Enhancement", 2024, in the form that its authors released for
+ESPnet: the feed-forward networks have no factor of 1/2. The defaults are the medium size (M) on
+8 kHz: 14,975,620 parameters for two speakers. Tensors inside are channels-last.
+
+Shapes: B batch, T samples, N frames, Q frequency bins, F features, R sequences of L places.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from torch.utils.checkpoint import checkpoint
+
+from sepdist.models.attention import Attention
+from sepdist.models.compiling import compiled_on_gpu
+from sepdist.models.dual_path import swapped
+from sepdist.models.frames import widen
+from sepdist.models.spectra import NORM_EPS, Spectra, init_xavier
+
+
+class RMSGroupNorm(nn.Module):
+    """Divide each group of a place's features by its root mean square, in fp32 or wider; scale."""
+
+    def __init__(self, num_features: int, num_groups: int) -> None:
+        super().__init__()
+        if num_features % num_groups:
+            raise ValueError(f"{num_features} features do not divide into num_groups={num_groups}")
+        self.num_groups = num_groups
+        self.gain = nn.Parameter(torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., F]."""
+        groups = widen(x).unflatten(-1, (self.num_groups, -1))
+        rms = vector_norm(groups, dim=-1, keepdim=True) * groups.shape[-1] ** -0.5
+        return (groups / (rms + NORM_EPS)).flatten(-2) * self.gain
+
+
+class ConvSwiGLU(nn.Module):
+    """Convolution, SwiGLU, transposed convolution: [R, L, F] -> [R, L, F] (section 2.3)."""
+
+    def __init__(self, num_features: int, num_hidden: int, kernel_size: int) -> None:
+        super().__init__()
+        self.reach = kernel_size - 1
+        self.up = nn.Conv1d(num_features, 2 * num_hidden, kernel_size, padding=self.reach)
+        self.down = nn.ConvTranspose1d(num_hidden, num_features, kernel_size, padding=self.reach)
+
+    def forward(self, x_RLF: Tensor) -> Tensor:
+        """Transform each sequence by itself."""
+        values, gates = self.up(x_RLF.mT).chunk(2, dim=1)
+        return self.down(values * F.silu(gates)).mT
+
+
+class PathBlock(nn.Module):
+    """Feed-forward network, attention, feed-forward network, each behind a norm and with a residual.
+
+    [B, R, L, F] -> [B, R, L, F]: along L.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int,
+        num_heads: int,
+        num_attention: int,
+        num_hidden: int,
+        kernel_size: int,
+    ) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(RMSGroupNorm(num_features, num_groups) for _ in range(3))
+        self.before = ConvSwiGLU(num_features, num_hidden, kernel_size)
+        self.attention = Attention(num_features, num_heads, num_attention, bias=False, rotary=True)
+        self.after = ConvSwiGLU(num_features, num_hidden, kernel_size)
+
+    @compiled_on_gpu
+    def forward(self, x_BRLF: Tensor) -> Tensor:
+        """Transform each sequence by itself."""
+        x = x_BRLF.flatten(0, 1)
+        for norm, part in zip(self.norms, (self.before, self.attention, self.after), strict=True):
+            x = x + part(norm(x))
+        return x.view_as(x_BRLF)
+
+
+class TFLocoformer(nn.Module):
+    """Blocks along the frequency bins of each frame and along the frames of each bin, in turns.
+
+    `checkpoint_activations` keeps only the input of each block for the backward pass and recomputes
+    the rest: less memory, a third more time, the same bits.
+    """
+
+    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
+    output_parameters: tuple[str, ...] = ("spectra.deconv",)
+
+    def __init__(
+        self,
+        num_speakers: int = 2,
+        fft_size: int = 128,
+        stride: int = 64,
+        num_layers: int = 6,
+        num_features: int = 128,
+        num_groups: int = 4,
+        num_heads: int = 4,
+        num_attention: int = 128,
+        num_hidden: int = 384,
+        kernel_size: int = 4,
+        padding: str = "end",
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
+        self.min_length, self.stride = fft_size // 2 + 1, stride
+        self.recompute = checkpoint_activations
+        sizes = (num_features, num_groups, num_heads, num_attention, num_hidden, kernel_size)
+        self.bins = nn.ModuleList(PathBlock(*sizes) for _ in range(num_layers))
+        self.frames = nn.ModuleList(PathBlock(*sizes) for _ in range(num_layers))
+        init_xavier(self)
+
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        """Estimates [B, S, T] of the speakers, in no particular order."""
+        x, scale_B1 = self.spectra.encode(mixture_BT)
+        for bins, frames in zip(self.bins, self.frames, strict=True):
+            x = swapped(self._run(frames, swapped(self._run(bins, x))))
+        return self.spectra.decode(x, scale_B1, mixture_BT.shape[1])
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
