@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sepdist.models.attention import Attention
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import swapped
-from sepdist.models.frames import widen
+from sepdist.models.frames import check_sizes, widen
 from sepdist.models.spectra import NORM_EPS, Spectra, init_xavier
 
 
@@ -39,24 +39,30 @@ class RMSGroupNorm(nn.Module):
 
 
 class ConvSwiGLU(nn.Module):
-    """Convolution, SwiGLU, transposed convolution: [R, L, F] -> [R, L, F] (section 2.3)."""
+    """Convolution, SwiGLU, transposed convolution along L: [B, R, L, F] -> the same (section 2.3).
 
-    def __init__(self, num_features: int, num_hidden: int, kernel_size: int) -> None:
+    As convolutions in two dimensions they take channels-last memory without a copy.
+    """
+
+    def __init__(self, num_features: int, num_hidden: int, kernel_size: int, stride: int) -> None:
         super().__init__()
-        self.reach = kernel_size - 1
-        self.up = nn.Conv1d(num_features, 2 * num_hidden, kernel_size, padding=self.reach)
-        self.down = nn.ConvTranspose1d(num_hidden, num_features, kernel_size, padding=self.reach)
+        self.kernel_size, self.stride = kernel_size, stride
+        sizes = (1, kernel_size), (1, stride), (0, kernel_size - stride)
+        self.up = nn.Conv2d(num_features, 2 * num_hidden, *sizes)
+        self.down = nn.ConvTranspose2d(num_hidden, num_features, *sizes)
 
-    def forward(self, x_RLF: Tensor) -> Tensor:
+    def forward(self, x_BRLF: Tensor) -> Tensor:
         """Transform each sequence by itself."""
-        values, gates = self.up(x_RLF.mT).chunk(2, dim=1)
-        return self.down(values * F.silu(gates)).mT
+        length = x_BRLF.shape[2]
+        padded = F.pad(x_BRLF, (0, 0, 0, -(length + self.kernel_size) % self.stride))
+        values, gates = self.up(padded.permute(0, 3, 1, 2)).chunk(2, dim=1)
+        return self.down(values * F.silu(gates)).permute(0, 2, 3, 1)[:, :, :length]
 
 
 class PathBlock(nn.Module):
-    """Feed-forward network, attention, feed-forward network, each behind a norm and with a residual.
+    """Feed-forward network, attention and feed-forward network along L; [B, R, L, F] -> the same.
 
-    [B, R, L, F] -> [B, R, L, F]: along L.
+    Each has a norm before it and a residual around it.
     """
 
     def __init__(
@@ -67,20 +73,21 @@ class PathBlock(nn.Module):
         num_attention: int,
         num_hidden: int,
         kernel_size: int,
+        kernel_stride: int,
     ) -> None:
         super().__init__()
         self.norms = nn.ModuleList(RMSGroupNorm(num_features, num_groups) for _ in range(3))
-        self.before = ConvSwiGLU(num_features, num_hidden, kernel_size)
+        self.before = ConvSwiGLU(num_features, num_hidden, kernel_size, kernel_stride)
         self.attention = Attention(num_features, num_heads, num_attention, bias=False, rotary=True)
-        self.after = ConvSwiGLU(num_features, num_hidden, kernel_size)
+        self.after = ConvSwiGLU(num_features, num_hidden, kernel_size, kernel_stride)
 
     @compiled_on_gpu
     def forward(self, x_BRLF: Tensor) -> Tensor:
         """Transform each sequence by itself."""
-        x = x_BRLF.flatten(0, 1)
-        for norm, part in zip(self.norms, (self.before, self.attention, self.after), strict=True):
-            x = x + part(norm(x))
-        return x.view_as(x_BRLF)
+        before, between, after = self.norms
+        x = x_BRLF + self.before(before(x_BRLF))
+        x = x + self.attention(between(x).flatten(0, 1)).view_as(x)
+        return x + self.after(after(x))
 
 
 class TFLocoformer(nn.Module):
@@ -105,6 +112,7 @@ class TFLocoformer(nn.Module):
         num_attention: int = 128,
         num_hidden: int = 384,
         kernel_size: int = 4,
+        kernel_stride: int = 1,
         padding: str = "end",
         checkpoint_activations: bool = False,
     ) -> None:
@@ -112,9 +120,11 @@ class TFLocoformer(nn.Module):
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
         self.min_length, self.stride = fft_size // 2 + 1, stride
         self.recompute = checkpoint_activations
-        sizes = (num_features, num_groups, num_heads, num_attention, num_hidden, kernel_size)
-        self.bins = nn.ModuleList(PathBlock(*sizes) for _ in range(num_layers))
-        self.frames = nn.ModuleList(PathBlock(*sizes) for _ in range(num_layers))
+        check_sizes(num_speakers, kernel_size, kernel_stride)
+        sizes = (num_features, num_groups, num_heads, num_attention, num_hidden)
+        kernel = (kernel_size, kernel_stride)
+        self.bins = nn.ModuleList(PathBlock(*sizes, *kernel) for _ in range(num_layers))
+        self.frames = nn.ModuleList(PathBlock(*sizes, *kernel) for _ in range(num_layers))
         init_xavier(self)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
