@@ -12,6 +12,13 @@ the recording's rate and of its length to the sample, and appear only when they 
 A folder stands for all recordings below it. Recordings of one stem keep their folders: a/x.wav and
 b/x.wav become a/x_s1.wav, ... and b/x_s1.wav, ... One that cannot be separated is named and left
 out, and the exit status is 1.
+
+With --stream a causal model (Conv-TasNet with causal=true) separates a pipe block by block:
+
+    arecord -q -t raw -f S16_LE -r 8000 | sepdist separate --model runs/a --stream s16le --output - -
+
+WAV or raw mono samples of that format at the model's rate come in; raw samples go out, a channel
+per voice, at the model's own level (f32le never clips).
 """
 
 import argparse
@@ -23,7 +30,14 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from sepdist.console import printable, progress_bar, user_console
-from sepdist.inference.windows import FORMATS, SeparationError, Windows, output_names, output_stems
+from sepdist.inference.windows import (
+    FORMATS,
+    PCM,
+    SeparationError,
+    Windows,
+    output_names,
+    output_stems,
+)
 
 WINDOW_OPTIONS = {
     "window_seconds": "length of the model's input",
@@ -42,6 +56,8 @@ def main() -> int:
     with user_console(stopped="nothing is left of the unfinished recording") as console:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
+        if given.stream and [*given.recordings, given.output] != ["-", "-"]:
+            raise SeparationError("--stream goes from pipe to pipe: give - and --output -")
         stems = output_stems([one for name in given.recordings for one in _files_of(name)])
         _check_names(stems, given.output, given.format)
         # Only now, when the command line is right, what imports torch.
@@ -51,6 +67,12 @@ def main() -> int:
         options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
         separator = load(given.model, **options, **windows)
         keep_freed_memory()
+        if given.stream:
+            from sepdist.inference.streaming import separate_stream
+
+            pipes = (sys.stdin.buffer, sys.stdout.buffer)
+            separate_stream(separator, *pipes, given.stream, console.print)
+            return 0
         separate = partial(separator.file, output_folder=given.output, file_format=given.format)
         for recording, stem in stems.items():
             try:
@@ -88,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     output = "folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ..."
     parser.add_argument("--output", required=True, help=output)
     parser.add_argument("--format", choices=FORMATS, default="wav", help="of the outputs (wav)")
+    stream = "causal models: - in blocks to --output -, as raw samples of this format"
+    parser.add_argument("--stream", choices=PCM, help=stream)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     plugins = "package that may define the model (repeat for more)"
     parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)
