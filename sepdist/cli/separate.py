@@ -13,12 +13,9 @@ A folder stands for all recordings below it. Recordings of one stem keep their f
 b/x.wav become a/x_s1.wav, ... and b/x_s1.wav, ... One that cannot be separated is named and left
 out, and the exit status is 1.
 
-With --stream a causal model (Conv-TasNet with causal=true) separates a pipe block by block:
-
-    arecord -q -t raw -f S16_LE -r 8000 | sepdist separate --model runs/a --stream s16le --output - -
-
-WAV or raw mono samples of that format at the model's rate come in; raw samples go out, a channel
-per voice, at the model's own level (f32le never clips).
+With --stream FORMAT a causal model separates a pipe (-) block by block. A 16-bit WAV file or raw
+mono samples at the model's rate come in; raw samples of that format go out, a channel per voice, at
+the model's own level: f32le never clips.
 """
 
 import argparse

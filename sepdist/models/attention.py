@@ -29,45 +29,34 @@ def sinusoids(length: int, like: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): turn features 2i and 2i + 1 of place p, [..., L, F].
+    """Rotary positions (Su et al. 2021): turn each pair of features of [..., L, F] by its place.
 
-    The angle is p / 10000^(2i/F), as in `sinusoids`.
+    The angles are those of `sinusoids`.
     """
-    waves = sinusoids(x.shape[-2], widen(x))
-    sine, cosine = waves[:, 0::2], waves[:, 1::2]
-    even, odd = widen(x)[..., 0::2], widen(x)[..., 1::2]
-    pairs = torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1)
-    return pairs.flatten(-2).to(x.dtype)
+    (sine, cosine), (even, odd) = (
+        wave.unflatten(-1, (-1, 2)).unbind(-1) for wave in (sinusoids(x.shape[-2], widen(x)), x)
+    )
+    pairs = (even * cosine - odd * sine, odd * cosine + even * sine)
+    return torch.stack(pairs, dim=-1).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention without a mask, [R, L, F] -> [R, L, F].
 
-    `num_hidden` is the size of all heads together (default F); `rotary` turns queries and keys.
+    `rotary` turns queries and keys by their places; then there are no biases.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        num_heads: int,
-        num_hidden: int | None = None,
-        bias: bool = True,
-        rotary: bool = False,
-    ) -> None:
+    def __init__(self, num_features: int, num_heads: int, rotary: bool = False) -> None:
         super().__init__()
-        num_hidden = num_hidden or num_features
-        if num_hidden % num_heads or (rotary and num_hidden // num_heads % 2):
-            wanted = " of an even size" if rotary else ""
-            raise ValueError(
-                f"{num_hidden} features do not divide into num_heads={num_heads}{wanted}"
-            )
+        if num_features % num_heads or (rotary and num_features // num_heads % 2):
+            wrong = f"{num_features} features do not divide into num_heads={num_heads}"
+            raise ValueError(wrong + " of an even size" * rotary)
         self.num_heads, self.rotary = num_heads, rotary
-        self.qkv = nn.Linear(num_features, 3 * num_hidden, bias)
-        self.out = nn.Linear(num_hidden, num_features, bias)
+        self.qkv = nn.Linear(num_features, 3 * num_features, bias=not rotary)
+        self.out = nn.Linear(num_features, num_features, bias=not rotary)
         nn.init.xavier_uniform_(self.qkv.weight)
-        if bias:
-            nn.init.zeros_(self.qkv.bias)
-            nn.init.zeros_(self.out.bias)
+        for layer in () if rotary else (self.qkv, self.out):
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x_RLF: Tensor) -> Tensor:
         """Attend within each sequence."""

@@ -8,14 +8,14 @@ parameter that needs it.
 Shapes: B batch, S speakers, T samples, N frames, F features.
 """
 
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sepdist.models.conv_block import ConvBlock
-from sepdist.models.frames import EPS, overlap_add, widen
+from sepdist.models.frames import EPS, decode, widen
 
 Past = dict[Tensor, Tensor]
 
@@ -50,35 +50,22 @@ class CausalConvBlock(ConvBlock):
         before = past.get(self.taps, y.new_zeros(len(y), reach, y.shape[2]))
         y = torch.cat([before, y], dim=1)
         past[self.taps] = y[:, y.shape[1] - reach :].detach()
-        steps = range(0, reach + 1, self.dilation)
-        size = y.shape[1] - reach
-        y = sum((tap * y[:, s : s + size] for tap, s in zip(self.taps, steps)), self.taps_bias)
+        rows = y.unfold(1, reach + 1, 1)[..., :: self.dilation]  # [B, N, H, taps], a view
+        y = (rows * self.taps.T).sum(-1) + self.taps_bias
         y = cumulative_norm(F.prelu(y, self.prelu2), self.gain2, self.shift2, past)
         sizes = (x_BNF.shape[2], skip_BNF.shape[2])
         residual, skip = widen(F.linear(y, self.out_weight, self.out_bias)).split(sizes, dim=2)
         return x_BNF + residual, skip_BNF + skip
 
 
-class Masked(Protocol):
-    """What `Streamer` needs of a model."""
-
-    kernel_size: int
-    stride: int
-    num_speakers: int
-    decoder: nn.Linear
-
-    def masked(self, frames_BNK: Tensor, past: Past) -> Tensor:
-        """Masked features [B, N, S, F] of the frames that follow those of `past`."""
-
-
 class Streamer:
     """Separates one mixture block by block; the blocks together are the model's estimates.
 
-    A sample is final `latency_samples` after it came in: when the encoder's window, in which it may
-    be the first, is full. There are no gradients.
+    A sample is final when the window of the encoder that begins with it is full, after
+    `latency_samples`. The model is a ConvTasNet; there are no gradients.
     """
 
-    def __init__(self, model: Masked) -> None:
+    def __init__(self, model: Any) -> None:
         self.model, self.past = model, Past()
         self.latency_samples = model.kernel_size
         weight = model.decoder.weight
@@ -94,10 +81,9 @@ class Streamer:
         self.waiting_T = wave_T[count * stride :]
         if not count:
             return self.tail_ST[:, :0]
-        frames_1NK = wave_T.unfold(0, size, stride)[None]
-        masked_1NSF = self.model.masked(frames_1NK, self.past)
-        frames_SNK = widen(self.model.decoder(masked_1NSF))[0].transpose(0, 1)
-        whole_ST = overlap_add(frames_SNK, stride, (count - 1) * stride + size)
+        encoded_1NF = self.model.encoder(wave_T.unfold(0, size, stride)[None])
+        masked_1NSF, length = self.model.masked(encoded_1NF, self.past), (count - 1) * stride + size
+        whole_ST = decode(masked_1NSF, self.model.decoder, stride, length)[0]
         whole_ST[:, : size - stride] += self.tail_ST
         self.tail_ST = whole_ST[:, count * stride :]
         return whole_ST[:, : count * stride]

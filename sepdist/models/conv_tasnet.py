@@ -97,16 +97,12 @@ class ConvTasNet(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        masked_BNSF = self._masked(encode(mixture_BT, self.encoder, self.stride), Past())
+        masked_BNSF = self.masked(encode(mixture_BT, self.encoder, self.stride), Past())
         return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1])
 
     def features(self, mixture_BT: Tensor) -> Tensor:
         """The network's output [B, N, num_features], before it is applied as masks."""
         return F.relu(self._output(encode(mixture_BT, self.encoder, self.stride), Past()))
-
-    def masked(self, frames_BNK: Tensor, past: Past) -> Tensor:
-        """Masked features [B, N, S, F] of frames of the mixture that follow those of `past`."""
-        return self._masked(self.encoder(frames_BNK), past)
 
     def streamer(self) -> Streamer:
         """Separate one mixture block by block; ValueError unless the model is causal."""
@@ -114,10 +110,9 @@ class ConvTasNet(nn.Module):
             raise ValueError("causal: false: this Conv-TasNet needs whole mixtures")
         return Streamer(self)
 
-    def _masked(self, encoded_BNF: Tensor, past: Past) -> Tensor:
-        masks_BNSF = self._output(encoded_BNF, past).unflatten(
-            -1, (self.num_speakers, self.num_filters)
-        )
+    def masked(self, encoded_BNF: Tensor, past: Past) -> Tensor:
+        """Masked features [B, N, S, F] of encoded frames that follow those of `past`."""
+        masks_BNSF = self._output(encoded_BNF, past).unflatten(-1, (self.num_speakers, -1))
         if self.masking:
             return compiled_if(self.compiled, apply_masks)(masks_BNSF, encoded_BNF)
         return F.relu(masks_BNSF)

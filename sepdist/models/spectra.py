@@ -1,12 +1,13 @@
-"""What surrounds a network on complex spectra: Fourier transform, 3x3 convolutions and the way back.
+"""What surrounds a network on complex spectra: Fourier transform, 3x3 convolutions, the way back.
 
 TF-Locoformer and TF-GridNet take the real and imaginary parts of a short-time Fourier transform (a
 Hann window, frames centred on multiples of the stride, the ends mirrored), and estimate those of
 every speaker. The mixture is divided by its standard deviation and the estimates multiplied by it.
-All of this runs in fp32 or wider.
 
 Shapes: B batch, S speakers, T samples, N frames, Q frequency bins, F features.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,11 @@ NORM_EPS = 1e-5
 
 
 class Spectra(nn.Module):
-    """`encode` a mixture [B, T] as features [B, N, Q, F]; `decode` them as estimates [B, S, T].
+    """Estimates [B, S, T] of a mixture [B, T] by a network on features [B, N, Q, F].
 
-    The mixture is continued by its mirror image to whole strides (`padding` "end"), or not ("none",
-    as in ESPnet, whose last samples are divided by the edge of the window, 1/1660 at worst).
+    All but the network runs in fp32 or wider. The mixture is continued by its mirror image to whole
+    strides (`padding` "end"), or not ("none", as in ESPnet, which divides the last samples by the
+    edge of the window, 1/1660 at worst).
     """
 
     def __init__(
@@ -33,37 +35,33 @@ class Spectra(nn.Module):
             raise ValueError(f"stride={stride} with fft_size={fft_size}: choose at most half of it")
         if padding not in ("end", "none"):
             raise ValueError(f"padding={padding!r}: choose end or none")
-        self.padded = padding == "end"
-        self.fft_size, self.stride, self.num_speakers = fft_size, stride, num_speakers
+        self.padding, self.fft_size, self.stride = padding, fft_size, stride
         self.conv = nn.Conv2d(2, num_features, 3, padding=1)
         self.norm = nn.GroupNorm(1, num_features, eps=NORM_EPS)
         self.deconv = nn.ConvTranspose2d(num_features, 2 * num_speakers, 3, padding=1)
 
-    def encode(self, mixture_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, N, Q, F] and the standard deviation [B, 1] of each mixture."""
+    def forward(self, mixture_BT: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """Transform, run the network, transform back."""
         check_mixture(mixture_BT, self.fft_size // 2 + 1)
-        with torch.autocast(mixture_BT.device.type, enabled=False):
+        device, num_samples = mixture_BT.device, mixture_BT.shape[1]
+        with torch.autocast(device.type, enabled=False):
             wave_BT = widen(mixture_BT)
+            window = torch.hann_window(self.fft_size, dtype=wave_BT.dtype, device=device)
             scale_B1 = (wave_BT.var(1, keepdim=True) + 1e-16).sqrt()  # finite gradients at silence
-            behind = -wave_BT.shape[1] % self.stride if self.padded else 0
-            padded_BT = F.pad(wave_BT / scale_B1, (0, behind), "reflect")
-            spectrum_BQN = torch.stft(padded_BT, return_complex=True, **self._transform(padded_BT))
-            parts_B2NQ = torch.view_as_real(spectrum_BQN).permute(0, 3, 2, 1)
-            return self.norm(self.conv(parts_B2NQ)).permute(0, 2, 3, 1).contiguous(), scale_B1
-
-    def decode(self, x_BNQF: Tensor, scale_B1: Tensor, num_samples: int) -> Tensor:
-        """Estimates [B, S, T] of features, multiplied by `scale_B1`."""
-        with torch.autocast(x_BNQF.device.type, enabled=False):
+            behind = -num_samples % self.stride if self.padding == "end" else 0
+            wave_BT = F.pad(wave_BT / scale_B1, (0, behind), "reflect")
+            sizes = (self.fft_size, self.stride)
+            spectra_BQN = torch.stft(wave_BT, *sizes, window=window, return_complex=True)
+            x_BFNQ = self.conv(torch.view_as_real(spectra_BQN).permute(0, 3, 2, 1))
+            if torch.is_grad_enabled() and not x_BFNQ.requires_grad:  # see dual_path.global_norm
+                x_BFNQ = x_BFNQ.detach().requires_grad_()
+            x_BNQF = self.norm(x_BFNQ).permute(0, 2, 3, 1).contiguous()
+        x_BNQF = network(x_BNQF)
+        with torch.autocast(device.type, enabled=False):
             parts = self.deconv(widen(x_BNQF).permute(0, 3, 1, 2)).unflatten(1, (-1, 2))
             spectra = torch.complex(parts[:, :, 0], parts[:, :, 1]).flatten(0, 1).mT
-            length = None if self.padded else num_samples
-            waves = torch.istft(spectra, length=length, **self._transform(parts))
-            waves_BST = waves.unflatten(0, (-1, self.num_speakers))[..., :num_samples]
-            return waves_BST * scale_B1.unsqueeze(1)
-
-    def _transform(self, like: Tensor) -> dict[str, int | Tensor]:
-        window = torch.hann_window(self.fft_size, dtype=like.dtype, device=like.device)
-        return {"n_fft": self.fft_size, "hop_length": self.stride, "window": window}
+            waves = torch.istft(spectra, *sizes, window=window, length=wave_BT.shape[1])
+            return waves.view(*parts.shape[:2], -1)[..., :num_samples] * scale_B1.unsqueeze(1)
 
 
 def init_xavier(model: nn.Module) -> None:

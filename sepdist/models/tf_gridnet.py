@@ -60,38 +60,27 @@ class Heads(nn.Module):
 class GridBlock(nn.Module):
     """LSTMs along the bins and along the frames, then attention among whole frames."""
 
-    def __init__(
-        self,
-        num_features: int,
-        num_hidden: int,
-        kernel_size: int,
-        stride: int,
-        num_heads: int,
-        num_keys: int,
-        num_bins: int,
-    ) -> None:
+    def __init__(self, sizes: tuple[int, ...], num_heads: int, num_keys: int, bins: int) -> None:
         super().__init__()
+        num_features, _, self.kernel_size, self.stride = sizes
         if num_features % num_heads:
             raise ValueError(f"{num_features} features do not divide into num_heads={num_heads}")
-        self.kernel_size, self.stride = kernel_size, stride
-        self.bins = PathLSTM(num_features, num_hidden, kernel_size, stride)
-        self.frames = PathLSTM(num_features, num_hidden, kernel_size, stride)
-        per_bin = -(-num_keys // num_bins)
-        self.query = Heads(num_features, num_heads, per_bin, num_bins)
-        self.key = Heads(num_features, num_heads, per_bin, num_bins)
-        self.value = Heads(num_features, num_heads, num_features // num_heads, num_bins)
-        self.out = Heads(num_features, 1, num_features, num_bins)
+        self.bins, self.frames = PathLSTM(*sizes), PathLSTM(*sizes)
+        per_bin = -(-num_keys // bins)
+        self.query = Heads(num_features, num_heads, per_bin, bins)
+        self.key = Heads(num_features, num_heads, per_bin, bins)
+        self.value = Heads(num_features, num_heads, num_features // num_heads, bins)
+        self.out = Heads(num_features, 1, num_features, bins)
 
     def forward(self, x_BNQF: Tensor) -> Tensor:
         """[B, N, Q, F] -> [B, N, Q, F]; the LSTMs see zeros around the spectrum."""
-        reach, sizes = self.kernel_size - self.stride, x_BNQF.shape[1:3]
+        reach, (frames, bins) = self.kernel_size - self.stride, x_BNQF.shape[1:3]
         around = [0, 0]
-        for size in reversed(sizes):
-            count = num_frames(size + 2 * reach, self.kernel_size, self.stride)
-            whole = (count - 1) * self.stride + self.kernel_size
-            around += [reach, whole - size - reach]
+        for size in (bins, frames):
+            steps = num_frames(size + 2 * reach, self.kernel_size, self.stride) - 1
+            around += [reach, steps * self.stride + self.kernel_size - size - reach]
         x = swapped(self.frames(swapped(self.bins(F.pad(x_BNQF, around)))))
-        return self._attend(x[:, reach : reach + sizes[0], reach : reach + sizes[1]])
+        return self._attend(x[:, reach : reach + frames, reach : reach + bins])
 
     @compiled_on_gpu
     def _attend(self, x_BNQF: Tensor) -> Tensor:
@@ -104,7 +93,6 @@ class GridBlock(nn.Module):
 class TFGridNet(nn.Module):
     """Complex spectral mapping by blocks of full-band, sub-band and frame-wise networks."""
 
-    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("spectra.deconv",)
 
     def __init__(
@@ -125,15 +113,11 @@ class TFGridNet(nn.Module):
         check_sizes(num_speakers, kernel_size, kernel_stride)
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
         self.min_length, self.stride = fft_size // 2 + 1, stride
-        sizes = (num_features, num_hidden, kernel_size, kernel_stride, num_heads, num_keys)
-        self.blocks = nn.ModuleList(
-            GridBlock(*sizes, num_bins=fft_size // 2 + 1) for _ in range(num_layers)
-        )
+        sizes = (num_features, num_hidden, kernel_size, kernel_stride)
+        blocks = (GridBlock(sizes, num_heads, num_keys, self.min_length) for _ in range(num_layers))
+        self.blocks = nn.Sequential(*blocks)
         init_xavier(self)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        x, scale_B1 = self.spectra.encode(mixture_BT)
-        for block in self.blocks:
-            x = block(x)
-        return self.spectra.decode(x, scale_B1, mixture_BT.shape[1])
+        return self.spectra(mixture_BT, self.blocks)

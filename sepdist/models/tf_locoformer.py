@@ -5,14 +5,13 @@ Convolution for Speech Separation and Enhancement", 2024, in the form that its a
 ESPnet: the feed-forward networks have no factor of 1/2. The defaults are the medium size (M) on
 8 kHz: 14,975,620 parameters for two speakers. Tensors inside are channels-last.
 
-Shapes: B batch, T samples, N frames, Q frequency bins, F features, R sequences of L places.
+Shapes: B batch, T samples, R sequences of L places, F features.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.linalg import vector_norm
-from torch.utils.checkpoint import checkpoint
 
 from sepdist.models.attention import Attention
 from sepdist.models.compiling import compiled_on_gpu
@@ -20,20 +19,22 @@ from sepdist.models.dual_path import swapped
 from sepdist.models.frames import check_sizes, widen
 from sepdist.models.spectra import NORM_EPS, Spectra, init_xavier
 
+NUM_GROUPS = 4  # of every published size
+
 
 class RMSGroupNorm(nn.Module):
     """Divide each group of a place's features by its root mean square, in fp32 or wider; scale."""
 
-    def __init__(self, num_features: int, num_groups: int) -> None:
+    def __init__(self, num_features: int) -> None:
         super().__init__()
-        if num_features % num_groups:
-            raise ValueError(f"{num_features} features do not divide into num_groups={num_groups}")
-        self.num_groups = num_groups
+        if num_features % NUM_GROUPS:
+            raise ValueError(f"num_features={num_features}: choose a multiple of {NUM_GROUPS}")
         self.gain = nn.Parameter(torch.ones(num_features))
 
+    @compiled_on_gpu
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., F]."""
-        groups = widen(x).unflatten(-1, (self.num_groups, -1))
+        groups = widen(x).unflatten(-1, (NUM_GROUPS, -1))
         rms = vector_norm(groups, dim=-1, keepdim=True) * groups.shape[-1] ** -0.5
         return (groups / (rms + NORM_EPS)).flatten(-2) * self.gain
 
@@ -60,28 +61,18 @@ class ConvSwiGLU(nn.Module):
 
 
 class PathBlock(nn.Module):
-    """Feed-forward network, attention and feed-forward network along L; [B, R, L, F] -> the same.
+    """`ConvSwiGLU`, attention and `ConvSwiGLU` along L; [B, R, L, F] -> the same.
 
     Each has a norm before it and a residual around it.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        num_groups: int,
-        num_heads: int,
-        num_attention: int,
-        num_hidden: int,
-        kernel_size: int,
-        kernel_stride: int,
-    ) -> None:
+    def __init__(self, num_features: int, num_heads: int, *sizes: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(RMSGroupNorm(num_features, num_groups) for _ in range(3))
-        self.before = ConvSwiGLU(num_features, num_hidden, kernel_size, kernel_stride)
-        self.attention = Attention(num_features, num_heads, num_attention, bias=False, rotary=True)
-        self.after = ConvSwiGLU(num_features, num_hidden, kernel_size, kernel_stride)
+        self.norms = nn.ModuleList(RMSGroupNorm(num_features) for _ in range(3))
+        self.before = ConvSwiGLU(num_features, *sizes)
+        self.attention = Attention(num_features, num_heads, rotary=True)
+        self.after = ConvSwiGLU(num_features, *sizes)
 
-    @compiled_on_gpu
     def forward(self, x_BRLF: Tensor) -> Tensor:
         """Transform each sequence by itself."""
         before, between, after = self.norms
@@ -93,11 +84,9 @@ class PathBlock(nn.Module):
 class TFLocoformer(nn.Module):
     """Blocks along the frequency bins of each frame and along the frames of each bin, in turns.
 
-    `checkpoint_activations` keeps only the input of each block for the backward pass and recomputes
-    the rest: less memory, a third more time, the same bits.
+    A `kernel_stride` above 1 makes the feed-forward networks skip places.
     """
 
-    # Prefixes of the parameters that belong to particular speakers, which a new task starts afresh.
     output_parameters: tuple[str, ...] = ("spectra.deconv",)
 
     def __init__(
@@ -107,32 +96,25 @@ class TFLocoformer(nn.Module):
         stride: int = 64,
         num_layers: int = 6,
         num_features: int = 128,
-        num_groups: int = 4,
         num_heads: int = 4,
-        num_attention: int = 128,
         num_hidden: int = 384,
         kernel_size: int = 4,
         kernel_stride: int = 1,
         padding: str = "end",
-        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes(num_speakers, kernel_size, kernel_stride)
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
         self.min_length, self.stride = fft_size // 2 + 1, stride
-        self.recompute = checkpoint_activations
-        check_sizes(num_speakers, kernel_size, kernel_stride)
-        sizes = (num_features, num_groups, num_heads, num_attention, num_hidden)
-        kernel = (kernel_size, kernel_stride)
-        self.bins = nn.ModuleList(PathBlock(*sizes, *kernel) for _ in range(num_layers))
-        self.frames = nn.ModuleList(PathBlock(*sizes, *kernel) for _ in range(num_layers))
+        sizes = (num_features, num_heads, num_hidden, kernel_size, kernel_stride)
+        self.blocks = nn.ModuleList(PathBlock(*sizes) for _ in range(2 * num_layers))
         init_xavier(self)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        x, scale_B1 = self.spectra.encode(mixture_BT)
-        for bins, frames in zip(self.bins, self.frames, strict=True):
-            x = swapped(self._run(frames, swapped(self._run(bins, x))))
-        return self.spectra.decode(x, scale_B1, mixture_BT.shape[1])
+        return self.spectra(mixture_BT, self._network)
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+    def _network(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = swapped(block(x))
+        return x

@@ -10,7 +10,8 @@ def formula_weights(model: Any) -> Any:
     """The model with weights by a formula, the same in every version of torch."""
     with torch.no_grad():
         for index, (name, parameter) in enumerate(model.named_parameters()):
-            wave = torch.cos(torch.arange(parameter.numel(), dtype=torch.float64) * 0.37 * (index + 1))
+            places = torch.arange(parameter.numel(), dtype=torch.float64)
+            wave = torch.cos(0.37 * (index + 1) * places)
             middle = 1.0 if "norm" in name or name.endswith(("gain", "slopes")) else 0.0
             parameter.copy_((middle + 0.2 * wave).view_as(parameter))
     return model
@@ -33,13 +34,17 @@ def espnet_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
             theirs[new.replace("conv.", "conv.0.") if rest.startswith("conv.") else new] = value
             continue
         index, rest = rest.split(".", 1)
-        convert = _grid if kind == "blocks" else _locoformer
-        new, value = convert(kind, rest, value)
+        if "blocks.0.query.gain" in state:
+            new, value = _grid(rest, value)
+        else:  # ours are along the bins and along the frames in turns
+            new, value = _locoformer(rest, value)
+            new = f"{('freq_path', 'frame_path')[int(index) % 2]}.{new}"
+            index = str(int(index) // 2)
         theirs[f"blocks.{index}.{new}"] = value
     return theirs
 
 
-def _locoformer(kind: str, rest: str, value: Tensor) -> tuple[str, Tensor]:
+def _locoformer(rest: str, value: Tensor) -> tuple[str, Tensor]:
     names = {
         "norms.0.gain": "ffn_norm.1.gamma",
         "norms.1.gain": "attn_norm.gamma",
@@ -52,10 +57,10 @@ def _locoformer(kind: str, rest: str, value: Tensor) -> tuple[str, Tensor]:
         place, layer = {"before": 1, "after": 0}[part], {"up": "conv1d", "down": "deconv1d"}[conv]
         names[rest] = f"ffn.{place}.{layer}.{last}"
         value = value.squeeze(2) if last == "weight" else value
-    return f"{'freq_path' if kind == 'bins' else 'frame_path'}.{names[rest]}", value
+    return names[rest], value
 
 
-def _grid(_: str, rest: str, value: Tensor) -> tuple[str, Tensor]:
+def _grid(rest: str, value: Tensor) -> tuple[str, Tensor]:
     part, rest = rest.split(".", 1)
     if part in ("bins", "frames"):
         path = {"bins": "intra", "frames": "inter"}[part]
@@ -82,8 +87,8 @@ class ESPnet(nn.Module):
     def __init__(self, ours: Any, sizes: dict[str, Any]) -> None:
         super().__init__()
         size, stride = ours.spectra.fft_size, ours.spectra.stride
-        speakers = ours.spectra.num_speakers
-        self.is_grid = hasattr(ours, "blocks")
+        speakers = ours.spectra.deconv.out_channels // 2
+        self.is_grid = "blocks.0.query.gain" in ours.state_dict()
         if self.is_grid:
             from espnet2.enh.separator.tfgridnetv2_separator import TFGridNetV2 as Peer
 
