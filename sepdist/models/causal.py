@@ -49,10 +49,10 @@ class CausalConvBlock(ConvBlock):
         reach = (len(self.taps) - 1) * self.dilation
         before = past.get(self.taps, y.new_zeros(len(y), reach, y.shape[2]))
         y = torch.cat([before, y], dim=1)
-        past[self.taps] = y[:, y.shape[1] - reach :].detach()
-        rows = y.unfold(1, reach + 1, 1)[..., :: self.dilation]  # [B, N, H, taps], a view
-        y = (rows * self.taps.T).sum(-1) + self.taps_bias
-        y = cumulative_norm(F.prelu(y, self.prelu2), self.gain2, self.shift2, past)
+        past[self.taps] = y[:, y.shape[1] - reach :].detach().clone()
+        taps = (self.taps.T.unsqueeze(1), self.taps_bias)
+        y = F.conv1d(y.mT, *taps, dilation=self.dilation, groups=y.shape[2])
+        y = cumulative_norm(F.prelu(widen(y).mT, self.prelu2), self.gain2, self.shift2, past)
         sizes = (x_BNF.shape[2], skip_BNF.shape[2])
         residual, skip = widen(F.linear(y, self.out_weight, self.out_bias)).split(sizes, dim=2)
         return x_BNF + residual, skip_BNF + skip
