@@ -2,6 +2,7 @@
 
     python -m benchmarks.models [--models conv_tasnet dprnn] [--seconds 1] [--batch 2] [--threads 2]
     [--no-keep] [--no-sweep] [--quick]
+    python -m benchmarks.models --quick --models mini/tf_locoformer mini/dprnn conv_tasnet_small
 
 Prints one JSON line with all cases (a file of configs/model, a batch and a length), the ratios, the
 goals and a sweep; each case goes to stderr as it ends. A step is a forward and a backward pass. The
@@ -58,7 +59,11 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "model"
 
 def build_pair(preset: str) -> tuple[nn.Module, nn.Module | None, str]:
     """Our model, the peer with the same weights or None, and why there is no peer."""
-    node = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()) | {"num_speakers": 2}
+    scale, _, name = preset.rpartition("/")
+    node = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | {"num_speakers": 2}
+    if scale:
+        small = CONFIGS.parent / "scale" / scale / f"{name}.yaml"
+        node |= yaml.safe_load(small.read_text())["model"]
     torch.manual_seed(0)
     ours = slots.build("model", node)
     name = node["_target_"].split(".")[-2]
@@ -267,7 +272,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", help="files of configs/model")
+    parser.add_argument("--models", nargs="+", help="files of configs/model, or mini/MODEL")
     parser.add_argument("--seconds", type=float, help="of every case")
     parser.add_argument("--batch", type=int, help="of every case")
     parser.add_argument("--threads", type=int, default=2)

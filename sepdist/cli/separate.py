@@ -15,6 +15,10 @@ matches. Recordings of one stem keep their folders: a/x.wav and b/x.wav become a
 b/x_s1.wav, ... One that cannot be separated is named and left out, and the exit status is 1.
 As a recording - is standard input, as the output it is standard output, for one file with a channel
 per voice. m4a, webm, videos and the like need the extra `av`; their first audio track is taken.
+
+With --stream FORMAT a causal model separates a pipe (-) block by block. A 16-bit WAV file or raw
+mono samples at the model's rate come in; raw samples of that format go out, a channel per voice, at
+the model's own level: f32le never clips.
 """
 
 import argparse
@@ -28,7 +32,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sepdist.console import printable, progress_bar, user_console
-from sepdist.inference.windows import FORMATS, SeparationError, Windows, check_options, output_stems
+from sepdist.inference.windows import (
+    FORMATS,
+    PCM,
+    SeparationError,
+    Windows,
+    check_options,
+    output_stems,
+)
 
 WINDOW_OPTIONS = {
     "window_seconds": "length of the model's input",
@@ -48,6 +59,8 @@ def main() -> int:
     with user_console(stopped="nothing is left of the unfinished recording") as console:
         windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**windows)  # raises for those that do not fit each other
+        if given.stream and [*given.recordings, given.output] != ["-", "-"]:
+            raise SeparationError("--stream goes from pipe to pipe: give - and --output -")
         stems = output_stems([one for name in given.recordings for one in _files_of(name)])
         check_options(given.output, given.file_format, given.subtype, given.channels)
         if given.page and given.output == "-":
@@ -60,6 +73,12 @@ def main() -> int:
         options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
         separator = load(given.model, **options, **windows)
         keep_freed_memory()
+        if given.stream:
+            from sepdist.inference.streaming import separate_stream
+
+            pipes = (sys.stdin.buffer, sys.stdout.buffer)
+            separate_stream(separator, *pipes, given.stream, console.print)
+            return 0
         kept: Any = {name: getattr(given, name) for name in ("file_format", "subtype", "channels")}
         for recording, stem in stems.items():
             try:
@@ -121,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--subtype", choices=FORMATS["wav"], default="", help=subtype)
     channels = "mean of all, a number from 1, or each by itself, in <stem>_c1_s1.wav, ... (mean)"
     parser.add_argument("--channels", default="mean", help=channels)
+    stream = "causal models: - in blocks to --output -, as raw samples of this format"
+    parser.add_argument("--stream", choices=PCM, help=stream)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     plugins = "package that may define the model (repeat for more)"
     parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)

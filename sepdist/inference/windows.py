@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 FORMATS = {"flac": ("PCM_16", "PCM_24"), "wav": ("PCM_16", "PCM_24", "FLOAT")}  # of the outputs
+PCM = {"s16le": "<i2", "f32le": "<f4"}  # of streams
 
 
 class SeparationError(ValueError):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepdist.models.frames import widen
+
 
 def sinusoids(length: int, like: Tensor) -> Tensor:
     """Positional encoding [length, F] in the type of `like` [..., F].
@@ -26,19 +28,35 @@ def sinusoids(length: int, like: Tensor) -> Tensor:
     return pairs.flatten(1)[:, :num_features].to(like.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention without a mask, [R, L, F] -> [R, L, F]."""
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021): turn each pair of features of [..., L, F] by its place.
 
-    def __init__(self, num_features: int, num_heads: int) -> None:
+    The angles are those of `sinusoids`.
+    """
+    (sine, cosine), (even, odd) = (
+        wave.unflatten(-1, (-1, 2)).unbind(-1) for wave in (sinusoids(x.shape[-2], widen(x)), x)
+    )
+    pairs = (even * cosine - odd * sine, odd * cosine + even * sine)
+    return torch.stack(pairs, dim=-1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without a mask, [R, L, F] -> [R, L, F].
+
+    `rotary` turns queries and keys by their places; then there are no biases.
+    """
+
+    def __init__(self, num_features: int, num_heads: int, rotary: bool = False) -> None:
         super().__init__()
-        if num_features % num_heads:
-            raise ValueError(f"{num_features} features do not divide into num_heads={num_heads}")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(num_features, 3 * num_features)
-        self.out = nn.Linear(num_features, num_features)
+        if num_features % num_heads or (rotary and num_features // num_heads % 2):
+            wrong = f"{num_features} features do not divide into num_heads={num_heads}"
+            raise ValueError(wrong + " of an even size" * rotary)
+        self.num_heads, self.rotary = num_heads, rotary
+        self.qkv = nn.Linear(num_features, 3 * num_features, bias=not rotary)
+        self.out = nn.Linear(num_features, num_features, bias=not rotary)
         nn.init.xavier_uniform_(self.qkv.weight)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.out.bias)
+        for layer in () if rotary else (self.qkv, self.out):
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x_RLF: Tensor) -> Tensor:
         """Attend within each sequence."""
@@ -48,5 +66,7 @@ class Attention(nn.Module):
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x in self.qkv(x_RLF).chunk(3, dim=-1)
         )
+        if self.rotary:
+            query, key = rotate(query), rotate(key)
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.out(attended.transpose(1, 2).flatten(2))

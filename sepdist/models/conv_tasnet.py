@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepdist.models.causal import CausalConvBlock, Past, Streamer, cumulative_norm
 from sepdist.models.conv_block import ConvBlock, compiled_if, init_uniform
 from sepdist.models.dual_path import global_norm
 from sepdist.models.frames import MASKS, check_sizes, check_variant, decode, encode, init_filterbank
@@ -32,10 +33,13 @@ class NormLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_outputs))
         init_uniform((self.weight, self.bias), num_features)
 
-    def forward(self, x_BNF: Tensor) -> Tensor:
-        """Normalise each item of the batch, then multiply."""
+    def forward(self, x_BNF: Tensor, past: Past | None = None) -> Tensor:
+        """Normalise each item of the batch, by cLN where there is a `past`, then multiply."""
         with torch.autocast(x_BNF.device.type, enabled=False):
-            normalised_BNF = global_norm(x_BNF, self.gain, self.shift)
+            if past is None:
+                normalised_BNF = global_norm(x_BNF, self.gain, self.shift)
+            else:
+                normalised_BNF = cumulative_norm(x_BNF, self.gain, self.shift, past)
             return F.linear(normalised_BNF, self.weight, self.bias)
 
 
@@ -47,6 +51,10 @@ class ConvTasNet(nn.Module):
     `torch.compile`. With `masking=False` the network's output is decoded directly instead of being
     multiplied by the encoded frames, which are zero where the input is zero; this lets a model fill
     in masked input (MAMA). The parameters are the same.
+
+    With `causal=True` an estimate depends on the mixture up to `kernel_size` samples behind it
+    alone: convolutions look back, gLN becomes cLN (section II-D, causal.py), and `streamer` gives
+    the estimates block by block. The parameters have the same names and sizes.
     """
 
     output_parameters: tuple[str, ...] = ("mask_conv",)
@@ -64,6 +72,7 @@ class ConvTasNet(nn.Module):
         num_repeats: int = 3,
         num_taps: int = 3,
         masking: bool = True,
+        causal: bool = False,
         compile: bool = True,
         padding: str = "end",
         mask_activation: str = "relu",
@@ -76,11 +85,12 @@ class ConvTasNet(nn.Module):
         self.num_features = num_speakers * num_filters
         self.kernel_size, self.stride = kernel_size, stride
         self.min_length = kernel_size
-        self.masking, self.compiled = masking, compile
+        self.masking, self.compiled, self.causal = masking, compile, causal
         self.encoder = nn.Linear(kernel_size, num_filters, bias=False)
         self.bottleneck = NormLinear(num_filters, num_bottleneck)
+        block = CausalConvBlock if causal else ConvBlock
         self.blocks = nn.ModuleList(
-            ConvBlock(num_bottleneck, num_hidden, num_skip, num_taps, 2**index, compile)
+            block(num_bottleneck, num_hidden, num_skip, num_taps, 2**index, compile)
             for _ in range(num_repeats)
             for index in range(num_blocks)
         )
@@ -91,25 +101,34 @@ class ConvTasNet(nn.Module):
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        encoded_BNF, output_BNF = self._encode(mixture_BT)
-        masks_BNSF = output_BNF.unflatten(-1, (self.num_speakers, self.num_filters))
-        if self.masking:
-            masked_BNSF = compiled_if(self.compiled, apply_masks)(
-                masks_BNSF, encoded_BNF, self.mask_activation
-            )
-        else:
-            masked_BNSF = F.relu(masks_BNSF)
-        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1], self.padding)
+        encoded_BNF = encode(mixture_BT, self.encoder, self.stride, self.padding)
+        masked_BNSF, length = self.masked(encoded_BNF, Past()), mixture_BT.shape[1]
+        return decode(masked_BNSF, self.decoder, self.stride, length, self.padding)
 
     def features(self, mixture_BT: Tensor) -> Tensor:
         """The network's output [B, N, num_features], before it is applied as masks."""
-        return F.relu(self._encode(mixture_BT)[1])
-
-    def _encode(self, mixture_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoded frames [B, N, F] and the network's output [B, N, S * F]."""
         encoded_BNF = encode(mixture_BT, self.encoder, self.stride, self.padding)
-        x = self.bottleneck(encoded_BNF)
+        return F.relu(self._output(encoded_BNF, Past()))
+
+    def streamer(self) -> Streamer:
+        """Separate one mixture block by block; ValueError unless the model is causal."""
+        if not self.causal or self.padding != "end":
+            needs = "causal: true and padding: end separates streams"
+            raise ValueError(f"this Conv-TasNet needs whole mixtures; one with {needs}")
+        return Streamer(self)
+
+    def masked(self, encoded_BNF: Tensor, past: Past) -> Tensor:
+        """Masked features [B, N, S, F] of encoded frames that follow those of `past`."""
+        masks_BNSF = self._output(encoded_BNF, past).unflatten(-1, (self.num_speakers, -1))
+        if self.masking:
+            masks = compiled_if(self.compiled, apply_masks)
+            return masks(masks_BNSF, encoded_BNF, self.mask_activation)
+        return F.relu(masks_BNSF)
+
+    def _output(self, encoded_BNF: Tensor, past: Past) -> Tensor:
+        """The network's output [B, N, S * F] for the encoded frames."""
+        x = self.bottleneck(encoded_BNF, past if self.causal else None)
         skip = x.new_zeros(*x.shape[:2], self.num_skip)
         for block in self.blocks:
-            x, skip = block(x, skip)
-        return encoded_BNF, self.mask_conv(self.prelu(skip))
+            x, skip = block(x, skip, past) if self.causal else block(x, skip)
+        return self.mask_conv(self.prelu(skip))

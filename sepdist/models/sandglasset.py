@@ -2,18 +2,7 @@
 
 Lam, Wang, Su and Yu, "Sandglasset: A Light Multi-Granularity Self-attentive Network for Time-Domain
 Speech Separation", 2021: 2,296,705 parameters for two speakers at the defaults. The public versions
-disagree with each other; the choices here, and the reasons:
-
-- A block resamples the frames *inside* a chunk (along K), by *depth-wise* convolutions whose kernel
-  is their stride, even where that is 1: only these give the published 2.3 million parameters (full
-  convolutions give 3.66 million).
-- The layer norm before the bottleneck has no gain and shift: the linear layer after it has both.
-- In the attention, x = norm(x) + positions, then norm(x + dropout(attention(x))): dropout of the
-  attention's output, not of its weights, so that the fused kernel can be used.
-- The output of block b is added to that of block N - 1 - b, which has the same granularity. Adding
-  it to that block's *input* would mix it with a coarser one and double the input of the block after
-  the middle.
-- Padding is a whole chunk on either side, as in every dual-path model here but SepFormer.
+disagree with each other; docs/architectures.md says what is chosen here, and why.
 
 Tensors inside are channels-last. Shapes: B batch, S speakers, T samples, N frames, E encoder
 filters, F features, C chunks, K frames of a chunk, Q = K / factor coarse frames.

@@ -1,4 +1,4 @@
-"""Contract tests of the dual-path models: any length, sizes, bits, bf16, ZeRO-3 and silence."""
+"""Contract tests of most models: any length, sizes, bits, bf16, ZeRO-3 and silence."""
 
 import os
 import subprocess
@@ -13,6 +13,8 @@ from sepdist.models.dprnn import DPRNN
 from sepdist.models.dptnet import DPTNet
 from sepdist.models.sandglasset import Sandglasset
 from sepdist.models.sepformer import SepFormer
+from sepdist.models.tf_gridnet import TFGridNet
+from sepdist.models.tf_locoformer import TFLocoformer
 from tests.support.model_checks import (
     depend_on_speakers,
     gradients,
@@ -31,6 +33,11 @@ SIZES[DPRNN] |= {"num_repeats": 2}
 SIZES[DPTNet] |= {"num_repeats": 2}
 SIZES[SepFormer] |= {"num_blocks": 2, "num_layers": 2}
 SIZES[Sandglasset] |= {"num_blocks": 5, "chunk_size": 32, "dropout": 0.0}
+DUAL_PATH = list(SIZES)
+SIZES[TFLocoformer] = {"fft_size": 16, "num_layers": 1, "num_features": 12}
+SIZES[TFLocoformer] |= {"num_heads": 3, "num_hidden": 10}
+SIZES[TFGridNet] = {"fft_size": 16, "num_layers": 1, "num_features": 12, "num_heads": 3}
+SIZES[TFGridNet] |= {"num_hidden": 5, "num_keys": 20}
 
 each_model = pytest.mark.parametrize("kind", SIZES)
 
@@ -55,26 +62,29 @@ def test_the_estimates_are_as_long_as_the_mixture_at_any_length(
 @each_model
 @pytest.mark.parametrize(
     ("shape", "words"),
-    [((1, 5), r"\(1, 5\).*T >= 6"), ((100,), r"\(100,\)"), ((1, 2, 50), r"\(1, 2, 50\)")],
+    [((1, 5), r"\(1, 5\).*T >= {}"), ((100,), r"\(100,\)"), ((1, 2, 50), r"\(1, 2, 50\)")],
 )
 def test_a_mixture_of_another_shape_is_refused_with_it(
     kind: type[nn.Module], shape: tuple[int, ...], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    least = 9 if "fft_size" in SIZES[kind] else 6
+    with pytest.raises(ValueError, match=words.format(least)):
         small(kind)(torch.zeros(shape))
 
 
 @each_model
-@pytest.mark.parametrize("change", [{"stride": 7}, {"chunk_size": 9}, {"num_speakers": 0}])
+@pytest.mark.parametrize("change", [{"stride": 9}, {"chunk_size": 9}, {"num_speakers": 0}])
 def test_sizes_that_cannot_work_are_refused_by_name(
     kind: type[nn.Module], change: dict[str, int]
 ) -> None:
+    if kind not in DUAL_PATH and "chunk_size" in change:
+        pytest.skip("a model without chunks")
     ((name, value),) = change.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         small(kind, **change)
 
 
-@pytest.mark.parametrize("kind", [DPTNet, SepFormer, Sandglasset])
+@pytest.mark.parametrize("kind", [DPTNet, SepFormer, Sandglasset, TFLocoformer, TFGridNet])
 def test_features_that_do_not_divide_among_the_heads_are_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"\d+ features .*num_heads=5"):
         small(kind, num_heads=5)
@@ -99,11 +109,14 @@ def test_a_silent_mixture_gives_finite_estimates_and_gradients(kind: type[nn.Mod
 @each_model
 def test_a_model_with_a_frozen_encoder_trains_the_rest_as_without(kind: type[nn.Module]) -> None:
     mixture, whole, frozen = torch.randn(2, 100), small(kind), small(kind)
-    frozen.encoder.requires_grad_(False)
+    first, encoder = "encoder", getattr(frozen, "encoder", None)
+    if kind not in DUAL_PATH:
+        first, encoder = "spectra.conv", frozen.spectra.conv
+    encoder.requires_grad_(False)
     for model in (whole, frozen):
         model(mixture).square().sum().backward()
-    assert frozen.encoder.weight.grad is None
-    others = [name for name, _ in frozen.named_parameters() if name != "encoder.weight"]
+    assert encoder.weight.grad is None
+    others = [name for name, _ in frozen.named_parameters() if not name.startswith(first)]
     gradients = [{n: p.grad for n, p in m.named_parameters()} for m in (whole, frozen)]
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in others)
 
@@ -139,13 +152,16 @@ import torch
 from sepdist.models.dprnn import DPRNN
 from sepdist.models.dptnet import DPTNet
 from sepdist.models.sandglasset import Sandglasset
+from sepdist.models.tf_gridnet import TFGridNet
 
 assert torch.backends.cpu.get_cpu_capability() != "AVX512"
-sizes = {"num_filters": 8, "kernel_size": 4, "stride": 2, "num_hidden": 6, "chunk_size": 4}
+sizes = {"kernel_size": 4, "stride": 2, "num_hidden": 6}
+chunks = {"num_filters": 8, "chunk_size": 4}
 for kind, more in (
-    (DPRNN, {"num_repeats": 1}),
-    (DPTNet, {"num_heads": 2, "num_repeats": 1}),
-    (Sandglasset, {"num_heads": 2, "num_features": 8, "num_blocks": 3}),
+    (DPRNN, chunks | {"num_repeats": 1}),
+    (DPTNet, chunks | {"num_heads": 2, "num_repeats": 1}),
+    (Sandglasset, chunks | {"num_heads": 2, "num_features": 8, "num_blocks": 3}),
+    (TFGridNet, {"num_heads": 2, "num_features": 8, "num_layers": 1, "fft_size": 8}),
 ):
     model = kind(2, **sizes, **more)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -161,7 +177,7 @@ def test_every_model_with_an_lstm_trains_in_bf16_without_avx512() -> None:
     done = subprocess.run(
         [sys.executable, "-c", BF16_STEPS], env=os.environ | older, capture_output=True, text=True
     )
-    assert done.stdout.split() == ["DPRNN", "DPTNet", "Sandglasset"], done.stderr
+    assert done.stdout.split() == ["DPRNN", "DPTNet", "Sandglasset", "TFGridNet"], done.stderr
 
 
 @each_model

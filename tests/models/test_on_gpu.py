@@ -16,6 +16,8 @@ from sepdist.models.dptnet import DPTNet
 from sepdist.models.dual_path import global_norm
 from sepdist.models.sandglasset import Sandglasset
 from sepdist.models.sepformer import SepFormer
+from sepdist.models.tf_gridnet import TFGridNet
+from sepdist.models.tf_locoformer import TFLocoformer
 from tests.support.model_checks import gradients, relative, shaken
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -24,6 +26,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "dprnn": lambda: DPRNN(2, 12, 8, 4, 10, 14, chunk_size=10, num_repeats=1),
     "dptnet": lambda: DPTNet(2, 12, 8, 4, 3, 14, chunk_size=10, num_repeats=1),
     "sandglasset": lambda: Sandglasset(2, 12, 8, 4, 10, 16, 3, 14, 2, dropout=0.0),
+    "tf_locoformer": lambda: TFLocoformer(2, 16, 8, 1, 12, 3, 10),
+    "tf_gridnet": lambda: TFGridNet(2, 16, 8, 1, 12, 10, num_heads=3, num_keys=20),
 }
 
 
