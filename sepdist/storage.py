@@ -91,7 +91,8 @@ def is_remote(url: str | Path) -> bool:
     """Whether `url` is in object storage; ValueError unless it is s3:// or a plain path."""
     scheme, separator, _ = str(url).partition("://")
     if separator and scheme != "s3":
-        raise ValueError(f"{url}: {scheme}:// is not supported; give a path or s3://bucket/prefix")
+        given = f"{url}: {scheme}:// is not supported"
+        raise ValueError(f"{given}; give a local path or s3://bucket/prefix")
     return bool(separator)
 
 

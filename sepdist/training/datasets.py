@@ -16,7 +16,8 @@ def open_datasets(cfg: TrainConfig) -> tuple[dict[str, Feed], Dataset]:
     """Return feeds, `data.train`'s first, and the validation set; ConfigError if they misfit."""
     data = cfg.data
     if data.interleave not in INTERLEAVES:
-        raise ConfigError(f"data.interleave={data.interleave!r}: one of {', '.join(INTERLEAVES)}")
+        names = ", ".join(INTERLEAVES)
+        raise ConfigError(f"data.interleave={data.interleave!r}: it is one of {names}")
     feeds = {MAIN: _open_main(cfg)}
     for one in data.extra:
         if one.name in feeds:
