@@ -329,9 +329,10 @@ def _read_blocks(
 ) -> Iterator[np.ndarray]:
     """All channels (0) or one in float32 blocks [n, C], as many samples as the header promises."""
     rate, done = sound.samplerate, 0
-    sound.seek(0)
     while done < sound.frames:
         try:
+            if channel > 1 and not done:
+                sound.seek(0)  # after another channel
             block = sound.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise SeparationError(
