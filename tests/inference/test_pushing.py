@@ -172,7 +172,7 @@ def test_a_push_to_the_hub_makes_one_commit_and_never_replaces_unasked(
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(HubError, match="hf://org/name: run: pip install huggingface_hub.*`hub`"):
+    with pytest.raises(HubError, match=r"hf://org/name: run: pip install huggingface_hub.*`hub`"):
         load_export("hf://org/name")
 
 

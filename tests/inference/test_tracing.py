@@ -83,7 +83,7 @@ def test_a_missing_library_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TraceError, match="pip install onnx onnxscript .*`onnx`"):
+    with pytest.raises(TraceError, match=r"pip install onnx onnxscript .*`onnx`"):
         write("anything", str(tmp_path / "model.onnx"), "onnx")
 
 
