@@ -60,7 +60,8 @@ def _call(url: str, use: Callable[..., str]) -> str:
     try:
         import huggingface_hub as hub
     except ImportError as error:
-        raise HubError(f"{url} needs huggingface_hub: pip install 'sepdist[hub]'") from error
+        todo = "run: pip install huggingface_hub (the extra `hub` has it)"
+        raise HubError(f"{url}: {todo}") from error
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         return use(hub, repo_id=match[1], revision=match[2])

@@ -16,7 +16,7 @@ from sepdist.reporting import to_json
 from sepdist.training.handoff import read_export
 
 USE = """```python
-import sepdist, soundfile  # pip install 'sepdist[hub]'
+import sepdist, soundfile  # with huggingface_hub, the extra `hub`
 
 separator = sepdist.load("{url}")
 wave, sample_rate = soundfile.read("mixture.wav")

@@ -32,7 +32,7 @@ def write(url: str, output: str, kind: str) -> dict[str, Any]:
     if not output.endswith(SUFFIXES[kind]):
         raise TraceError(f"{output}: a file of format {kind} ends in {SUFFIXES[kind]}")
     if kind == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
-        raise TraceError("ONNX needs onnx and onnxscript: pip install 'sepdist[onnx]'")
+        raise TraceError("run: pip install onnx onnxscript (the extra `onnx` has them)")
     check_new(output)
     export = load_separator(url)
     facts = {"sample_rate": export.sample_rate, "min_samples": least_samples(export.model)}

@@ -23,7 +23,7 @@ from sepdist.inference.export import load_separator
 from sepdist.inference.importing import import_model
 from sepdist.training.checkpoint import CheckpointError
 
-LENGTHS = (9, 10, 11, 12, 250, 251, 1003)  # frames of 8 samples every 4
+LENGTHS = (9, 12, 251, 1003)  # frames of 8 samples every 4
 CODEC = {"n_src": 3, "n_filters": 24, "kernel_size": 8, "stride": 4}
 TCN = {"in_chan": 24, "out_chan": 24, "bn_chan": 12, "hid_chan": 20, "skip_chan": 8}
 TCN |= {"conv_kernel_size": 3, "n_blocks": 3, "n_repeats": 2, "norm_type": "gLN", "causal": False}

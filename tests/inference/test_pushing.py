@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,12 @@ def test_a_push_to_the_hub_makes_one_commit_and_never_replaces_unasked(
     push(str(export), "hf://org/name", "mit", "", True, True)
     assert FolderHub.calls.count("upload org/name") == 2
     assert "hf_secret" not in "".join(capsys.readouterr())
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(HubError, match=r"hf://org/name: run: pip install huggingface_hub.*`hub`"):
+        load_export("hf://org/name")
 
 
 def test_a_fault_of_the_hub_is_one_line(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,14 @@ def test_a_model_is_written_as_one_file_that_gives_its_estimates(tmp_path: Path)
         write(str(tmp_path / "export"), str(tmp_path / "model.pt2"), "onnx")
 
 
+def test_a_missing_library_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TraceError, match=r"pip install onnx onnxscript .*`onnx`"):
+        write("anything", str(tmp_path / "model.onnx"), "onnx")
+
+
 class Branching(nn.Module):
     def forward(self, mixture_BT: Tensor) -> Tensor:
         return mixture_BT[:, None] if float(mixture_BT.sum()) > 0 else -mixture_BT[:, None]
