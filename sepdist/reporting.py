@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 LISTENING_PEAK = 0.9
 # TensorBoard sorts groups and cards by name and opens two groups: this one, and that to listen to.
 SHOWN_AS = {
-    "loss/total": "1 progress/1 training loss",
-    "validation/loss": "1 progress/2 validation loss",
-    "train/si_snri": "1 progress/3 training SI-SNRi in dB",
-    "validation/si_snri": "1 progress/4 validation SI-SNRi in dB",
-    "switching/rate": "1 progress/5 label-switch rate",
+    "loss/total": "1 main/1 loss, train",
+    "validation/loss": "1 main/2 loss, val",
+    "train/si_snri": "1 main/3 SI-SNRi, train",
+    "validation/si_snri": "1 main/4 SI-SNRi, val",
+    "switching/rate": "1 main/5 label switches",
 }
 LISTEN = "2 listen"  # to an utterance, whose id follows
 UPLOAD_SECONDS = 30.0  # between two uploads of metrics.jsonl without a flush

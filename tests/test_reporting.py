@@ -52,7 +52,7 @@ def test_a_row_has_step_seconds_and_the_metrics_by_name(tmp_path: Path) -> None:
     assert first.pop("seconds") <= second["seconds"]
     assert first == {"step": 20, "loss/total": 1.5, "speed/steps_per_second": 4.0}
     assert second["loss/total"] is None
-    assert scalars(tmp_path / "tensorboard" / "run", "1 progress/1 training loss")[0] == (20, 1.5)
+    assert scalars(tmp_path / "tensorboard" / "run", "1 main/1 loss, train")[0] == (20, 1.5)
 
 
 def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_resumed_run_has_every_step_once_in_both_views(tmp_path: Path) -> None
     assert [(row["step"], row["loss/total"]) for row in rows] == expected
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
     assert rows[5]["seconds"] >= seconds_before
-    assert scalars(tmp_path / "tensorboard" / "run", "1 progress/1 training loss") == expected
+    assert scalars(tmp_path / "tensorboard" / "run", "1 main/1 loss, train") == expected
     assert len(list((tmp_path / "tensorboard" / "run").iterdir())) == 2
 
 
@@ -162,13 +162,13 @@ def test_loss_improvement_and_label_switches_are_the_first_group(tmp_path: Path)
     reporter.close()
     read = board(tmp_path / "tensorboard" / "run-a")
     assert sorted(read.Tags()["scalars"])[:5] == [
-        "1 progress/1 training loss",
-        "1 progress/2 validation loss",
-        "1 progress/3 training SI-SNRi in dB",
-        "1 progress/4 validation SI-SNRi in dB",
-        "1 progress/5 label-switch rate",
+        "1 main/1 loss, train",
+        "1 main/2 loss, val",
+        "1 main/3 SI-SNRi, train",
+        "1 main/4 SI-SNRi, val",
+        "1 main/5 label switches",
     ]
-    assert read.Scalars("1 progress/5 label-switch rate")[0].value == names.index("switching/rate")
+    assert read.Scalars("1 main/5 label switches")[0].value == names.index("switching/rate")
     assert set(names) < read_metrics(str(tmp_path))[0].keys()
     assert read.Tags()["tensors"] == ["about/text_summary"]
     hparams = read.SummaryMetadata("_hparams_/session_start_info").plugin_data
@@ -258,7 +258,7 @@ def test_on_object_storage_whole_files_are_put_and_a_resume_goes_on_from_them(
     assert len(names) == 2
     for name in names:
         storage.fetch_file(f"{run_dir}/tensorboard/run/{name}", tmp_path / "board" / name)
-    assert scalars(tmp_path / "board", "1 progress/1 training loss") == expected
+    assert scalars(tmp_path / "board", "1 main/1 loss, train") == expected
 
 
 def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put_again(
@@ -276,7 +276,7 @@ def test_a_grown_event_file_on_object_storage_is_followed_by_another_and_not_put
     events = [url for url in objects.puts if "tensorboard" in url]
     assert len(set(events)) == 3 and len(events) == 3
     folder = objects.download("s3://b/run/tensorboard/run", tmp_path / "board")
-    assert scalars(folder, "1 progress/1 training loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert scalars(folder, "1 main/1 loss, train") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert [event.step for event in board(folder).Audio("listen_0/mixture")] == [1, 2, 3]
 
 
@@ -379,7 +379,7 @@ def test_a_full_disk_holds_nothing_up_and_no_row_is_lost_torn_or_repeated(tmp_pa
     reporter.close()
     assert [row["step"] for row in read_metrics(str(tmp_path))] == [1, 2, 3, 4, 5, 6]
     expected = [(step, float(step)) for step in range(1, 7)]
-    assert scalars(tmp_path / "tensorboard" / "run", "1 progress/1 training loss") == expected
+    assert scalars(tmp_path / "tensorboard" / "run", "1 main/1 loss, train") == expected
     assert "step 5" in (tmp_path / "note.json").read_text()
 
 

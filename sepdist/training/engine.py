@@ -193,8 +193,8 @@ class DeepSpeedEngine:
         make = self._step_by_zero if self._by_zero else self._step_by_sum
         results, outcome = make(batches, norm_limit)
         if self.average:
-            whole = self._zero.GatheredParameters(list(self.model.parameters()))
-            with whole if self.zero_stage == 3 else contextlib.nullcontext():
+            params, at_3 = list(self.model.parameters()), self.zero_stage == 3
+            with self._zero.GatheredParameters(params) if at_3 else contextlib.nullcontext():
                 self.average.update(self.model)
         self._unread.append(self._measure(results, outcome, stopping))
         if self._guarded and not read:
