@@ -18,8 +18,10 @@ def recompute_blocks(model: nn.Module) -> None:
 
 
 def outermost(module: nn.Module, inside: bool = False) -> list[nn.Module]:
-    """The members of the nn.ModuleLists in `module`, through containers but not within others."""
+    """The members of the outermost nn.ModuleLists, and nn.Sequentials of one class, in `module`."""
     if inside and not isinstance(module, nn.ModuleList | nn.ModuleDict):
         return [module]
     inside = inside or isinstance(module, nn.ModuleList)
+    if isinstance(module, nn.Sequential) and len(module) > 1:
+        inside = len({type(one) for one in module}) == 1
     return [block for child in module.children() for block in outermost(child, inside)]

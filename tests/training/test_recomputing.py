@@ -104,6 +104,11 @@ def test_the_blocks_of_a_plug_in_are_found_and_its_dropout_is_repeated() -> None
     assert list(copied.state_dict()) == names == [name for name, _ in copied.named_parameters()]
 
 
+def test_a_sequence_of_blocks_of_one_class_is_a_list_of_them_and_one_of_layers_is_not() -> None:
+    blocks = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(2)]
+    assert outermost(nn.Sequential(nn.Linear(2, 3), nn.Sequential(*blocks), nn.Tanh())) == blocks
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"checkpoint_activations=true: Linear keeps no blocks"):
         recompute_blocks(nn.Linear(2, 2))
