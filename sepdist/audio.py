@@ -112,7 +112,7 @@ def _decoded(path: str | Path, scratch: str | Path | None) -> Decoded:
     try:
         import av
     except ImportError as error:
-        wanted = "pip install 'sepdist[av]', or convert it to WAV"
+        wanted = "run: pip install av (the extra `av` has it), or convert it to WAV"
         raise AudioError(f"{path}: only PyAV decodes this kind of file: {wanted}") from error
     to_floats: Any = av.AudioResampler(format="flt")
     out, end = None, 0.0

@@ -84,7 +84,8 @@ def acoustics() -> Any:
     try:
         import pyroomacoustics
     except ImportError:
-        raise ConfigError("rooms need pyroomacoustics: pip install 'sepdist[rooms]'") from None
+        todo = "run: pip install pyroomacoustics (the extra `rooms` has it)"
+        raise ConfigError(f"rooms need pyroomacoustics; {todo}") from None
     # One thread, as sums over several round differently; no filter, so that gains are the images'.
     pyroomacoustics.constants.set("num_threads", 1)
     pyroomacoustics.constants.set("rir_hpf_enable", False)

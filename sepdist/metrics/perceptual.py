@@ -20,8 +20,8 @@ def check_usable(names: Iterable[str], rate: int) -> None:
         try:
             importlib.import_module(PACKAGES[name])
         except ImportError as error:
-            missing = f"{name} needs {PACKAGES[name]}; run: pip install 'sepdist[scores]'"
-            raise ValueError(missing) from error
+            todo = f"run: pip install {PACKAGES[name]} (the extra `scores` has it)"
+            raise ValueError(f"{name} needs {PACKAGES[name]}; {todo}") from error
         if name == "pesq" and rate not in PESQ_MODES:
             raise ValueError(f"pesq is defined at 8000 or 16000 Hz, the data has {rate} Hz")
 

@@ -25,6 +25,7 @@ NEEDED = {
     "recognise": ["corpus=overlap", "corpus.root=r", "output=o"],
     "audit": ["run_dir=r"],
     "plot": ["output=o"],
+    "compare": ["a=x", "b=y"],
     "import": ["asteroid", "m.pth", "--output", "o"],
     "export": ["m", "--format", "torch", "--output", "o.pt2"],
     "push": ["m", "o", "--licence", "mit"],
