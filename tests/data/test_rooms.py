@@ -9,7 +9,7 @@ import pytest
 from sepdist.config import ConfigError
 from sepdist.data.dataset import collate
 from sepdist.data.rooms import SOUND_SPEED, Rooms
-from tests.data.test_dynamic import mixing, noises, rows, voices  # noqa: F401
+from tests.support.clips import mixing, rows
 
 RATE = 16000
 
@@ -88,8 +88,8 @@ def test_reflections_have_the_delays_and_gains_of_the_mirror_images(built: list)
 
 
 def test_a_dry_target_is_the_direct_sound_and_the_mixture_what_is_heard(
-    voices: str,  # noqa: F811
-    noises: str,  # noqa: F811
+    voices: str,
+    noises: str,
     built: list,
 ) -> None:
     """The library's responses, convolved by NumPy."""
@@ -116,7 +116,7 @@ def test_a_dry_target_is_the_direct_sound_and_the_mixture_what_is_heard(
 
 
 def test_rooms_are_the_same_in_any_world_and_differ_from_position_to_position(
-    voices: str,  # noqa: F811
+    voices: str,
 ) -> None:
     options = {"rooms": {"max_order": 2}}
     whole = rows(mixing(voices, **options), 0, 1, 0, 2, 1)
@@ -144,7 +144,7 @@ def test_what_cannot_be_a_room_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_a_sample_in_a_room_costs_a_few_milliseconds(voices: str) -> None:  # noqa: F811
+def test_a_sample_in_a_room_costs_a_few_milliseconds(voices: str) -> None:
     """No assertion: prints the CPU time of samples for docs/results.md."""
     import time
 
