@@ -46,13 +46,12 @@ class CausalConvBlock(ConvBlock):
         """The next x and the next skip sum."""
         y = F.prelu(widen(F.linear(x_BNF, self.in_weight, self.in_bias)), self.prelu1)
         y = cumulative_norm(y, self.gain1, self.shift1, past)
-        reach = (len(self.taps) - 1) * self.dilation
-        before = past.get(self.taps, y.new_zeros(len(y), reach, y.shape[2]))
-        y = torch.cat([before, y], dim=1)
-        past[self.taps] = y[:, y.shape[1] - reach :].detach().clone()
-        taps = (self.taps.T.unsqueeze(1), self.taps_bias)
-        y = F.conv1d(y.mT, *taps, dilation=self.dilation, groups=y.shape[2])
-        y = cumulative_norm(F.prelu(widen(y).mT, self.prelu2), self.gain2, self.shift2, past)
+        size, reach = y.shape[1], (len(self.taps) - 1) * self.dilation
+        y = torch.cat([past.get(self.taps, y.new_zeros(len(y), reach, y.shape[2])), y], dim=1)
+        past[self.taps] = y[:, size:].detach().clone()
+        rows = (y[:, first : first + size] for first in range(0, reach + 1, self.dilation))
+        y = sum((tap * row for tap, row in zip(self.taps, rows, strict=True)), self.taps_bias)
+        y = cumulative_norm(F.prelu(y, self.prelu2), self.gain2, self.shift2, past)
         sizes = (x_BNF.shape[2], skip_BNF.shape[2])
         residual, skip = widen(F.linear(y, self.out_weight, self.out_bias)).split(sizes, dim=2)
         return x_BNF + residual, skip_BNF + skip
