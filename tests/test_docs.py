@@ -28,7 +28,8 @@ from sepdist.config import ConfigError
 from tests.support.exports import RATE, voices, write_export
 from tests.support.runs import program
 
-READ_CONFIG = compose.read_config  # before a test replaces it
+READ_CONFIG = compose.read_config  # before a test replaces it, as are the programs that import it
+PROGRAMS = {verb: importlib.import_module(f"sepdist.cli.{verb}") for verb in cli.VERBS}
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "cluster/README.md")]
@@ -206,7 +207,7 @@ class ReadError(Exception):
 
 def composed(verb: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a program read its config from the words and go no further; ConfigError if it cannot."""
-    program_of_verb = importlib.import_module(f"sepdist.cli.{verb}")
+    program_of_verb = PROGRAMS[verb]
     reader = program_of_verb if hasattr(program_of_verb, "read_config") else compose
     sweeps: list[list[str]] = []
 

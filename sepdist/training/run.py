@@ -1,6 +1,7 @@
 """Run a training stage from the driver: freeze the config, launch workers, show progress."""
 
 import contextlib
+import inspect
 import json
 import os
 import platform
@@ -106,6 +107,7 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
         if known and "data" in known:  # a data set is what its digest says, wherever it lies
             before, after = _without_places(before), _without_places(after)
             before["data"]["digests"], after["data"]["digests"] = known["data"], digests
+        _fill_in(before, after)
         free = FREE_TO_CHANGE
         if find_committed(storage.join(cfg.run_dir, "checkpoints")):  # it has the weights
             free += ("init.weights",)
@@ -117,6 +119,17 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
     environment |= {"platform": platform.platform(), "data": digests}
     environment["command"] = shlex.join(["sepdist", *sys.argv[1:]])
     storage.put_bytes(environment_url, to_json(environment, indent=1).encode())
+
+
+def _fill_in(*cfgs: dict[str, Any]) -> None:
+    """Give parts of one class the arguments that they leave out: some are younger than the run."""
+    for slot in ("model", "objective", "engine", "optim"):
+        targets = {cfg[slot].get("_target_") for cfg in cfgs}
+        if len(targets) == 1:
+            parameters = inspect.signature(slots.resolve(slot, targets.pop())).parameters
+            defaults = {key: one.default for key, one in parameters.items()}
+            for cfg in cfgs:
+                cfg[slot] = defaults | cfg[slot]
 
 
 def _without_places(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""A run goes on in the version of the data order under which it began."""
+"""A run goes on in the version of the data order under which it began, and without newer keys."""
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def test_a_new_run_may_have_order_1(composed: TrainConfig) -> None:
     assert started(composed, 1) == (1, "")
     order, shown = started(composed, None)
     assert order == 1 and "data.order=1: the run began under it and goes on under it" in shown
+
+
+def test_a_run_from_before_a_part_had_an_argument_goes_on_with_its_default_alone(
+    composed: TrainConfig,
+) -> None:
+    composed.model["causal"], composed.engine["checkpoint_activations"] = False, False
+    started(composed, None)
+    path = Path(composed.run_dir) / "config.yaml"
+    text = path.read_text()
+    path.write_text(re.sub(r"  (causal|checkpoint_activations): false\n", "", text))
+    assert len(path.read_text().splitlines()) == len(text.splitlines()) - 2
+    assert started(composed, None) == (2, "")
+    path.write_text(text.replace("  causal: false\n", ""))
+    composed.model["causal"] = True
+    with pytest.raises(ConfigError, match=OTHER_RUN.format("model.causal was False, is True")):
+        started(composed, None)
 
 
 def test_a_run_from_before_there_was_a_version_goes_on_under_order_1_and_says_so(
