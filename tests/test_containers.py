@@ -173,7 +173,7 @@ def test_any_damage_is_an_audio_error_or_unheard(tmp_path: Path) -> None:
 def test_without_pyav_the_error_names_the_extra(tmp_path: Path, monkeypatch) -> None:
     path = encode(tmp_path / "a.m4a", "aac", [tones(0.2)])
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(AudioError, match=r"a\.m4a: .*pip install 'sepdist\[av\]'"):
+    with pytest.raises(AudioError, match=r"a\.m4a: .*pip install av \(the extra `av`"):
         audio.open_sound(path)
 
 

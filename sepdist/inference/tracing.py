@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import logging
 import os
 import tempfile
@@ -16,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from sepdist import storage
 from sepdist.inference.export import check_new, load_separator
+from sepdist.reporting import to_json
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 
@@ -75,7 +75,7 @@ def trace(model: nn.Module) -> ExportedProgram:
 def save(program: ExportedProgram, path: str, kind: str, facts: dict[str, Any]) -> None:
     """Write a traced model and the facts about it to a file."""
     if kind == "torch":
-        torch.export.save(program, path, extra_files={"sepdist.json": json.dumps(facts)})
+        torch.export.save(program, path, extra_files={"sepdist.json": to_json(facts)})
         return
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no notes about other packages
     with _lstm_by_shape():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.frames import check_mixture, check_sizes, widen
+from sepdist.models.frames import check_mixture, check_sizes, overlap_add, widen
 
 NORM_EPS = 1e-5
 
@@ -59,9 +59,13 @@ class Spectra(nn.Module):
         x_BNQF = network(x_BNQF)
         with torch.autocast(device.type, enabled=False):
             parts = self.deconv(widen(x_BNQF).permute(0, 3, 1, 2)).unflatten(1, (-1, 2))
-            spectra = torch.complex(parts[:, :, 0], parts[:, :, 1]).flatten(0, 1).mT
-            waves = torch.istft(spectra, *sizes, window=window, length=wave_BT.shape[1])
-            return waves.view(*parts.shape[:2], -1)[..., :num_samples] * scale_B1.unsqueeze(1)
+            spectra_BSNQ = torch.complex(parts[:, :, 0], parts[:, :, 1])
+            # Not torch.istft, which looks at the window's sums: a GPU would be waited for.
+            frames = torch.fft.irfft(spectra_BSNQ, self.fft_size) * window
+            windows = window.square().expand(frames.shape[2:])
+            first, last = self.fft_size // 2, self.fft_size // 2 + num_samples
+            waves, sums = (overlap_add(one, self.stride, last) for one in (frames, windows))
+            return waves[..., first:] / sums[first:] * scale_B1.unsqueeze(1)
 
 
 def init_xavier(model: nn.Module) -> None:

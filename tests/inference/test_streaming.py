@@ -119,7 +119,7 @@ def test_a_stream_that_cannot_be_separated_is_refused_with_the_reason(
 
 
 def test_models_that_need_whole_recordings_are_refused() -> None:
-    with pytest.raises(ValueError, match="causal: false"):
+    with pytest.raises(ValueError, match="causal: true and padding: end"):
         run(bytes(400), causal=False)
     chooses = model()
     chooses.register_forward_hook(lambda *_: None)

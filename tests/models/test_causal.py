@@ -130,7 +130,7 @@ def test_without_masks_a_causal_model_streams_too() -> None:
 
 
 def test_only_a_causal_model_streams() -> None:
-    with pytest.raises(ValueError, match="causal: false"):
+    with pytest.raises(ValueError, match="causal: true and padding: end"):
         small(causal=False).streamer()
 
 

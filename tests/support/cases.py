@@ -25,6 +25,7 @@ CONV = CODEC | {"num_bottleneck": 4, "num_hidden": 6, "num_skip": 4, "num_blocks
 CONV |= {"num_repeats": 1, "compile": False}
 CONTEXT = {"num_targets": 8, "kernel_size": 3, "stride": 2, "num_groups": 2, "num_hidden": 8}
 CONTEXT |= {"num_heads": 2, "num_feedforward": 8, "num_layers": 1, "num_position_taps": 3}
+SPECTRA = {"fft_size": 16, "stride": 8, "num_layers": 1, "num_features": 12, "num_hidden": 10}
 DUAL_PATH = CODEC | {"num_hidden": 4, "chunk_size": 4}
 SEPARATORS: dict[str, dict[str, Any]] = {
     "conv_tasnet": CONV,
@@ -34,6 +35,9 @@ SEPARATORS: dict[str, dict[str, Any]] = {
     "dptnet": DUAL_PATH | {"num_heads": 2, "num_repeats": 1},
     "sandglasset": DUAL_PATH | {"num_features": 4, "num_heads": 2, "num_blocks": 3},
     "sepformer": DUAL_PATH | {"num_blocks": 1, "num_layers": 1, "num_heads": 2},
+    "tf_gridnet": SPECTRA | {"num_heads": 3, "num_keys": 20},
+    "tf_locoformer": SPECTRA | {"num_heads": 3},
+    "tf_locoformer_small": SPECTRA | {"num_heads": 3},
 }
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "sisnr_cnn": {},

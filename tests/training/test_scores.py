@@ -127,7 +127,7 @@ def test_values_without_such_numbers_are_written_as_json_writes_them() -> None:
 
 def test_every_json_that_is_written_goes_through_a_strict_writer() -> None:
     """`json.dumps` alone would write NaN; what is excepted here is hashed or read at once."""
-    loose_by_file = {"training/checkpoint.py": 1, "papers/pipeline.py": 2, "data/manifest.py": 1}
+    loose_by_file = {"training/checkpoint.py": 1, "papers/pipeline.py": 1, "data/manifest.py": 1}
     loose_by_file |= {"composing.py": 1, "reporting.py": 1}
     for path in sorted((ROOT / "sepdist").rglob("*.py")):
         lines = [line for line in path.read_text().splitlines() if "json.dump" in line]
