@@ -47,7 +47,7 @@ class CausalConvBlock(ConvBlock):
         y = F.prelu(widen(F.linear(x_BNF, self.in_weight, self.in_bias)), self.prelu1)
         y = cumulative_norm(y, self.gain1, self.shift1, past)
         size, reach = y.shape[1], (len(self.taps) - 1) * self.dilation
-        y = torch.cat([past.get(self.taps, y.new_zeros(len(y), reach, y.shape[2])), y], dim=1)
+        y = torch.cat([past.get(self.taps, y.new_zeros(y.shape[0], reach, y.shape[2])), y], dim=1)
         past[self.taps] = y[:, size:].detach().clone()
         rows = (y[:, first : first + size] for first in range(0, reach + 1, self.dilation))
         y = sum((tap * row for tap, row in zip(self.taps, rows, strict=True)), self.taps_bias)

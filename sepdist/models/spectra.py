@@ -35,24 +35,27 @@ class Spectra(nn.Module):
             raise ValueError(f"stride={stride} with fft_size={fft_size}: choose at most half of it")
         if padding not in ("end", "none"):
             raise ValueError(f"padding={padding!r}: choose end or none")
-        self.padding, self.fft_size, self.stride = padding, fft_size, stride
+        self.fft_size, self.stride = fft_size, stride
+        # The fewest samples: one more than are mirrored at the end.
+        self.least = fft_size // 2 + (stride if padding == "end" else 1)
         self.conv = nn.Conv2d(2, num_features, 3, padding=1)
         self.norm = nn.GroupNorm(1, num_features, eps=NORM_EPS)
         self.deconv = nn.ConvTranspose2d(num_features, 2 * num_speakers, 3, padding=1)
 
     def forward(self, mixture_BT: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
         """Transform, run the network, transform back."""
-        check_mixture(mixture_BT, self.fft_size // 2 + 1)
+        check_mixture(mixture_BT, self.least)
         device, num_samples = mixture_BT.device, mixture_BT.shape[1]
         with torch.autocast(device.type, enabled=False):
             wave_BT = widen(mixture_BT)
             window = torch.hann_window(self.fft_size, dtype=wave_BT.dtype, device=device)
             scale_B1 = (wave_BT.var(1, keepdim=True) + 1e-16).sqrt()  # finite gradients at silence
-            behind = -num_samples % self.stride if self.padding == "end" else 0
-            wave_BT = F.pad(wave_BT / scale_B1, (0, behind), "reflect")
-            sizes = (self.fft_size, self.stride)
-            spectra_BQN = torch.stft(wave_BT, *sizes, window=window, return_complex=True)
-            x_BFNQ = self.conv(torch.view_as_real(spectra_BQN).permute(0, 3, 2, 1))
+            around = (self.fft_size // 2, self.least - 1)
+            frames = F.pad(wave_BT / scale_B1, around, "reflect").unfold(
+                1, self.fft_size, self.stride
+            )
+            spectra_BNQ2 = torch.view_as_real(torch.fft.rfft(frames * window))
+            x_BFNQ = self.conv(spectra_BNQ2.permute(0, 3, 1, 2))
             if torch.is_grad_enabled() and not x_BFNQ.requires_grad:  # see dual_path.global_norm
                 x_BFNQ = x_BFNQ.detach().requires_grad_()
             x_BNQF = self.norm(x_BFNQ).permute(0, 2, 3, 1).contiguous()

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import run_lstm, swapped
-from sepdist.models.frames import check_sizes, num_frames, widen
+from sepdist.models.frames import check_sizes, widen
 from sepdist.models.spectra import NORM_EPS, Spectra, init_xavier
 
 
 class PathLSTM(nn.Module):
     """Norm, bi-LSTM over overlapping windows of places, transposed convolution, residual.
 
-    [B, R, L, F] -> [B, R, L, F]: along L, whose windows must fit.
+    [B, R, L, F] -> [B, R, L, F]: along L; places behind the last whole window stay as they are.
     """
 
     def __init__(self, num_features: int, num_hidden: int, kernel_size: int, stride: int) -> None:
@@ -37,7 +37,10 @@ class PathLSTM(nn.Module):
         """Run along L."""
         rows_RLF = self.norm(widen(x_BRLF)).flatten(0, 1)
         hidden = run_lstm(self.lstm, rows_RLF.unfold(1, self.kernel_size, self.stride).flatten(2))
-        return x_BRLF + self.deconv(hidden.mT).mT.view_as(x_BRLF)
+        y_RLF = self.deconv(hidden.mT).mT
+        if self.stride > 1:  # longer than needed at any length: a tracer knows that it is cut
+            y_RLF = F.pad(y_RLF, (0, 0, 0, self.stride))[:, : x_BRLF.shape[2]]
+        return x_BRLF + y_RLF.view_as(x_BRLF)
 
 
 class Heads(nn.Module):
@@ -75,10 +78,7 @@ class GridBlock(nn.Module):
     def forward(self, x_BNQF: Tensor) -> Tensor:
         """[B, N, Q, F] -> [B, N, Q, F]; the LSTMs see zeros around the spectrum."""
         reach, (frames, bins) = self.kernel_size - self.stride, x_BNQF.shape[1:3]
-        around = [0, 0]
-        for size in (bins, frames):
-            steps = num_frames(size + 2 * reach, self.kernel_size, self.stride) - 1
-            around += [reach, steps * self.stride + self.kernel_size - size - reach]
+        around = [0, 0] + 2 * [reach, reach + self.stride - 1]
         x = swapped(self.frames(swapped(self.bins(F.pad(x_BNQF, around)))))
         return self._attend(x[:, reach : reach + frames, reach : reach + bins])
 
@@ -112,9 +112,10 @@ class TFGridNet(nn.Module):
         super().__init__()
         check_sizes(num_speakers, kernel_size, kernel_stride)
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
-        self.min_length, self.stride = fft_size // 2 + 1, stride
+        self.min_length, self.stride = self.spectra.least, stride
         sizes = (num_features, num_hidden, kernel_size, kernel_stride)
-        blocks = (GridBlock(sizes, num_heads, num_keys, self.min_length) for _ in range(num_layers))
+        bins = fft_size // 2 + 1
+        blocks = (GridBlock(sizes, num_heads, num_keys, bins) for _ in range(num_layers))
         self.blocks = nn.Sequential(*blocks)
         init_xavier(self)
 

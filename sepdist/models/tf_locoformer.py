@@ -55,9 +55,12 @@ class ConvSwiGLU(nn.Module):
     def forward(self, x_BRLF: Tensor) -> Tensor:
         """Transform each sequence by itself."""
         length = x_BRLF.shape[2]
-        padded = F.pad(x_BRLF, (0, 0, 0, -(length + self.kernel_size) % self.stride))
+        padded = F.pad(x_BRLF, (0, 0, 0, self.stride - 1))  # for a last window, or left out
         values, gates = self.up(padded.permute(0, 3, 1, 2)).chunk(2, dim=1)
-        return self.down(values * F.silu(gates)).permute(0, 2, 3, 1)[:, :, :length]
+        y_BRLF = self.down(values * F.silu(gates)).permute(0, 2, 3, 1)
+        if self.stride > 1:  # longer than needed at any length: a tracer knows that it is cut
+            y_BRLF = F.pad(y_BRLF, (0, 0, 0, 1))
+        return y_BRLF[:, :, :length]
 
 
 class PathBlock(nn.Module):
@@ -105,7 +108,7 @@ class TFLocoformer(nn.Module):
         super().__init__()
         check_sizes(num_speakers, kernel_size, kernel_stride)
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
-        self.min_length, self.stride = fft_size // 2 + 1, stride
+        self.min_length, self.stride = self.spectra.least, stride
         sizes = (num_features, num_heads, num_hidden, kernel_size, kernel_stride)
         self.blocks = nn.ModuleList(PathBlock(*sizes) for _ in range(2 * num_layers))
         init_xavier(self)

@@ -139,7 +139,7 @@ def test_what_cannot_be_a_room_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ValueError, match=reason):
             Rooms(**changes)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "pyroomacoustics", None)
-    with pytest.raises(ConfigError, match="pip install pyroomacoustics .the extra `rooms`"):
+    with pytest.raises(ConfigError, match=r"pip install pyroomacoustics \(the extra `rooms`"):
         Rooms()
 
 

@@ -14,9 +14,12 @@ from sepdist.models.dprnn import DPRNN
 from sepdist.models.dptnet import DPTNet
 from sepdist.models.sandglasset import Sandglasset
 from sepdist.models.sepformer import SepFormer
+from sepdist.models.tf_gridnet import TFGridNet
+from sepdist.models.tf_locoformer import TFLocoformer
 from tests.support.exports import write_export
 
 CODEC = {"num_filters": 16, "kernel_size": 8, "stride": 4}
+SPECTRA = {"fft_size": 16, "stride": 8, "num_layers": 1, "num_features": 12, "num_hidden": 10}
 TCN = {"num_bottleneck": 8, "num_hidden": 12, "num_skip": 8, "num_blocks": 2, "num_repeats": 1}
 SMALL: list[tuple[type[nn.Module], dict[str, Any]]] = [  # add a model and its sizes here
     (ConvTasNet, TCN),
@@ -31,6 +34,11 @@ SMALL: list[tuple[type[nn.Module], dict[str, Any]]] = [  # add a model and its s
         Sandglasset,
         {"num_features": 8, "num_hidden": 8, "num_heads": 2, "num_blocks": 3, "chunk_size": 16},
     ),
+    (ConvTasNet, TCN | {"causal": True}),
+    (TFGridNet, SPECTRA | {"num_heads": 3, "num_keys": 20}),
+    (TFGridNet, SPECTRA | {"num_heads": 3, "num_keys": 20, "kernel_stride": 4}),
+    (TFLocoformer, SPECTRA | {"num_heads": 3}),
+    (TFLocoformer, SPECTRA | {"num_heads": 3, "kernel_size": 8, "kernel_stride": 4}),
 ]
 
 
@@ -60,7 +68,7 @@ def test_a_traced_model_gives_its_estimates_at_other_lengths(
     if kind == "onnx":
         pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    eager = model(**CODEC, **sizes).eval()
+    eager = model(**(sizes if "fft_size" in sizes else CODEC | sizes)).eval()
     path = tmp_path / ("model.pt2" if kind == "torch" else "model.onnx")
     save(trace(eager), str(path), kind, {"sample_rate": 8000})
     same(eager, reader(path))

@@ -87,6 +87,6 @@ def test_a_missing_package_and_a_rate_without_pesq_are_refused_first(
 
     monkeypatch.setattr(perceptual.importlib, "import_module", missing)
     with pytest.raises(
-        ValueError, match="stoi needs pystoi; run: pip install pystoi .the extra `scores`"
+        ValueError, match=r"stoi needs pystoi; run: pip install pystoi \(the extra `scores`"
     ):
         check_usable(["stoi"], 8000)
