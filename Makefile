@@ -38,6 +38,7 @@ demo: $(VENV)/.installed ## the whole system on generated speech: shard, pre-tra
 	$(RUN) -m sepdist separate --model demo/runs/finetune --output demo/separated demo/evaluation/listening/0/mixture.wav
 	@echo
 	@echo "separated voices:   demo/separated/mixture_s1.wav demo/separated/mixture_s2.wav"
+	@echo "listening page:     demo/evaluation/listening/index.html"
 	@echo "TensorBoard:        $(BIN)/tensorboard --logdir demo/runs"
 
 test: $(VENV)/.installed ## the test suite in two processes (at most 10 minutes on 2 cores)
