@@ -24,6 +24,10 @@ WORDS = {
     "audit": ["run_dir=r"],
     "plot": ["runs.a=r", "output=o"],
     "completion": ["words", "train", "model="],
+    "compare": ["a=x", "b=y"],
+    "import": ["asteroid", "m.pth", "--output", "o"],
+    "export": ["m", "--format", "torch", "--output", "o.pt2"],
+    "push": ["m", "o", "--licence", "mit"],
     **{verb: MODEL for verb in ("evaluate", "estimate", "labels")},
 }
 

@@ -371,15 +371,11 @@ def test_the_program_runs_the_whole_chain_of_paper_2_on_ray(tiny_data, tmp_path:
         "validation.num_listening=1",
     ]
     crops = ["data.crop_seconds=0.5", "data.micro_batch=1", f"data.validation={tiny_data['dev']}"]
+    (tmp_path / "data").mkdir()  # which the separators' experiments name
+    (tmp_path / "data" / "sep-train").symlink_to(tiny_data["train"])
     arguments = [
-        *(
-            "-m",
-            "sepdist",
-            "pipeline",
-            "experiment=dang2023/chain",
-            "scale=mini",
-            f"output={tmp_path}",
-        ),
+        *("-m", "sepdist", "pipeline", "experiment=dang2023/chain", "scale=mini"),
+        *(f"output={tmp_path}", f"data_root={tmp_path / 'data'}"),
         *(f"vars.{name}={tiny_data['train']}" for name in ("estimator_data", "mixtures")),
         *(f"vars.{name}={tiny_data['dev']}" for name in ("dev", "test")),
         *(f"test_data={tiny_data['dev']}", "vars.estimator_subset=[0.0,1.0]"),
