@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--device cuda] [--quick] [--limit 300]
 
 Prints one JSON line and ends with status 1 if a part failed. Each part runs in its own process; one
-that runs out of time is stopped and reports what it has measured so far. All models are compiled
+that takes too long is ended, and its figures until then are in the line. All models are compiled
 first, in parallel (`compile_seconds`, by precision), together with `repeat` and, with `--tests`,
 tests/gpu; later parts take the compiled code from the cache.
 
