@@ -4,6 +4,9 @@ import importlib
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
+from typing import Any
 
 PURPOSES = {
     "make data": {
@@ -40,9 +43,7 @@ def main() -> None:
 
     SIGTERM and SIGHUP end it as Ctrl-C does, so that nothing half-written remains.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _stop)
+    sys.unraisablehook = _send_again
     try:
         try:
             status = run(sys.argv[1] if len(sys.argv) > 1 else "")
@@ -51,10 +52,30 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         status = 1
-    except KeyboardInterrupt as error:  # while a verb imports what it needs
+    except KeyboardInterrupt as error:  # before the verb's own console
         print("stopped", file=sys.stderr)
         status = 128 + getattr(error, "number", signal.SIGINT)
     sys.exit(status)
+
+
+def _signals_to(handler: Callable[[int, object], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: object) -> None:
+    """Nothing is half-written amid imports, and not every compiled module bears an exception."""
+    os.write(2, b"stopped\n")
+    os._exit(128 + number)
+
+
+def _send_again(unraisable: Any) -> None:
+    """Send a signal again that came in a callback or a destructor, where Python drops it."""
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        return sys.__unraisablehook__(unraisable)
+    number = getattr(unraisable.exc_value, "number", signal.SIGINT)
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 def _stop(number: int, frame: object) -> None:
@@ -68,7 +89,10 @@ def run(verb: str) -> int | None:
     if verb in VERBS:
         os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's may not be installed
         sys.argv = [f"sepdist {verb}", *sys.argv[2:]]
-        return importlib.import_module(f"sepdist.cli.{verb}").main()
+        _signals_to(_end)
+        program = importlib.import_module(f"sepdist.cli.{verb}")
+        _signals_to(_stop)
+        return program.main()
     width = max(map(len, VERBS))
     wanted = verb in ("-h", "--help")
     lines = ["usage: sepdist VERB ..."]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ def test_the_verbs_are_listed_for_help_and_for_a_wrong_verb(
     word: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sepdist", *([word] if word else [])])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restores it
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     assert exit_.value.code == status
@@ -34,6 +36,34 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+IN_A_CALLBACK = """
+import sys, time, types, weakref
+import sepdist.cli
+def main():
+    thing = type("Thing", (), {})()
+    dying = weakref.ref(thing, lambda _: (print("inside", flush=True), time.sleep(60)))
+    del thing
+    time.sleep(60)
+sys.modules["sepdist.cli.audit"] = types.SimpleNamespace(main=main)
+sepdist.cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_python_drops_in_a_callback_still_ends_the_program(number: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_CALLBACK, "audit"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "inside\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=50)[1] == "stopped\n"
+    assert process.returncode == 128 + number
 
 
 def test_ctrl_c_while_a_verb_is_imported_is_no_traceback(
