@@ -12,10 +12,12 @@ import hashlib
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from sepdist import audio, storage
 from sepdist.corpora.files import (
@@ -29,6 +31,7 @@ from sepdist.corpora.librispeech import speaker_of, transcripts, utterance_paths
 from sepdist.corpora.recipes import Clip, Mode, Recipe, choose, level, render
 from sepdist.corpora.tables import Row, to_records
 from sepdist.data.records import Mixture, Utterance
+from sepdist.seeding import rng
 
 # LibriMix's pairing of LibriSpeech's splits with WHAM!'s, by prefix.
 NOISE_SPLITS = {"train": "tr", "dev": "cv", "test": "tt"}
@@ -80,6 +83,15 @@ def speaker_place(speaker: str) -> float:
     return int.from_bytes(hashlib.sha256(speaker.encode()).digest()[:4]) / 2**32
 
 
+def _segment(
+    load: Callable[[], dict[str, np.ndarray]], size: int, name: str, seed: int
+) -> dict[str, np.ndarray]:
+    """Keep `size` samples of all members, at one place."""
+    members = load()
+    start = int(rng(seed, "librimix segment", name).integers(len(members["s1"]) - size + 1))
+    return {key: wave_T[start : start + size].copy() for key, wave_T in members.items()}
+
+
 @dataclass(kw_only=True)
 class LibriMix:
     """One of `metadata` (a folder of CSVs), `generated` (it holds wav8k/) and `draw`.
@@ -91,8 +103,9 @@ class LibriMix:
     `draw` makes `num_mixtures` from `seed` with utterances of at least `min_seconds` (LibriMix: 3).
     Their noise comes from `noise_split` (None: the split's own name, else tr, cv, tt for train*,
     dev*, test*). Only speakers whose `speaker_place` is in `speakers`, [from, to), are used, so
-    that two data sets of a split can have different ones. CSVs are written to `metadata_out` if
-    given.
+    that two data sets of a split can have different ones; `even` takes every utterance as often as
+    another, give or take two, instead of every speaker. CSVs are written to `metadata_out` if
+    given. Of each mixture in min mode only `segment_seconds` are kept, at a place drawn by its id.
     """
 
     num_speakers: int = 2
@@ -109,6 +122,8 @@ class LibriMix:
     noise_split: str | None = None
     min_seconds: float = 3.0
     speakers: Sequence[float] = (0.0, 1.0)
+    even: bool = False
+    segment_seconds: float | None = None
     metadata_out: str | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +144,10 @@ class LibriMix:
         if len(self.speakers) != 2 or not 0 <= self.speakers[0] < self.speakers[1] <= 1:
             needs = "[from, to) with 0 <= from < to <= 1"
             raise ValueError(f"LibriMix: speakers is {needs}, not {list(self.speakers)}")
+        shortest = self.min_seconds if self.draw and self.mode == "min" else 0.0
+        if self.segment_seconds is not None and not 0 < self.segment_seconds <= shortest:
+            needs = "draw, mode=min and min_seconds of at least as much"
+            raise ValueError(f"LibriMix: segment_seconds={self.segment_seconds} needs {needs}")
         self.name = f"libri{self.num_speakers}mix"
         self.speech = Path(self.speech_root or "").expanduser()
         self.noises = Path(self.noise_root or "").expanduser() if self.noise else None
@@ -150,6 +169,9 @@ class LibriMix:
             paths = [self.speech / clip.path for clip in recipe.sources[: self.num_speakers]]
             said = tuple(texts(path.parent).get(path.stem, "") for path in paths)
             names, read = tuple(map(speaker_of, paths)), partial(render, recipe, *options)
+            if self.segment_seconds is not None:
+                size = round(self.segment_seconds * self.sample_rate)
+                read, said = partial(_segment, read, size, recipe.id, self.seed), ()
             yield Mixture(sample_key(recipe.id), names, self.sample_rate, read, said)
 
     def recipes(self, split: str) -> list[Recipe]:
@@ -166,7 +188,8 @@ class LibriMix:
         noises: list[Path] = []
         if self.noises is not None:
             noises = audio.find_files(self.noises / self._noise_split(self.noises, split))
-        choices = choose(speakers, noises, self.num_mixtures, num_mixed, self.seed, split)
+        which = (self.num_mixtures, num_mixed, self.seed, split, self.even)
+        choices = choose(speakers, noises, *which)
         recipes = level(choices, self.speech, self.noises)
         if self.metadata_out:
             write_recipes(Path(self.metadata_out).expanduser() / file_name, recipes)

@@ -6,6 +6,7 @@ Separation", section 2) and the order of operations of its published scripts.
 Shapes: T samples.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
@@ -128,12 +129,14 @@ def choose(
     num_sources: int,
     seed: int,
     split: str,
+    even: bool = False,
 ) -> list[Choice]:
     """Draw the files and levels of each mixture: speakers uniformly, then one utterance of each.
 
-    The speakers of a mixture differ, and no combination of utterances is drawn twice. Loudness is
-    U(-33, -25) LUFS for each source and U(-38, -30) LUFS for the noise, at the files' own rate.
-    Without `noises` no mixture has noise.
+    With `even` each source is of the utterances that were drawn least so far, or where those give
+    no new combination, a little more often. The speakers of a mixture differ, and no combination of
+    utterances is drawn twice. Loudness is U(-33, -25) LUFS for each source and U(-38, -30) LUFS for
+    the noise, at the files' own rate. Without `noises` no mixture has noise.
     """
     names = sorted(speakers)
     if len(names) < num_sources:
@@ -141,12 +144,17 @@ def choose(
         raise ValueError(f"split {split!r} has {len(names)} speakers, {needs}")
     chosen: list[Choice] = []
     seen: set[frozenset[Path]] = set()
+    drawn_before: Counter[Path] = Counter()
     for number in range(num_mixtures):
         draw = rng(seed, "librimix draw", split, number)
-        for _ in range(MAX_ATTEMPTS):
-            numbers = draw.choice(len(names), num_sources, replace=False)
-            drawn = [speakers[names[number]] for number in numbers]
-            paths = tuple(utterances[int(draw.integers(len(utterances)))] for utterances in drawn)
+        for attempt in range(MAX_ATTEMPTS):
+            if even:
+                slack = attempt * 10 // MAX_ATTEMPTS  # for the last ones of a round
+                paths = _least_drawn(speakers, drawn_before, num_sources, slack, draw)
+            else:
+                numbers = draw.choice(len(names), num_sources, replace=False)
+                drawn = [speakers[names[number]] for number in numbers]
+                paths = tuple(own[int(draw.integers(len(own)))] for own in drawn)
             if frozenset(paths) not in seen:
                 break
         else:
@@ -155,11 +163,30 @@ def choose(
             pool = f"from {total} utterances of {len(names)} speakers; lower num_mixtures"
             raise ValueError(f"split {split!r}: no new combination {after} {pool}")
         seen.add(frozenset(paths))
+        drawn_before.update(paths)
         levels = tuple(draw.uniform(*SPEECH_LUFS, num_sources).tolist())
         noise_level = float(draw.uniform(*NOISE_LUFS))
         noise = noises[int(draw.integers(len(noises)))] if noises else None
         chosen.append(Choice(paths, levels, noise, noise_level))
     return chosen
+
+
+def _least_drawn(
+    speakers: Mapping[str, Sequence[Path]],
+    drawn: Mapping[Path, int],
+    num_sources: int,
+    slack: int,
+    draw: np.random.Generator,
+) -> tuple[Path, ...]:
+    """Draw sources of different speakers, each from the least drawn of the remaining utterances."""
+    rest, paths = dict(sorted(speakers.items())), []
+    for _ in range(num_sources):
+        least = min(drawn[path] for own in rest.values() for path in own)
+        open_ = [(n, one) for n, own in rest.items() for one in own if drawn[one] <= least + slack]
+        name, path = open_[int(draw.integers(len(open_)))]
+        paths.append(path)
+        del rest[name]
+    return tuple(paths)
 
 
 class _Measures(NamedTuple):

@@ -147,7 +147,7 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, earlier: dict[str, Stage]
         choices = [f"{group}={option}" for group, option in chosen.items() if option]
         resolved = composed("train", [*choices, *overrides], fixed, TrainConfig)
     elif stage.kind == "shards":
-        resolved = composed("shard", overrides, fixed | {"split": name}, ShardConfig)
+        resolved = composed("shard", [f"split={name}", *overrides], fixed, ShardConfig)
     elif stage.kind == "recognise":
         fixed["model"] = uses[0].folder if uses else None
         resolved = composed("recognise", overrides, fixed, RecogniseConfig)

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,38 @@ def test_utterances_below_the_least_length_are_not_drawn(
     assert {speaker for record in records for speaker in record.speakers} <= {"26", "103", "1034"}
 
 
+def test_an_even_draw_takes_every_utterance_as_often_as_another(
+    speech_root: Path, noise_root: Path
+) -> None:
+    uneven, even = (
+        Counter(clip.path for recipe in corpus.recipes(SPLIT) for clip in recipe.sources)
+        for corpus in (
+            drawing(speech_root, noise_root, num_mixtures=14, min_seconds=0, even=even)
+            for even in (False, True)
+        )
+    )
+    assert len(even) == sum(SPEAKERS.values()) and sum(even.values()) == 28
+    gaps = [max(drawn.values()) - min(drawn.values()) for drawn in (even, uneven)]
+    assert gaps[0] <= 2 < gaps[1]
+
+
+def test_a_segment_is_one_place_of_all_members_of_the_mixture(
+    speech_root: Path, noise_root: Path
+) -> None:
+    whole = list(drawing(speech_root, noise_root).records(SPLIT))
+    cut = list(drawing(speech_root, noise_root, segment_seconds=0.5).records(SPLIT))
+    places = []
+    for record, full in zip(cut, whole, strict=True):
+        parts, members = record.load(), full.load()
+        assert {key: wave.shape for key, wave in parts.items()} == dict.fromkeys(members, (4000,))
+        for place in range(len(members["s1"]) - 3999):
+            if all(np.array_equal(parts[k], members[k][place : place + 4000]) for k in parts):
+                places.append(place)
+    assert len(places) == len(whole) and len(set(places)) > 1
+    again = drawing(speech_root, noise_root, segment_seconds=0.5).records(SPLIT)
+    assert same_audio(cut, list(again))
+
+
 @pytest.mark.parametrize(
     ("split", "noise_folder"), [("train-clean-100", "tr"), ("dev-x", "cv"), ("own", "own")]
 )
@@ -308,6 +341,9 @@ def test_faults_of_metadata_name_the_file_and_line(
         list(corpus.records(SPLIT))
 
 
+SEGMENTS = {"speech_root": "b", "noise": False, "segment_seconds": 1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -317,6 +353,9 @@ def test_faults_of_metadata_name_the_file_and_line(
         ({"generated": "a", "num_speakers": 4}, "num_speakers"),
         ({"metadata": "a", "speech_root": "b"}, "noise_root"),
         ({"draw": True, "speech_root": "b", "noise": False}, "num_mixtures"),
+        ({"generated": "a", "segment_seconds": 1}, "segment_seconds"),
+        ({"draw": True, "num_mixtures": 1, "mode": "max"} | SEGMENTS, "segment_seconds"),
+        ({"draw": True, "num_mixtures": 1, "min_seconds": 0.5} | SEGMENTS, "segment_seconds"),
     ],
 )
 def test_arguments_that_do_not_fit_are_an_error(arguments: dict[str, Any], message: str) -> None:
