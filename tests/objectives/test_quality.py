@@ -16,8 +16,9 @@ from sepdist.cli import separate
 from sepdist.config import EvaluateConfig, ValidationConfig
 from sepdist.data.records import Batch
 from sepdist.inference import evaluation
+from sepdist.metrics.si_snr import si_snr
 from sepdist.models.sisnr_cnn import SISNREstimator
-from sepdist.objectives.quality import Quality
+from sepdist.objectives.quality import ALTERATIONS, Quality, alter
 from sepdist.training.checkpoint import CheckpointError
 from sepdist.training.validation import listen
 from tests.support.batches import batch_of, values, voices
@@ -71,6 +72,69 @@ def test_limits_clip_what_is_learned_and_not_what_is_measured() -> None:
     loss, metrics = Quality([0, 10])(Constant(predicted), batch)
     assert loss.item() == pytest.approx(np.abs(5 - true.clip(0, 10)).mean(), abs=1e-4)
     np.testing.assert_allclose(values(metrics["mae"]), np.abs(5 - true).mean(1), atol=1e-4)
+
+
+def altered(kind: str, amount: float) -> tuple[Batch, Tensor]:
+    """The first item of `scored`, its estimates at another level, altered."""
+    batch, _ = scored()
+    given = batch.mixture[0], 5 * batch.estimates[0], batch.sources[0]
+    return batch, alter(*given, kind, amount)
+
+
+def test_alterations_go_from_the_estimate_all_the_way() -> None:
+    def in_db(some: Tensor, other: Tensor) -> float:
+        return min(si_snr(some, other).tolist())
+
+    for kind in ALTERATIONS:
+        amount = 1.0 if kind in ("exchanged", "smoothed") else 0.0
+        batch, unaltered = altered(kind, amount)
+        assert in_db(unaltered, batch.estimates[0]) > 60, kind
+    batch, mixed = altered("mixed", 1)
+    assert in_db(mixed, batch.mixture[:1].expand(2, -1)) > 60
+    assert in_db(altered("cleaned", 1)[1], batch.sources[0]) > 60
+    for kind, amount in (("leaking", 1), ("exchanged", 0)):
+        assert in_db(altered(kind, amount)[1], batch.estimates[0].flip(0)) > 60
+
+
+def test_alterations_half_way_are_what_numpy_makes_of_them() -> None:
+    batch, leaking = altered("leaking", 0.5)
+    e = batch.estimates[0].double().numpy() * 5
+    m = batch.mixture[0].double().numpy()
+    e *= ((e * m).sum(1) / (e * e).sum(1))[:, None]
+    np.testing.assert_allclose(leaking, np.repeat(e.mean(0, keepdims=True), 2, 0), atol=1e-4)
+    _, exchanged = altered("exchanged", 0.5)
+    np.testing.assert_allclose(exchanged[:, :400], e[:, :400], atol=1e-4)
+    np.testing.assert_allclose(exchanged[:, 400:], e[::-1, 400:], atol=1e-4)
+    _, smoothed = altered("smoothed", 0.5)
+    spectrum, before = np.fft.rfft(smoothed.numpy()), np.fft.rfft(e)
+    np.testing.assert_allclose(spectrum[:, :201], before[:, :201], atol=1e-2)
+    np.testing.assert_allclose(spectrum[:, 201:], 0, atol=1e-2)
+
+
+def test_altered_items_are_drawn_by_position_in_training_only_and_scored_as_they_are() -> None:
+    batch, _ = scored()
+    batch.positions = torch.arange(3) + 7
+    model = Constant(torch.zeros(3, 2))
+    objective = Quality(altered=1.0, seed=3)
+    _, metrics = objective(model, batch)
+    mixture, given = model.given
+    np.testing.assert_allclose(
+        values(metrics["true_si_snr"]),
+        [
+            np.mean([oracle_si_snr(e, s) for e, s in zip(*pair, strict=True)])
+            for pair in zip(given.numpy(), batch.sources.numpy(), strict=True)
+        ],
+        atol=1e-3,
+    )
+    assert not torch.equal(given, batch.estimates) and mixture is batch.mixture
+    objective(model, batch)
+    assert torch.equal(model.given[1], given)
+    batch.positions = batch.positions + 1
+    objective(model, batch)
+    assert not torch.equal(model.given[1], given)
+    assert Quality(altered=1.0)(model.eval(), batch) and model.given[1] is batch.estimates
+    with pytest.raises(ValueError, match=r"altered=1\.5"):
+        Quality(altered=1.5)
 
 
 def test_the_score_of_validation_is_minus_the_loss() -> None:
