@@ -237,8 +237,8 @@ class CompareConfig:
     """The keys of sepdist compare."""
 
     path_arguments: ClassVar = ("a", "b", "output")
-    a: str = MISSING  # output folder of an evaluation
-    b: str = MISSING  # that of another on the same data
+    a: str = MISSING  # output folder of an evaluation, or [a,b] of runs with different seeds
+    b: str = MISSING  # that of another on the same data, or as many
     output: str | None = None  # folder or s3:// prefix for comparison.json
 
 

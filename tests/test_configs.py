@@ -56,7 +56,7 @@ def test_every_yaml_file_is_a_primary_config_or_in_a_group_that_a_test_here_comp
     assert len(found) == NUM_CONFIGS
 
 
-NUM_CONFIGS = 85
+NUM_CONFIGS = 87
 
 
 @pytest.mark.parametrize("name", files("model"))

@@ -8,54 +8,67 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from sepdist import slots, storage
-from sepdist.config import CompareConfig, ConfigError, differences
+from sepdist import storage
+from sepdist.config import CompareConfig, ConfigError, differences, listed
 from sepdist.inference.evaluation import METRICS, mean_of, print_scores, text_of
-from sepdist.metrics.intervals import SCHEME, mean_intervals, sign_flip_p
+from sepdist.metrics.intervals import SCHEME, SEEDS, mean_intervals, sign_flip_p, t_interval
 from sepdist.reporting import to_json
 
 
 def compare(cfg: CompareConfig, console: Console) -> dict[str, Any]:
-    """Print and return how far `b` is above `a` on the utterances that have all scores in both.
+    """Print and return how far `b` is above `a` on the utterances that have all scores in all.
 
-    ConfigError if a folder is no evaluation, their data or settings differ, or nothing is common.
+    With several folders on each side, runs of as many seeds in the same order, the difference has
+    also an interval over seeds. ConfigError if a folder is no evaluation, their data or settings
+    differ, or nothing is common.
     """
-    slots.make_paths_absolute(cfg)
-    data, rows = zip(*map(read_evaluation, (cfg.a, cfg.b)), strict=True)
-    if different := differences(data[0], data[1], free=("url",)):
-        raise ConfigError(f"{cfg.a} and {cfg.b} are of different data: {'; '.join(different)}")
+    sides = [[storage.absolute(one) for one in listed(side)] for side in (cfg.a, cfg.b)]
+    if len(sides[0]) != len(sides[1]):
+        raise ConfigError(f"a has {len(sides[0])} evaluations, b {len(sides[1])}: give pairs")
+    folders = [one for pair in zip(*sides, strict=True) for one in pair]
+    data, rows = zip(*map(read_evaluation, folders), strict=True)
+    for folder, other in zip(folders[1:], data[1:], strict=True):
+        if different := differences(data[0], other, free=("url",)):
+            wrong = f"{folders[0]} and {folder} are of different data: {'; '.join(different)}"
+            raise ConfigError(wrong)
     names = [one for one in METRICS if not one.endswith("_mixture")]
     metrics = [one for one in names if all(one in next(iter(each.values()), ()) for each in rows)]
     values = {
         id_: np.array([[float(each[id_][one]) for one in metrics] for each in rows])
-        for id_ in rows[0].keys() & rows[1].keys()
+        for id_ in set.intersection(*(set(each) for each in rows))
     }
     ids = [id_ for id_ in rows[0] if id_ in values and not np.isnan(values[id_]).any()]
     if not ids or not metrics:
         raise ConfigError(f"{cfg.a} and {cfg.b} have no scored utterance in common")
-    pairs_NK2 = np.stack([values[id_].T for id_ in ids])
-    speakers, gains_NK = [rows[0][id_]["speakers"] for id_ in ids], np.diff(pairs_NK2)[..., 0]
-    intervals, means_K2 = mean_intervals(gains_NK, speakers), pairs_NK2.mean(0)
-    found, columns = dict[str, Any](), {one: dict[str, str]() for one in ("a", "b", "b - a", "p")}
+    num_seeds, speakers = len(sides[0]), [rows[0][id_]["speakers"] for id_ in ids]
+    pairs_NE2K = np.stack([values[id_] for id_ in ids]).reshape(len(ids), num_seeds, 2, -1)
+    gains_ENK = (pairs_NE2K[:, :, 1] - pairs_NE2K[:, :, 0]).swapaxes(0, 1)
+    several = num_seeds > 1
+    intervals = mean_intervals(gains_ENK if several else gains_ENK[0], speakers)
+    means_2K = pairs_NE2K.mean((0, 1))
+    titles = ("a", "b", "b - a", *(["over seeds"] if several else []), "p")
+    found, columns = dict[str, Any](), {one: dict[str, str]() for one in titles}
     for k, one in enumerate(metrics):
-        gain, p = float(gains_NK[:, k].mean()), sign_flip_p(gains_NK[:, k], speakers)
+        gains_EN = gains_ENK[..., k]
+        gain, p = float(gains_EN.mean()), sign_flip_p(gains_EN.mean(0), speakers)
         found[one] = {"mean": gain, "interval": intervals[k], "p": p}
-        texts = [
-            *(text_of(one, mean) for mean in means_K2[k]),
-            mean_of(one, found[one]),
-            f"{p:.4f}",
-        ]
-        for column, text in zip(columns.values(), texts, strict=True):
+        texts = [*(text_of(one, mean) for mean in means_2K[:, k]), mean_of(one, found[one])]
+        if several:
+            found[one]["over_seeds"] = over = t_interval(gains_EN.mean(1))
+            found[one]["seeds"] = gains_EN.mean(1).tolist()
+            texts.append(text_of(one, *over or ()))
+        for column, text in zip(columns.values(), [*texts, f"{p:.4f}"], strict=True):
             column[one] = text
-    title = f"{len(ids)} utterances of {data[0]['corpus']} {data[0]['split']}"
+    seeds = f", {num_seeds} seeds" * several
+    title = f"{len(ids)} utterances of {data[0]['corpus']} {data[0]['split']}{seeds}"
     print_scores(console, title, columns)
-    left_out = [len(each) - len(ids) for each in rows]
+    left_out = [max(map(len, rows[side::2])) - len(ids) for side in (0, 1)]
     if any(left_out):
         console.print("left out, without a score in the other: {} of a, {} of b".format(*left_out))
     results = {"a": cfg.a, "b": cfg.b, "num_utterances": len(ids), "num_left_out": left_out}
-    results |= {"data": data[0], "intervals": SCHEME, "differences": found}
+    results |= {"data": data[0], "intervals": SEEDS if several else SCHEME, "differences": found}
     if cfg.output:
-        place = storage.join(cfg.output, "comparison.json")
+        place = storage.join(storage.absolute(cfg.output), "comparison.json")
         storage.put_bytes(place, to_json(results, indent=1).encode())
     return results
 

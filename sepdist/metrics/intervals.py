@@ -5,9 +5,10 @@ bootstrap over speakers: they are drawn with replacement, and a mixture weighs t
 counts of its speakers. That is the pigeonhole bootstrap (Owen, "The Pigeonhole Bootstrap", Annals
 of Applied Statistics 1(2), 2007), with both factors the same people (Davezies, D'Haultfoeuille and
 Guyonvarch, "Empirical Process Results for Exchangeable Arrays", Annals of Statistics 49(2), 2021).
-It is mildly conservative: no bootstrap of such data is exact.
+It is mildly conservative: no bootstrap of such data is exact. Where several runs that differ by
+their seeds scored the same mixtures, the seeds are drawn with replacement too.
 
-Shapes: N mixtures, K kinds of scores, P speakers, R replicates.
+Shapes: E seeds, N mixtures, K kinds of scores, P speakers, R replicates.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from sepdist.seeding import rng
 
 MIN_SPEAKERS = 5  # fewer say nothing about others
+SEEDS = "95 %, percentiles of a bootstrap over seeds and speakers"
 SCHEME = "95 %, percentiles of a bootstrap over speakers; a mixture weighs the product of counts"
 
 
@@ -31,20 +33,41 @@ def speakers_in(speakers: Sequence[str]) -> np.ndarray:
 
 
 def mean_intervals(
-    values_NK: np.ndarray, speakers: Sequence[str], replicates: int = 1000
+    values: np.ndarray, speakers: Sequence[str], replicates: int = 1000
 ) -> list[list[float] | None]:
-    """95 % intervals of the K means of scores that are not NaN; None for few speakers."""
-    has_NP, known_NK = speakers_in(speakers), ~np.isnan(values_NK)
+    """95 % intervals of the K means of scores [N, K] or [E, N, K]; None for few speakers.
+
+    Scores that are NaN do not count; with seeds there are none.
+    """
+    has_NP, known_NK = speakers_in(speakers), ~np.isnan(values.reshape(-1, *values.shape[-2:])[0])
     num_speakers = has_NP.shape[1]
     if num_speakers < MIN_SPEAKERS:
-        return [None] * values_NK.shape[1]
+        return [None] * values.shape[-1]
     chances = np.full(num_speakers, 1 / num_speakers)
     counts_RP = rng(0, "bootstrap over speakers").multinomial(num_speakers, chances, replicates)
     weights_RN = np.exp(np.log(np.maximum(counts_RP, 1e-99)) @ has_NP.T).round()
+    if values.ndim == 3:
+        shares_RE = rng(0, "bootstrap over seeds").multinomial(
+            num_seeds := len(values), np.full(num_seeds, 1 / num_seeds), replicates
+        )
+        sums_RK = np.einsum("re,rn,enk->rk", shares_RE / num_seeds, weights_RN, values)
+    else:
+        sums_RK = weights_RN @ np.where(known_NK, values, 0.0)
     with np.errstate(invalid="ignore"):  # of draws of speakers who have no mixture together
-        means_RK = weights_RN @ np.where(known_NK, values_NK, 0.0) / (weights_RN @ known_NK)
+        means_RK = sums_RK / (weights_RN @ known_NK)
     ends_K2 = np.nanquantile(means_RK, [0.025, 0.975], axis=0).T
     return [ends.tolist() if np.isfinite(ends).all() else None for ends in ends_K2]
+
+
+def t_interval(values_E: np.ndarray) -> list[float] | None:
+    """95 % interval of the mean of seeds by Student's t distribution; None for a single one."""
+    if len(values_E) < 2:
+        return None
+    from scipy import stats  # late: SciPy takes a second to import
+
+    mean, deviation = values_E.mean(), values_E.std(ddof=1) / np.sqrt(len(values_E))
+    half = stats.t.ppf(0.975, len(values_E) - 1) * deviation
+    return [float(mean - half), float(mean + half)]
 
 
 def sign_flip_p(

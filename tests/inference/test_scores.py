@@ -263,6 +263,29 @@ def test_two_evaluations_are_compared_on_what_both_scored(
     assert "nowhere holds no evaluation" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_runs_of_several_seeds_are_compared_in_pairs(
+    work: Path, console: Console, run_verb: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = []
+    for name, make in (("x0", options), ("x1", theirs), ("y0", theirs), ("y1", options)):
+        evaluation.evaluate(make(work, name, metrics=["si_snri"]), console)
+        folders.append(work / name)
+    a, b = f"[{folders[0]},{folders[1]}]", f"[{folders[2]},{folders[3]}]"
+    found = compare(CompareConfig(a, b), console)["differences"]["si_snri"]
+    [gain] = {
+        round(compare(CompareConfig(*pair), console)["differences"]["si_snri"]["mean"], 9)
+        for pair in ((str(folders[0]), str(folders[2])), (str(folders[3]), str(folders[1])))
+    }
+    assert found["seeds"] == pytest.approx([gain, -gain]) and found["mean"] == pytest.approx(0)
+    half = 12.7062 * abs(gain)  # t of one degree of freedom; deviation of the mean of gain, -gain
+    assert found["over_seeds"] == pytest.approx([-half, half], rel=1e-4)
+    assert found["interval"][0] < 0 < found["interval"][1]
+    assert run_verb(compare_program, f"a={a}", f"b={b}") == 0
+    assert "2 seeds" in (shown := capsys.readouterr()).out + shown.err
+    assert run_verb(compare_program, f"a={a}", f"b={folders[2]}") == 1
+    assert "a has 2 evaluations, b 1: give pairs" in capsys.readouterr().err.replace("\n", " ")
+
+
 class Links(html.parser.HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()

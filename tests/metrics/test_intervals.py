@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sepdist.metrics.intervals import mean_intervals, sign_flip_p
+from sepdist.metrics.intervals import mean_intervals, sign_flip_p, t_interval
 
 
 def scores_of_pairs(
@@ -44,6 +44,30 @@ def test_it_covers_the_mean_where_speakers_differ_and_one_over_mixtures_does_not
         covered_by_mixtures += np.quantile(naive, 0.025) <= 0 <= np.quantile(naive, 0.975)
     assert covered >= 0.88 * num_trials  # 95 % less two deviations
     assert covered_by_mixtures < 0.75 * num_trials
+
+
+def test_with_seeds_the_interval_is_that_of_all_draws_of_seeds_and_speakers() -> None:
+    speakers = ["a+b", "b+c", "c+d", "d+e", "e+a", "a+c"]
+    scores_EN = np.random.default_rng(4).normal(0, 1, (3, 6)) + np.array([[0.0], [3.0], [5.0]])
+    means = []
+    for seeds in itertools.product(range(3), repeat=3):
+        for draw in itertools.product("abcde", repeat=5):
+            counts = Counter(draw)
+            weights = [counts[pair[0]] * counts[pair[2]] for pair in speakers]
+            if sum(weights):
+                means.append(np.average(scores_EN[list(seeds)].mean(0), weights=weights))
+    [(low, high)] = mean_intervals(scores_EN[..., None], speakers, 20_000)
+    assert low == pytest.approx(np.quantile(means, 0.025), abs=0.15)
+    assert high == pytest.approx(np.quantile(means, 0.975), abs=0.15)
+    alone = mean_intervals(scores_EN[:1, :, None], speakers)
+    assert alone == mean_intervals(scores_EN[0, :, None], speakers)
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    # By hand: mean 3, deviation sqrt(14 / 3), and 3.18245 is t of 3 degrees of freedom in tables.
+    half = 3.18245 * (14 / 3) ** 0.5 / 2
+    assert t_interval(np.array([1.0, 2, 3, 6])) == pytest.approx([3 - half, 3 + half], abs=1e-4)
+    assert t_interval(np.array([1.0])) is None
 
 
 def test_nan_is_left_out_of_its_own_mean_only() -> None:
