@@ -121,8 +121,11 @@ def launch(
         policy = {"failure_policy": FailureLimit(cfg.run_dir, cluster.max_failures)}  # no option
         run = trainer._initialize_and_run_controller  # type: ignore[attr-defined]
         vars(trainer)[run.__name__] = lambda **parts: run(**(parts | policy))
-        with stopping(trainer, flag, request, cluster.stop_seconds, say):
-            trainer.fit()
+        try:
+            with stopping(trainer, flag, request, cluster.stop_seconds, say):
+                trainer.fit()
+        finally:
+            vars(trainer).clear()  # it refers to itself, which would keep Ray's actors until exit
 
 
 @contextlib.contextmanager

@@ -145,7 +145,7 @@ def test_what_cannot_be_a_room_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_a_sample_in_a_room_costs_a_few_milliseconds(voices: str) -> None:
-    """No assertion: prints the CPU time of samples for docs/results.md."""
+    """No assertion: prints the CPU time of samples for docs/results-2026-11.md."""
     import time
 
     for rooms in (None, {"max_order": 10}, {"max_order": 20}, {"max_order": 10, "target": "wet"}):

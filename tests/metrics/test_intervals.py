@@ -36,7 +36,7 @@ def test_the_interval_is_that_of_all_draws_of_speakers_with_the_products_of_thei
 def test_it_covers_the_mean_where_speakers_differ_and_one_over_mixtures_does_not() -> None:
     random, num_trials = np.random.default_rng(1), 60
     covered, covered_by_mixtures = 0, 0
-    for _ in range(num_trials):  # 200 mixtures of 35 speakers, as in docs/results.md
+    for _ in range(num_trials):  # 200 mixtures of 35 speakers, as in docs/results-2026-11.md
         scores, speakers = scores_of_pairs(random, 35, 200, 1.0)
         [(low, high)] = mean_intervals(scores[:, None], speakers, 300)
         covered += low <= 0 <= high

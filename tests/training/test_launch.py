@@ -27,7 +27,7 @@ from ray.train.v2.api.exceptions import ControllerError
 from sepdist.training import launch
 from tests.support.disturb import Run, left_alone
 from tests.support.lab.hosts import Lab, end, why_not_here
-from tests.support.runs import TINY, final_hash, history, program
+from tests.support.runs import TINY, final_hash, frozen, history, program
 from tests.support.s3server import free_ports
 
 Address = namedtuple("Address", "family address")
@@ -250,6 +250,32 @@ def test_prometheus_reads_the_metrics_of_a_run_from_rays_agent() -> None:
         "ray_sepdist_validation_si_snri": 4.0,
         "ray_sepdist_restarts_total": 2.0,
     }
+
+
+LEFT = """
+import sys, time, psutil
+from rich.console import Console
+from sepdist import config
+from sepdist.cluster import connected
+from sepdist.training import run
+with connected(1):
+    for path in sys.argv[1:]:
+        run.run(config.load_frozen(path), Console(stderr=True))
+    for _ in range(30):
+        time.sleep(1)
+        names = [one.name() for one in psutil.Process().children(recursive=True)]
+        left = [name for name in names if "TrainControl" in name or "StopFlag" in name]
+        if not left:
+            break
+print("left:", left)
+"""
+
+
+@pytest.mark.slow
+def test_finished_stages_leave_no_actors_in_the_ray_of_a_pipeline(tiny_data, tmp_path) -> None:
+    more = ("training.max_steps=2", "validation.every_steps=2", "cluster.num_workers=1")
+    paths = [frozen(tiny_data, tmp_path / name, *more) for name in ("first", "second")]
+    assert "left: []" in program("-c", LEFT, *paths)
 
 
 # What Python runs before all else: the first calls that set up a process group fail.
