@@ -11,7 +11,7 @@ def keep_freed_memory(limit_bytes: int = 512 * MIB) -> None:
 
     By default glibc returns every freed block above 32 MiB to the system, and each of its pages
     costs a fault when the next block of that size is used: a third of the CPU time of a training
-    step of the small DPRNN and Sandglasset (docs/results-2026-11.md). Here such blocks come from the heap,
+    step of the small DPRNN and Sandglasset (docs/results-2026-11.md). Here they come from the heap,
     and what is free at its end beyond the limit goes back. Blocks above the limit still go back at
     once.
 
