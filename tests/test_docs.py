@@ -35,10 +35,6 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "cluster/README.md")]
 # Whose commands are not for this test.
 ELSEWHERE = {"results.md", "results-2026-11.md", "extending.md"}
-    "results.md",
-    "results-2026-11.md",
-    "extending.md",
-}  # whose commands are not for this test
 FENCE = re.compile(r"^ *```(\S*)\n(.*?)^ *```$", re.M | re.S)
 # Languages of blocks that are not commands or Python: what is in them is checked elsewhere.
 OTHER_LANGUAGES = {"text", "toml", "yaml", "{toctree}", "{eval-rst}"}

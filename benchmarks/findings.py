@@ -1,0 +1,173 @@
+"""Answer the hypotheses of docs/protocol.md from the folders of its pipelines.
+
+    python -m benchmarks.findings --paper1 runs/real-paper1 --figure docs/figures/real_paper1.png
+    python -m benchmarks.findings --paper2 runs/real-paper2
+
+Prints one JSON object. For each hypothesis: the difference by seed on the side that the paper
+claims, its mean, Student's interval over seeds, and for test scores the interval of a bootstrap
+over seeds and speakers; `outcome` is supported, contradicted or not decided, as the protocol has
+it. Seeds that lack an evaluation are named and left out. The figure shows the curves of paper 1
+(its figure 2): mean over seeds, from the least to the greatest.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from sepdist.config import CompareConfig
+from sepdist.inference.comparison import compare
+from sepdist.metrics.intervals import t_interval
+from sepdist.papers.figures import read_curves
+from sepdist.plotting import Curves, to_png
+
+ARMS = {
+    "scratch": "from scratch",
+    "ptft": "PT-FT (SE)",
+    "multitask": "multi-task (SE)",
+    "longer": "from scratch, twice as long",
+}
+EPOCHS = range(2, 11)  # over which switch rates are averaged
+PAPER_SWITCHES = (15, 35)  # % that scratch and multi-task often had on Libri2Mix, section 5.2
+COMPARED = {  # hypothesis: a, b; the claim is that b has the higher score
+    "paper1": {
+        "H3 PT-FT over scratch": ("scratch", "ptft"),
+        "H3' PT-FT over longer": ("longer", "ptft"),
+        "H4 PT-FT over multi-task": ("multitask", "ptft"),
+        "multi-task over scratch": ("scratch", "multitask"),
+    },
+    "paper2": {
+        "H5 SSLM-SS over CTN": ("ctn", "sslm"),
+        "H6 SSLM-SS over f = 0": ("no_guidance", "sslm"),
+        "H7 SSLM-SS over MixIT": ("mixit", "sslm"),
+        "MixIT over CTN": ("ctn", "mixit"),
+    },
+}
+
+
+def outcome(*intervals: Sequence[float] | None) -> str:
+    """What the protocol calls an effect whose intervals these are, claimed to be positive."""
+    if any(one is None for one in intervals):
+        return "not decided"
+    lows, highs = zip(*(one for one in intervals if one), strict=True)
+    return "supported" if min(lows) > 0 else "contradicted" if max(highs) < 0 else "not decided"
+
+
+def of_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """A difference by seed that the paper claims to be positive."""
+    interval = t_interval(np.array(values))
+    found = {"seeds": list(values), "mean": float(np.mean(values)), "over_seeds": interval}
+    return found | {"outcome": outcome(interval)}
+
+
+def mean_switches(curves: Curves) -> float:
+    """Label switches in %, mean over EPOCHS."""
+    return float(np.mean([rate for epoch, rate in curves.switches if round(epoch) in EPOCHS]))
+
+
+def epoch_of(curves: Curves, score: float) -> float:
+    """The first epoch with at least this validation score; one more than the last if none has."""
+    reached = [epoch for epoch, value in curves.si_snr if value >= score]
+    return reached[0] if reached else curves.si_snr[-1][0] + 1
+
+
+def seeds_of(root: Path, arms: Sequence[str]) -> list[Path]:
+    """The folders of the seeds in which every arm has been tested."""
+    found = sorted(root.glob("seed-*"), key=lambda one: int(one.name.removeprefix("seed-")))
+    done = [one for one in found if all((one / f"{arm}_test/stage.json").exists() for arm in arms)]
+    if len(done) < len(found):
+        left = ", ".join(one.name for one in found if one not in done)
+        Console(stderr=True).print(f"left out, not all arms are tested: {left}")
+    if not done:
+        raise SystemExit(f"{root}: no seed in which all of {', '.join(arms)} are tested")
+    return done
+
+
+def test_scores(seeds: Sequence[Path], pairs: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Compare the test scores of pairs of arms."""
+    found = {}
+    for name, pair in pairs.items():
+        a, b = (f"[{','.join(str(one / f'{arm}_test') for one in seeds)}]" for arm in pair)
+        several = len(seeds) > 1
+        a, b = (a, b) if several else (a[1:-1], b[1:-1])
+        differences = compare(CompareConfig(a, b), Console(stderr=True))["differences"]
+        for metric in ("si_snri", "sdri"):
+            one = {"over_seeds": None} | differences[metric]
+            one["outcome"] = outcome(one["over_seeds"], one["interval"])
+            found[f"{name}, {metric}"] = one
+    return found
+
+
+def paper1(root: Path, figure: Path | None) -> dict[str, Any]:
+    """H1 to H4."""
+    seeds = seeds_of(root, list(ARMS))
+    curves = {arm: [read_curves(str(one / arm)) for one in seeds] for arm in ARMS}
+    last = [one.si_snr[-1][1] for one in curves["scratch"]]
+    switches = {arm: [mean_switches(one) for one in runs] for arm, runs in curves.items()}
+    reached = {
+        arm: [epoch_of(one, score) for one, score in zip(runs, last, strict=True)]
+        for arm, runs in curves.items()
+    }
+
+    def less(values: Mapping[str, Sequence[float]], arm: str) -> dict[str, Any]:
+        return of_seeds([a - b for a, b in zip(values["scratch"], values[arm], strict=True)])
+
+    if figure:
+        figure.write_bytes(to_png(draw(curves)))
+    return {
+        "seeds": [one.name for one in seeds],
+        "switch_percent": switches,
+        "epoch_of_last_scratch_score": reached,
+        "H1 fewer switches, PT-FT": less(switches, "ptft"),
+        "fewer switches, multi-task": less(switches, "multitask"),
+        "H2 epochs earlier, PT-FT": less(reached, "ptft"),
+        **test_scores(seeds, COMPARED["paper1"]),
+    }
+
+
+def draw(curves: Mapping[str, Sequence[Curves]]) -> Figure:
+    """Validation SI-SNR over label switches, by epoch of the separation data."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    for number, (arm, runs) in enumerate(curves.items()):
+        for axes, points in (
+            (upper, [one.si_snr for one in runs]),
+            (lower, [one.switches for one in runs]),
+        ):
+            epochs = [epoch for epoch, _ in points[0]]
+            values_EN = np.array([[value for _, value in one] for one in points])
+            colour, label = f"C{number}", ARMS[arm]
+            axes.plot(epochs, values_EN.mean(0), color=colour, label=label)
+            axes.fill_between(
+                epochs, values_EN.min(0), values_EN.max(0), color=colour, alpha=0.2, lw=0
+            )
+    lower.axhspan(*PAPER_SWITCHES, color="0.9", zorder=0, label="paper: often, but for PT-FT")
+    upper.set(ylabel="validation SI-SNR in dB")
+    lower.set(xlabel="epoch", ylabel="label switches in %", ylim=(0, None))
+    upper.legend()
+    lower.legend()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--paper1", type=Path, help="output of experiment=real/paper1")
+    parser.add_argument("--paper2", type=Path, help="output of experiment=real/paper2")
+    parser.add_argument("--figure", type=Path, help="PNG file for the curves of paper 1")
+    given = parser.parse_args()
+    results: dict[str, Any] = {}
+    if given.paper1:
+        results["paper1"] = paper1(given.paper1, given.figure)
+    if given.paper2:
+        arms = sorted({arm for pair in COMPARED["paper2"].values() for arm in pair})
+        results["paper2"] = test_scores(seeds_of(given.paper2, arms), COMPARED["paper2"])
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The statistics of docs/protocol.md: what is supported, when an arm has caught up, by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.findings import COMPARED, epoch_of, mean_switches, of_seeds, outcome, test_scores
+from sepdist.plotting import Curves
+
+test_scores.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [
+        ([(0.1, 2.0), (0.2, 1.0)], "supported"),
+        ([(-0.1, 2.0), (0.2, 1.0)], "not decided"),
+        ([(-2.0, -0.1), (-1.0, -0.2)], "contradicted"),
+        ([(-2.0, -0.1), (0.2, 1.0)], "not decided"),
+        ([None, (0.2, 1.0)], "not decided"),
+    ],
+)
+def test_an_effect_is_supported_where_all_intervals_are_on_the_side_of_the_claim(
+    intervals: list[tuple[float, float] | None], expected: str
+) -> None:
+    assert outcome(*intervals) == expected
+
+
+def test_differences_of_seeds_have_students_interval() -> None:
+    found = of_seeds([1.0, 2.0, 3.0, 6.0])  # of docs/protocol.md; the interval by hand
+    assert found["mean"] == 3.0 and found["outcome"] == "not decided"
+    assert found["over_seeds"] == pytest.approx([-0.4374, 6.4374], abs=1e-3)
+    assert of_seeds([1.0])["outcome"] == "not decided"
+
+
+def test_an_arm_has_caught_up_in_the_first_epoch_with_the_score() -> None:
+    curves = Curves([(1.0, 0.5), (2.0, 2.0), (3.0, 1.5)], [(1.0, 90.0), (2.0, 4.0), (11.0, 8.0)])
+    assert [epoch_of(curves, score) for score in (0.1, 1.5, 2.5)] == [1.0, 2.0, 4.0]
+    assert mean_switches(curves) == 4.0  # epochs 2 to 10
+
+
+def evaluation(folder: Path, gains: list[float]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text("{}")
+    data = {"url": "d", "corpus": "c", "split": "test"}
+    (folder / "results.json").write_text(json.dumps({"data": data}))
+    rows = [
+        f"{number},{number}+{(number + 1) % 8},{gain},{gain + 1}"
+        for number, gain in enumerate(gains)
+    ]
+    (folder / "utterances.csv").write_text("\n".join(["id,speakers,si_snri,sdri", *rows]))
+
+
+def test_the_better_arm_in_all_seeds_and_speakers_is_supported(tmp_path: Path) -> None:
+    seeds = [tmp_path / f"seed-{number}" for number in range(3)]
+    for number, seed in enumerate(seeds):
+        for arm, level in (("ctn", 1.0), ("sslm", 2.0), ("no_guidance", 2.0), ("mixit", 3.0)):
+            gains = [level + number + mixture % 2 for mixture in range(8)]
+            better = 0.01 * number if arm == "sslm" else 0.0
+            evaluation(seed / f"{arm}_test", [gain + better for gain in gains])
+    found = test_scores(seeds, COMPARED["paper2"])
+    assert found["H5 SSLM-SS over CTN, si_snri"]["mean"] == pytest.approx(1.01)
+    assert found["H5 SSLM-SS over CTN, sdri"]["outcome"] == "supported"
+    assert found["H6 SSLM-SS over f = 0, si_snri"]["outcome"] == "not decided"
+    assert found["H7 SSLM-SS over MixIT, si_snri"]["outcome"] == "contradicted"
