@@ -1,4 +1,7 @@
-"""Models on the Hugging Face hub, hf://org/name[@revision], by its cache on this machine.
+"""Models that have a name: those in the package, and those on the Hugging Face hub.
+
+pretrained://name comes with the package (sepdist/pretrained/) and needs no network.
+hf://org/name[@revision] is on the hub, and then in its cache on this machine.
 
 The hub's own variables hold: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. Only files of a model
 are fetched; they are a stranger's, and are read as such.
@@ -11,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEME = "hf://"
+PACKAGED = "pretrained://"
+READY = f"{PACKAGED}two-voices-8k"  # where no model is named
 OURS = ("model.yaml", "model.safetensors", "lineage.json", "README.md")
 FOREIGN = ("hyperparams.yaml", "*.ckpt", "*.pth", "*.pt", "pytorch_model.bin", "README.md")
 
@@ -25,7 +30,16 @@ def is_hub(url: str) -> bool:
 
 
 def local(url: str, files: Sequence[str] = OURS) -> str:
-    """The folder in the hub's cache with these files of hf://..., or `url` itself if it is none."""
+    """The folder of a named model, of the hub's with these files alone; else `url` itself.
+
+    HubError for a name that the package or the hub has not.
+    """
+    if url.startswith(PACKAGED):
+        folder = Path(__file__).parent / "pretrained"
+        names = sorted(one.parent.name for one in folder.glob("*/model.yaml"))
+        if (name := url.removeprefix(PACKAGED)) not in names:
+            raise HubError(f"{url}: the package has {', '.join(PACKAGED + one for one in names)}")
+        return str(folder / name)
     if not is_hub(url):
         return url
     return _call(

@@ -105,7 +105,7 @@ def join(url: str | Path, *names: str) -> str:
 
 def absolute(url: str | Path) -> str:
     """Return the one spelling of a place; a local path absolute, as workers run elsewhere."""
-    if str(url).startswith("hf://"):  # a model on the hub, the same everywhere
+    if str(url).startswith(("hf://", "pretrained://")):  # a model's name, the same everywhere
         return str(url)
     if not is_remote(url):
         return str(_path(url).resolve())

@@ -38,7 +38,7 @@ ELSEWHERE = {"results.md", "results-2026-11.md", "extending.md"}
 FENCE = re.compile(r"^ *```(\S*)\n(.*?)^ *```$", re.M | re.S)
 # Languages of blocks that are not commands or Python: what is in them is checked elsewhere.
 OTHER_LANGUAGES = {"text", "toml", "yaml", "{toctree}", "{eval-rst}"}
-NUM_BASH_BLOCKS, NUM_PYTHON_BLOCKS = 55, 3
+NUM_BASH_BLOCKS, NUM_PYTHON_BLOCKS = 56, 3
 # Programs that cannot be run or composed here, and why it is enough that they are spelled so.
 STRANGERS = {
     "chmod": "a permission of the user's own file",
@@ -138,7 +138,7 @@ def test_every_command_of_the_pages_is_one_that_its_program_accepts(
         "sepdist train -m experiment=demo/finetune optim.lrr=1,2",
         "sepdist train experiment=demo/finetune --frobnicate",
         "sepdist evaluate model=a",
-        "sepdist separate --model a meeting.wav",
+        "sepdist separate --modle a meeting.wav",
         "sepdist frobnicate",
         "python -m sepdist shard write corpus=nowhere split=a output=b",
         "python -m benchmarks.chaos --frobnicate",

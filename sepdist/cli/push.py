@@ -1,7 +1,7 @@
 """Give a model away, with a model card made from its lineage and scores.
 
     sepdist push runs/a hf://org/name --licence cc-by-4.0 --results evaluation/results.json
-    sepdist push runs/a shared/name --licence cc-by-4.0
+    sepdist push runs/a shared/name --licence cc-by-4.0 --half
 
 The target gets model.yaml, model.safetensors, lineage.json (without paths of this machine) and
 README.md. A folder or s3:// prefix must be empty. On the hub the repository is created if need be;
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     licence = "as the hub calls it: mit, apache-2.0, cc-by-4.0, ...; the data's may bind you"
     parser.add_argument("--licence", required=True, help=licence)
     parser.add_argument("--results", default="", help="results.json of `sepdist evaluate`")
+    parser.add_argument("--half", action="store_true", help="round the weights to float16")
     parser.add_argument("--private", action="store_true", help="a new repository is private")
     parser.add_argument("--update", action="store_true", help="add a commit to a repository")
     return parser

@@ -1,5 +1,6 @@
 """Separate recordings of any rate and length into one file per speaker.
 
+    sepdist separate meeting.wav
     sepdist separate --model runs/a --output separated meeting.wav
     sepdist separate --model s3://bucket/exports/a --output s3://bucket/out a.wav s3://bucket/b.flac
     sepdist separate --model runs/a --output - - < in.wav > voices.wav
@@ -32,6 +33,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sepdist.console import printable, progress_bar, user_console
+from sepdist.hub import READY
 from sepdist.inference.windows import (
     FORMATS,
     PCM,
@@ -72,6 +74,8 @@ def main() -> int:
 
         options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
         separator = load(given.model, **options, **windows)
+        if given.model == READY:
+            console.print(f"model: {READY}, a small one; its card: {separator.url}/README.md")
         keep_freed_memory()
         if given.stream:
             from sepdist.inference.streaming import separate_stream
@@ -130,10 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     audio = "audio file (wav, flac, mp3, m4a, mp4, ...), folder, quoted pattern, s3:// or - (stdin)"
     parser.add_argument("recordings", nargs="+", help=audio)
-    model = "run_dir (its best checkpoint is taken) or export; path or s3://"
-    parser.add_argument("--model", required=True, help=model)
+    model = "run_dir (its best checkpoint is taken) or export; path, s3:// or hf:// (the small one "
+    model += "that comes with the package)"
+    parser.add_argument("--model", default=READY, help=model)
     output = "folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ..., or - (stdout)"
-    parser.add_argument("--output", required=True, help=output)
+    parser.add_argument("--output", default="separated", help=f"{output} (separated)")
     kind = "of the outputs (wav)"
     parser.add_argument("--format", choices=FORMATS, default="wav", dest="file_format", help=kind)
     subtype = "of the outputs (24 bits for recordings of more than 16 and quiet outputs, else 16)"

@@ -25,16 +25,27 @@ voices = separator(wave, sample_rate)  # [T] in, [S, T] out, at the same rate
 """
 
 
-def push(model: str, target: str, licence: str, results: str, private: bool, update: bool) -> str:
+def push(
+    model: str,
+    target: str,
+    licence: str,
+    results: str,
+    private: bool,
+    update: bool,
+    half: bool = False,
+) -> str:
     """Put `model` with a card into the new folder `target` or on the hub; returns its address.
 
-    `results` is "" or a results.json of `sepdist evaluate`, of the same weights.
+    `results` is "" or a results.json of `sepdist evaluate`, of the same weights. With `half` they
+    are rounded to float16, which loads as float32.
     """
     if not hub.is_hub(target):
         check_new(target)
     export = load_export(model)  # which refuses what nobody could load
     weights, config, lineage, _ = read_export(export.url)
     scores = read_results(results, lineage) if results else {}
+    if half:
+        weights = {k: one.half() if one.is_floating_point() else one for k, one in weights.items()}
     files = {
         "model.safetensors": safetensors.torch.save(weights),
         "model.yaml": yaml.safe_dump(config, sort_keys=False).encode(),

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sepdist import audio, slots, storage
+from sepdist import audio, hub, slots, storage
 from sepdist.inference.export import load_separator
 from sepdist.inference.stitching import Pauses, cleaned, cut_windows, overlap_add, resampled
 from sepdist.inference.windows import SeparationError, Windows, check_options, output_names
@@ -252,7 +252,7 @@ class Separator:
 
 
 def load(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] = hub.READY,
     *,
     device: torch.device | str | None = None,
     plugins: str | Sequence[str] = (),
@@ -263,7 +263,8 @@ def load(
 ) -> Separator:
     """Load a trained separator: `voices = load("runs/a")(wave, sample_rate)`.
 
-    `model` is a run_dir, whose best checkpoint is taken, or an export; a path or s3://. The default
+    `model` is a run_dir, whose best checkpoint is taken, or an export, by path, s3:// or hf://; the
+    default is the small one that comes with the package (sepdist/pretrained/). The default
     device is a GPU where there is one. `plugins` names packages that may define the model. With
     `compile` the first call takes seconds longer and later ones less, if the model can be compiled.
     Longer windows and overlaps keep speakers apart over longer pauses; a larger batch may be faster

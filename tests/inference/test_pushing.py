@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 import yaml
 
 import sepdist
@@ -184,3 +186,15 @@ def test_a_fault_of_the_hub_is_one_line(export: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(hf, "HfApi", Away)
     with pytest.raises(HubError, match=r"^hf://org/name: 401 .*password\.$"):
         push(str(export), "hf://org/name", "mit", "", False, False)
+
+
+def test_weights_pushed_in_half_precision_load_as_the_nearest_float16(
+    export: Path, tmp_path: Path
+) -> None:
+    folder = push(str(export), str(tmp_path / "half"), "mit", "", False, False, half=True)
+    stored = safetensors.torch.load_file(Path(folder, "model.safetensors"))
+    assert {one.dtype for one in stored.values()} == {torch.float16}
+    whole, half = (load_export(str(one)).model.state_dict() for one in (export, folder))
+    for name, weight in whole.items():
+        assert half[name].dtype == torch.float32
+        assert np.array_equal(half[name].numpy(), weight.numpy().astype(np.float16))
