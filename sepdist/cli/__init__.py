@@ -55,10 +55,11 @@ def main() -> None:
     except KeyboardInterrupt as error:  # before the verb's own console
         print("stopped", file=sys.stderr)
         status = 128 + getattr(error, "number", signal.SIGINT)
+    _signals_to(signal.SIG_DFL)  # else a callback at exit would show a traceback
     sys.exit(status)
 
 
-def _signals_to(handler: Callable[[int, object], None]) -> None:
+def _signals_to(handler: Callable[[int, object], None] | signal.Handlers) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, handler)

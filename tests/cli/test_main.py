@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,12 +14,21 @@ from sepdist.console import user_console
 from tests.support.runs import ROOT, program
 
 
+@pytest.fixture(autouse=True)
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what `cli.main` changes in this process."""
+    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("word", "status"), [("--help", 0), ("evalute", 2), ("", 2)])
 def test_the_verbs_are_listed_for_help_and_for_a_wrong_verb(
     word: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sepdist", *([word] if word else [])])
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restores it
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     assert exit_.value.code == status
@@ -38,6 +48,13 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+AT_EXIT = """
+import atexit, sys, time, types
+import sepdist.cli
+atexit.register(lambda: (print("inside", flush=True), time.sleep(60)))
+sys.modules["sepdist.cli.audit"] = types.SimpleNamespace(main=lambda: 0)
+sepdist.cli.main()
+"""
 IN_A_CALLBACK = """
 import sys, time, types, weakref
 import sepdist.cli
@@ -51,19 +68,32 @@ sepdist.cli.main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_python_drops_in_a_callback_still_ends_the_program(number: int) -> None:
+def started(code: str) -> subprocess.Popen[str]:
+    """Run code until it says that it is inside."""
     process = subprocess.Popen(
-        [sys.executable, "-c", IN_A_CALLBACK, "audit"],
+        [sys.executable, "-c", code, "audit"],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert process.stdout is not None and process.stdout.readline() == "inside\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_python_drops_in_a_callback_still_ends_the_program(number: int) -> None:
+    process = started(IN_A_CALLBACK)
     process.send_signal(number)
     assert process.communicate(timeout=50)[1] == "stopped\n"
     assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_python_ends_shows_no_traceback(number: int) -> None:
+    process = started(AT_EXIT)
+    process.send_signal(number)
+    assert process.communicate(timeout=50)[1] == "" and process.returncode == -number
 
 
 def test_ctrl_c_while_a_verb_is_imported_is_no_traceback(
