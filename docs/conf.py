@@ -40,6 +40,7 @@ ELSEWHERE = {
     "cluster_files": "cluster/README.md",
     "changelog": "CHANGELOG.md",
     "contributing": "CONTRIBUTING.md",
+    "ready_model": "sepdist/pretrained/two-voices-8k/README.md",
 }
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")
 
