@@ -28,12 +28,10 @@ class Quality:
     clipped: `mae`, `bias` (predicted minus true), `predicted` and `true_si_snr`.
     """
 
-    def __init__(
-        self, limits: Sequence[float] | None = None, altered: float = 0.0, seed: int = 0
-    ) -> None:
+    def __init__(self, limits: Sequence[float] | None = None, altered: float = 0.0) -> None:
         if not 0 <= altered <= 1:
             raise ValueError(f"altered={altered}: give a share of the items, 0 to 1")
-        self.altered, self.seed = altered, seed
+        self.altered = altered
         if limits is not None and (len(limits) != 2 or not limits[0] < limits[1]):
             raise ValueError(f"limits={limits}: give [low, high] in dB with low < high, or null")
         self.limits = limits
@@ -85,7 +83,7 @@ class Quality:
         assert estimates_BST is not None
         items = []
         for item, position in enumerate(batch.positions.tolist()):
-            draw = rng(self.seed, "altered", position)
+            draw = rng(0, "altered", position)
             given = batch.mixture[item], estimates_BST[item], sources_BST[item]
             if uniform(draw) < self.altered:
                 items.append(alter(*given, ALTERATIONS[int(uniform(draw) * 5)], uniform(draw)))

@@ -239,6 +239,7 @@ def is_done(stage: Stage) -> bool:
     # Reading against the schema gives keys that are younger than the marker their defaults.
     had = config.from_yaml(json.dumps(read_marker(stage)["config"]), type(stage.config))
     before, after = dataclasses.asdict(had), dataclasses.asdict(stage.config)
+    training_run.fill_in(before, after)
     unset = isinstance(stage.config, TrainConfig) and stage.config.data.order is None
     free = FREE_TO_CHANGE + ("data.order",) * unset  # it has that of its run
     if changed := config.differences(before, after, free):

@@ -107,7 +107,7 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
         if known and "data" in known:  # a data set is what its digest says, wherever it lies
             before, after = _without_places(before), _without_places(after)
             before["data"]["digests"], after["data"]["digests"] = known["data"], digests
-        _fill_in(before, after)
+        fill_in(before, after)
         free = FREE_TO_CHANGE
         if find_committed(storage.join(cfg.run_dir, "checkpoints")):  # it has the weights
             free += ("init.weights",)
@@ -121,11 +121,12 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
     storage.put_bytes(environment_url, to_json(environment, indent=1).encode())
 
 
-def _fill_in(*cfgs: dict[str, Any]) -> None:
+def fill_in(*cfgs: dict[str, Any]) -> None:
     """Give parts of one class the arguments that they leave out: some are younger than the run."""
-    for slot in ("model", "objective", "engine", "optim"):
-        targets = {cfg[slot].get("_target_") for cfg in cfgs}
-        if len(targets) == 1:
+    for slot in {*slots.SLOTS}.intersection(*cfgs):
+        parts = [cfg[slot] if isinstance(cfg[slot], dict) else {} for cfg in cfgs]
+        targets = {one.get("_target_") for one in parts}
+        if len(targets) == 1 and all(parts):
             parameters = inspect.signature(slots.resolve(slot, targets.pop())).parameters
             defaults = {key: one.default for key, one in parameters.items()}
             for cfg in cfgs:

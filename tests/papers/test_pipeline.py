@@ -142,6 +142,7 @@ def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(
     marker = json.loads((seed / "ptft" / "stage.json").read_text())
     for key in ("interleave", "order"):  # a stage from before there were these keys
         del marker["config"]["data"][key]
+    del marker["config"]["model"]["causal"]  # nor this argument
     (seed / "ptft" / "stage.json").write_text(json.dumps(marker))
     pipeline.run(tiny(tiny_data, output), console)
     assert trained == []
