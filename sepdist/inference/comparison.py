@@ -29,8 +29,8 @@ def compare(cfg: CompareConfig, console: Console) -> dict[str, Any]:
     data, rows = zip(*map(read_evaluation, folders), strict=True)
     for folder, other in zip(folders[1:], data[1:], strict=True):
         if different := differences(data[0], other, free=("url",)):
-            wrong = f"{folders[0]} and {folder} are of different data: {'; '.join(different)}"
-            raise ConfigError(wrong)
+            both = f"{folders[0]} and {folder}"
+            raise ConfigError(f"{both} are of different data: {'; '.join(different)}")
     names = [one for one in METRICS if not one.endswith("_mixture")]
     metrics = [one for one in names if all(one in next(iter(each.values()), ()) for each in rows)]
     values = {
@@ -59,9 +59,8 @@ def compare(cfg: CompareConfig, console: Console) -> dict[str, Any]:
             texts.append(text_of(one, *over or ()))
         for column, text in zip(columns.values(), [*texts, f"{p:.4f}"], strict=True):
             column[one] = text
-    seeds = f", {num_seeds} seeds" * several
-    title = f"{len(ids)} utterances of {data[0]['corpus']} {data[0]['split']}{seeds}"
-    print_scores(console, title, columns)
+    title = f"{len(ids)} utterances of {data[0]['corpus']} {data[0]['split']}"
+    print_scores(console, title + f", {num_seeds} seeds" * several, columns)
     left_out = [max(map(len, rows[side::2])) - len(ids) for side in (0, 1)]
     if any(left_out):
         console.print("left out, without a score in the other: {} of a, {} of b".format(*left_out))

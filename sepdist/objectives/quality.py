@@ -52,7 +52,7 @@ class Quality:
                 "objective quality needs a separator's estimates, but this data set has none: "
                 "write one with corpus=separated"
             )
-        estimates_BST = self._drawn(batch) if self.altered and model.training else batch.estimates
+        estimates_BST = self._altered(batch) if self.altered and model.training else batch.estimates
         true_BS = si_snr(estimates_BST, sources_BST)
         predicted_BS = model(batch.mixture, estimates_BST).float()
         if predicted_BS.shape != true_BS.shape:
@@ -77,7 +77,7 @@ class Quality:
             for name, values_BS in metrics.items()
         }
 
-    def _drawn(self, batch: Batch) -> Tensor:
+    def _altered(self, batch: Batch) -> Tensor:
         """Alter some items, [B, S, T]; the estimates keep the best order of the sources."""
         sources_BST, estimates_BST = sources_of(batch), batch.estimates
         assert estimates_BST is not None
@@ -86,7 +86,8 @@ class Quality:
             draw = rng(0, "altered", position)
             given = batch.mixture[item], estimates_BST[item], sources_BST[item]
             if uniform(draw) < self.altered:
-                items.append(alter(*given, ALTERATIONS[int(uniform(draw) * 5)], uniform(draw)))
+                kind = ALTERATIONS[int(uniform(draw) * len(ALTERATIONS))]
+                items.append(alter(*given, kind, uniform(draw)))
             else:
                 items.append(given[1])
         altered_BST = torch.stack(items)
