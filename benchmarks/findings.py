@@ -2,16 +2,20 @@
 
     python -m benchmarks.findings --paper1 runs/real-paper1 --figure docs/figures/real_paper1.png
     python -m benchmarks.findings --paper2 runs/real-paper2
+    python -m benchmarks.findings --words measured/ctn measured/sslm
 
 Prints one JSON object. For each hypothesis: the difference by seed on the side that the paper
 claims, its mean, Student's interval over seeds, and for test scores the interval of a bootstrap
 over seeds and speakers; `outcome` is supported, contradicted or not decided, as the protocol has
 it. Seeds that lack an evaluation are named and left out. The figure shows the curves of paper 1
-(its figure 2): mean over seeds, from the least to the greatest.
+(its figure 2): mean over seeds, from the least to the greatest. Words are those of outputs of
+`sepdist recognise` on the same utterances: word error rates by overlap, and differences with the
+interval of a bootstrap over utterances.
 """
 
 import argparse
-import json
+import csv
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,8 @@ from sepdist.inference.comparison import compare
 from sepdist.metrics.intervals import t_interval
 from sepdist.papers.figures import read_curves
 from sepdist.plotting import Curves, to_png
+from sepdist.reporting import to_json
+from sepdist.seeding import rng
 
 ARMS = {
     "scratch": "from scratch",
@@ -33,6 +39,7 @@ ARMS = {
     "longer": "from scratch, twice as long",
 }
 EPOCHS = range(2, 11)  # over which switch rates are averaged
+ENDS = (0.025, 0.975)  # quantiles of a bootstrap
 PAPER_SWITCHES = (15, 35)  # % that scratch and multi-task often had on Libri2Mix, section 5.2
 COMPARED = {  # hypothesis: a, b; the claim is that b has the higher score
     "paper1": {
@@ -154,11 +161,44 @@ def draw(curves: Mapping[str, Sequence[Curves]]) -> Figure:
     return figure
 
 
+def words(folders: Sequence[Path]) -> dict[str, Any]:
+    """Word error rates by condition of the mixtures and of each folder's model."""
+    read = [list(csv.DictReader((one / "utterances.csv").open())) for one in folders]
+    if any([row["id"] for row in rows] != [row["id"] for row in read[0]] for rows in read):
+        raise SystemExit("these are not of the same utterances")
+    errors = {"mixture": [int(row["mixture_errors"]) for row in read[0]]}
+    for folder, rows in zip(folders, read, strict=True):
+        keys = [key for key in rows[0] if key.startswith("output_") and key.endswith("_errors")]
+        errors[folder.name] = [min(int(row[key]) for key in keys) for row in rows]  # LibriCSS's
+    found = {}
+    for condition in dict.fromkeys(row["condition"] for row in read[0]):
+        own = [place for place, row in enumerate(read[0]) if row["condition"] == condition]
+        words_N = np.array([int(read[0][place]["num_words"]) for place in own])
+        errors_KN = np.array([[each[place] for place in own] for each in errors.values()])
+        draws_RN = rng(0, "bootstrap over utterances").integers(len(own), size=(10_000, len(own)))
+        rates_RK = 100 * errors_KN.T[draws_RN].sum(1) / words_N[draws_RN].sum(1)[:, None]
+        rates_K = (100 * errors_KN.sum(1) / words_N.sum()).tolist()
+        found[condition] = {
+            "utterances": len(own),
+            "words": int(words_N.sum()),
+            "wer": dict(zip(errors, rates_K, strict=True)),
+            "differences": {
+                f"{b} - {a}": {
+                    "mean": rates_K[j] - rates_K[i],
+                    "interval": np.quantile(rates_RK[:, j] - rates_RK[:, i], ENDS).tolist(),
+                }
+                for (i, a), (j, b) in itertools.combinations(enumerate(errors), 2)
+            },
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paper1", type=Path, help="output of experiment=real/paper1")
     parser.add_argument("--paper2", type=Path, help="output of experiment=real/paper2")
     parser.add_argument("--figure", type=Path, help="PNG file for the curves of paper 1")
+    parser.add_argument("--words", type=Path, nargs="+", help="outputs of sepdist recognise")
     given = parser.parse_args()
     results: dict[str, Any] = {}
     if given.paper1:
@@ -166,7 +206,9 @@ def main() -> None:
     if given.paper2:
         arms = sorted({arm for pair in COMPARED["paper2"].values() for arm in pair})
         results["paper2"] = test_scores(seeds_of(given.paper2, arms), COMPARED["paper2"])
-    print(json.dumps(results, indent=1))
+    if given.words:
+        results["words"] = words(given.words)
+    print(to_json(results, indent=1))
 
 
 if __name__ == "__main__":

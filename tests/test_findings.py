@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.findings import COMPARED, epoch_of, mean_switches, of_seeds, outcome, test_scores
+from benchmarks.findings import (
+    COMPARED,
+    epoch_of,
+    mean_switches,
+    of_seeds,
+    outcome,
+    test_scores,
+    words,
+)
 from sepdist.plotting import Curves
 
 test_scores.__test__ = False  # type: ignore[attr-defined]
@@ -64,3 +72,28 @@ def test_the_better_arm_in_all_seeds_and_speakers_is_supported(tmp_path: Path) -
     assert found["H5 SSLM-SS over CTN, sdri"]["outcome"] == "supported"
     assert found["H6 SSLM-SS over f = 0, si_snri"]["outcome"] == "not decided"
     assert found["H7 SSLM-SS over MixIT, si_snri"]["outcome"] == "contradicted"
+
+
+def recognised(folder: Path, rows: list[tuple[str, int, int, int, int]]) -> Path:
+    folder.mkdir()
+    names = "id,condition,num_words,mixture_errors,output_1_errors,output_2_errors"
+    lines = [",".join([f"{number:04d}", *map(str, row)]) for number, row in enumerate(rows)]
+    (folder / "utterances.csv").write_text("\n".join([names, *lines]))
+    return folder
+
+
+def test_words_count_the_better_output_and_weigh_utterances_by_their_words(tmp_path: Path) -> None:
+    both = [("OV10", 10, 5, 9, 1), ("OV10", 30, 3, 1, 9), ("OV40", 20, 9, 4, 4)]
+    one = recognised(tmp_path / "ctn", both)
+    two = recognised(tmp_path / "sslm", [(*row[:3], 0, 0) for row in both])
+    found = words([one, two])
+    assert found["OV10"]["utterances"] == 2 and found["OV10"]["words"] == 40
+    assert found["OV10"]["wer"] == {"mixture": 20.0, "ctn": 5.0, "sslm": 0.0}  # 8, 2, 0 of 40
+    # Drawn utterances: twice the first, 8 of 20 words; twice the second, 4 of 60; or both.
+    difference = found["OV10"]["differences"]["ctn - mixture"]
+    assert difference["mean"] == -15.0
+    assert difference["interval"] == pytest.approx([-40.0, -100 * 4 / 60])
+    assert found["OV40"]["differences"]["sslm - ctn"] == {"mean": -20.0, "interval": [-20, -20]}
+    other = recognised(tmp_path / "other", both[:2])
+    with pytest.raises(SystemExit, match="not of the same utterances"):
+        words([one, other])
