@@ -16,6 +16,7 @@ interval of a bootstrap over utterances.
 import argparse
 import csv
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,18 +164,25 @@ def draw(curves: Mapping[str, Sequence[Curves]]) -> Figure:
 
 def words(folders: Sequence[Path]) -> dict[str, Any]:
     """Word error rates by condition of the mixtures and of each folder's model."""
-    read = [list(csv.DictReader((one / "utterances.csv").open())) for one in folders]
-    if any([row["id"] for row in rows] != [row["id"] for row in read[0]] for rows in read):
-        raise SystemExit("these are not of the same utterances")
-    errors = {"mixture": [int(row["mixture_errors"]) for row in read[0]]}
-    for folder, rows in zip(folders, read, strict=True):
-        keys = [key for key in rows[0] if key.startswith("output_") and key.endswith("_errors")]
-        errors[folder.name] = [min(int(row[key]) for key in keys) for row in rows]  # LibriCSS's
+    read = {}
+    for folder in map(str, folders):
+        rows = csv.DictReader(Path(folder, "utterances.csv").read_text().splitlines())
+        read[folder] = {(row["condition"], row["id"]): row for row in rows if not row["reason"]}
+    names = [name for name in read[str(folders[0])] if all(name in rows for rows in read.values())]
+    if left_out := max(map(len, read.values())) - len(names):
+        Console(stderr=True).print(f"left out, not recognised in all folders: {left_out}")
     found = {}
-    for condition in dict.fromkeys(row["condition"] for row in read[0]):
-        own = [place for place, row in enumerate(read[0]) if row["condition"] == condition]
-        words_N = np.array([int(read[0][place]["num_words"]) for place in own])
-        errors_KN = np.array([[each[place] for place in own] for each in errors.values()])
+    for condition in dict.fromkeys(condition for condition, _ in names):
+        own = [name for name in names if name[0] == condition]
+        first = read[str(folders[0])]
+        errors = {"mixture": [int(first[name]["mixture_errors"]) for name in own]}
+        errors |= {
+            folder: [best_output(rows[name]) for name in own] for folder, rows in read.items()
+        }
+        words_N, errors_KN = (
+            np.array([int(first[name]["num_words"]) for name in own]),
+            np.array([*errors.values()]),
+        )
         draws_RN = rng(0, "bootstrap over utterances").integers(len(own), size=(10_000, len(own)))
         rates_RK = 100 * errors_KN.T[draws_RN].sum(1) / words_N[draws_RN].sum(1)[:, None]
         rates_K = (100 * errors_KN.sum(1) / words_N.sum()).tolist()
@@ -191,6 +199,11 @@ def words(folders: Sequence[Path]) -> dict[str, Any]:
             },
         }
     return found
+
+
+def best_output(row: Mapping[str, str]) -> int:
+    """The word errors of the output with the fewest, as LibriCSS counts."""
+    return min(int(value) for key, value in row.items() if re.fullmatch(r"output_\d+_errors", key))
 
 
 def main() -> None:

@@ -136,8 +136,8 @@ def histogram(sets: Mapping[str, np.ndarray], title: str = "") -> Figure:
     for axes, colour, (name, values) in zip(panels, COLOURS, sets.items(), strict=False):
         axes.hist(np.clip(values, low, high), bins=np.linspace(low, high, 41), color=colour)
         axes.axvline(values.mean(), color="black", linewidth=1)
-        title = f"{name}: mean {values.mean():.1f}, std {values.std():.1f}"
-        axes.set(title=title, xlabel="SI-SNR in dB")
+        caption = f"{name}: mean {values.mean():.1f}, std {values.std():.1f}"
+        axes.set(title=caption, xlabel="SI-SNR in dB")
     panels[0].set_ylabel("estimates")
     figure.suptitle(title)
     return figure

@@ -75,25 +75,29 @@ def test_the_better_arm_in_all_seeds_and_speakers_is_supported(tmp_path: Path) -
 
 
 def recognised(folder: Path, rows: list[tuple[str, int, int, int, int]]) -> Path:
-    folder.mkdir()
-    names = "id,condition,num_words,mixture_errors,output_1_errors,output_2_errors"
-    lines = [",".join([f"{number:04d}", *map(str, row)]) for number, row in enumerate(rows)]
-    (folder / "utterances.csv").write_text("\n".join([names, *lines]))
+    folder.mkdir(parents=True)
+    names = "id,condition,num_words,mixture_errors,output_1_errors,output_2_errors,reason"
+    lines = [",".join([f"{number:04d}", *map(str, row), ""]) for number, row in enumerate(rows)]
+    (folder / "utterances.csv").write_text("\n".join([names, *lines, "x,OV40,,,,,unreadable"]))
     return folder
 
 
-def test_words_count_the_better_output_and_weigh_utterances_by_their_words(tmp_path: Path) -> None:
+def test_words_count_the_better_output_and_weigh_utterances_by_their_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     both = [("OV10", 10, 5, 9, 1), ("OV10", 30, 3, 1, 9), ("OV40", 20, 9, 4, 4)]
-    one = recognised(tmp_path / "ctn", both)
-    two = recognised(tmp_path / "sslm", [(*row[:3], 0, 0) for row in both])
+    one = recognised(tmp_path / "ctn/words", both)
+    two = recognised(tmp_path / "sslm/words", [(*row[:3], 0, 0) for row in both])
     found = words([one, two])
     assert found["OV10"]["utterances"] == 2 and found["OV10"]["words"] == 40
-    assert found["OV10"]["wer"] == {"mixture": 20.0, "ctn": 5.0, "sslm": 0.0}  # 8, 2, 0 of 40
+    wer = {"mixture": 20.0, str(one): 5.0, str(two): 0.0}  # 8, 2, 0 of 40
+    assert found["OV10"]["wer"] == wer
     # Drawn utterances: twice the first, 8 of 20 words; twice the second, 4 of 60; or both.
-    difference = found["OV10"]["differences"]["ctn - mixture"]
+    difference = found["OV10"]["differences"][f"{one} - mixture"]
     assert difference["mean"] == -15.0
     assert difference["interval"] == pytest.approx([-40.0, -100 * 4 / 60])
-    assert found["OV40"]["differences"]["sslm - ctn"] == {"mean": -20.0, "interval": [-20, -20]}
-    other = recognised(tmp_path / "other", both[:2])
-    with pytest.raises(SystemExit, match="not of the same utterances"):
-        words([one, other])
+    difference = found["OV40"]["differences"][f"{two} - {one}"]
+    assert difference == {"mean": -20.0, "interval": [-20.0, -20.0]}
+    shorter = recognised(tmp_path / "shorter", both[1:])  # its rows have other names
+    assert words([one, shorter])["OV10"]["utterances"] == 1
+    assert "left out, not recognised in all folders: 2" in capsys.readouterr().err

@@ -177,7 +177,9 @@ def test_the_histogram_shows_every_estimate_of_a_data_set_and_their_mean(tmp_pat
         shards.write_manifest(tmp_path / name, "toy", "x", 8000, [info])
     sets = {name: figures.read_si_snr(str(tmp_path / name)) for name in wanted}
     assert {name: values.tolist() for name, values in sets.items()} == wanted
-    panels = plotting.histogram(sets).axes
+    figure = plotting.histogram(sets, "Figure 3")
+    assert figure.get_suptitle() == "Figure 3"
+    panels = figure.axes
     assert [sum(bar.get_height() for bar in axes.patches) for axes in panels] == [4, 2]
     assert panels[0].get_title() == "DR: mean 4.0, std 3.5"
 
