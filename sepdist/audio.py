@@ -22,9 +22,12 @@ import soundfile
 import soxr
 
 logger = logging.getLogger(__name__)
-READABLE = re.compile(r"\.(wav|flac|aif[cf]?|aiff|au|caf|mp3|og[ag]|opus|rf64|snd|sph|w64)")
+READABLE = re.compile(
+    r"\.(wave?|bwf|flac|aif[cf]?|aiff|au|caf|mp[123]|nist|og[ag]|opus|rf64|snd|sph|voc|w64)"
+)
 UNREADABLE = re.compile(  # by libsndfile; most of these by PyAV
-    r"\.(3g[2p]|aac|ac3|amr|ape|avi|flv|m4[abv]|mk[av]|mov|mp4|mpe?g|shn|tta|webm|wm[av]|wv[12]?)"
+    r"\.(3g[2p]|aac|ac3|amr|ape|avi|ds[df]|dff|flv|m4[abv]|mk[av]|mov|mp4|mpe?g|pcm|raw|shn|tta"
+    r"|webm|wm[av]|wv[12]?)"
 )
 # The beginnings of what PyAV reads, whatever its name; of FFmpeg's readers those that never open
 # another file or an address, as playlists make them do.
@@ -63,6 +66,9 @@ def load_channel(
             wave_TC = sound.read(sound.frames if stop < 0 else stop, "float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{path}: cannot be decoded ({error}); fetch it again") from error
+        except MemoryError as error:
+            told = f"its header declares {sound.frames} samples, more than the memory holds"
+            raise AudioError(f"{path}: {told}; fetch or cut the file") from error
         if (size := len(wave_TC)) < sound.frames and size != stop:
             raise AudioError(
                 f"{path}: cut short, {size} of {sound.frames} samples decode; fetch it again"

@@ -3,6 +3,7 @@
 import logging
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyloudnorm
@@ -299,8 +300,9 @@ def test_every_format_that_can_be_decoded_is_found_and_what_is_left_out_is_count
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     read = ["a.wav", "b.flac", "c/d.mp3", "c/e.OGG", "c/f.opus", "g.aiff", "h.aif", "i.w64"]
+    read += ["j.wave", "k.bwf", "l.mp2", "m.nist", "n.voc"]
     touch(tmp_path / "tr", *read, "notes.txt", ".DS_Store", "transcript.trans.txt")
-    assert len(audio.find_files(tmp_path / "tr")) == 8 and caplog.records == []
+    assert len(audio.find_files(tmp_path / "tr")) == 13 and caplog.records == []
     left_out = [
         "._a.wav",
         "c/._d.mp3",
@@ -308,6 +310,7 @@ def test_every_format_that_can_be_decoded_is_found_and_what_is_left_out_is_count
         "j.m4a",
         "c/k.M4A",
         "l.wma",
+        "m.raw",
         "a.mp3",
         "b.ogg",
     ]
@@ -315,8 +318,8 @@ def test_every_format_that_can_be_decoded_is_found_and_what_is_left_out_is_count
     found = audio.find_files(tmp_path / "tr")
     assert [str(path.relative_to(tmp_path / "tr")) for path in found] == sorted(read)
     (said,) = (record.getMessage() for record in caplog.records)
-    assert f"{tmp_path}/tr: 8 audio files" in said
-    for count in ("3 hidden", "2 .m4a", "1 .wma", "1 .mp3 beside", "1 .ogg beside"):
+    assert f"{tmp_path}/tr: 13 audio files" in said
+    for count in ("3 hidden", "2 .m4a", "1 .wma", "1 .raw", "1 .mp3 beside", "1 .ogg beside"):
         assert count in said
     touch(tmp_path / "tt", "._a.wav", "b.m4a")
     with pytest.raises(AudioError, match="tt: no audio file"):
@@ -347,3 +350,24 @@ def test_files_are_found_sorted_and_an_empty_or_missing_folder_is_an_error(tmp_p
     (tmp_path / "cv").mkdir()
     with pytest.raises(AudioError, match="cv: no"):
         audio.find_files(tmp_path / "cv")
+
+
+def test_a_header_that_declares_more_than_the_memory_holds_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 800_000), 8000)
+    data = bytearray(path.read_bytes())
+    fields = int.from_bytes(data[18:26])  # of STREAMINFO: rate, channels, bits, 36 bits of length
+    data[18:26] = (fields >> 36 << 36 | 2**34 - 1).to_bytes(8)
+    path.write_bytes(data)
+    empty = np.empty
+
+    def small(shape: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        if np.prod(shape) > 2**30:
+            raise MemoryError
+        return empty(shape, *args, **kwargs)
+
+    monkeypatch.setattr(np, "empty", small)
+    with pytest.raises(AudioError, match=r"a\.flac: its header declares 17179869183 samples"):
+        audio.load_channel(path)

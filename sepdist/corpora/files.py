@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,12 +69,24 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file (.tsv: tabs) whose first line names its columns; ValueError names it."""
+    """Read a CSV file whose first line names its columns; ValueError names what is wrong with it.
+
+    A .tsv file has tabs between its columns, and quotes in it mean nothing.
+    """
+    text, tabs = io.StringIO(read_text(path), newline=""), path.suffix == ".tsv"
+    kind: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    rows = csv.DictReader(text, **kind)
     try:
-        text, by = io.StringIO(read_text(path), newline=""), "\t" if path.suffix == ".tsv" else ","
-        return list(csv.DictReader(text, delimiter=by))
+        found = []
+        for row in rows:
+            if None in row:
+                more = f"has more cells than columns ({', '.join(rows.fieldnames or ())})"
+                raise ValueError(f"{path}, line {rows.line_num}: {more}")
+            found.append(row)
+        return found
     except csv.Error as error:
-        raise ValueError(f"{path}: is not a CSV file ({error})") from error
+        where = f"{path}, line {rows.line_num}"
+        raise ValueError(f"{where}: is not a CSV file ({error}); check its quotes") from error
 
 
 def load(
@@ -129,8 +142,8 @@ def load_generated(
 
 
 def off_sum(mixed_T: np.ndarray, waves: Iterable[np.ndarray]) -> float:
-    """By how many steps of 16 bits a mixture is off the clipped sum; 0 within their rounding."""
+    """By how many steps of 16 bits a mixture is off the sum, both clipped; 0 within rounding."""
     waves = list(waves)
     total = np.clip(sum(waves), -1.0, 1.0)
-    off = float(np.max(np.abs(mixed_T - total))) / audio.SILENCE
+    off = float(np.max(np.abs(np.clip(mixed_T, -1.0, 1.0) - total))) / audio.SILENCE
     return off if off > len(waves) / 2 + 1 else 0.0

@@ -38,6 +38,7 @@ class Row(NamedTuple):
     name: str
     paths: dict[str, Path]  # of mix, s1, s2, ..., noise
     speakers: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 def choose(names: Iterable[str], given: Mapping[str, str] | None, where: Path) -> dict[str, str]:
@@ -86,7 +87,8 @@ def read_lists(folder: Path) -> list[dict[str, str]]:
     lists = dict[str, dict[str, str]]()
     if (folder / "segments").exists():
         raise ValueError(f"{folder / 'segments'}: lists parts of files; cut them into files before")
-    for path in sorted([*folder.glob("*.scp"), *folder.glob("*.json"), *folder.glob("utt2spk")]):
+    kinds = ("*.scp", "*.json", "utt2spk", "text", "text_spk*")
+    for path in sorted(path for kind in kinds for path in folder.glob(kind)):
         text = files.read_text(path)
         try:
             entries = [str(one[0]) for one in json.loads(text)] if path.suffix == ".json" else []
@@ -96,7 +98,8 @@ def read_lists(folder: Path) -> list[dict[str, str]]:
         lines = lines or [one.split(maxsplit=1) for one in text.splitlines() if one.strip()]
         files.require_unique((one[0] for one in lines), str(path))
         lists[path.name] = {name: " ".join(rest) for name, *rest in lines}
-    names = dict.fromkeys(key for name, of in lists.items() if name != "utt2spk" for key in of)
+    audio_lists = [of for name, of in lists.items() if name.endswith((".scp", ".json"))]
+    names = dict.fromkeys(key for of in audio_lists for key in of)
     return [{"id": key} | {name: of.get(key, "") for name, of in lists.items()} for key in names]
 
 
@@ -122,10 +125,10 @@ def to_records(
         speakers = tuple(map(files.printable, row.speakers)) or tuple(f"{key}-{m}" for m in sources)
         if row.paths.keys() == {"s1"}:
             one = partial(files.load, str(paths["s1"]), sample_rate, exactly=exactly)
-            yield Utterance(key, speakers[0], sample_rate, one)
+            yield Utterance(key, speakers[0], sample_rate, one, "".join(row.texts))
         else:
             read = partial(files.load_generated, paths, sample_rate, row.paths.get("mix"), **kind)
-            yield Mixture(key, speakers, sample_rate, read, may_be_silent=True)
+            yield Mixture(key, speakers, sample_rate, read, row.texts, may_be_silent=True)
 
 
 def settle(rows: Sequence[Row]) -> tuple[Sequence[Row], str]:
@@ -197,7 +200,8 @@ class Table:
 
     def _folder_rows(self, base: Path) -> list[Row]:
         folders = [path.name for path in base.glob("[!.]*/")]
-        mixed = {"s1", "mix"} & {name.lower() for name in folders}
+        known = [match for match in map(MEMBER.fullmatch, folders) if match]
+        mixed = any(match["mix"] or int(match["number"] or 0) == 1 for match in known)
         if (self.members or {"s1": "" if mixed else "."}) == {"s1": "."}:  # a tree of utterances
             rows = folder_rows(base, {"s1": "."})
             folder = {row.name: Path(row.name).parts[-2:-1] for row in rows if not self.speaker}
@@ -218,6 +222,9 @@ class Table:
         named = self.speaker or known or [f"{source}_speaker" for source in sources]
         people = [named] if isinstance(named, str) else list(named)
         people = people if set(people) <= set(columns.values()) else []
+        schemes = [["text"]] * (sources == ["s1"])  # of transcripts
+        schemes += [[f"{s}_text" for s in sources], [f"text_spk{s[1:]}" for s in sources]]
+        texts = next((one for one in schemes if one and columns.keys() >= {*one}), [])
         name, rows = next((columns[one] for one in IDS if one in columns), ""), list[Row]()
         for number, line in enumerate(lines, start=2):
             place = f"{where}, {line.get(name) or f'line {number}'}"
@@ -227,7 +234,8 @@ class Table:
             own = line.get(name) or self._relative(next(iter(paths.values())).with_suffix(""))
             who = [line[column] for column in people]
             who = who[0].split("_") if len(who) == 1 < len(sources) else who  # as in ESPnet's
-            rows.append(Row(own, paths, tuple(who) if len(who) == len(sources) else ()))
+            said = tuple(line[columns[column]] or "" for column in texts)
+            rows.append(Row(own, paths, tuple(who) if len(who) == len(sources) else (), said))
         return rows
 
     def _path(self, cell: str, where: str) -> Path:

@@ -4,6 +4,7 @@ The library's rules name samples and members: `a/b.spk1.wav` is member `spk1.wav
 tarfile reads them, as the library's reader tells no offsets and takes a cut tar for a whole one.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from sepdist.corpora import files
 from sepdist.data.members import DataError, split_members
 from sepdist.data.records import Mixture, Utterance
 
+_COMPRESSED = re.compile(r".*\.(tar\.\w+|t[bgx]z|tzst)", re.IGNORECASE)
 _RESERVED = re.compile(r"__[^/]*__($|/)")  # names of WebDataset itself
 _Sample = dict[str, tuple[int, int]]  # ending -> byte offset, size
 
@@ -91,9 +93,12 @@ def find_tars(given: str | Sequence[str]) -> list[str]:
             if one.startswith(("pipe:", "file:")):  # the library runs the first in a shell
                 raise ValueError(f"{one}: no program is run, no such url opened; give a path")
             url = storage.absolute(one)
-            names = [name for name in storage.list_names(url) if name.endswith(".tar")]
-            if not names and not url.endswith(".tar"):
+            there = storage.list_names(url)
+            names = [name for name in there if name.lower().endswith(".tar")]
+            if not names and not url.lower().endswith(".tar"):
                 raise ValueError(f"{one}: no .tar, and no folder of .tar files; check corpus.tars")
+            others = sum(bool(_COMPRESSED.fullmatch(name)) for name in there)
+            files.report_left_out(one, others, "files that may be compressed tars; unpack them")
             found += [storage.join(url, name) for name in names] or [url]
     files.require_unique(found, "corpus.tars")
     return found
@@ -120,9 +125,13 @@ def index_tar(tar: str, file: BinaryIO) -> dict[str, _Sample]:
                     raise DataError(f"{tar}: has two files {one.name}; WebDataset allows one")
                 else:
                     samples[key][ending.lower()] = one.offset_data, one.size
-    except tarfile.TarError as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, MemoryError, OverflowError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # of the disk; an offset out of all bounds is of the tar
         todo = "unpack or fetch it again"
-        raise DataError(f"{tar}: is no whole, uncompressed tar ({error}); {todo}") from error
+        raise DataError(f"{tar}: is no whole, uncompressed tar ({error!r}); {todo}") from error
     file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
     rest = file.read(2**20)
     if len(rest) < tarfile.BLOCKSIZE or any(rest):
@@ -143,7 +152,7 @@ def look_up(file: BinaryIO, key: str, sample: _Sample, where: str) -> str | None
         value: Any = json.loads(text) if rest else text.strip()
         for name in filter(None, rest.split(".")):
             value = value[int(name) if isinstance(value, list) else name]
-        return str(value) or None
+        return str(value) or None if isinstance(value, str | int | float) else None
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
 

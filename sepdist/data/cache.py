@@ -21,7 +21,7 @@ import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from io import BufferedReader
@@ -135,8 +135,7 @@ class ShardCache:
         """Open the copy, fetched at most twice, as damage may occur on the way; and its problem."""
         path, problem = self._copy_path(number), "absent"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others find its copy
+        with _locked(path.with_suffix(".lock")):  # one process fetches, the others find its copy
             with contextlib.suppress(FileNotFoundError):
                 file, problem = self._checked(path, number)
                 if problem:
@@ -144,8 +143,10 @@ class ShardCache:
             for _ in range(2):
                 if problem:
                     self._make_room(self.manifest.shards[number].bytes)
-                    storage.fetch_file(self._place(number), path)
-                    file, problem = self._checked(path, number)
+                    part = path.with_suffix(".part")  # where nobody evicts it before it is open
+                    storage.fetch_file(self._place(number), part)
+                    file, problem = self._checked(part, number)
+                    os.replace(part, path)
             if problem:
                 path.unlink(missing_ok=True)  # hide it from others; the open file stays readable
         _touch(path)
@@ -215,6 +216,17 @@ class ShardCache:
             needed = f"{total / 1e9:.2f} GB of shards are needed at once"
             allowed = f"the {self.max_bytes / 1e9:.2f} GB that cache_gigabytes allows"
             logger.warning("%s: %s, more than %s", self.folder, needed, allowed)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a copy, whose file is removed with the copy."""
+    while True:
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:  # else removed meanwhile, and another's is new
+                yield
+                return
 
 
 def _identity(file: BufferedReader) -> tuple[int, ...]:

@@ -437,7 +437,7 @@ def _local_copy(url: str | Path, name: str) -> Iterator[Path]:
 
 def require_regular(path: Path) -> Path:
     """Return the path; DataError for a pipe, a device or a folder. A pipe may never end."""
-    if path.exists() and not path.is_file():
+    if not path.is_file() and path.exists():  # in this order, as it may vanish
         raise DataError(f"{path}: a pipe, device or folder where a shard is wanted; remove it")
     return path
 

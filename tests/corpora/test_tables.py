@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from sepdist.audio import AudioError
 from sepdist.corpora.tables import Table
@@ -118,6 +119,35 @@ def test_a_tree_of_speakers_gives_utterances_of_the_folders_names(tmp_path: Path
     records = read(folder(tmp_path, speaker="^wav48/([^/]+)"), "wav48")
     assert [r.speaker for r in records] == ["p225", "p226", "p226", "s5"]
     assert {r.sample_rate for r in records} == {48000} and records[0].load().size == 800
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("mixture", "source1", "source2"), ["s1", "s2"]),
+        (("Noisy", "source_1", "noise"), ["s1", "mix"]),
+        (("mixture", "noise"), ["mix"]),
+    ],
+)
+def test_every_known_name_of_a_folder_makes_it_a_member_and_no_speaker(
+    folders: tuple[str, ...], expected: list[str], tmp_path: Path
+) -> None:
+    waves = {name: steps(signal(i, 900)) for i, name in enumerate(folders)}
+    if folders[1:] == ("source1", "source2"):
+        waves["mixture"] = waves["source1"] + waves["source2"]
+    for name, wave in waves.items():
+        write(tmp_path / name / "a.wav", wave, 8000)
+    (record,) = read(folder(tmp_path))
+    assert isinstance(record, Mixture) and {*record.load()} >= {*expected}
+
+
+def test_a_float_mixture_beyond_full_scale_is_the_sum_of_its_sources(tmp_path: Path) -> None:
+    waves = {"s1": 0.9 * np.sin(np.arange(900)), "s2": 0.8 * np.sin(np.arange(900))}
+    for name, wave in (*waves.items(), ("mix", sum(waves.values()))):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", wave, 8000, subtype="FLOAT")
+    (record,) = read(folder(tmp_path))
+    assert list(record.load()) == ["s1", "s2"]
 
 
 def test_speakers_who_are_called_s1_and_s2_are_no_sources_where_that_is_said(
@@ -241,6 +271,43 @@ def test_columns_name_speakers_or_are_chosen(tmp_path: Path) -> None:
     (utterance,) = read(corpus)
     assert isinstance(utterance, Utterance)
     assert (utterance.speaker, utterance.id) == ("c", "s1-a")
+
+
+def test_transcripts_come_from_columns_and_lists(tmp_path: Path) -> None:
+    mixtures(tmp_path, ["a", "b"], noise=False)
+    pair = "id,s1,s2,s1_text,s2_text\na,s1/a.wav,s2/a.wav,ONE TWO,THREE\nb,s1/b.wav,s2/b.wav,,X\n"
+    alone = 'path\ttext\ts2_text\ns1/a.wav\tsaid "so\ts2/a.wav\n'
+    (tmp_path / "pair.csv").write_text(pair)
+    (tmp_path / "alone.tsv").write_text(alone)
+    records = read(Table(layout="csv", table=str(tmp_path / "pair.csv")))
+    assert [record.texts for record in records] == [("ONE TWO", "THREE"), ("", "X")]
+    (record,) = read(Table(layout="csv", table=str(tmp_path / "alone.tsv")))
+    assert record.text == 'said "so'
+    lists = tmp_path / "data"
+    lists.mkdir()
+    for number in (1, 2):
+        (lists / f"spk{number}.scp").write_text(f"a s{number}/a.wav\nb s{number}/b.wav\n")
+        (lists / f"text_spk{number}").write_text(f"b WORDS OF {number}\nc NO AUDIO\n")
+    records = read(Table(layout="scp", table=str(lists)))
+    assert [record.texts for record in records] == [("", ""), ("WORDS OF 1", "WORDS OF 2")]
+
+
+def test_a_quote_that_is_not_closed_loses_no_row(tmp_path: Path) -> None:
+    """As in Common Voice's tables of tabs; a CSV file must quote it."""
+    sentences = ["plain", '"opened', "plain", "plain", 'clo"sed', "plain"]
+    for number in range(6):
+        write(tmp_path / f"c{number}.wav", signal(number, 500), 8000)
+    for by, suffix in (("\t", "tsv"), (",", "csv")):
+        rows = [f"spk{i}{by}c{i}.wav{by}{text}" for i, text in enumerate(sentences)]
+        text = "\n".join([f"client_id{by}path{by}sentence", *rows])
+        (tmp_path / f"all.{suffix}").write_text(text)
+    records = read(Table(layout="csv", table=str(tmp_path / "all.tsv")))
+    assert [(r.id, r.speaker) for r in records] == [(f"c{i}", f"spk{i}") for i in range(6)]
+    with pytest.raises(ValueError, match=r"all\.csv, line \d: is not a CSV file"):
+        read(Table(layout="csv", table=str(tmp_path / "all.csv")))
+    (tmp_path / "all.csv").write_text("path,speaker\nc0.wav,a\nc1.wav,b,c\n")
+    with pytest.raises(ValueError, match=r"all\.csv, line 3: has more cells than columns"):
+        read(Table(layout="csv", table=str(tmp_path / "all.csv")))
 
 
 def test_faults_of_a_table_name_the_row_and_column(tmp_path: Path) -> None:

@@ -256,3 +256,45 @@ def test_a_tar_that_changes_after_it_was_listed_is_refused(tmp_path: Path, bucke
         with pytest.raises(DataError, match=r"a\.tar: was changed since it was listed"):
             load(records[0])
         assert load(fresh[0])["s1"][0] == pcm(21)[0] / 2**15
+
+
+def test_values_that_are_no_names_are_not_known(tmp_path: Path) -> None:
+    tar = write_tar(
+        tmp_path / "a.tar",
+        [
+            one
+            for number, value in enumerate((None, {"a": 1}, "Ann", 7))
+            for one in (
+                (f"u{number}.wav", encoded(pcm(number))),
+                (f"u{number}.json", json.dumps({"speaker": value, "text": value}).encode()),
+            )
+        ],
+    )
+    fields: dict[str, Sequence[str]] = {"speakers": ["json:speaker"], "texts": ["json:text"]}
+    records = list(WebdatasetTars(tar, {"s1": "wav"}, **fields).records("x"))
+    assert [one.speaker for one in records] == ["u0-s1", "u1-s1", "Ann", "7"]
+    assert [one.text for one in records] == ["", "", "Ann", "7"]
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62, -512])
+def test_a_tar_whose_header_is_impossible_is_named(size: int, tmp_path: Path) -> None:
+    info = tarfile.TarInfo("u0.flac")
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (size % 2**96 | 2**95).to_bytes(12)  # base 256
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(header) + bytes(10240))
+    with pytest.raises(DataError, match=r"a\.tar: is "):
+        list(WebdatasetTars(str(path), {"s1": "flac"}).records("x"))
+
+
+def test_tars_in_capitals_are_found_and_compressed_ones_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(two_tars(tmp_path / "tars"))
+    (folder / "train-b.tar").rename(folder / "train-b.TAR")
+    for name in ("c.tar.gz", "d.tgz", "e.tar.zst", "readme.txt"):
+        (folder / name).touch()
+    assert len(list(WebdatasetTars(str(folder), PAIR).records("x"))) == 3
+    assert "left out 3 files that may be compressed tars" in caplog.text

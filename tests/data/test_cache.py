@@ -16,7 +16,7 @@ import pytest
 
 from sepdist import storage
 from sepdist.data import shards
-from sepdist.data.cache import ShardCache
+from sepdist.data.cache import ShardCache, _locked
 from sepdist.data.members import DataError
 from sepdist.data.shards import Manifest, read_index, read_manifest, read_sample
 from tests.support import toy
@@ -214,6 +214,37 @@ def test_the_least_recently_used_copies_go_and_readers_keep_their_files(
     assert np.array_equal(wave, toy.as_float(toy.members(1)["s1"]))
     check_readable(cache, 0)
     assert len(copies(tmp_path)) == 2 and len(list((tmp_path / "cache").glob("*.lock"))) == 2
+
+
+def test_a_copy_that_another_process_evicts_at_once_is_read_all_the_same(
+    remote: str, cache_of: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, other = cache_of(remote), cache_of(remote, max_bytes=1)
+    fetch = storage.fetch_file
+
+    def evicted(url: str, path: Path) -> None:
+        fetch(url, path)
+        other._make_room(0)
+
+    monkeypatch.setattr(storage, "fetch_file", evicted)
+    for shard in range(4):
+        check_readable(cache, shard)
+
+
+def test_a_lock_that_was_removed_meanwhile_is_taken_anew(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+
+    def waits() -> bool:
+        with _locked(path):
+            return path.exists()  # so that a third one waits for this one
+
+    with ThreadPoolExecutor() as pool:
+        with _locked(path):
+            waiting = pool.submit(waits)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.3)
+            path.unlink()
+        assert waiting.result(60)
 
 
 def test_a_cache_in_a_folder_of_other_tars_leaves_them_alone(
