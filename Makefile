@@ -35,8 +35,8 @@ demo: $(VENV)/.installed ## the whole system on generated speech: shard, pre-tra
 	$(RUN) -m sepdist train experiment=demo/pretrain
 	$(RUN) -m sepdist train experiment=demo/finetune
 	$(RUN) -m sepdist evaluate model=demo/runs/finetune data=demo/data/test output=demo/evaluation num_workers=2
-	$(RUN) -m sepdist separate --model demo/runs/finetune --output demo/separated demo/evaluation/listening/0/mixture.wav
-	$(RUN) -m sepdist separate --output demo/ready demo/evaluation/listening/0/mixture.wav
+	$(RUN) -m sepdist separate --overwrite --model demo/runs/finetune --output demo/separated demo/evaluation/listening/0/mixture.wav
+	$(RUN) -m sepdist separate --overwrite --output demo/ready demo/evaluation/listening/0/mixture.wav
 	@echo
 	@echo "the same mixture, by the model that comes with the package: demo/ready/"
 	@echo "separated voices:   demo/separated/mixture_s1.wav demo/separated/mixture_s2.wav"

@@ -144,7 +144,7 @@ class ClusterConfig:
     stop_seconds: float = number(100.0, 0.1)  # after a signal, to end the step and commit it
     collective_timeout_seconds: int = number(600, 1)  # after which an all-reduce fails
     hang_seconds: float = 30.0  # a worker without progress ends itself; more if slow; 0 = never
-    startup_seconds: float = 600.0  # the same for the first step, validations and checkpoints
+    startup_seconds: float = number(600.0, 1)  # for the first step, validations and checkpoints
     verbose: bool = False  # show the output of a local Ray's processes
 
 

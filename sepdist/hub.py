@@ -56,7 +56,9 @@ def upload(folder: Path, url: str, private: bool, update: bool) -> str:
     def put(hub: Any, repo_id: str, revision: str | None) -> str:
         api = hub.HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
-        there = {*api.list_repo_files(repo_id)} - {".gitattributes"}
+        if private and not api.repo_info(repo_id).private:  # it was there before
+            raise HubError(f"{url} is public already: make it private first; nothing was sent")
+        there = {*api.list_repo_files(repo_id, revision=revision)} - {".gitattributes"}
         if there and not update:
             raise HubError(f"{url} holds {', '.join(sorted(there)[:4])} already: add --update")
         message = "Upload a model of sepdist"

@@ -140,6 +140,16 @@ def build(slot: str, node: Any, **runtime: Any) -> Any:
 
     A class names arguments that are parts themselves, with their slots, in its attribute `parts`.
     """
+    target, arguments = bind(slot, node, **runtime)
+    try:
+        return target(**arguments | runtime)
+    except (TypeError, RuntimeError, ArithmeticError, MemoryError) as error:  # of wrong values
+        reason = " ".join(str(error).split("\n")[:1]) or type(error).__name__
+        raise ConfigError(f"{slot}: {node['_target_']} cannot be built: {reason}") from error
+
+
+def bind(slot: str, node: Any, **runtime: Any) -> tuple[Any, dict[str, Any]]:
+    """The class that `node` names and its arguments, checked by name and type, its parts built."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(f"{slot}: {node!r} is no part: it has no _target_")
     target = resolve(slot, node["_target_"])
@@ -162,11 +172,7 @@ def build(slot: str, node: Any, **runtime: Any) -> Any:
         if not fits(arguments[name], hint):
             wanted = getattr(hint, "__name__", hint) if isinstance(hint, type) else hint
             raise ConfigError(f"{slot}.{name}={arguments[name]!r}: it must be of type {wanted}")
-    try:
-        return target(**arguments | runtime)
-    except (TypeError, RuntimeError, ArithmeticError, MemoryError) as error:  # of wrong values
-        reason = " ".join(str(error).split("\n")[:1]) or type(error).__name__
-        raise ConfigError(f"{slot}: {node['_target_']} cannot be built: {reason}") from error
+    return target, arguments
 
 
 def _refuse_parts(name: str, value: Any) -> None:

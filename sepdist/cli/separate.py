@@ -43,6 +43,7 @@ from sepdist.inference.windows import (
     output_stems,
 )
 
+PLAIN = ("mean", "wav", "")  # channels, format and subtype where they are not given
 WINDOW_OPTIONS = {
     "window_seconds": "length of the model's input",
     "overlap_seconds": "shared by neighbours, at most half a window; longer than the pauses in "
@@ -63,11 +64,16 @@ def main() -> int:
         Windows(**windows)  # raises for those that do not fit each other
         if given.stream and [*given.recordings, given.output] != ["-", "-"]:
             raise SeparationError("--stream goes from pipe to pipe: give - and --output -")
-        stems = output_stems([one for name in given.recordings for one in _files_of(name)])
+        if given.stream and (given.channels, given.file_format, given.subtype) != PLAIN:
+            raise SeparationError("--stream takes no --channels, --format or --subtype")
+        found = [_files_of(name, given.output) for name in given.recordings]
+        stems = output_stems([one for files, _ in found for one in files])
+        if left_out := sum(count for _, count in found):
+            console.print(f"left out, as they lie in --output {given.output}: {left_out} files")
         check_options(given.output, given.file_format, given.subtype, given.channels)
         if given.page and given.output == "-":
             raise SeparationError("--page needs a folder as the --output, to lie in")
-        _check_names(stems, given.output, given.file_format)
+        _check_names(stems, given.output, given.file_format, given.overwrite)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
         from sepdist.inference.separator import load
@@ -113,19 +119,27 @@ def main() -> int:
     return int(bool(failed))
 
 
-def _files_of(name: str) -> list[str]:
-    """The audio files below a local folder, the files that a pattern matches, or `name` itself."""
-    place = os.path.expanduser(name)
-    if glob.has_magic(name) and "://" not in name and not os.path.lexists(place):
-        found = sorted(one for one in glob.glob(place, recursive=True) if os.path.isfile(one))
-        if not found:
-            raise SeparationError(f"no file matches the pattern {name}")
-        return found
-    if not os.path.isdir(place):
-        return [name]
-    from sepdist.audio import find_files  # late: TAB does without NumPy
+def _files_of(name: str, output: str) -> tuple[list[str], int]:
+    """The audio files below a local folder, the files that a pattern matches, or `name` itself.
 
-    return [str(path) for path in find_files(place, containers=True)]
+    Those of the output folder are left out, unless it is the folder itself; and their number.
+    """
+    place, folder = (os.path.expanduser(one) for one in (name, output))
+    if glob.has_magic(name) and "://" not in name and not os.path.lexists(place):
+        files = sorted(one for one in glob.glob(place, recursive=True) if os.path.isfile(one))
+        if not files:
+            raise SeparationError(f"no file matches the pattern {name}")
+    elif os.path.isdir(place):
+        from sepdist.audio import find_files  # late: TAB does without NumPy
+
+        files = [str(path) for path in find_files(place, containers=True)]
+    else:
+        return [name], 0
+    inside = os.path.join(os.path.realpath(folder), "")
+    if os.path.join(os.path.realpath(place), "").startswith(inside):
+        return files, 0
+    kept = [one for one in files if not os.path.realpath(one).startswith(inside)]
+    return kept, len(files) - len(kept)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,6 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)
     compiled = "compile the model where it can be: seconds at first, then faster"
     parser.add_argument("--compile", action="store_true", help=compiled)
+    again = "replace outputs that are there already"
+    parser.add_argument("--overwrite", action="store_true", help=again)
     page = "write OUTPUT/listening.html, a page with players and spectrograms"
     parser.add_argument("--page", action="store_true", help=page)
     for name, text in WINDOW_OPTIONS.items():
@@ -161,17 +177,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_names(stems: Mapping[str, str], output: str, file_format: str) -> None:
-    """Refuse outputs that would replace a recording, and several recordings for one stream."""
+def _check_names(stems: Mapping[str, str], output: str, file_format: str, overwrite: bool) -> None:
+    """Refuse outputs that would replace a recording or, unless told to, older outputs.
+
+    One stream takes one recording.
+    """
     if output == "-":
         if len(stems) > 1:
             raise SeparationError(f"--output - takes one recording, not {len(stems)}")
         return
-    folder = os.path.realpath(os.path.expanduser(output))
-    places = {os.path.realpath(os.path.expanduser(one)): one for one in stems}
-    for recording, stem in stems.items():
-        name = re.compile(re.escape(os.path.join(folder, stem)) + rf"(_c\d+)?_s\d+\.{file_format}")
-        for place, other in places.items():
-            if name.fullmatch(place):
-                wrong = f"an output of {recording} would replace the recording {other}"
-                raise SeparationError(f"{wrong}: use another --output")
+    folder = output if "://" in output else os.path.realpath(os.path.expanduser(output))
+    owners = {os.path.join(folder, stem): recording for recording, stem in stems.items()}
+
+    def owner(place: str) -> str | None:
+        """The recording whose output lies at `place`, if any."""
+        ending = re.fullmatch(rf"((.+?)(_c\d+)?)_s\d+\.{file_format}", place, re.DOTALL)
+        return ending and (owners.get(ending[1]) or owners.get(ending[2]))
+
+    for other in stems:
+        if recording := owner(os.path.realpath(os.path.expanduser(other))):
+            wrong = f"an output of {recording} would replace the recording {other}"
+            raise SeparationError(f"{wrong}: use another --output")
+    if overwrite:
+        return
+    from sepdist import storage  # late, as above
+
+    for below in sorted({os.path.dirname(place) for place in owners}):
+        for name in storage.list_names(below):
+            if recording := owner(os.path.join(below, name)):
+                there = f"{os.path.join(below, name)} is there already, an output of {recording}"
+                raise SeparationError(f"{there}: use another --output, or --overwrite")

@@ -149,6 +149,8 @@ def read_tensors(path: str) -> Any:
 def _state(path: str, value: Any) -> State:
     if not isinstance(value, Mapping) or not all(isinstance(x, Tensor) for x in value.values()):
         raise CheckpointError(f"{path}: no state_dict, which maps names to tensors")
+    if odd := [key for key, x in value.items() if not isinstance(key, str) or not x.ndim]:
+        raise CheckpointError(f"{path}: {odd[0]!r} is no name of a parameter with an axis")
     return dict(value)
 
 
@@ -164,7 +166,7 @@ def read_asteroid(path: str, given: Node) -> tuple[Node, State, str]:
         what = "a model of Asteroid has model_name, model_args and state_dict (best_model.pth)"
         raise CheckpointError(f"{path}: {what}, not a Lightning checkpoint")
     name, args = saved.get("model_name"), dict(saved["model_args"])
-    if name not in ASTEROID:
+    if not isinstance(name, str) or name not in ASTEROID:
         raise CheckpointError(f"{path}: model_name={name!r}: we have {', '.join(ASTEROID)}")
     target, sizes, activations = ASTEROID[name]
     names, chunk = _table(sizes), args.get("chunk_size")

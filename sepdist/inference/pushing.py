@@ -66,12 +66,12 @@ def read_results(url: str, lineage: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a results.json; ConfigError if it is damaged or of other weights."""
     try:
         scores: dict[str, Any] = json.loads(storage.read_bytes(url))
-        same = scores["model"]["lineage"].get("sha256") == lineage.get("sha256")
+        weights = scores["model"]["lineage"].get("sha256")
         [one["mean"] + 0.0 for one in scores["metrics_db"].values()]
         str(scores["data"]["corpus"] + scores["data"]["split"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{url}: it is no results.json of `sepdist evaluate`") from error
-    if not same:
+    if weights is None or weights != lineage.get("sha256"):
         raise ConfigError(f"{url}: its scores are of other weights; evaluate this model first")
     return scores
 

@@ -46,6 +46,14 @@ class Separation:
     warnings: list[str]
     subtype: str = ""  # of the outputs, such as PCM_16
 
+    def settle(self, peaks: Sequence[float], name: str) -> None:
+        """Choose scale and, unless it is given, subtype of all outputs by the channels' peaks."""
+        quiet = any(0 < peak < QUIET_PEAK for peak in peaks)
+        self.subtype = self.subtype or ("PCM_24" if quiet else "PCM_16")
+        if self.subtype != "FLOAT" and max(peaks) > PEAK_LIMIT:
+            self.scale = PEAK_LIMIT / max(peaks)
+            self.warnings += [f"{name}: all scaled by {self.scale:.3g}, or one would have clipped"]
+
 
 @dataclass(repr=False, eq=False)
 class Separator:
@@ -144,39 +152,38 @@ class Separator:
                 depth = subtype or ("PCM_24" if sound.subtype in DEEP else "")
                 done = Separation([], sound.frames, sound.samplerate, [], 1.0, notes, depth)
                 options = (output_folder, file_format, subtype, channels, sound.channels, name)
+                gains, peaks = dict[int, np.ndarray](), []
                 for channel in check_options(*options):
-                    scratch = work / "estimates.f32"
                     blocks = _read_blocks(sound, name, channel, progress)
-                    gains = self._channel(blocks, name, channel, scratch, done)
-                    own = (stem or PurePosixPath(name).stem) + f"_c{channel}" * (channels == "each")
-                    names = ["-"] if piped else output_names(own, len(gains), file_format)
-                    paths = [work / f"{channel}-{one}.{file_format}" for one in range(len(names))]
-                    _write_audio(paths, scratch, gains, done)
-                    files |= zip(paths, names, strict=True)
+                    gains[channel], peak = self._channel(blocks, name, channel, work, done)
+                    peaks.append(peak)
+            done.settle(peaks, name)
+            for channel, of_channel in gains.items():
+                own = (stem or PurePosixPath(name).stem) + f"_c{channel}" * (channels == "each")
+                names = ["-"] if piped else output_names(own, len(of_channel), file_format)
+                paths = [work / f"{channel}-{one}.{file_format}" for one in range(len(names))]
+                _write_audio(paths, work / f"{channel}.f32", of_channel * done.scale, done)
+                files |= zip(paths, names, strict=True)
             if not piped:
                 files = {path: storage.join(local or output_folder, files[path]) for path in files}
-            _publish(files)
+            if local and os.path.realpath(recording) in map(os.path.realpath, files.values()):
+                raise SeparationError(f"{name}: an output would replace it: use another folder")
+            _publish(files, work)
         done.outputs = [*files.values()]
         return done
 
     def _channel(
-        self, blocks: Iterable[np.ndarray], name: str, channel: int, path: Path, done: Separation
-    ) -> np.ndarray:
-        """Separate a channel (0: the mean) into a scratch file; returns gains [S] to apply."""
-        with path.open("w+b") as raw:
+        self, blocks: Iterable[np.ndarray], name: str, channel: int, work: Path, done: Separation
+    ) -> tuple[np.ndarray, float]:
+        """Separate a channel (0: the mean) into a scratch file; returns gains [S] and the peak."""
+        with (work / f"{channel}.f32").open("w+b") as raw:
             fit, peaks, warnings = self._run(blocks, done.num_samples, done.sample_rate, name, raw)
         gains, heard = fit.gains(), f"channel {channel}" if channel else "the mean of its channels"
-        peak = float(np.max(np.abs(gains) * peaks))
-        done.subtype = done.subtype or ("PCM_24" if 0 < peak < QUIET_PEAK else "PCM_16")
-        scale = 1.0 if done.subtype == "FLOAT" else PEAK_LIMIT / max(peak, PEAK_LIMIT)
         if fit.products[-1, -1] == 0:  # the energy of the mixture
             warnings.append("silent; so are its outputs")
-        if scale < 1:
-            warnings.append(f"all scaled by {scale:.3g}, or one would have clipped")
         done.warnings += [f"{name} ({heard}): {one}" for one in warnings]
         done.gains += gains.tolist()
-        done.scale = min(scale, done.scale)
-        return gains * scale
+        return gains, float(np.max(np.abs(gains) * peaks))
 
     def _run(
         self, blocks: Iterable[np.ndarray], length: int, rate: float, name: str, raw: IO[bytes]
@@ -416,23 +423,33 @@ def _write_audio(paths: list[Path], scratch: Path, gains: np.ndarray, like: Sepa
                 for file, wave in zip(files, np.split(frames, len(paths), axis=1), strict=True):
                     file.write(wave)
     except soundfile.LibsndfileError as error:
-        raise OSError(
-            f"{paths[0].name} could not be written ({error}); is the disk full?"
-        ) from error
+        kind = f"an output in {paths[0].suffix[1:]} at {like.sample_rate} Hz"
+        raise OSError(f"{kind} could not be written ({error}); is the disk full?") from error
 
 
-def _publish(files: Mapping[Path, str]) -> None:
-    """Move finished files to the outputs; if that is interrupted, none is left without the rest."""
+def _publish(files: Mapping[Path, str], work: Path) -> None:
+    """Move finished files to the outputs, all or none; `work` keeps what they replace until then.
+
+    A local output that was there before is there again if another cannot be written.
+    """
     with ExitStack() as undo:
         for path, output in files.items():
             if output == "-":
                 with path.open("rb") as file:
                     shutil.copyfileobj(file, sys.stdout.buffer)
                 continue
-            if storage.is_remote(output):
+            remote = storage.is_remote(output)
+            before = storage.exists(output) if remote else os.path.lexists(output)
+            if remote:
                 storage.put_file(path, output)
             else:
+                if Path(output).is_dir():
+                    raise IsADirectoryError(f"{output} is a folder, where an output belongs")
                 Path(output).parent.mkdir(parents=True, exist_ok=True)
+                if before:
+                    older = Path(output).rename(work / f"{path.name}.older")
+                    undo.callback(older.replace, output)
                 path.replace(output)
-            undo.callback(storage.remove, output)
+            if not before:
+                undo.callback(storage.remove, output)
         undo.pop_all()

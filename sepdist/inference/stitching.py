@@ -129,7 +129,8 @@ class Pauses:
             self.unsure.append(time)
         rows = _continued_order(together[:, num:], new[:-1], same)
         result = window[[*rows, len(rows)]]
-        fade_T = np.convolve(active, np.ones(self.frame) / self.frame, "same") * active
+        width = min(self.frame, len(active))
+        fade_T = np.convolve(active, np.ones(width) / width, "same") * active
         fade_T = np.maximum(2 * fade_T - 1, 0).astype(np.float32)
         result[:-1] *= 1 - fade_T
         result[:-1, active] += together[:, num:] * fade_T[active]

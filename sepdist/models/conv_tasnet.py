@@ -78,7 +78,15 @@ class ConvTasNet(nn.Module):
         mask_activation: str = "relu",
     ) -> None:
         super().__init__()
-        check_sizes(num_speakers, kernel_size, stride)
+        check_sizes(
+            *(num_speakers, kernel_size, stride),
+            num_filters=num_filters,
+            num_bottleneck=num_bottleneck,
+            num_hidden=num_hidden,
+            num_skip=num_skip,
+            num_blocks=num_blocks,
+            num_repeats=num_repeats,
+        )
         check_variant(padding, mask_activation)
         self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.num_filters, self.num_skip = num_speakers, num_filters, num_skip

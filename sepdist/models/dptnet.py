@@ -67,7 +67,13 @@ class DPTNet(nn.Module):
         mask_activation: str = "relu",
     ) -> None:
         super().__init__()
-        check_sizes(num_speakers, kernel_size, stride, chunk_size)
+        check_sizes(
+            *(num_speakers, kernel_size, stride, chunk_size),
+            num_filters=num_filters,
+            num_heads=num_heads,
+            num_hidden=num_hidden,
+            num_repeats=num_repeats,
+        )
         check_variant(padding, mask_activation)
         self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.chunk_size = num_speakers, chunk_size

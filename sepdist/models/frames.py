@@ -80,8 +80,13 @@ def standardise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-10)
 
 
-def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: int = 2) -> None:
+def check_sizes(
+    num_speakers: int, kernel_size: int, stride: int, chunk_size: int = 2, **others: int
+) -> None:
     """Raise ValueError for sizes that no mask network can have."""
+    for name, size in {"num_speakers": num_speakers, **others}.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: choose at least 1")
     if not 1 <= stride <= kernel_size:
         raise ValueError(
             f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size"
@@ -91,8 +96,6 @@ def check_sizes(num_speakers: int, kernel_size: int, stride: int, chunk_size: in
             f"kernel_size={kernel_size} with stride={stride}: more than {MAX_OVERLAP} frames would"
             " overlap"
         )
-    if num_speakers < 1:
-        raise ValueError(f"num_speakers={num_speakers}: choose at least one")
     if not 2 <= chunk_size <= MAX_CHUNK or chunk_size % 2:
         raise ValueError(
             f"chunk_size={chunk_size}: chunks overlap by half, choose an even number from 2 to"

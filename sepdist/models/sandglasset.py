@@ -85,13 +85,18 @@ class Sandglasset(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        check_sizes(num_speakers, kernel_size, stride, chunk_size)
-        coarsest = 4 ** max(0, (num_blocks - 1) // 2)
-        if num_blocks < 1 or chunk_size % coarsest:
-            raise ValueError(
-                f"chunk_size={chunk_size} with num_blocks={num_blocks}: choose a multiple of"
-                f" {coarsest} and at least one block"
-            )
+        check_sizes(
+            *(num_speakers, kernel_size, stride, chunk_size),
+            num_filters=num_filters,
+            num_features=num_features,
+            num_blocks=num_blocks,
+            num_hidden=num_hidden,
+            num_heads=num_heads,
+        )
+        coarsest = 4 ** ((num_blocks - 1) // 2)
+        if chunk_size % coarsest:
+            given = f"chunk_size={chunk_size} with num_blocks={num_blocks}"
+            raise ValueError(f"{given}: choose a multiple of {coarsest}")
         factors = [4 ** min(block, num_blocks - 1 - block) for block in range(num_blocks)]
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
         self.min_length, self.stride = kernel_size, stride

@@ -87,7 +87,14 @@ class SepFormer(nn.Module):
         padding: str = "end",
     ) -> None:
         super().__init__()
-        check_sizes(num_speakers, kernel_size, stride, chunk_size)
+        check_sizes(
+            *(num_speakers, kernel_size, stride, chunk_size),
+            num_filters=num_filters,
+            num_blocks=num_blocks,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_hidden=num_hidden,
+        )
         check_variant(padding)
         self.padding = padding
         self.num_speakers, self.chunk_size = num_speakers, chunk_size

@@ -110,7 +110,14 @@ class TFGridNet(nn.Module):
         padding: str = "end",
     ) -> None:
         super().__init__()
-        check_sizes(num_speakers, kernel_size, kernel_stride)
+        check_sizes(
+            *(num_speakers, kernel_size, kernel_stride),
+            num_layers=num_layers,
+            num_features=num_features,
+            num_hidden=num_hidden,
+            num_heads=num_heads,
+            num_keys=num_keys,
+        )
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
         self.min_length, self.stride = self.spectra.least, stride
         sizes = (num_features, num_hidden, kernel_size, kernel_stride)

@@ -61,9 +61,14 @@ def mean_of(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_defaults(objective: Any) -> Objective:
-    """Set every hook that `objective` does not define to its default; returns `objective`."""
+    """Set every hook that `objective` does not define to its default; returns `objective`.
+
+    An `nn.Module` does not define hooks by methods that it has from there.
+    """
     for name in Objective.__annotations__:
-        if not hasattr(objective, name):
+        of_module = getattr(nn.Module, name, None)
+        foreign = of_module and getattr(type(objective), name, None) is of_module
+        if foreign or not hasattr(objective, name):
             setattr(objective, name, getattr(Objective, name))
     return objective
 

@@ -234,10 +234,18 @@ def address(stages: Sequence[Stage]) -> str | None:
 def is_done(stage: Stage) -> bool:
     """Whether the stage finished in an earlier start; ConfigError if it did with another config."""
     # A figure takes no time and may have new curves to show, so it is always drawn again.
-    if stage.kind == "figure" or not storage.exists(storage.join(stage.folder, MARKER)):
+    place = storage.join(stage.folder, MARKER)
+    if stage.kind == "figure" or not storage.exists(place):
         return False
     # Reading against the schema gives keys that are younger than the marker their defaults.
-    had = config.from_yaml(json.dumps(read_marker(stage)["config"]), type(stage.config))
+    try:
+        had = config.from_yaml(json.dumps(read_marker(stage)["config"]), type(stage.config))
+    except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{place}: is no marker of this version of sepdist ({reason}); remove it to run the "
+            "stage again, or choose another output"
+        ) from error
     before, after = dataclasses.asdict(had), dataclasses.asdict(stage.config)
     training_run.fill_in(before, after)
     unset = isinstance(stage.config, TrainConfig) and stage.config.data.order is None

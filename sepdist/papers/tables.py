@@ -59,6 +59,8 @@ def number_of(stage: Stage, path: str) -> float | None:
             todo = f"change the cell {stage.name}:{path}"
             raise ConfigError(f"{stage.folder}: its results have no {path}: {todo}")
         found = found[key]
+    if not isinstance(found, int | float | None):
+        raise ConfigError(f"{stage.folder}: {path} is no number: change {stage.name}:{path}")
     return found
 
 

@@ -49,8 +49,9 @@ def run_merged(
         return [objective(model, batches[0])]
     if is_mean_of_items(objective) and (whole := _joined(batches)):
         loss, metrics = objective(model, whole)
-        shares = zip(*(x.chunk(len(batches), dim=-1) for x in metrics.values()), strict=True)
-        return [(loss, dict(zip(metrics, own, strict=True))) for own in shares]
+        count = len(batches)
+        shares = {k: x.chunk(count, -1) if x.ndim else [x] * count for k, x in metrics.items()}
+        return [(loss, {k: own[i] for k, own in shares.items()}) for i in range(count)]
     outputs: list[list[Any]] = [[] for _ in batches]
     results: dict[int, tuple[Tensor, Metrics]] = {}
     while len(results) < len(batches):

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -33,6 +33,12 @@ FREE_TO_CHANGE: tuple[str, ...] = ("training", "cluster", "validation", "engine.
 FREE_TO_CHANGE += ("engine.merge_shards", "engine.tf32", "engine.determinism", "engine.cuda_graphs")
 FREE_TO_CHANGE += ("data.cache", "data.prefetch", "data.num_threads", "run_dir")
 FREE_TO_CHANGE += ("engine.checkpoint_activations",)
+PARTS = {slot: slot for slot in slots.SLOTS}
+# Arguments of an engine that do not come from its config (sepdist/training/state.py).
+ENGINE_GETS = (
+    *("model", "objective", "make_optimizer", "world"),
+    *("seed", "num_virtual_shards", "micro_batch", "ema_decay"),
+)
 
 
 def run(cfg: TrainConfig, console: Console) -> float | None:
@@ -68,10 +74,13 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     objective = with_defaults(slots.build("objective", cfg.objective))
     model = slots.build("model", cfg.model)
     objective.check_model(model)
+    _check_lengths(cfg, getattr(model, "min_length", 1))
     feeds, validation_set = open_datasets(cfg)
     if absent := set(objective.data_sets) - feeds.keys():
         needs = f"needs data.extra with the name {', '.join(sorted(absent))}"
         raise ConfigError(f"objective {cfg.objective['_target_']} {needs}")
+    if not cfg.init.weights and (cfg.init.submodule or cfg.init.reinit):
+        raise ConfigError("init.submodule and init.reinit choose from init.weights: give it too")
     if cfg.init.weights and not find_committed(storage.join(cfg.run_dir, "checkpoints")):
         fresh, parent = inherit(model, cfg.init)
         names = ", ".join(fresh) or "none"
@@ -83,7 +92,11 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
 
 def _check_engine(cfg: TrainConfig) -> None:
     """Refuse engine options that do not work, at every world size that an elastic run may have."""
+    slots.bind("engine", cfg.engine, **dict.fromkeys(ENGINE_GETS))
     options, num_shards = cfg.engine, cfg.data.num_virtual_shards
+    for name, least in (("clip_norm", 0), ("merge_shards", 0), ("bucket_elements", 1)):
+        if options.get(name, least) < least:
+            raise ConfigError(f"engine.{name}={options[name]}: it is at least {least}")
     fewest, most = config.worker_range(cfg.cluster)
     stage, precision = options.get("zero_stage", 0), options.get("precision", "fp32")
     reduction = options.get("reduction", "canonical")
@@ -94,6 +107,16 @@ def _check_engine(cfg: TrainConfig) -> None:
     on_this_cpu = not cfg.cluster.use_gpu and not elsewhere
     if precision == "bf16" and on_this_cpu and not options.get("allow_slow_bf16"):
         refuse_slow_bf16()
+
+
+def _check_lengths(cfg: TrainConfig, least: int) -> None:
+    """Refuse examples that are shorter than what the model takes."""
+    given = {"data.crop_seconds": cfg.data.crop_seconds}
+    given |= {"validation.max_seconds": cfg.validation.max_seconds}
+    for key, seconds in given.items():
+        if (length := round(seconds * cfg.sample_rate)) < least:
+            takes = f"the model takes {least} samples or more, which are {least / cfg.sample_rate}"
+            raise ConfigError(f"{key}={seconds}: these are {length} samples; {takes} s")
 
 
 def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
@@ -121,16 +144,26 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
     storage.put_bytes(environment_url, to_json(environment, indent=1).encode())
 
 
-def fill_in(*cfgs: dict[str, Any]) -> None:
-    """Give parts of one class the arguments that they leave out: some are younger than the run."""
-    for slot in {*slots.SLOTS}.intersection(*cfgs):
-        parts = [cfg[slot] if isinstance(cfg[slot], dict) else {} for cfg in cfgs]
-        targets = {one.get("_target_") for one in parts}
-        if len(targets) == 1 and all(parts):
-            parameters = inspect.signature(slots.resolve(slot, targets.pop())).parameters
-            defaults = {key: one.default for key, one in parameters.items()}
-            for cfg in cfgs:
-                cfg[slot] = defaults | cfg[slot]
+def fill_in(*cfgs: dict[str, Any], parts: Mapping[str, str] = PARTS) -> None:
+    """Give parts of one class the arguments that they leave out: some are younger than the run.
+
+    `parts` maps keys of the configs, at any depth, to the slots of what stands there.
+    """
+    for key in set.intersection(*map(set, cfgs)):
+        nodes = [cfg[key] for cfg in cfgs]
+        if not all(isinstance(one, dict) for one in nodes):
+            continue
+        inner, targets = parts, [one.get("_target_") for one in nodes]
+        if key in parts:
+            if targets[0] is None or len({*targets}) > 1:
+                continue
+            target = slots.resolve(parts[key], targets[0])
+            parameters = inspect.signature(target).parameters
+            defaults = {name: one.default for name, one in parameters.items()}
+            nodes, inner = [defaults | one for one in nodes], getattr(target, "parts", {})
+            for cfg, node in zip(cfgs, nodes, strict=True):
+                cfg[key] = node
+        fill_in(*nodes, parts=inner)
 
 
 def _without_places(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,25 @@ def test_each_channel_is_separated_by_itself_into_files_that_name_it(tmp_path: P
     assert len(result.gains) == 4 and result.warnings == []
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_voices_of_all_channels_have_one_depth_and_one_scale(
+    tmp_path: Path, order: int
+) -> None:
+    both = np.stack([LEFT, RIGHT / 500], 1)[:, ::order]
+    quiet, found = run(tmp_path / "a", both, "PCM_16", channels="each")
+    assert quiet.subtype == "PCM_24" and quiet.scale == 1
+    faint = [*found.values()][2:] if order > 0 else [*found.values()][:2]
+    heard = soundfile.read(tmp_path / "a" / "in.wav")[0][:, 1 if order > 0 else 0]
+    np.testing.assert_allclose(faint, voices_of(heard), atol=2**-22)
+    both = np.stack([6 * LEFT, RIGHT], 1)[:, ::order]
+    loud, found = run(tmp_path / "b", both, channels="each", subtype="PCM_24")
+    scale = 0.99 / np.abs(6 * LEFT).max()
+    assert loud.scale == pytest.approx(scale, rel=1e-5) and len(loud.warnings) == 1
+    got = [*found.values()] if order > 0 else [*found.values()][2:] + [*found.values()][:2]
+    expected = [*voices_of(6 * LEFT), *voices_of(RIGHT)]
+    np.testing.assert_allclose(got, np.array(expected) * scale, atol=1e-5)
+
+
 @pytest.mark.parametrize(("channels", "wave"), [(1, LEFT), ("2", RIGHT), ("mean", BOTH.mean(1))])
 def test_one_channel_or_the_mean_of_all_is_separated(
     tmp_path: Path, channels: str | int, wave: np.ndarray
@@ -194,6 +213,51 @@ def test_a_quoted_pattern_stands_for_the_files_that_it_matches(
         assert (status, names) == (0, [f"{stem}_s{i}.wav" for stem in stems for i in (1, 2)])
     status, _, err = piped(b"", "--output=out", "*.mp3")
     assert status == 1 and "no file matches the pattern *.mp3" in err
+
+
+def test_outputs_that_are_there_are_replaced_only_if_that_is_wanted(
+    tmp_path: Path, piped, monkeypatch, bucket: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for day, wave in (("mon", LEFT), ("tue", RIGHT)):
+        Path(day).mkdir()
+        Path(day, "talk.wav").write_bytes(wav_of(wave))
+    for place in ("out", f"s3://{bucket}/out"):
+        assert piped(b"", "--output", place, "mon/talk.wav")[0] == 0
+        status, _, err = piped(b"", "--output", place, "tue/talk.wav")
+        assert status == 1 and "talk_s1.wav is there already, an output of tue/talk.wav" in err
+        assert "--overwrite" in err
+        assert piped(b"", "--output", place, "--format=flac", "tue/talk.wav")[0] == 0
+        status, _, err = piped(b"", "--output", place, "--channels=each", "tue/talk.wav")
+        assert status == 1
+        assert piped(b"", "--output", place, "--overwrite", "tue/talk.wav")[0] == 0
+    wave, _ = soundfile.read("out/talk_s1.wav")
+    expected = sepdist.load(tmp_path / "model", device="cpu")(RIGHT, RATE)[0]
+    np.testing.assert_allclose(wave, expected * min(1, 0.99 / np.abs(expected).max()), atol=1e-3)
+
+
+def test_a_folder_within_which_the_outputs_lie_can_be_separated_again(
+    tmp_path: Path, piped, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("talks").mkdir()
+    Path("talks/a.wav").write_bytes(wav_of(LEFT))
+    monkeypatch.chdir(tmp_path / "talks")
+    assert piped(b"", ".")[0] == 0
+    Path("b.wav").write_bytes(wav_of(RIGHT))
+    for pattern in (".", "**/*.wav"):
+        status, out, err = piped(b"", "--overwrite", pattern)
+        names = [Path(one.decode()).name for one in out.split()]
+        assert (status, names) == (0, ["a_s1.wav", "a_s2.wav", "b_s1.wav", "b_s2.wav"])
+        assert "left out, as they lie in --output separated: " in err
+    status, out, _ = piped(b"", "--output=again", "separated")  # asked for
+    assert status == 0 and len(out.split()) == 8
+
+
+def test_a_stream_refuses_options_that_it_does_not_have(piped) -> None:
+    for word in ("--channels=2", "--format=flac", "--subtype=PCM_24"):
+        status, _, err = piped(b"", "--stream=f32le", "--output", "-", "-", word)
+        assert status == 1 and "--stream takes no --channels, --format or --subtype" in err
 
 
 def test_outputs_of_a_channel_do_not_replace_a_recording(piped) -> None:

@@ -231,6 +231,27 @@ def test_what_cannot_be_mapped_is_refused_by_key_and_value(
 
 
 @pytest.mark.parametrize(
+    ("origin", "saved", "message"),
+    [
+        ("asteroid", {"model_name": ["x"], "model_args": ARGS, "state_dict": {}}, r"\['x'\]"),
+        (
+            "asteroid",
+            {"model_name": "ConvTasNet", "model_args": ARGS, "state_dict": {1: torch.ones(2)}},
+            "1 is no name of a parameter",
+        ),
+        ("torchaudio", {"encoder.weight": torch.ones(2, 1, 4), 7: torch.ones(2)}, "7 is no name"),
+        ("torchaudio", {"encoder.bias": torch.tensor(1.0)}, "'encoder.bias' is no name"),
+    ],
+)
+def test_odd_names_and_tensors_of_a_checkpoint_are_refused_by_name(
+    origin: str, saved: dict[Any, Any], message: str, tmp_path: Path
+) -> None:
+    torch.save(saved, tmp_path / "best.pth")
+    with pytest.raises(CheckpointError, match=message):
+        import_model(origin, str(tmp_path / "best.pth"), str(tmp_path / "out"), {})
+
+
+@pytest.mark.parametrize(
     ("before", "after", "message"),
     [
         ("norm_before: true", "norm_before: false", "norm_before=False"),

@@ -52,6 +52,17 @@ def assert_in_one_order(got: np.ndarray, wave: np.ndarray, atol: float = 1e-5) -
     np.testing.assert_allclose(got, expected, atol=atol)
 
 
+@pytest.mark.parametrize(("window", "overlap"), [(2.0, 0.01), (0.04, 0.02), (0.001, 0.0005)])
+def test_pieces_shorter_than_a_frame_of_the_speech_detector_are_joined_too(
+    window: float, overlap: float
+) -> None:
+    wave = np.concatenate([speech(0.5, 1), np.zeros(RATE), speech(0.51, 2)])
+    model = Signs()
+    model.rng = np.random.default_rng(0)
+    got = Separator(model, RATE, windows=Windows(window, overlap))(wave, RATE)
+    np.testing.assert_allclose(got.sum(0), wave, atol=1e-4)
+
+
 @pytest.mark.parametrize("pause", [1.5, 2.7, 3.2, 8.0])
 @pytest.mark.parametrize("hiss", [0.0, 1e-4])
 def test_speakers_keep_their_order_over_pauses_longer_than_the_overlap(

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,16 @@ def test_a_pushed_folder_loads_and_says_where_it_comes_from(export: Path, tmp_pa
         push(str(export), str(target), "mit", "", False, False)
 
 
+def test_scores_of_unknown_weights_are_refused(export: Path, tmp_path: Path) -> None:
+    scores = results(tmp_path / "results.json", "ab" * 32)
+    content = json.loads(Path(scores).read_text())
+    content["model"]["lineage"] = {}
+    Path(scores).write_text(json.dumps(content))
+    (export / "lineage.json").write_text("{}")
+    with pytest.raises(ConfigError, match="its scores are of other weights"):
+        push(str(export), str(tmp_path / "out"), "mit", scores, False, False)
+
+
 @pytest.mark.parametrize(("sha256", "message"), [("cd" * 32, "other weights"), ("", "no results")])
 def test_scores_of_another_model_are_refused(
     sha256: str, message: str, export: Path, tmp_path: Path
@@ -145,8 +156,12 @@ class FolderHub:
         self.folder.mkdir(exist_ok=True)
         (self.folder / ".gitattributes").touch()
 
-    def list_repo_files(self, repo_id: str) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir())
+    def repo_info(self, repo_id: str) -> Any:
+        return SimpleNamespace(private=not (self.folder / "public").exists())
+
+    def list_repo_files(self, repo_id: str, revision: str | None) -> list[str]:
+        there = self.folder / (revision or "")
+        return sorted(path.name for path in there.iterdir() if path.is_file())
 
     def upload_folder(self, folder_path: Path, repo_id: str, **_: Any) -> str:
         self.calls.append(f"upload {repo_id}")
@@ -168,6 +183,14 @@ def test_a_push_to_the_hub_makes_one_commit_and_never_replaces_unasked(
     with pytest.raises(HubError, match=r"hf://org/name holds .*add --update"):
         push(str(export), "hf://org/name", "mit", "", True, False)
     push(str(export), "hf://org/name", "mit", "", True, True)
+    assert FolderHub.calls.count("upload org/name") == 2
+    (FolderHub.folder / "v2").mkdir()
+    (FolderHub.folder / "v2" / "model.yaml").touch()
+    with pytest.raises(HubError, match=r"hf://org/name@v2 holds model\.yaml already"):
+        push(str(export), "hf://org/name@v2", "mit", "", True, False)
+    (FolderHub.folder / "public").touch()
+    with pytest.raises(HubError, match=r"hf://org/name is public already: .*nothing was sent"):
+        push(str(export), "hf://org/name", "mit", "", True, True)
     assert FolderHub.calls.count("upload org/name") == 2
     assert "hf_secret" not in "".join(capsys.readouterr())
 

@@ -334,6 +334,27 @@ def test_an_earlier_output_survives_a_later_failure(tmp_path: Path) -> None:
     np.testing.assert_array_equal(outputs(tmp_path / "out"), before)
 
 
+def test_earlier_outputs_are_there_again_if_a_later_one_cannot_be_written(tmp_path: Path) -> None:
+    separated(tmp_path, Halves(), noise(RATE))
+    first, second = sorted((tmp_path / "out").iterdir())
+    kept = first.read_bytes()
+    second.unlink()
+    second.mkdir()
+    put(tmp_path / "in.wav", noise(RATE, 5))
+    with pytest.raises(IsADirectoryError, match=f"{second.name} is a folder"):
+        Separator(Halves(), RATE).file(tmp_path / "in.wav", tmp_path / "out")
+    assert first.read_bytes() == kept
+    assert sorted((tmp_path / "out").iterdir()) == [first, second] and second.is_dir()
+
+
+def test_a_recording_is_not_replaced_by_its_own_output(tmp_path: Path) -> None:
+    put(tmp_path / "a_s1.wav", noise(RATE))
+    before = (tmp_path / "a_s1.wav").read_bytes()
+    with pytest.raises(SeparationError, match=r"a_s1\.wav: an output would replace it"):
+        Separator(Halves(), RATE).file(tmp_path / "a_s1.wav", tmp_path, stem="a")
+    assert (tmp_path / "a_s1.wav").read_bytes() == before
+
+
 def test_a_model_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "in.wav", noise(RATE))
     with pytest.raises(SeparationError, match=r"\[B, S, T\]"):
@@ -439,7 +460,7 @@ def test_ctrl_c_ends_the_program_with_one_line_and_leaves_nothing_behind(tmp_pat
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not list(tmp_path.glob("out/.separating-*/estimates.f32")):
+    while not list(tmp_path.glob("out/.separating-*/0.f32")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -74,11 +74,20 @@ def test_layers_share_their_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"kernel_size": 8}, "kernel_size=8"), ({"num_heads": 5}, "num_heads=5")]
+    ("options", "words"),
+    [
+        *(({"kernel_size": 8}, "kernel_size=8"), ({"num_heads": 5}, "num_heads=5")),
+        *(({"num_layers": -1}, "num_layers=-1"), ({"num_heads": -1}, "num_heads=-1")),
+    ],
 )
 def test_sizes_that_cannot_work_are_refused_by_name(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         tiny_context(**options)
+
+
+def test_a_separator_that_pads_otherwise_is_refused_as_frames_are_counted() -> None:
+    with pytest.raises(ValueError, match=r"separator\.padding='both': choose end"):
+        ContextModel(ConvTasNet(num_filters=8, padding="both", compile=False))
 
 
 def test_a_separator_without_features_is_refused_by_its_name() -> None:

@@ -359,7 +359,11 @@ def test_where_torch_cannot_compile_the_model_runs_as_it_is_and_says_so_once(
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"stride": 11}, "stride=11"), ({"num_taps": 2}, "num_taps=2"), ({"num_speakers": 0}, "=0")],
+    [
+        *(({"stride": 11}, "stride=11"), ({"num_taps": 2}, "num_taps=2")),
+        *(({"num_speakers": 0}, "num_speakers=0"), ({"num_repeats": -1}, "num_repeats=-1")),
+        *(({"num_blocks": 0}, "num_blocks=0"), ({"num_filters": 0}, "num_filters=0")),
+    ],
 )
 def test_sizes_that_cannot_work_are_refused_by_name(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -1,5 +1,6 @@
 """Contract tests of most models: any length, sizes, bits, bf16, ZeRO-3 and silence."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -82,6 +83,15 @@ def test_sizes_that_cannot_work_are_refused_by_name(
     ((name, value),) = change.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         small(kind, **change)
+
+
+@each_model
+@pytest.mark.parametrize("value", [0, -1])
+def test_every_count_of_a_model_is_at_least_1(kind: type[nn.Module], value: int) -> None:
+    counts = [name for name in inspect.signature(kind).parameters if name.startswith("num_")]
+    for name in counts:
+        with pytest.raises(ValueError, match=f"{name}={value}: choose at least 1"):
+            small(kind, **{name: value})
 
 
 @pytest.mark.parametrize("kind", [DPTNet, SepFormer, Sandglasset, TFLocoformer, TFGridNet])

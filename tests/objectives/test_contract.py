@@ -35,6 +35,31 @@ def test_hooks_that_an_objective_defines_are_kept(name: str, value: object) -> N
     assert with_defaults(objective) is objective and getattr(objective, name) == value
 
 
+class WithWindow(torch.nn.Module):
+    """An objective as people write them: a module with a constant, and a hook of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(8))
+
+    def observe(self, means: object) -> None:
+        self.seen = means
+
+
+def test_the_state_of_an_objective_that_is_a_module_is_not_taken_for_the_hook() -> None:
+    plain = with_defaults(WithWindow())
+    assert plain.state_dict() == {}
+    plain.load_state_dict({})
+    plain.observe({"score": 1.0})
+    assert plain.seen == {"score": 1.0}
+
+    class WithState(WithWindow):
+        def state_dict(self) -> dict:  # type: ignore[override]
+            return {"count": 3}
+
+    assert with_defaults(WithState()).state_dict() == {"count": 3}
+
+
 def test_the_mean_of_a_metric_is_over_the_items_that_have_a_value() -> None:
     has_value = torch.tensor([True, False, True])
     for metric, expected in (

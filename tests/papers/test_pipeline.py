@@ -17,7 +17,8 @@ from sepdist import config, storage
 from sepdist.config import ConfigError
 from sepdist.data.members import DataError
 from sepdist.papers import pipeline, tables
-from sepdist.papers.schema import PipelineConfig, RowConfig, StageConfig, TableConfig
+from sepdist.papers.schema import PipelineConfig, RowConfig, Stage, StageConfig, TableConfig
+from sepdist.papers.tables import number_of
 from sepdist.reporting import read_metrics
 from sepdist.training import launch
 from sepdist.training.handoff import read_export
@@ -146,6 +147,19 @@ def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(
     (seed / "ptft" / "stage.json").write_text(json.dumps(marker))
     pipeline.run(tiny(tiny_data, output), console)
     assert trained == []
+    marker["config"]["nonsense"] = 1
+    for text in (json.dumps(marker), json.dumps(marker)[:50], "[]"):
+        (seed / "ptft" / "stage.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"ptft/stage\.json: is no marker of this version"):
+            pipeline.run(tiny(tiny_data, output), console)
+
+
+def test_a_cell_that_is_no_number_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"metrics_db": {"sdri": {"mean": 3.5}}, "none": null}')
+    stage = Stage(0, "x_test", "evaluate", str(tmp_path), None)
+    assert number_of(stage, "metrics_db.sdri.mean") == 3.5 and number_of(stage, "none") is None
+    with pytest.raises(ConfigError, match=r"metrics_db\.sdri is no number: change x_test:metrics"):
+        number_of(stage, "metrics_db.sdri")
 
 
 def test_an_interrupted_pipeline_goes_on_at_its_stage(

@@ -190,6 +190,25 @@ def test_an_objective_that_is_a_mean_over_items_is_called_once_for_batches_that_
     assert {len(one.ids) for one in calls} == {2}
 
 
+def test_metrics_of_a_mean_may_be_one_number_or_none_at_all() -> None:
+    class Level:
+        mean_of_items = True
+
+        def __init__(self, *names: str) -> None:
+            self.names = names
+
+        def __call__(self, model: Any, batch: Batch) -> Any:
+            loss = batch.mixture.square().mean()
+            return loss, {name: loss.sqrt() for name in self.names}
+
+    given = batches()
+    for names in ((), ("level",)):
+        merged = run_merged(Level(*names), Separator(2), given)
+        assert [list(metrics) for _, metrics in merged] == [[*names]] * NUM_BATCHES
+        assert len({float(loss) for loss, _ in merged}) == 1
+        assert all(metrics["level"].ndim == 0 for _, metrics in merged if names)
+
+
 @pytest.mark.parametrize("base", [Separation, SoftPit, Enhancement])
 def test_a_subclass_with_a_loss_of_its_own_inherits_no_claim_that_it_is_a_mean(base: type) -> None:
     """The largest loss of an item is no mean over them: merged, all batches would get one."""

@@ -11,7 +11,7 @@ from sepdist import config, storage
 from sepdist.config import ConfigError
 from sepdist.training.audit import audit
 from sepdist.training.checkpoint import CheckpointError
-from sepdist.training.run import freeze
+from sepdist.training.run import fill_in, freeze
 from tests.support.checkpoints import save, snapshot
 from tests.support.runs import final_hash, frozen, loop, program, train_arguments
 
@@ -124,6 +124,21 @@ def test_sepdist_train_goes_on_in_the_copy_that_it_is_given(
     assert f"at step 4: {copy}" in printed or f"{copy}/checkpoints" in printed
     assert contents(base) == before
     assert audit(str(copy)).steps == 4 and audit(str(base)).steps == 2
+
+
+def test_arguments_that_are_younger_than_a_run_are_filled_in_at_any_depth() -> None:
+    separator = {"_target_": "sepdist.models.conv_tasnet.ConvTasNet", "num_filters": 8}
+    mixing = {"_target_": "sepdist.data.dynamic.DynamicMixing"}
+    context = {"_target_": "sepdist.models.context.ContextModel", "separator": separator}
+    older = {"model": context, "data": {"mixing": mixing, "train": "a"}}
+    newer = deepcopy(older)
+    newer["model"]["separator"]["causal"] = False  # type: ignore[index]
+    newer["data"]["mixing"]["balance"] = None  # type: ignore[index]
+    fill_in(older, newer)
+    assert older == newer
+    newer["model"]["separator"]["causal"] = True  # type: ignore[index]
+    fill_in(older, newer)
+    assert config.differences(older, newer) == ["model.separator.causal was False, is True"]
 
 
 def test_a_data_set_is_what_its_digest_says_wherever_it_lies(
