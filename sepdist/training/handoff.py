@@ -6,14 +6,14 @@ A model.yaml says which class to build, and how. It is read as plain values of b
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
 from sepdist import hub, slots, storage
-from sepdist.config import ConfigError, InitConfig, parse_plain
+from sepdist.config import ConfigError, InitConfig, leaves, parse_plain
 from sepdist.objectives.contract import OUTPUT_RULES
 from sepdist.training.checkpoint import (
     COMMIT,
@@ -150,16 +150,6 @@ def parse_card(data: bytes, folder: str) -> dict[str, Any]:
         if isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
             raise CheckpointError(f"{url}: {name}={value} is not between +-{MAX_NUMBER}")
     return card
-
-
-def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Every plain value with its dotted name."""
-    if isinstance(value, Mapping | list):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, inner in items:
-            yield from leaves(inner, f"{name}.{key}")
-    else:
-        yield name, value
 
 
 def parse_lineage(data: bytes, folder: str) -> dict[str, Any]:
