@@ -21,6 +21,7 @@ from sepdist.console import Stopped, signals_to, user_console
 from sepdist.data.records import MAIN, Batch, on_device
 from sepdist.data.stream import TrainStream
 from sepdist.metrics.switching import SwitchTracker
+from sepdist.models.compiling import keep_compiled
 from sepdist.reporting import Reporter
 from sepdist.training.checkpoint import collect_orphans
 from sepdist.training.datasets import open_datasets, open_stream
@@ -34,13 +35,7 @@ from sepdist.training.state import RunState
 from sepdist.training.stopping import StopRequest
 from sepdist.training.validation import listen, validate
 from sepdist.training.watchdog import Watchdog
-from sepdist.training.world import (
-    World,
-    broadcast_object,
-    gather_to_main,
-    join_world,
-    keep_compiled,
-)
+from sepdist.training.world import World, broadcast_object, gather_to_main, join_world
 
 logger = logging.getLogger(__name__)
 
