@@ -30,14 +30,7 @@ import numpy as np
 from sepdist import audio, storage
 from sepdist.data import inputs
 from sepdist.data import members as sample_files
-from sepdist.data.manifest import (
-    MANIFEST,
-    Manifest,
-    ShardInfo,
-    canonical,
-    dump,
-    read_manifest,
-)
+from sepdist.data.manifest import MANIFEST, Manifest, ShardInfo, canonical, dump, read_manifest
 from sepdist.data.members import DataError, format_of, people, split_members
 from sepdist.data.records import Mixture, Utterance
 
