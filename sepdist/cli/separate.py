@@ -34,14 +34,8 @@ from typing import Any
 
 from sepdist.console import printable, progress_bar, user_console
 from sepdist.hub import READY
-from sepdist.inference.windows import (
-    FORMATS,
-    PCM,
-    SeparationError,
-    Windows,
-    check_options,
-    output_stems,
-)
+from sepdist.inference import windows
+from sepdist.inference.windows import SeparationError, Windows
 
 WINDOW_OPTIONS = {
     "window_seconds": "length of the model's input",
@@ -59,12 +53,12 @@ def main() -> int:
     failed: list[str] = []
     sections = []  # of the page
     with user_console(stopped="nothing is left of the unfinished recording") as console:
-        windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
-        Windows(**windows)  # raises for those that do not fit each other
+        sizes = {name: getattr(given, name) for name in WINDOW_OPTIONS}
+        Windows(**sizes)  # raises for those that do not fit each other
         if given.stream and [*given.recordings, given.output] != ["-", "-"]:
             raise SeparationError("--stream goes from pipe to pipe: give - and --output -")
-        stems = output_stems([one for name in given.recordings for one in _files_of(name)])
-        check_options(given.output, given.file_format, given.subtype, given.channels)
+        stems = windows.output_stems([one for name in given.recordings for one in _files_of(name)])
+        windows.check_options(given.output, given.file_format, given.subtype, given.channels)
         if given.page and given.output == "-":
             raise SeparationError("--page needs a folder as the --output, to lie in")
         _check_names(stems, given.output, given.file_format)
@@ -73,7 +67,7 @@ def main() -> int:
         from sepdist.inference.separator import load
 
         options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
-        separator = load(given.model, **options, **windows)
+        separator = load(given.model, **options, **sizes)
         if given.model == READY:
             console.print(f"model: {READY}, a small one; its card: {separator.url}/README.md")
         keep_freed_memory()
@@ -140,13 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     output = "folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ..., or - (stdout)"
     parser.add_argument("--output", default="separated", help=f"{output} (separated)")
     kind = "of the outputs (wav)"
-    parser.add_argument("--format", choices=FORMATS, default="wav", dest="file_format", help=kind)
+    formats = windows.FORMATS
+    parser.add_argument("--format", choices=formats, default="wav", dest="file_format", help=kind)
     subtype = "of the outputs (24 bits for recordings of more than 16 and quiet outputs, else 16)"
-    parser.add_argument("--subtype", choices=FORMATS["wav"], default="", help=subtype)
+    parser.add_argument("--subtype", choices=formats["wav"], default="", help=subtype)
     channels = "mean of all, a number from 1, or each by itself, in <stem>_c1_s1.wav, ... (mean)"
     parser.add_argument("--channels", default="mean", help=channels)
     stream = "causal models: - in blocks to --output -, as raw samples of this format"
-    parser.add_argument("--stream", choices=PCM, help=stream)
+    parser.add_argument("--stream", choices=windows.PCM, help=stream)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     plugins = "package that may define the model (repeat for more)"
     parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)
