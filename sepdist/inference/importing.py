@@ -161,9 +161,6 @@ def _keep_tag(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
 
 _TaggedLoader.add_multi_constructor("!", _keep_tag)
 _KINDS = "speechbrain.lobes.models.dual_path"
-_BLOCK: Node = {"use_positional_encoding": (True,), "norm_before": (True,)}
-_BLOCK |= {"activation": ("relu",), "attention_type": ("regularMHA",)}
-_BLOCK |= dict.fromkeys(("kdim", "vdim", "input_shape"), (None,))
 
 
 def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, dict[str, str]]:
@@ -183,37 +180,28 @@ def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, dict[str, s
             raise CheckpointError(f"{path}: write the value of {one} instead")
         return one
 
-    def part(one: Any, kind: str, sizes: str, allowed: Node, **defaults: Any) -> Node:
-        found = value(one)
+    def part(one: Any, kind: str, **computed: Any) -> Node:
+        """The arguments of a module; those that follow from others must have `computed` values."""
+        found, known = value(one), TABLES["speechbrain"][kind]
         tag = found.get("!", "") if isinstance(found, dict) else found
         if tag != f"new:{_KINDS}.{kind}":
             raise CheckpointError(f"{path}: {tag!r} cannot be mapped: a {_KINDS}.{kind} is wanted")
-        args = defaults | {key: value(inner) for key, inner in found.items() if key != "!"}
+        own = {key: value(inner) for key, inner in found.items() if key != "!"}
+        args = known["defaults"] | own
         plain = {key: inner for key, inner in args.items() if key not in paths}
-        check_values(f"{path}: {kind}", plain, allowed, sizes.split())
+        allowed = known["values"] | {key: (inner,) for key, inner in computed.items()}
+        check_values(f"{path}: {kind}", plain, allowed, known["sizes"])
         return args
 
     modules, paths = value(modules), ("intra_model", "inter_model")
     modules = modules if isinstance(modules, dict) else {}
-    sizes = "out_channels kernel_size"
-    encoder = part(modules.get("encoder"), "Encoder", sizes, {"in_channels": (1,)})
+    encoder = part(modules.get("encoder"), "Encoder")
     width, kernel = encoder.get("out_channels", 64), encoder.get("kernel_size", 2)
     stride = kernel // 2 if isinstance(kernel, int) else None
-    net = {"norm": ("ln", "gln"), "skip_around_intra": (True,), "use_global_pos_enc": (False,)}
-    net |= {"linear_layer_after_inter_intra": (False,), "in_channels": (width,)}
-    net["out_channels"] = (width,)
-    unset: Node = {"linear_layer_after_inter_intra": True}
-    sizes = "num_spks num_layers K max_length"
-    masknet = part(modules.get("masknet"), "Dual_Path_Model", sizes, net, **unset)
-    ends: Node = {"in_channels": (width,), "out_channels": (1,), "kernel_size": (kernel,)}
-    ends |= {"bias": (False,), "stride": (stride,)}
-    part(modules.get("decoder"), "Decoder", "", ends, bias=True, stride=1)
-    block = _BLOCK | {"d_model": (width,)}
-    unset = {"use_positional_encoding": False, "norm_before": False, "d_ffn": 2048}
-    sizes = "num_layers nhead d_ffn dropout"
-    intra, inter = (
-        part(masknet.get(one), "SBTransformerBlock", sizes, block, **unset) for one in paths
-    )
+    widths = {"in_channels": width, "out_channels": width}
+    masknet = part(modules.get("masknet"), "Dual_Path_Model", **widths)
+    part(modules.get("decoder"), "Decoder", in_channels=width, kernel_size=kernel, stride=stride)
+    intra, inter = (part(masknet.get(one), "SBTransformerBlock", d_model=width) for one in paths)
     same = {key: (intra.get(key),) for key in ("num_layers", "nhead", "d_ffn")}
     check_values(f"{path}: inter_model", {key: inter.get(key) for key in same}, same)
     node: Node = {"_target_": "sepdist.models.sepformer.SepFormer", "padding": "none"}
