@@ -41,6 +41,7 @@ from sepdist.config import EvaluateConfig
 from sepdist.data import shards
 from sepdist.data.records import Batch, Mixture
 from sepdist.inference import evaluation, scoring
+from tests.support.shard_sets import write_shard
 
 RATE = 8000
 PAIRS = {"conv_tasnet": ("asteroid", 8), "sepformer": ("speechbrain", 3)}  # peer, mixtures
@@ -64,7 +65,7 @@ def write_data(url: str, num_mixtures: int) -> None:
         Mixture(f"m{i}", (f"a{i}", f"b{i}"), RATE, partial(members, i)) for i in range(num_mixtures)
     ]
     name = shards.shard_name("generated", "test", 0)
-    shards.write_manifest(url, "generated", "test", RATE, [shards.write_shard(mixtures, url, name)])
+    shards.write_manifest(url, "generated", "test", RATE, [write_shard(mixtures, url, name)])
 
 
 def ours(cfg: EvaluateConfig) -> Side:

@@ -49,6 +49,7 @@ from sepdist.data.records import Mixture, Utterance
 from sepdist.data.stream import Feed, TrainStream
 from sepdist.seeding import rng
 from tests.support.s3server import ADMIN, S3Server, find_weed
+from tests.support.shard_sets import write_shard
 
 RATE = 8000
 CROP_SECONDS = 3.0
@@ -106,7 +107,7 @@ def write(
     infos = []
     for i in range(num_shards):
         records = [make(i * SAMPLES_PER_SHARD + j) for j in range(SAMPLES_PER_SHARD)]
-        infos.append(shards.write_shard(records, url, shards.shard_name("bench", "train", i)))
+        infos.append(write_shard(records, url, shards.shard_name("bench", "train", i)))
     return shards.write_manifest(url, "bench", "train", rate, infos)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
@@ -274,7 +274,8 @@ def typed(composed: DictConfig, schema: type[_T]) -> _T:
     """Return a composed config as dataclasses; ConfigError names a mandatory value left at ???."""
     if composed.get("estimates") and OmegaConf.is_missing(composed, "model"):
         composed.model = composed.estimates  # what is scored instead of a model's
-    if missing := missing_keys(OmegaConf.to_container(composed)):
+    values = leaves(OmegaConf.to_container(composed))  # others may refer to missing ones
+    if missing := sorted(name for name, value in values if value == MISSING):
         names = ", ".join(missing)
         raise ConfigError(f"no value given for {names} (pass {missing[0]}=... on the command line)")
     try:
@@ -355,13 +356,14 @@ def allowed(owner: dataclasses.Field) -> str:
     return text + (", or null" if type(None) in types else "")
 
 
-def missing_keys(node: Any, name: str = "") -> list[str]:
-    """The dotted names of values left at ???, sorted; other values may refer to them."""
-    inner = dict(enumerate(node)) if isinstance(node, list) else node
-    if not isinstance(inner, dict):
-        return [name] if node == MISSING else []
-    found = [missing_keys(value, f"{name}.{key}".lstrip(".")) for key, value in inner.items()]
-    return sorted(one for each in found for one in each)
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value with its dotted name."""
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from leaves(inner, f"{name}.{key}".lstrip("."))
+    else:
+        yield name, value
 
 
 def to_yaml(config: Any) -> str:

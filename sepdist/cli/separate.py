@@ -34,14 +34,8 @@ from typing import Any
 
 from sepdist.console import printable, progress_bar, user_console
 from sepdist.hub import READY
-from sepdist.inference.windows import (
-    FORMATS,
-    PCM,
-    SeparationError,
-    Windows,
-    check_options,
-    output_stems,
-)
+from sepdist.inference import windows
+from sepdist.inference.windows import SeparationError, Windows
 
 PLAIN = ("mean", "wav", "")  # channels, format and subtype where they are not given
 WINDOW_OPTIONS = {
@@ -60,26 +54,15 @@ def main() -> int:
     failed: list[str] = []
     sections = []  # of the page
     with user_console(stopped="nothing is left of the unfinished recording") as console:
-        windows = {name: getattr(given, name) for name in WINDOW_OPTIONS}
-        Windows(**windows)  # raises for those that do not fit each other
-        if given.stream and [*given.recordings, given.output] != ["-", "-"]:
-            raise SeparationError("--stream goes from pipe to pipe: give - and --output -")
-        if given.stream and (given.channels, given.file_format, given.subtype) != PLAIN:
-            raise SeparationError("--stream takes no --channels, --format or --subtype")
-        found = [_files_of(name, given.output) for name in given.recordings]
-        stems = output_stems([one for files, _ in found for one in files])
-        if left_out := sum(count for _, count in found):
-            console.print(f"left out, as they lie in --output {given.output}: {left_out} files")
-        check_options(given.output, given.file_format, given.subtype, given.channels)
-        if given.page and given.output == "-":
-            raise SeparationError("--page needs a folder as the --output, to lie in")
-        _check_names(stems, given.output, given.file_format, given.overwrite)
+        sizes = {name: getattr(given, name) for name in WINDOW_OPTIONS}
+        Windows(**sizes)  # raises for those that do not fit each other
+        stems = _checked(given, console)
         # Only now, when the command line is right, what imports torch.
         from sepdist.allocator import keep_freed_memory
         from sepdist.inference.separator import load
 
         options = {name: getattr(given, name) for name in ("device", "plugins", "compile")}
-        separator = load(given.model, **options, **windows)
+        separator = load(given.model, **options, **sizes)
         if given.model == READY:
             console.print(f"model: {READY}, a small one; its card: {separator.url}/README.md")
         keep_freed_memory()
@@ -119,6 +102,26 @@ def main() -> int:
     return int(bool(failed))
 
 
+def _checked(given: argparse.Namespace, console: Any) -> dict[str, str]:
+    """The recordings with the stems of their outputs; SeparationError for a wrong command line."""
+    if given.stream and [*given.recordings, given.output] != ["-", "-"]:
+        raise SeparationError("--stream goes from pipe to pipe: give - and --output -")
+    if given.stream and (given.channels, given.file_format, given.subtype) != PLAIN:
+        raise SeparationError("--stream takes no --channels, --format or --subtype")
+    found = [_files_of(name, given.output) for name in given.recordings]
+    files, left_out = [one for own, _ in found for one in own], sum(count for _, count in found)
+    if left_out:
+        console.print(f"left out, as they lie in --output {given.output}: {left_out} files")
+    if not files:
+        raise SeparationError("no other recording is left")
+    stems = windows.output_stems(files)
+    windows.check_options(given.output, given.file_format, given.subtype, given.channels)
+    if given.page and given.output == "-":
+        raise SeparationError("--page needs a folder as the --output, to lie in")
+    _check_names(stems, given.output, given.file_format, given.overwrite)
+    return stems
+
+
 def _files_of(name: str, output: str) -> tuple[list[str], int]:
     """The audio files below a local folder, the files that a pattern matches, or `name` itself.
 
@@ -154,13 +157,14 @@ def _parser() -> argparse.ArgumentParser:
     output = "folder or s3:// prefix for <stem>_s1.wav, <stem>_s2.wav, ..., or - (stdout)"
     parser.add_argument("--output", default="separated", help=f"{output} (separated)")
     kind = "of the outputs (wav)"
-    parser.add_argument("--format", choices=FORMATS, default="wav", dest="file_format", help=kind)
+    formats = windows.FORMATS
+    parser.add_argument("--format", choices=formats, default="wav", dest="file_format", help=kind)
     subtype = "of the outputs (24 bits for recordings of more than 16 and quiet outputs, else 16)"
-    parser.add_argument("--subtype", choices=FORMATS["wav"], default="", help=subtype)
+    parser.add_argument("--subtype", choices=formats["wav"], default="", help=subtype)
     channels = "mean of all, a number from 1, or each by itself, in <stem>_c1_s1.wav, ... (mean)"
     parser.add_argument("--channels", default="mean", help=channels)
     stream = "causal models: - in blocks to --output -, as raw samples of this format"
-    parser.add_argument("--stream", choices=PCM, help=stream)
+    parser.add_argument("--stream", choices=windows.PCM, help=stream)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     plugins = "package that may define the model (repeat for more)"
     parser.add_argument("--plugins", action="append", default=[], metavar="PACKAGE", help=plugins)

@@ -20,13 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sepdist import audio, storage
-from sepdist.corpora.files import (
-    read_rows,
-    report_left_out,
-    require_files,
-    require_unique,
-    sample_key,
-)
+from sepdist.corpora import files
 from sepdist.corpora.librispeech import speaker_of, transcripts, utterance_paths
 from sepdist.corpora.recipes import Clip, Mode, Recipe, choose, level, render
 from sepdist.corpora.tables import Row, to_records
@@ -63,7 +57,7 @@ def read_recipes(path: Path, num_sources: int) -> list[Recipe]:
         there = ", ".join(name for name in tables if "_info" not in name) or "no libri*mix_*.csv"
         raise ValueError(f"{path}: no such metadata; {path.parent} has {there}")
     recipes = []
-    for line, row in enumerate(read_rows(path), start=2):
+    for line, row in enumerate(files.read_rows(path), start=2):
         names = [f"source_{number}" for number in range(1, num_sources + 1)]
         names += ["noise"] if row.get("noise_path") else []
         try:
@@ -74,7 +68,7 @@ def read_recipes(path: Path, num_sources: int) -> list[Recipe]:
             wrong = f"not a row of libri{num_sources}mix metadata ({error!r})"
             columns = "mixture_ID, source_<i>_path, source_<i>_gain, noise_path, noise_gain"
             raise ValueError(f"{path}, line {line}: {wrong}; its columns are {columns}") from error
-    require_unique((recipe.id for recipe in recipes), str(path))
+    files.require_unique((recipe.id for recipe in recipes), str(path))
     return recipes
 
 
@@ -158,11 +152,11 @@ class LibriMix:
             yield from self._generated_records(Path(self.generated).expanduser(), split)
             return
         recipes = self.recipes(split)
-        files = [self.speech / clip.path for recipe in recipes for clip in recipe.sources]
+        clips = [self.speech / clip.path for recipe in recipes for clip in recipe.sources]
         if self.noises is not None:
-            files += [self.noises / recipe.noise.path for recipe in recipes if recipe.noise]
+            clips += [self.noises / recipe.noise.path for recipe in recipes if recipe.noise]
         advice = "LibriMix's augment_train_noise.py makes the noises ending in sp08 and sp12"
-        require_files(files, f"check speech_root and noise_root; {advice}")
+        files.require_files(clips, f"check speech_root and noise_root; {advice}")
         texts = cache(transcripts)
         options = (self.speech, self.noises, self.sample_rate, self.mode, self.num_speakers)
         for recipe in recipes:
@@ -172,7 +166,7 @@ class LibriMix:
             if self.segment_seconds is not None:
                 size = round(self.segment_seconds * self.sample_rate)
                 read, said = partial(_segment, read, size, recipe.id, self.seed), ()
-            yield Mixture(sample_key(recipe.id), names, self.sample_rate, read, said)
+            yield Mixture(files.sample_key(recipe.id), names, self.sample_rate, read, said)
 
     def recipes(self, split: str) -> list[Recipe]:
         """Read the recipes of a split from `metadata`, or draw them and fill `metadata_out`."""
@@ -215,10 +209,11 @@ class LibriMix:
         numbers = range(1, self.num_speakers + 1)
         columns = {f"s{number}": f"source_{number}_path" for number in numbers}
         columns |= {"noise": "noise_path"} if self.noise else {}
-        rows = read_rows(table)
+        rows = files.read_rows(table)
         there = {path.stem for path in (base / split / "s1").glob("[!.]*.wav")}
         others = there.difference(row.get("mixture_ID") for row in rows)
-        report_left_out(base / split, len(others), f"mixtures that {table.name} does not list")
+        unlisted = f"mixtures that {table.name} does not list"
+        files.report_left_out(base / split, len(others), unlisted)
         # The folder of their sums; without noise Libri1Mix has none.
         kind = kinds[0] if self.noise else "mix_clean" if self.num_speakers > 1 else "none"
         listed = []

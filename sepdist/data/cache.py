@@ -28,16 +28,10 @@ from io import BufferedReader
 from pathlib import Path
 
 from sepdist import storage
+from sepdist.data import shards
 from sepdist.data.background import Background
 from sepdist.data.members import DataError
-from sepdist.data.shards import (
-    Manifest,
-    Sample,
-    read_index,
-    read_metadata,
-    read_sample,
-    require_regular,
-)
+from sepdist.data.shards import Manifest, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +101,7 @@ class ShardCache:
 
     def _load(self, number: int) -> OpenShard:
         try:
-            samples = read_index(self.url, self.manifest.shards[number])
+            samples = shards.read_index(self.url, self.manifest.shards[number])
             if self.remote:
                 file, problem = self._fetched(number)
             else:
@@ -154,7 +148,7 @@ class ShardCache:
 
     def _checked(self, path: Path, number: int) -> tuple[BufferedReader, str]:
         """Open a file; say what is wrong with it ("": nothing). It is hashed once if unchanged."""
-        file = open(require_regular(path), "rb")  # noqa: SIM115
+        file = open(shards.require_regular(path), "rb")  # noqa: SIM115
         shard, identity = self.manifest.shards[number], _identity(file)
         before, problem = self._checks.get(number, ((), ""))
         if before != identity:
@@ -173,8 +167,8 @@ class ShardCache:
         damaged = {}
         for i, sample in enumerate(samples):
             try:
-                read_sample(file, sample, self.manifest.members)
-                if read_metadata(file, sample)["id"] != sample.key:
+                shards.read_sample(file, sample, self.manifest.members)
+                if shards.read_metadata(file, sample)["id"] != sample.key:
                     raise DataError(f"{file.name}: another sample is in the place of {sample.key}")
             except (ValueError, KeyError) as error:
                 damaged[i] = str(error)

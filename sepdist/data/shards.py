@@ -30,14 +30,7 @@ import numpy as np
 from sepdist import audio, storage
 from sepdist.data import inputs
 from sepdist.data import members as sample_files
-from sepdist.data.manifest import (
-    MANIFEST,
-    Manifest,
-    ShardInfo,
-    canonical,
-    dump,
-    read_manifest,
-)
+from sepdist.data.manifest import MANIFEST, Manifest, ShardInfo, canonical, dump, read_manifest
 from sepdist.data.members import DataError, format_of, people, split_members
 from sepdist.data.records import Mixture, Utterance
 
@@ -75,20 +68,6 @@ def shard_name(corpus: str, split: str, number: int) -> str:
 
 
 # Writing.
-
-
-def write_shard(
-    records: Sequence[Utterance | Mixture], output_url: str | Path, name: str
-) -> ShardInfo:
-    """`try_shard` of records that must all be stored; DataError names those that cannot be."""
-    if not records:
-        raise DataError(f"{name}: no records; a shard holds at least one")
-    for problem in sample_files.misfits(records).values():
-        raise DataError(problem)
-    shard, bad, _ = try_shard(records, output_url, name)
-    if shard is None:
-        raise DataError("\n".join(bad))
-    return shard
 
 
 def try_shard(

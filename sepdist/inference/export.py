@@ -12,8 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from sepdist import slots, storage
 from sepdist.config import ConfigError
-from sepdist.metrics.selection import speakers_of
-from sepdist.objectives.contract import OUTPUT_RULES
+from sepdist.objectives.contract import OUTPUT_RULES, speakers_of
 from sepdist.training.checkpoint import CheckpointError
 from sepdist.training.handoff import check_arguments, check_weights, load_weights, read_export
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -27,84 +28,16 @@ from sepdist.training.handoff import MAX_BYTES, load_weights, parse_card
 Node = dict[str, Any]
 State = dict[str, Tensor]
 
-
-def _table(text: str) -> dict[str, str]:
-    return dict(pair.split("=") for pair in text.split())
-
-
-# Their name=ours. % is a number and @ a path, as on the other side; * is the end of their name,
-# ~ the gain or shift of a norm; ^ transposes; #0 and #1 are halves of a parameter; - is left out.
-_TCN = """B.0=blocks.%.in_* B.1=blocks.%.prelu1 B.2=blocks.%.~1 B.3.weight=blocks.%.taps^
-    B.3.bias=blocks.%.taps_bias B.4=blocks.%.prelu2 B.5=blocks.%.~2"""
-_MASKER = """encoder.filterbank=encoder.weight decoder.filterbank=decoder.weight^
-    masker.first_out.0=prelu.weight masker.first_out.1=mask_conv.*
-    masker.net_out.0=gate.linear.*#0 masker.net_gate.0=gate.linear.*#1 """
-_DPT = "mha.in_proj=attention.qkv.* mha.out_proj=attention.out.* recurrent=lstm.* linear=linear.*"
-_LAYER = "masknet.dual_mdl.%.@_mdl.mdl.layers.%."
-RULES = {
-    "conv_tasnet": _MASKER
-    + _TCN.replace("B", "masker.TCN.%.shared_block")
-    + """ masker.bottleneck.0=bottleneck.~ masker.bottleneck.1=bottleneck.*
-    masker.TCN.%.res_conv=blocks.%.out_*#0 masker.TCN.%.skip_conv=blocks.%.out_*#1
-    masker.mask_net.0=prelu.weight masker.mask_net.1=mask_conv.*""",
-    "torchaudio": _TCN.replace("B", "mask_generator.conv_layers.%.conv_layers")
-    + """ mask_generator.conv_layers.%.res_out=blocks.%.out_*#0 encoder=encoder.weight
-    mask_generator.conv_layers.%.skip_out=blocks.%.out_*#1 decoder=decoder.weight^
-    mask_generator.input_norm=bottleneck.~ mask_generator.input_conv=bottleneck.*
-    mask_generator.output_prelu=prelu.weight mask_generator.output_conv=mask_conv.*""",
-    "dprnn": _MASKER
-    + """masker.bottleneck.0=norm.~ masker.bottleneck.1=bottleneck.* masker.mask_net=mask.*
-    masker.net.%.@_RNN.rnn=@.%.lstm.* masker.net.%.@_linear=@.%.linear.*
-    masker.net.%.@_norm=@.%.norm.~""",
-    "dptnet": _MASKER
-    + "masker.in_norm=norm.~ "
-    + " ".join(
-        f"masker.layers.%.{number}.{theirs}={path}.%.{ours}"
-        for number, path in enumerate(("intra", "inter"))
-        for theirs, ours in _table(f"{_DPT} norm_mha=attention_norm.~ norm_ff=norm.~").items()
-    ),
-    "sepformer": """encoder.conv1d=encoder.weight decoder=decoder.weight^ masknet.norm=norm.~
-    masknet.conv1d=bottleneck.* masknet.conv2d=mask_conv.* masknet.end_conv1x1=mask_out.*
-    masknet.prelu=prelu.* masknet.output.0=gate.linear.*#0 masknet.output_gate.0=gate.linear.*#1
-    masknet.dual_mdl.%.@_norm=@.%.global_norm.~ masknet.dual_mdl.%.@_mdl.pos_enc=-
-    masknet.dual_mdl.%.@_mdl.mdl.norm.norm=@.%.layer_norm.* """
-    + " ".join(
-        f"{_LAYER}{theirs}=@.%.layers.%.{ours}"
-        for theirs, ours in _table(
-            "self_att.att.in_proj=attention.qkv.* self_att.att.out_proj=attention.out.*"
-            " norm1.norm=attention_norm.* norm2.norm=norm.* pos_ffn.ffn.0=up.* pos_ffn.ffn.3=down.*"
-        ).items()
-    ),
-}
+TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+RULES: dict[str, dict[str, str]] = TABLES["rules"]
 GAINS = {"weight": "gain", "gamma": "gain", "bias": "shift", "beta": "shift"}
-_MASKED = "n_src=num_speakers n_filters=num_filters kernel_size=kernel_size stride=stride "
-_MASKED += "n_repeats=num_repeats mask_act=mask_activation "
-_FREE: Node = {"fb_name": ("free", "FreeFB"), "norm_type": ("gLN",), "bidirectional": (True,)}
-_FREE |= {"padding": (0,), "output_padding": (0,), "who_is_pinv": (None,), "causal": (False,)}
-_FREE |= {"mask_act": ("relu", "sigmoid"), "rnn_type": ("LSTM",), "num_layers": (1,)}
-_FREE |= {"use_mulcat": (False,), "ff_activation": ("relu",)}
-_DUAL = _MASKED + "bn_chan=num_bottleneck chunk_size=chunk_size "
-_TCNS = "bn_chan=num_bottleneck hid_chan=num_hidden skip_chan=num_skip n_blocks=num_blocks "
-ASTEROID = {  # class -> our module and class, our names of its sizes, its encoder's activations
-    "ConvTasNet": (
-        "conv_tasnet.ConvTasNet",
-        f"{_MASKED} {_TCNS} conv_kernel_size=num_taps",
-        (None, "linear"),
-    ),
-    "DPRNNTasNet": ("dprnn.DPRNN", f"{_DUAL} hid_size=num_hidden", (None, "linear")),
-    "DPTNet": (
-        "dptnet.DPTNet",
-        f"{_MASKED} chunk_size=chunk_size n_heads=num_heads ff_hid=num_hidden",
-        ("relu",),
-    ),
-}
 
 
-def convert(state: Mapping[str, Tensor], table: str) -> State:
+def convert(state: Mapping[str, Tensor], table: Mapping[str, str]) -> State:
     """A published model's tensors by our names; CheckpointError for one without a rule."""
     halves: dict[str, dict[str, Tensor]] = {}
     rules = []
-    for theirs, ours in _table(table).items():
+    for theirs, ours in table.items():
         pattern = re.escape(theirs).replace("%", r"(\d+)").replace("@", "(intra|inter)")
         rules.append((re.compile(pattern + r"(?:[._](\w+))?"), ours))
     for theirs, tensor in state.items():
@@ -154,7 +87,7 @@ def _state(path: str, value: Any) -> State:
     return dict(value)
 
 
-def read_asteroid(path: str, given: Node) -> tuple[Node, State, str]:
+def read_asteroid(path: str, given: Node) -> tuple[Node, State, dict[str, str]]:
     """Our config, their tensors and the rules for them, of what Asteroid's `serialize` saved."""
     if os.path.isdir(path):
         files = [one for end in ("pth", "bin") for one in glob.glob(f"{glob.escape(path)}/*.{end}")]
@@ -166,13 +99,14 @@ def read_asteroid(path: str, given: Node) -> tuple[Node, State, str]:
         what = "a model of Asteroid has model_name, model_args and state_dict (best_model.pth)"
         raise CheckpointError(f"{path}: {what}, not a Lightning checkpoint")
     name, args = saved.get("model_name"), dict(saved["model_args"])
-    if not isinstance(name, str) or name not in ASTEROID:
-        raise CheckpointError(f"{path}: model_name={name!r}: we have {', '.join(ASTEROID)}")
-    target, sizes, activations = ASTEROID[name]
-    names, chunk = _table(sizes), args.get("chunk_size")
-    allowed = _FREE | dict.fromkeys(("in_chan", "out_chan"), (None, args.get("n_filters")))
+    if not isinstance(name, str) or name not in TABLES["asteroid"]:
+        known = ", ".join(TABLES["asteroid"])
+        raise CheckpointError(f"{path}: model_name={name!r}: we have {known}")
+    kind, chunk = TABLES["asteroid"][name], args.get("chunk_size")
+    target, names = kind["target"], kind["sizes"]
+    allowed = dict.fromkeys(("in_chan", "out_chan"), (None, args.get("n_filters")))
     allowed |= {"hop_size": (None, chunk // 2 if isinstance(chunk, int) else None)}
-    allowed |= {"encoder_activation": activations}
+    allowed |= TABLES["values"] | {"encoder_activation": kind["activations"]}
     check_values(path, args, allowed, {*names, "sample_rate", "dropout"} - {"mask_act"})
     if not args.get("skip_chan", 1):
         raise CheckpointError(f"{path}: skip_chan={args['skip_chan']} cannot be mapped")
@@ -185,7 +119,7 @@ def read_asteroid(path: str, given: Node) -> tuple[Node, State, str]:
     return node, _state(path, saved.get("state_dict")), RULES[target.partition(".")[0]]
 
 
-def read_torchaudio(path: str, given: Node) -> tuple[Node, State, str]:
+def read_torchaudio(path: str, given: Node) -> tuple[Node, State, dict[str, str]]:
     """The same of torchaudio's ConvTasNet, whose state_dict shows all sizes but three."""
     state, layers = _state(path, read_tensors(path)), "mask_generator.conv_layers."
     try:
@@ -229,12 +163,9 @@ def _keep_tag(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
 
 _TaggedLoader.add_multi_constructor("!", _keep_tag)
 _KINDS = "speechbrain.lobes.models.dual_path"
-_BLOCK: Node = {"use_positional_encoding": (True,), "norm_before": (True,)}
-_BLOCK |= {"activation": ("relu",), "attention_type": ("regularMHA",)}
-_BLOCK |= dict.fromkeys(("kdim", "vdim", "input_shape"), (None,))
 
 
-def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, str]:
+def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, dict[str, str]]:
     """The same of a folder of SpeechBrain: hyperparams.yaml, encoder, masknet and decoder.ckpt."""
     path = storage.join(folder, "hyperparams.yaml")
     try:
@@ -251,37 +182,28 @@ def read_speechbrain(folder: str, given: Node) -> tuple[Node, State, str]:
             raise CheckpointError(f"{path}: write the value of {one} instead")
         return one
 
-    def part(one: Any, kind: str, sizes: str, allowed: Node, **defaults: Any) -> Node:
-        found = value(one)
+    def part(one: Any, kind: str, **computed: Any) -> Node:
+        """The arguments of a module; those that follow from others must have `computed` values."""
+        found, known = value(one), TABLES["speechbrain"][kind]
         tag = found.get("!", "") if isinstance(found, dict) else found
         if tag != f"new:{_KINDS}.{kind}":
             raise CheckpointError(f"{path}: {tag!r} cannot be mapped: a {_KINDS}.{kind} is wanted")
-        args = defaults | {key: value(inner) for key, inner in found.items() if key != "!"}
+        own = {key: value(inner) for key, inner in found.items() if key != "!"}
+        args = known["defaults"] | own
         plain = {key: inner for key, inner in args.items() if key not in paths}
-        check_values(f"{path}: {kind}", plain, allowed, sizes.split())
+        allowed = known["values"] | {key: (inner,) for key, inner in computed.items()}
+        check_values(f"{path}: {kind}", plain, allowed, known["sizes"])
         return args
 
     modules, paths = value(modules), ("intra_model", "inter_model")
     modules = modules if isinstance(modules, dict) else {}
-    sizes = "out_channels kernel_size"
-    encoder = part(modules.get("encoder"), "Encoder", sizes, {"in_channels": (1,)})
+    encoder = part(modules.get("encoder"), "Encoder")
     width, kernel = encoder.get("out_channels", 64), encoder.get("kernel_size", 2)
     stride = kernel // 2 if isinstance(kernel, int) else None
-    net = {"norm": ("ln", "gln"), "skip_around_intra": (True,), "use_global_pos_enc": (False,)}
-    net |= {"linear_layer_after_inter_intra": (False,), "in_channels": (width,)}
-    net["out_channels"] = (width,)
-    unset: Node = {"linear_layer_after_inter_intra": True}
-    sizes = "num_spks num_layers K max_length"
-    masknet = part(modules.get("masknet"), "Dual_Path_Model", sizes, net, **unset)
-    ends: Node = {"in_channels": (width,), "out_channels": (1,), "kernel_size": (kernel,)}
-    ends |= {"bias": (False,), "stride": (stride,)}
-    part(modules.get("decoder"), "Decoder", "", ends, bias=True, stride=1)
-    block = _BLOCK | {"d_model": (width,)}
-    unset = {"use_positional_encoding": False, "norm_before": False, "d_ffn": 2048}
-    sizes = "num_layers nhead d_ffn dropout"
-    intra, inter = (
-        part(masknet.get(one), "SBTransformerBlock", sizes, block, **unset) for one in paths
-    )
+    widths = {"in_channels": width, "out_channels": width}
+    masknet = part(modules.get("masknet"), "Dual_Path_Model", **widths)
+    part(modules.get("decoder"), "Decoder", in_channels=width, kernel_size=kernel, stride=stride)
+    intra, inter = (part(masknet.get(one), "SBTransformerBlock", d_model=width) for one in paths)
     same = {key: (intra.get(key),) for key in ("num_layers", "nhead", "d_ffn")}
     check_values(f"{path}: inter_model", {key: inter.get(key) for key in same}, same)
     node: Node = {"_target_": "sepdist.models.sepformer.SepFormer", "padding": "none"}

@@ -30,7 +30,7 @@ from sepdist.data.members import DataError
 from sepdist.data.records import Batch
 from sepdist.data.shards import Manifest, read_index
 from sepdist.inference.export import Export, load_export
-from sepdist.metrics.selection import speakers_of
+from sepdist.objectives.contract import speakers_of
 from sepdist.reporting import to_csv, to_json
 
 NO_LIMIT_SECONDS = 1e6

@@ -152,20 +152,18 @@ class Separator:
                 depth = subtype or ("PCM_24" if sound.subtype in DEEP else "")
                 done = Separation([], sound.frames, sound.samplerate, [], 1.0, notes, depth)
                 options = (output_folder, file_format, subtype, channels, sound.channels, name)
-                gains, peaks = dict[int, np.ndarray](), []
+                found = dict[int, tuple[np.ndarray, float]]()  # gains and peak
                 for channel in check_options(*options):
                     blocks = _read_blocks(sound, name, channel, progress)
-                    gains[channel], peak = self._channel(blocks, name, channel, work, done)
-                    peaks.append(peak)
-            done.settle(peaks, name)
-            for channel, of_channel in gains.items():
+                    found[channel] = self._channel(blocks, name, channel, work, done)
+            done.settle([peak for _, peak in found.values()], name)
+            for channel, (gains, _) in found.items():
                 own = (stem or PurePosixPath(name).stem) + f"_c{channel}" * (channels == "each")
-                names = ["-"] if piped else output_names(own, len(of_channel), file_format)
-                paths = [work / f"{channel}-{one}.{file_format}" for one in range(len(names))]
-                _write_audio(paths, work / f"{channel}.f32", of_channel * done.scale, done)
-                files |= zip(paths, names, strict=True)
-            if not piped:
-                files = {path: storage.join(local or output_folder, files[path]) for path in files}
+                names = output_names(own, len(gains), file_format)
+                urls = ["-"] if piped else [storage.join(local or output_folder, n) for n in names]
+                paths = [work / f"{channel}-{one}.{file_format}" for one in range(len(urls))]
+                _write_audio(paths, work / f"{channel}.f32", gains * done.scale, done)
+                files |= zip(paths, urls, strict=True)
             if local and os.path.realpath(recording) in map(os.path.realpath, files.values()):
                 raise SeparationError(f"{name}: an output would replace it: use another folder")
             _publish(files, work)

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,13 @@ def has_compiler() -> bool:
             return True
     logger.warning("%s: models run uncompiled, about half as fast", reason)
     return False
+
+
+def keep_compiled(cache_dir: str) -> None:
+    """Have torch keep compiled models below `cache_dir`, apart by kind of CPU, from run to run."""
+    kind = f"{zlib.crc32(repr(sorted(torch.cpu.get_capabilities().items())).encode()):08x}"
+    folder = os.path.join(os.path.expanduser(cache_dir), "inductor", kind)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepdist.models.frames import check_sizes, num_frames
+from sepdist.models.frames import check_counts, num_frames
 
 
 class ContextModel(nn.Module):
@@ -43,15 +43,7 @@ class ContextModel(nn.Module):
             raise ValueError(f"{type(separator).__name__} has no features for a context network")
         if getattr(separator, "padding", "end") != "end":
             raise ValueError(f"separator.padding={separator.padding!r}: choose end under a context")
-        check_sizes(
-            *(1, kernel_size, stride),
-            num_targets=num_targets,
-            num_groups=num_groups,
-            num_hidden=num_hidden,
-            num_heads=num_heads,
-            num_feedforward=num_feedforward,
-            num_layers=num_layers,
-        )
+        check_counts(locals())
         for name, size in (("kernel_size", kernel_size), ("num_position_taps", num_position_taps)):
             if size % 2 == 0:
                 raise ValueError(f"{name}={size}: must be odd, so that frames keep their places")

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from sepdist.models.causal import CausalConvBlock, Past, Streamer, cumulative_norm
 from sepdist.models.conv_block import ConvBlock, compiled_if, init_uniform
 from sepdist.models.dual_path import global_norm
-from sepdist.models.frames import MASKS, check_sizes, check_variant, decode, encode, init_filterbank
+from sepdist.models.frames import (
+    MASKS,
+    check_counts,
+    check_sizes,
+    check_variant,
+    decode,
+    encode,
+    init_filterbank,
+)
 
 
 def apply_masks(masks_BNSF: Tensor, encoded_BNF: Tensor, activation: str = "relu") -> Tensor:
@@ -78,15 +86,8 @@ class ConvTasNet(nn.Module):
         mask_activation: str = "relu",
     ) -> None:
         super().__init__()
-        check_sizes(
-            *(num_speakers, kernel_size, stride),
-            num_filters=num_filters,
-            num_bottleneck=num_bottleneck,
-            num_hidden=num_hidden,
-            num_skip=num_skip,
-            num_blocks=num_blocks,
-            num_repeats=num_repeats,
-        )
+        check_counts(locals())
+        check_sizes(kernel_size, stride)
         check_variant(padding, mask_activation)
         self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.num_filters, self.num_skip = num_speakers, num_filters, num_skip

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from sepdist.models.attention import Attention
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, swapped
-from sepdist.models.frames import MASKS, check_sizes, check_variant, decode, encode, init_filterbank
+from sepdist.models.frames import (
+    MASKS,
+    check_counts,
+    check_sizes,
+    check_variant,
+    decode,
+    encode,
+    init_filterbank,
+)
 
 
 class PathTransformer(nn.Module):
@@ -67,13 +75,8 @@ class DPTNet(nn.Module):
         mask_activation: str = "relu",
     ) -> None:
         super().__init__()
-        check_sizes(
-            *(num_speakers, kernel_size, stride, chunk_size),
-            num_filters=num_filters,
-            num_heads=num_heads,
-            num_hidden=num_hidden,
-            num_repeats=num_repeats,
-        )
+        check_counts(locals())
+        check_sizes(kernel_size, stride, chunk_size)
         check_variant(padding, mask_activation)
         self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.chunk_size = num_speakers, chunk_size

@@ -4,6 +4,7 @@ Shapes: B batch, S speakers, T samples, N frames, F features.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,13 +81,15 @@ def standardise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-10)
 
 
-def check_sizes(
-    num_speakers: int, kernel_size: int, stride: int, chunk_size: int = 2, **others: int
-) -> None:
+def check_counts(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for a count, num_*, below 1; `arguments` are the locals of a constructor."""
+    for name, value in arguments.items():
+        if name.startswith("num_") and value < 1:
+            raise ValueError(f"{name}={value}: choose at least 1")
+
+
+def check_sizes(kernel_size: int, stride: int, chunk_size: int = 2) -> None:
     """Raise ValueError for sizes that no mask network can have."""
-    for name, size in {"num_speakers": num_speakers, **others}.items():
-        if size < 1:
-            raise ValueError(f"{name}={size}: choose at least 1")
     if not 1 <= stride <= kernel_size:
         raise ValueError(
             f"stride={stride} with kernel_size={kernel_size}: choose 1 <= stride <= kernel_size"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sepdist.models.attention import Attention, sinusoids
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import merge, run_lstm, segment, split, swapped
-from sepdist.models.frames import check_sizes, decode, encode, widen
+from sepdist.models.frames import check_counts, check_sizes, decode, encode, widen
 
 
 class LocalRecurrence(nn.Module):
@@ -85,14 +85,8 @@ class Sandglasset(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        check_sizes(
-            *(num_speakers, kernel_size, stride, chunk_size),
-            num_filters=num_filters,
-            num_features=num_features,
-            num_blocks=num_blocks,
-            num_hidden=num_hidden,
-            num_heads=num_heads,
-        )
+        check_counts(locals())
+        check_sizes(kernel_size, stride, chunk_size)
         coarsest = 4 ** ((num_blocks - 1) // 2)
         if chunk_size % coarsest:
             given = f"chunk_size={chunk_size} with num_blocks={num_blocks}"

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sepdist.models.attention import Attention, sinusoids
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, segment, split, swapped
-from sepdist.models.frames import check_sizes, check_variant, decode, encode, widen
+from sepdist.models.frames import check_counts, check_sizes, check_variant, decode, encode, widen
 
 NORM_EPS = 1e-6
 
@@ -87,14 +87,8 @@ class SepFormer(nn.Module):
         padding: str = "end",
     ) -> None:
         super().__init__()
-        check_sizes(
-            *(num_speakers, kernel_size, stride, chunk_size),
-            num_filters=num_filters,
-            num_blocks=num_blocks,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_hidden=num_hidden,
-        )
+        check_counts(locals())
+        check_sizes(kernel_size, stride, chunk_size)
         check_variant(padding)
         self.padding = padding
         self.num_speakers, self.chunk_size = num_speakers, chunk_size

@@ -30,7 +30,7 @@ class Spectra(nn.Module):
         self, num_speakers: int, num_features: int, fft_size: int, stride: int, padding: str
     ) -> None:
         super().__init__()
-        check_sizes(num_speakers, fft_size, stride, fft_size)
+        check_sizes(fft_size, stride, fft_size)
         if 2 * stride > fft_size:
             raise ValueError(f"stride={stride} with fft_size={fft_size}: choose at most half of it")
         if padding not in ("end", "none"):

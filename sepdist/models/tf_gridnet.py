@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import run_lstm, swapped
-from sepdist.models.frames import check_sizes, widen
+from sepdist.models.frames import check_counts, check_sizes, widen
 from sepdist.models.spectra import NORM_EPS, Spectra, init_xavier
 
 
@@ -110,14 +110,8 @@ class TFGridNet(nn.Module):
         padding: str = "end",
     ) -> None:
         super().__init__()
-        check_sizes(
-            *(num_speakers, kernel_size, kernel_stride),
-            num_layers=num_layers,
-            num_features=num_features,
-            num_hidden=num_hidden,
-            num_heads=num_heads,
-            num_keys=num_keys,
-        )
+        check_counts(locals())
+        check_sizes(kernel_size, kernel_stride)
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
         self.min_length, self.stride = self.spectra.least, stride
         sizes = (num_features, num_hidden, kernel_size, kernel_stride)

@@ -16,7 +16,7 @@ from torch.linalg import vector_norm
 from sepdist.models.attention import Attention
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import swapped
-from sepdist.models.frames import check_sizes, widen
+from sepdist.models.frames import check_counts, check_sizes, widen
 from sepdist.models.spectra import NORM_EPS, Spectra, init_xavier
 
 NUM_GROUPS = 4  # of every published size
@@ -106,13 +106,8 @@ class TFLocoformer(nn.Module):
         padding: str = "end",
     ) -> None:
         super().__init__()
-        check_sizes(
-            *(num_speakers, kernel_size, kernel_stride),
-            num_layers=num_layers,
-            num_features=num_features,
-            num_heads=num_heads,
-            num_hidden=num_hidden,
-        )
+        check_counts(locals())
+        check_sizes(kernel_size, kernel_stride)
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
         self.min_length, self.stride = self.spectra.least, stride
         sizes = (num_features, num_heads, num_hidden, kernel_size, kernel_stride)

@@ -1,4 +1,7 @@
-"""The contract between training and an objective: a call, hooks with defaults, and checks."""
+"""The contract between training and an objective: a call, hooks with defaults, and checks.
+
+Shapes: B batch, M outputs of a model, S speakers, T samples.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from sepdist.data.records import Batch
 
 Metrics = dict[str, Tensor]
-# Hooks that an export keeps in its model.yaml, as arguments of `metrics.selection.speakers_of`.
+# Hooks that an export keeps in its model.yaml, as arguments of `speakers_of`.
 OUTPUT_RULES = ("num_extra_outputs", "num_loudest")
 
 
@@ -81,6 +84,20 @@ def is_mean_of_items(objective: Any) -> bool:
         if "__call__" in scope:
             break
     return False
+
+
+def speakers_of(estimates_BMT: Tensor, num_extra_outputs: int = 0, num_loudest: int = 0) -> Tensor:
+    """Drop the last `num_extra_outputs` and keep the `num_loudest` others (0: all), [B, S, T].
+
+    Loudness is energy over the whole signal; the first of equals are kept, the order unchanged.
+    """
+    kept_BST = estimates_BMT[:, : estimates_BMT.shape[1] - num_extra_outputs]
+    if not num_loudest:
+        return kept_BST
+    energy_BM = kept_BST.detach().double().square().sum(-1)
+    ranked_BM = energy_BM.argsort(dim=1, descending=True, stable=True)
+    chosen_BS = ranked_BM[:, :num_loudest].sort(dim=1).values
+    return torch.take_along_dim(kept_BST, chosen_BS.unsqueeze(-1), dim=1)
 
 
 def sources_of(batch: Batch) -> Tensor:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from sepdist.data.records import MAIN, Batch
 from sepdist.metrics.permutation import best_permutation
-from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import mean_audible, pairwise_si_snr, silent_sources
-from sepdist.objectives.contract import Metrics, check_data_set, measured, sources_of
+from sepdist.objectives.contract import Metrics, check_data_set, measured, sources_of, speakers_of
 from sepdist.objectives.separation import report, unscored
 
 

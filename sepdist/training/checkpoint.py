@@ -130,10 +130,7 @@ class Checkpointer:
         """Write a snapshot in the background after the one before; commit it after `after`.
 
         While storage fails it does not wait, but takes the place of one that does, so that there
-        are never more than two.
-
-        Raises:
-            StorageError: nothing could be written for `patience_seconds`.
+        are never more than two. StorageError if nothing could be written for `patience_seconds`.
         """
         self.settle()
         with self._lock:
@@ -149,8 +146,7 @@ class Checkpointer:
     def settle(self, *, also_failing: bool = False) -> None:
         """Wait until the snapshots are committed or have failed, or while storage does not fail.
 
-        Raises:
-            StorageError: nothing could be written for `patience_seconds`.
+        StorageError if nothing could be written for `patience_seconds`.
         """
         while self._pending and not self._pending.done():
             if storage.failing() and not also_failing:
@@ -296,11 +292,9 @@ def _digest(commit: Mapping[str, Any]) -> str:
 
 
 def parse_commit(url: str) -> Committed:
-    """Read the COMMIT of a folder.
+    """Read the COMMIT of a folder; CheckpointError if it is damaged or of a later sepdist.
 
-    Raises:
-        CheckpointError: it is damaged or of a later sepdist.
-        FileNotFoundError: there is none, or the folder is being removed.
+    FileNotFoundError if there is none, or the folder is being removed.
     """
     with _unreadable_is_damage():
         raw = storage.read_bytes(storage.join(url, COMMIT))
@@ -350,17 +344,14 @@ def _scan(folder: str) -> tuple[list[Committed], list[str], list[CheckpointError
             continue  # not ours
         url = storage.join(folder, name)
         try:
-            one = _read_commit(url)
+            if one := _read_commit(url):
+                committed.append(one)
+            else:
+                unfinished.append(url)
         except CheckpointError as error:
             logger.warning("%s; the checkpoint is ignored", error)
             damaged.append(error)
-            one = None
-            if not isinstance(error, TornError):
-                continue
-        if one is None:
-            unfinished.append(url)
-        else:
-            committed.append(one)
+            unfinished += [url] * isinstance(error, TornError)
     return sorted(committed, key=lambda one: (one.step, one.url)), unfinished, damaged
 
 
@@ -406,8 +397,7 @@ def _check(one: Committed) -> None:
 def load_newest(run_dir: str) -> Snapshot | None:
     """Load the newest undamaged checkpoint of a run; None if it has no checkpoints.
 
-    Raises:
-        CheckpointError: there are checkpoints, but all are damaged.
+    CheckpointError if there are checkpoints, but all are damaged.
     """
     folder = storage.join(run_dir, "checkpoints")
     problems: dict[str, CheckpointError] = {}
@@ -420,12 +410,11 @@ def load_newest(run_dir: str) -> Snapshot | None:
             break
         try:
             snapshot = _load(left[-1])
+            logger.info("resuming from %s", snapshot.url)
+            return snapshot
         except CheckpointError as error:
             logger.warning("%s; falling back to the newest of the others", error)
             problems[left[-1].url] = error
-            continue
-        logger.info("resuming from %s", snapshot.url)
-        return snapshot
     damaged += [problems[one.url] for one in committed]
     if damaged:
         raise CheckpointError(

@@ -9,10 +9,9 @@ from dataclasses import asdict
 from torch import nn
 
 from sepdist import storage
-from sepdist.config import TrainConfig
+from sepdist.config import TrainConfig, leaves
 from sepdist.data.stream import Feed
 from sepdist.reporting import Reporter
-from sepdist.training.handoff import leaves
 
 COMPARED = ("model", "objective", "engine", "optim", "data", "schedule", "init", "training")
 

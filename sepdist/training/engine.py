@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,12 @@ from sepdist.training.reduction import TreeSum, reduce_canonically
 from sepdist.training.world import World, choose_kernels, sum_over_world, to_host
 
 Results = list[tuple[Tensor, Metrics]]  # loss and metrics of batches
+CHOICES: dict[str, tuple] = {
+    "zero_stage": (0, 1, 2, 3),
+    "precision": ("fp32", "bf16"),
+    "reduction": ("canonical", "native"),
+}
+LEAST = {"clip_norm": 0, "merge_shards": 0, "bucket_elements": 1}
 
 
 @dataclass
@@ -93,15 +99,7 @@ class DeepSpeedEngine:
 
     def __post_init__(self) -> None:
         world, num_shards = self.world, self.num_virtual_shards
-        check_engine_options(
-            self.zero_stage,
-            self.precision,
-            self.reduction,
-            num_shards,
-            world.size,
-            self.cuda_graphs,
-            self.checkpoint_activations,
-        )
+        check_engine_options(vars(self), num_shards, world.size)
         self.on_device = world.device.type != "cpu"
         if self.precision == "bf16" and not self.on_device and not self.allow_slow_bf16:
             refuse_slow_bf16()
@@ -438,22 +436,18 @@ def refuse_slow_bf16() -> None:
 
 
 def check_engine_options(
-    zero_stage: int,
-    precision: str,
-    reduction: str,
-    num_virtual_shards: int,
-    world_size: int,
-    cuda_graphs: bool = False,
-    checkpoint_activations: bool = False,
+    given: Mapping[str, Any], num_virtual_shards: int, world_size: int
 ) -> None:
-    """Raise ConfigError for combinations that cannot work."""
-    for name, value, choices in (
-        ("zero_stage", zero_stage, (0, 1, 2, 3)),
-        ("precision", precision, ("fp32", "bf16")),
-        ("reduction", reduction, ("canonical", "native")),
-    ):
-        if value not in choices:
-            raise ConfigError(f"engine.{name}={value!r}: choose one of {choices}")
+    """Raise ConfigError for combinations that cannot work; what is not given has its default."""
+    names = ("zero_stage", "precision", "reduction", "cuda_graphs", "checkpoint_activations")
+    options = {name: given.get(name, getattr(DeepSpeedEngine, name)) for name in names}
+    for name, choices in CHOICES.items():
+        if options[name] not in choices:
+            raise ConfigError(f"engine.{name}={options[name]!r}: choose one of {choices}")
+    for name, least in LEAST.items():
+        if (value := given.get(name, least)) < least:
+            raise ConfigError(f"engine.{name}={value}: it is at least {least}")
+    zero_stage, _, reduction, cuda_graphs, checkpoint_activations = options.values()
     if world_size > num_virtual_shards:
         raise ConfigError(
             f"{world_size} workers for data.num_virtual_shards={num_virtual_shards}: start at most "

@@ -6,23 +6,17 @@ A model.yaml says which class to build, and how. It is read as plain values of b
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
 from sepdist import hub, slots, storage
-from sepdist.config import ConfigError, InitConfig, parse_plain
+from sepdist.config import ConfigError, InitConfig, leaves, parse_plain
 from sepdist.objectives.contract import OUTPUT_RULES
-from sepdist.training.checkpoint import (
-    COMMIT,
-    CheckpointError,
-    best_of,
-    find_committed,
-    parse_commit,
-    read_file,
-)
+from sepdist.training import checkpoint
+from sepdist.training.checkpoint import CheckpointError, read_file
 
 MAX_BYTES = 2**16  # of a model.yaml
 MAX_NUMBER = 1_000_000  # a size in a model.yaml; larger ones exhaust the memory before weights do
@@ -95,18 +89,18 @@ def find_export(url: str) -> str:
     url = hub.local(url)
     if storage.exists(storage.join(url, "model.safetensors")):
         return url
-    committed = find_committed(storage.join(url, "checkpoints"))
+    committed = checkpoint.find_committed(storage.join(url, "checkpoints"))
     if not committed:
         what = "neither a folder with model.safetensors nor a run_dir with a checkpoint"
         raise CheckpointError(f"{url}: {what}")
-    return (best_of(committed) or committed[-1]).url
+    return (checkpoint.best_of(committed) or committed[-1]).url
 
 
 def read_export(url: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], str]:
     """Return weights, model.yaml, lineage and folder of an export, checked if it has a COMMIT."""
     folder = find_export(url)
     names = storage.list_names(folder)
-    one = parse_commit(folder) if COMMIT in names else None
+    one = checkpoint.parse_commit(folder) if checkpoint.COMMIT in names else None
     in_run = re.search(r"/checkpoints/step-[^/]*$", storage.absolute(folder))
     if one is None and (in_run or {"state.json", "optimizer.safetensors"} & set(names)):
         why = "was never finished or is being removed; take another one of its run"
@@ -150,16 +144,6 @@ def parse_card(data: bytes, folder: str) -> dict[str, Any]:
         if isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
             raise CheckpointError(f"{url}: {name}={value} is not between +-{MAX_NUMBER}")
     return card
-
-
-def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Every plain value with its dotted name."""
-    if isinstance(value, Mapping | list):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, inner in items:
-            yield from leaves(inner, f"{name}.{key}")
-    else:
-        yield name, value
 
 
 def parse_lineage(data: bytes, folder: str) -> dict[str, Any]:

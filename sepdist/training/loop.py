@@ -20,7 +20,7 @@ from sepdist.config import TrainConfig
 from sepdist.console import Stopped, signals_to, user_console
 from sepdist.data.records import MAIN, Batch, on_device
 from sepdist.data.stream import TrainStream
-from sepdist.metrics.switching import SwitchTracker
+from sepdist.models.compiling import keep_compiled
 from sepdist.reporting import Reporter
 from sepdist.training.checkpoint import collect_orphans
 from sepdist.training.datasets import open_datasets, open_stream
@@ -34,13 +34,7 @@ from sepdist.training.state import RunState
 from sepdist.training.stopping import StopRequest
 from sepdist.training.validation import listen, validate
 from sepdist.training.watchdog import Watchdog
-from sepdist.training.world import (
-    World,
-    broadcast_object,
-    gather_to_main,
-    join_world,
-    keep_compiled,
-)
+from sepdist.training.world import World, broadcast_object, gather_to_main, join_world
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +122,7 @@ def train(
                 state.ledger.record(number, APPLIED if result.applied else SKIPPED, own)
                 state.guard.observe(number, result.grad_norm, result.applied)
                 positions = range(number * global_batch, (number + 1) * global_batch)
-                log(track_switches(state.switches, own, result, stream, positions, world))
+                log(track_switches(state, own, result, stream, positions))
                 meter.add(result)
             unread = [] if results else unread
             watchdog.beat()
@@ -184,12 +178,7 @@ def train(
 
 
 def track_switches(
-    switches: SwitchTracker,
-    batches: list[Batch],
-    result: StepResult,
-    stream: TrainStream,
-    positions: range,
-    world: World,
+    state: RunState, batches: list[Batch], result: StepResult, stream: TrainStream, positions: range
 ) -> dict[str, float]:
     """Record the label assignments of a step; the main rank gets the rate if an epoch ended.
 
@@ -208,11 +197,10 @@ def track_switches(
     last = stream.main_epoch(positions.stop)
     for epoch in range(stream.main_epoch(positions.start), last + 1):
         mine = [item for item_epoch, *item in items if item_epoch == epoch]
-        switches.update(*zip(*mine, strict=True)) if mine else None
+        state.switches.update(*zip(*mine, strict=True)) if mine else None
         if epoch < last:
-            switches.add(gather_to_main(switches.take(), world))
-            rate = switches.end_epoch()
-            if rate is not None:
+            state.switches.add(gather_to_main(state.switches.take(), state.engine.world))
+            if (rate := state.switches.end_epoch()) is not None:
                 rates = {"switching/rate": rate, "switching/epoch": float(epoch)}
     return rates
 

@@ -93,19 +93,13 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
 def _check_engine(cfg: TrainConfig) -> None:
     """Refuse engine options that do not work, at every world size that an elastic run may have."""
     slots.bind("engine", cfg.engine, **dict.fromkeys(ENGINE_GETS))
-    options, num_shards = cfg.engine, cfg.data.num_virtual_shards
-    for name, least in (("clip_norm", 0), ("merge_shards", 0), ("bucket_elements", 1)):
-        if options.get(name, least) < least:
-            raise ConfigError(f"engine.{name}={options[name]}: it is at least {least}")
     fewest, most = config.worker_range(cfg.cluster)
-    stage, precision = options.get("zero_stage", 0), options.get("precision", "fp32")
-    reduction = options.get("reduction", "canonical")
-    more = [options.get(name, False) for name in ("cuda_graphs", "checkpoint_activations")]
     for world_size in (most, *range(fewest, most)):
-        check_engine_options(stage, precision, reduction, num_shards, world_size, *more)
+        check_engine_options(cfg.engine, cfg.data.num_virtual_shards, world_size)
     elsewhere = cfg.cluster.address or os.environ.get("RAY_ADDRESS")  # then workers check their CPU
     on_this_cpu = not cfg.cluster.use_gpu and not elsewhere
-    if precision == "bf16" and on_this_cpu and not options.get("allow_slow_bf16"):
+    slow = cfg.engine.get("precision") == "bf16" and not cfg.engine.get("allow_slow_bf16")
+    if slow and on_this_cpu:
         refuse_slow_bf16()
 
 

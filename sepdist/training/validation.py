@@ -8,9 +8,8 @@ from torch import Tensor
 from sepdist.config import ValidationConfig
 from sepdist.data.dataset import Dataset
 from sepdist.metrics.permutation import best_permutation, reorder
-from sepdist.metrics.selection import speakers_of
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
-from sepdist.objectives.contract import OUTPUT_RULES, Objective, mean_of
+from sepdist.objectives.contract import OUTPUT_RULES, Objective, mean_of, speakers_of
 from sepdist.reporting import LISTEN, Reporter
 from sepdist.training.engine import Engine
 from sepdist.training.world import World, sum_over_world

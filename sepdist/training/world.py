@@ -1,7 +1,6 @@
 """The workers of a run: this process's rank and device, and small collective operations."""
 
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,13 +56,6 @@ def choose_kernels(tf32: bool, determinism: bool) -> None:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         for attention in ("flash", "mem_efficient", "cudnn"):
             getattr(torch.backends.cuda, f"enable_{attention}_sdp")(False)
-
-
-def keep_compiled(cache_dir: str) -> None:
-    """Have torch keep compiled models below `cache_dir`, apart by kind of CPU, from run to run."""
-    kind = f"{zlib.crc32(repr(sorted(torch.cpu.get_capabilities().items())).encode()):08x}"
-    folder = os.path.join(os.path.expanduser(cache_dir), "inductor", kind)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 
 def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:

@@ -15,9 +15,10 @@ from sepdist.corpora.wham import Wham
 from sepdist.corpora.wsj0_mix import Wsj0Mix
 from sepdist.data.dataset import Dataset
 from sepdist.data.members import DataError
-from sepdist.data.shards import verify, write_manifest, write_shard
+from sepdist.data.shards import verify, write_manifest
 from tests.corpora.conftest import signal, write
 from tests.support.libricss import meeting_name, write_meeting
+from tests.support.shard_sets import write_shard
 
 SPLIT = "train-clean-100"
 HEADER = (

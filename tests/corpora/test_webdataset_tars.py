@@ -20,6 +20,7 @@ from sepdist.data import shards
 from sepdist.data.members import DataError
 from sepdist.data.records import Mixture, Utterance
 from sepdist.data.sharding import write_data_set
+from tests.support.shard_sets import write_shard
 
 RATE = 8000
 NODE = {"_target_": "sepdist.corpora.webdataset_tars.WebdatasetTars"}
@@ -211,7 +212,7 @@ def test_what_is_no_tar_of_samples_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no sample has a \.flac; .*\.spk1\.wav \(1\)"):
         list(WebdatasetTars(str(path), {"s1": "flac"}).records("any"))
     with pytest.raises(DataError, match="its members are voice; give s1, s2"):
-        shards.write_shard(
+        write_shard(
             list(WebdatasetTars(str(path), {"voice": "spk1.wav"}).records("x")), tmp_path, "x.tar"
         )
     with pytest.raises(FileNotFoundError, match=r"absent-1\.tar: no such file"):

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from sepdist import storage
-from sepdist.data import shards
 from sepdist.data.cache import ShardCache, _locked
 from sepdist.data.members import DataError
 from sepdist.data.shards import Manifest, read_index, read_manifest, read_sample
 from tests.support import toy
 from tests.support.s3server import FaultyProxy, S3Server
+from tests.support.shard_sets import write_shard
 
 SIZES = (3, 3, 3, 3)
 Opener = Callable[..., ShardCache]
@@ -393,7 +393,7 @@ def other_gains(folder: Path, manifest: Manifest) -> bytes:
     for number in range(1, 4):
         waves = {name: toy.as_float(x) / 2 for name, x in toy.members(number).items()}
         records.append(replace(toy.record(number, ("s1", "s2", "noise")), load=lambda w=waves: w))
-    return (folder / shards.write_shard(records, folder, "other.tar").name).read_bytes()
+    return (folder / write_shard(records, folder, "other.tar").name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])

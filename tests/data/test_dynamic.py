@@ -32,6 +32,7 @@ from tests.support.clips import (
     utterances,
     write,
 )
+from tests.support.shard_sets import write_shard
 
 
 def test_a_source_is_its_utterance_at_one_of_the_speeds_and_at_a_level_of_librimix(
@@ -177,7 +178,7 @@ def test_the_first_sources_of_mixtures_can_be_mixed_anew(tmp_path: Path) -> None
         return {"s1": tone(number), "s2": 0.1 * tone(number)}
 
     records = [Mixture(f"u{n}", (f"a{n}", "b"), RATE, partial(members, n)) for n in range(4)]
-    info = shards.write_shard(records, tmp_path, shards.shard_name("toy", "train", 0))
+    info = write_shard(records, tmp_path, shards.shard_name("toy", "train", 0))
     shards.write_manifest(tmp_path, "toy", "train", RATE, [info])
     item = mixing(str(tmp_path), speeds=[1]).item(0, [])
     assert item.speakers == tuple(f"a{number}" for number in utterances(item))

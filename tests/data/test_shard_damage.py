@@ -26,6 +26,7 @@ from tests.support.shard_sets import (
     read,
     waves_of,
     write,
+    write_shard,
 )
 
 
@@ -222,7 +223,7 @@ def test_verify_finds_audio_that_should_never_have_been_stored(
 ) -> None:
     monkeypatch.setattr("sepdist.audio.SILENCE", 0.0)  # a writer that lets silence pass
     quiet = waves_of(1) | {"s1": waves_of(1)["s1"] * np.float32(2.0**-20)}
-    info = shards.write_shard([holding(quiet)], tmp_path, "x.tar")
+    info = write_shard([holding(quiet)], tmp_path, "x.tar")
     shards.write_manifest(tmp_path, "toy", "train", RATE, [info])
     monkeypatch.undo()
     offset = shards.read_index(tmp_path, info)[0].members["s1"][0]
@@ -231,7 +232,7 @@ def test_verify_finds_audio_that_should_never_have_been_stored(
 
 
 def test_a_sample_is_asked_for_what_it_has(tmp_path: Path) -> None:
-    info = shards.write_shard([mixture(0)], tmp_path, "x.tar")
+    info = write_shard([mixture(0)], tmp_path, "x.tar")
     sample = shards.read_index(tmp_path, info)[0]
     with pytest.raises(DataError, match="utt-0: has no s3; it has json, noise, s1, s2"):
         read(tmp_path / "x.tar", sample, ["s1", "s3"])
@@ -244,13 +245,13 @@ def test_a_sample_is_asked_for_what_it_has(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up_while_writing_keeps_the_finished_shards(small_disk: Path) -> None:
-    info = shards.write_shard([mixture(0)], small_disk, "a.tar")
+    info = write_shard([mixture(0)], small_disk, "a.tar")
     before = contents(small_disk)
     message = r"b.tar: No space left on device; free some space"
     with pytest.raises(storage.StorageError, match=message):
-        shards.write_shard([mixture(i) for i in range(1, 60)], small_disk, "b.tar")
+        write_shard([mixture(i) for i in range(1, 60)], small_disk, "b.tar")
     assert contents(small_disk) == before and sorted(os.listdir(small_disk)) == ["a.tar", "index"]
-    assert shards.write_shard([mixture(0)], small_disk, "a.tar") == info
+    assert write_shard([mixture(0)], small_disk, "a.tar") == info
 
 
 def test_a_full_folder_for_temporary_files_is_named(
@@ -262,5 +263,5 @@ def test_a_full_folder_for_temporary_files_is_named(
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     message = r"x.tar \(TMPDIR chooses the folder\): No space left on device"
     with pytest.raises(storage.StorageError, match=message):
-        shards.write_shard([mixture(0)], tmp_path, "x.tar")
+        write_shard([mixture(0)], tmp_path, "x.tar")
     assert not list(tmp_path.iterdir())

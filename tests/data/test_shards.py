@@ -34,6 +34,7 @@ from tests.support.shard_sets import (
     read,
     waves_of,
     write,
+    write_shard,
 )
 
 
@@ -70,7 +71,7 @@ def test_the_tar_carries_no_time_no_owner_and_sorted_members(tmp_path: Path) -> 
 def test_the_tar_has_the_bytes_that_tarfile_writes_alone(tmp_path: Path) -> None:
     """USTAR in records of 10 KiB, also for an id that is not ASCII; every version wrote this."""
     records = [mixture(0), mixture(1, id="år-1")]
-    info = shards.write_shard(records, tmp_path, "x.tar")
+    info = write_shard(records, tmp_path, "x.tar")
     expected = io.BytesIO()
     with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for record in records:
@@ -177,10 +178,10 @@ def test_threads_share_one_open_shard(tmp_path: Path) -> None:
 def test_an_utterance_becomes_s1_and_a_mixture_without_sources_mix(tmp_path: Path) -> None:
     wave = waves_of(1)["s1"]
     utterance = Utterance(id="u", speaker="anna", sample_rate=RATE, load=lambda: wave, text="hej")
-    info = shards.write_shard([utterance], tmp_path / "u", "u.tar")
+    info = write_shard([utterance], tmp_path / "u", "u.tar")
     assert shards.write_manifest(tmp_path / "u", "toy", "all", RATE, [info]).members == ("s1",)
     bare = Mixture(id="m", speakers=(), sample_rate=RATE, load=lambda: {"mix": wave})
-    info = shards.write_shard([bare], tmp_path / "m", "m.tar")
+    info = write_shard([bare], tmp_path / "m", "m.tar")
     manifest = shards.write_manifest(tmp_path / "m", "toy", "all", RATE, [info])
     assert manifest.members == ("mix",) and manifest.num_speakers == 0
     assert shards.verify(tmp_path / "u") == shards.verify(tmp_path / "m") == []
@@ -189,7 +190,7 @@ def test_an_utterance_becomes_s1_and_a_mixture_without_sources_mix(tmp_path: Pat
 def test_members_are_sorted_by_their_numbers(tmp_path: Path) -> None:
     sources = tuple(f"s{i}" for i in range(1, 12))
     record = holding(waves_of(0, ("noise", *sources)), tuple("abcdefghijk"))
-    info = shards.write_shard([record], tmp_path, "x.tar")
+    info = write_shard([record], tmp_path, "x.tar")
     manifest = shards.write_manifest(tmp_path, "toy", "all", RATE, [info])
     assert manifest.members == (*sources, "noise")
 
@@ -243,7 +244,7 @@ def test_audio_that_cannot_be_stored_is_refused_by_the_name_of_its_record(
     waves: dict[str, np.ndarray], problem: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=problem):
-        shards.write_shard([mixture(0), holding(waves)], tmp_path, "x.tar")
+        write_shard([mixture(0), holding(waves)], tmp_path, "x.tar")
     assert not list(tmp_path.iterdir())
 
 
@@ -267,14 +268,14 @@ def test_ids_and_rates_that_do_not_fit_are_refused_before_any_audio_is_loaded(
 ) -> None:
     records = [mixture(0, load=never), mixture(1, load=never, **changes)]
     with pytest.raises(DataError, match=problem):
-        shards.write_shard(records, tmp_path, "x.tar")
+        write_shard(records, tmp_path, "x.tar")
     with pytest.raises(DataError, match="no records"):
-        shards.write_shard([], tmp_path, "x.tar")
+        write_shard([], tmp_path, "x.tar")
 
 
 def test_full_scale_survives_and_rounding_is_to_the_nearest_step(tmp_path: Path) -> None:
     wave = np.array([1.0, -1.0, 0.6 / 2**15, -0.6 / 2**15, 0.4 / 2**15, 0.5], dtype=np.float64)
-    shards.write_shard([holding({"s1": wave}, ("a",))], tmp_path, "x.tar")
+    write_shard([holding({"s1": wave}, ("a",))], tmp_path, "x.tar")
     with tarfile.open(tmp_path / "x.tar") as tar:
         data = tar.extractfile("broken-7.s1.flac")
         assert data is not None
@@ -320,7 +321,7 @@ def test_an_interrupted_write_goes_on_and_gives_the_same_bytes(
 def test_a_finished_shard_is_kept_without_loading_audio_unless_it_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = shards.write_shard([mixture(0)], tmp_path, "x.tar")
+    info = write_shard([mixture(0)], tmp_path, "x.tar")
     before = (tmp_path / "x.tar").stat()
     changes = (
         {"id": "other"},
@@ -334,29 +335,29 @@ def test_a_finished_shard_is_kept_without_loading_audio_unless_it_is_damaged(
     )
     with monkeypatch.context() as patch:
         patch.setattr(sample_files, "load_members", never)
-        assert shards.write_shard([mixture(0)], tmp_path, "x.tar") == info
+        assert write_shard([mixture(0)], tmp_path, "x.tar") == info
         assert (tmp_path / "x.tar").stat().st_mtime_ns == before.st_mtime_ns
         for changed in changes:
             with pytest.raises(AssertionError, match="loaded"):
-                shards.write_shard([mixture(0, **changed)], tmp_path, "x.tar")
+                write_shard([mixture(0, **changed)], tmp_path, "x.tar")
     for damage in (
         lambda p: flip(p, 3000),
         lambda p: p.write_bytes(p.read_bytes()[:-1]),
         lambda p: p.unlink(),
     ):
         damage(tmp_path / "x.tar")
-        assert shards.write_shard([mixture(0)], tmp_path, "x.tar") == info
+        assert write_shard([mixture(0)], tmp_path, "x.tar") == info
         assert hashlib.sha256((tmp_path / "x.tar").read_bytes()).hexdigest() == info.sha256
     for name in ("x.json", "x.inputs.json"):
         for content in ("{", "[1]"):
             (tmp_path / "index" / name).write_text(content)
-            assert shards.write_shard([mixture(0)], tmp_path, "x.tar") == info
+            assert write_shard([mixture(0)], tmp_path, "x.tar") == info
 
 
 def test_a_shard_whose_load_is_a_lambda_is_written_again(tmp_path: Path) -> None:
     for gain in (0.5, 0.25):  # nothing can tell these two apart
         loud = mixture(0, load=lambda gain=gain: {k: v * gain for k, v in waves_of(0).items()})
-        info = shards.write_shard([loud], tmp_path, "x.tar")
+        info = write_shard([loud], tmp_path, "x.tar")
         [sample] = shards.read_index(tmp_path, info)
         assert read(tmp_path / "x.tar", sample, ["s1"])["s1"][0] == -gain
     assert not (tmp_path / "index" / "x.inputs.json").exists()
@@ -370,7 +371,7 @@ def test_storage_that_returns_other_bytes_is_noticed_at_once(
         storage, "put_file", lambda path, to: (put_file(path, to), flip(Path(to), 2000))
     )
     with pytest.raises(DataError, match=r"x.tar: reads back other bytes than were written"):
-        shards.write_shard([mixture(0)], tmp_path, "x.tar")
+        write_shard([mixture(0)], tmp_path, "x.tar")
     assert not (tmp_path / "index").exists()
 
 
@@ -384,10 +385,10 @@ def test_an_equal_manifest_is_fine_and_another_is_refused(url: str) -> None:
 
 
 def test_shards_that_do_not_fit_together_make_no_data_set(tmp_path: Path) -> None:
-    one = shards.write_shard([mixture(0)], tmp_path, "one.tar")
-    same = shards.write_shard([mixture(0)], tmp_path, "same.tar")
-    fewer = shards.write_shard([holding(waves_of(2, ("s1", "s2")))], tmp_path, "fewer.tar")
-    other = shards.write_shard([mixture(5, sample_rate=16000)], tmp_path, "other.tar")
+    one = write_shard([mixture(0)], tmp_path, "one.tar")
+    same = write_shard([mixture(0)], tmp_path, "same.tar")
+    fewer = write_shard([holding(waves_of(2, ("s1", "s2")))], tmp_path, "fewer.tar")
+    other = write_shard([mixture(5, sample_rate=16000)], tmp_path, "other.tar")
     for infos, problem in [
         ([one, same], "same.tar, utt-0: is in one.tar too"),
         (

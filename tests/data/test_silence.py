@@ -21,6 +21,7 @@ from sepdist.data.records import Mixture, Utterance
 from sepdist.data.stream import TrainStream
 from sepdist.metrics.si_snr import silent_sources
 from sepdist.seeding import rng
+from tests.support.shard_sets import write_shard
 
 RATE = 8000
 CROP = 800  # 0.1 s
@@ -74,7 +75,7 @@ def write(
     sizes = (count // 2, count - count // 2)
     groups = [range(sizes[0]), range(sizes[0], count)]
     infos = [
-        shards.write_shard([record(n) for n in group], url, shards.shard_name("toy", "train", i))
+        write_shard([record(n) for n in group], url, shards.shard_name("toy", "train", i))
         for i, group in enumerate(groups)
     ]
     shards.write_manifest(url, "toy", "train", RATE, infos)
@@ -212,7 +213,7 @@ def utterances(
     records = [
         Utterance(f"u{n}", speaker.format(n % 5), RATE, partial(wave, n)) for n in range(count)
     ]
-    info = shards.write_shard(records, url, shards.shard_name("toy", "train", 0))
+    info = write_shard(records, url, shards.shard_name("toy", "train", 0))
     shards.write_manifest(url, "toy", "train", RATE, [info])
     return str(url)
 
@@ -324,7 +325,7 @@ def test_silent_members_are_stored_where_the_record_says_that_they_may_be_silent
         marked = dataset.metadata(number).get("silent", [])
         assert marked == (list(silent) if number == 1 else [])
     copied = [*Stored(url).records("train")]  # a data set made of it keeps them
-    info = shards.write_shard(copied, tmp_path / "copied", "x.tar")
+    info = write_shard(copied, tmp_path / "copied", "x.tar")
     shards.write_manifest(tmp_path / "copied", "toy", "train", RATE, [info])
     assert shards.verify(tmp_path / "copied") == []
     assert Dataset(str(tmp_path / "copied"), num_sources=3).metadata(1)["silent"] == list(silent)

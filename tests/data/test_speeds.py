@@ -15,6 +15,7 @@ from sepdist.data.members import DataError
 from sepdist.data.records import Mixture
 from sepdist.data.stream import TrainStream
 from sepdist.training.datasets import open_datasets
+from tests.support.shard_sets import write_shard
 
 RATE = 8000
 SPEEDS = (0.95, 1.0, 1.05)
@@ -33,7 +34,7 @@ def waves(number: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 def write(url: Path, names: tuple[str, ...] = ("s1", "s2", "noise")) -> str:
     speakers = tuple(name for name in names if name[0] == "s")
     records = [Mixture(f"u{i}", speakers, RATE, partial(waves, i, names)) for i in range(4)]
-    info = shards.write_shard(records, url, shards.shard_name("toy", "train", 0))
+    info = write_shard(records, url, shards.shard_name("toy", "train", 0))
     shards.write_manifest(url, "toy", "train", RATE, [info])
     return str(url)
 

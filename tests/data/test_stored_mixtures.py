@@ -25,6 +25,7 @@ from sepdist.objectives.enhancement import Enhancement
 from sepdist.objectives.mixit import MixIT
 from sepdist.objectives.multitask import MultiTask
 from sepdist.objectives.separation import Separation
+from tests.support.shard_sets import write_shard
 
 RATE = 8000
 LENGTH = 5200
@@ -50,7 +51,7 @@ def write(url: Path, names: Sequence[str] = NOISY, num_samples: int = 3) -> str:
         Mixture(f"u{i}", tuple(f"{name}-{i}" for name in speakers), RATE, partial(waves, i, names))
         for i in range(num_samples)
     ]
-    info = shards.write_shard(records, url, shards.shard_name("toy", "train", 0))
+    info = write_shard(records, url, shards.shard_name("toy", "train", 0))
     shards.write_manifest(url, "toy", "train", RATE, [info])
     return str(url)
 

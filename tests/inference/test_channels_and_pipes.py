@@ -250,6 +250,10 @@ def test_a_folder_within_which_the_outputs_lie_can_be_separated_again(
         names = [Path(one.decode()).name for one in out.split()]
         assert (status, names) == (0, ["a_s1.wav", "a_s2.wav", "b_s1.wav", "b_s2.wav"])
         assert "left out, as they lie in --output separated: " in err
+    Path("a.wav").unlink()
+    Path("b.wav").unlink()
+    status, _, err = piped(b"", ".")
+    assert status == 1 and "left out, as they lie in" in err and "no other recording is left" in err
     status, out, _ = piped(b"", "--output=again", "separated")  # asked for
     assert status == 0 and len(out.split()) == 8
 

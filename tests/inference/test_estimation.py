@@ -19,6 +19,7 @@ from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.si_snr import si_snr
 from sepdist.papers import figures
 from tests.support.exports import RATE, damage, oracle_si_snr, voices
+from tests.support.shard_sets import write_shard
 
 
 class Halving(nn.Module):
@@ -47,7 +48,7 @@ def data(tmp_path: Path) -> tuple[str, dict[float, Tensor], list[list[float]]]:
         pairs = (("e1", "s1"), ("e2", "s2"))
         wanted.append([min(oracle_si_snr(members[e], members[s]), 200) for e, s in pairs])
     url = str(tmp_path / "data")
-    info = shards.write_shard(records, url, shards.shard_name("toy", "test", 0))
+    info = write_shard(records, url, shards.shard_name("toy", "test", 0))
     shards.write_manifest(url, "toy", "test", RATE, [info])
     return url, truth, wanted
 

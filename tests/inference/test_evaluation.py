@@ -24,6 +24,7 @@ from sepdist.inference import evaluation, scoring
 from sepdist.inference.evaluation import score_utterance
 from sepdist.inference.scoring import EvaluationError
 from tests.support.exports import RATE, batch_of, oracle_si_snr, voices, write_export
+from tests.support.shard_sets import write_shard
 
 
 def oracle_sdr(estimate: np.ndarray, source: np.ndarray, taps: int = 512) -> float:
@@ -132,7 +133,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     url = str(folder / "data")
     names = [shards.shard_name("toy", "test", number) for number in range(2)]
     halves = (mixtures[:4], mixtures[4:])
-    infos = [shards.write_shard(*one) for one in zip(halves, [url, url], names, strict=True)]
+    infos = [write_shard(*one) for one in zip(halves, [url, url], names, strict=True)]
     shards.write_manifest(url, "toy", "test", RATE, infos)
     write_export(folder / "model", RATE)
     return folder

@@ -29,6 +29,7 @@ from sepdist.inference.foreign import find_estimates
 from sepdist.inference.listening import write_listening_page
 from sepdist.inference.scoring import EvaluationError
 from tests.support.exports import MODEL, RATE, batch_of, oracle_si_snr, voices, write_export
+from tests.support.shard_sets import write_shard
 
 IDS = [f"m{number}" for number in range(6)]
 
@@ -47,9 +48,7 @@ def data_set(url: Path, ids: list[str]) -> None:
         for one in ids
     ]
     name = shards.shard_name("toy", url.name, 0)
-    shards.write_manifest(
-        str(url), "toy", url.name, RATE, [shards.write_shard(records, str(url), name)]
-    )
+    shards.write_manifest(str(url), "toy", url.name, RATE, [write_shard(records, str(url), name)])
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +175,7 @@ def test_a_data_set_without_sources_is_refused(
 ) -> None:
     record = Mixture("m0", (), RATE, lambda: {"mix": members(0)["s1"]})
     name = shards.shard_name("toy", "real", 0)
-    info = shards.write_shard([record], str(tmp_path / "real"), name)
+    info = write_shard([record], str(tmp_path / "real"), name)
     shards.write_manifest(str(tmp_path / "real"), "toy", "real", RATE, [info])
     with pytest.raises(ConfigError, match="mixtures only"):
         evaluation.evaluate(theirs(work, "x", data=str(tmp_path / "real")), console)

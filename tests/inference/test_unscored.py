@@ -22,6 +22,7 @@ from sepdist.inference import evaluation, scoring
 from sepdist.inference.export import Export
 from sepdist.inference.scoring import EvaluationError
 from tests.support.exports import RATE, damage, voices
+from tests.support.shard_sets import write_shard
 
 LENGTH = 2000  # of what is scored
 REASONS = {
@@ -68,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = str(tmp_path_factory.mktemp("unscored") / "data")
     parts = ([mixture(i) for i in range(10)], [mixture(10), mixture(11)])
     infos = [
-        shards.write_shard(part, url, shards.shard_name("toy", "test", number))
+        write_shard(part, url, shards.shard_name("toy", "test", number))
         for number, part in enumerate(parts)
     ]
     shards.write_manifest(url, "toy", "test", RATE, infos)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from sepdist.metrics.selection import speakers_of
 from sepdist.objectives.contract import (
     OUTPUT_RULES,
     Objective,
     mean_of,
     measured,
+    speakers_of,
     with_defaults,
 )
 from sepdist.objectives.multitask import MultiTask

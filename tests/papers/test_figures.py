@@ -19,6 +19,7 @@ from sepdist.data.records import Mixture
 from sepdist.papers import figures
 from sepdist.papers.schema import FigureConfig
 from tests.support.runs import frozen
+from tests.support.shard_sets import write_shard
 
 EPOCH_STEPS = 2.5  # 10 mixtures, 4 a step
 
@@ -173,7 +174,7 @@ def test_the_histogram_shows_every_estimate_of_a_data_set_and_their_mean(tmp_pat
             )
             for i, v in enumerate(values)
         ]
-        info = shards.write_shard(records, tmp_path / name, shards.shard_name("toy", "x", 0))
+        info = write_shard(records, tmp_path / name, shards.shard_name("toy", "x", 0))
         shards.write_manifest(tmp_path / name, "toy", "x", 8000, [info])
     sets = {name: figures.read_si_snr(str(tmp_path / name)) for name in wanted}
     assert {name: values.tolist() for name, values in sets.items()} == wanted

@@ -11,6 +11,7 @@ from sepdist.data.dataset import Dataset, Item
 from sepdist.data.dynamic import DynamicMixing
 from sepdist.data.records import Batch, Utterance
 from sepdist.data.stream import TrainStream
+from tests.support.shard_sets import write_shard
 
 RATE = 8000
 CROP_SECONDS = 0.5
@@ -44,7 +45,7 @@ def write(
             Utterance(f"u{n}", speaker(n), RATE, partial(wave, n))
             for n in range(first, first + size)
         ]
-        infos.append(shards.write_shard(records, url, shards.shard_name("toy", "train", i)))
+        infos.append(write_shard(records, url, shards.shard_name("toy", "train", i)))
         first += size
     shards.write_manifest(url, "toy", "train", RATE, infos)
     return str(url)

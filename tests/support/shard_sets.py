@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from sepdist import storage
 from sepdist.data import shards
-from sepdist.data.records import Mixture
-from sepdist.data.shards import Manifest
+from sepdist.data.members import DataError, misfits
+from sepdist.data.records import Mixture, Utterance
+from sepdist.data.shards import Manifest, ShardInfo
 
 RATE = 8000
 
@@ -42,12 +43,26 @@ def holding(waves: Mapping[str, np.ndarray], speakers: tuple[str, ...] = ("a", "
     return Mixture(id="broken-7", speakers=speakers, sample_rate=RATE, load=lambda: waves)
 
 
+def write_shard(
+    records: Sequence[Utterance | Mixture], output_url: str | Path, name: str
+) -> ShardInfo:
+    """`try_shard` of records that must all be stored; DataError names those that cannot be."""
+    if not records:
+        raise DataError(f"{name}: no records; a shard holds at least one")
+    for problem in misfits(records).values():
+        raise DataError(problem)
+    shard, bad, _ = shards.try_shard(records, output_url, name)
+    if shard is None:
+        raise DataError("\n".join(bad))
+    return shard
+
+
 def write(url: str | Path, num_shards: int = 2, per_shard: int = 3) -> Manifest:
     """Write a small data set of mixtures 0, 1, ..."""
     infos = []
     for i in range(num_shards):
         records = [mixture(i * per_shard + j) for j in range(per_shard)]
-        infos.append(shards.write_shard(records, url, shards.shard_name("toy", "train", i)))
+        infos.append(write_shard(records, url, shards.shard_name("toy", "train", i)))
     return shards.write_manifest(url, "toy", "train", RATE, infos)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from sepdist.data import shards
 from sepdist.data.records import Mixture
 from sepdist.data.shards import Manifest
+from tests.support.shard_sets import write_shard
 
 RATE = 8000
 SHORTEST = 40
@@ -41,7 +42,7 @@ def write(
     infos, number = [], 1
     for i, size in enumerate(sizes):
         records = [record(one, names) for one in range(number, number + size)]
-        infos.append(shards.write_shard(records, url, shards.shard_name("toy", "train", i)))
+        infos.append(write_shard(records, url, shards.shard_name("toy", "train", i)))
         number += size
     return shards.write_manifest(url, "toy", "train", RATE, infos)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sepdist.models import compiling
 from sepdist.reporting import read_metrics
 from sepdist.training import engine as engine_module
 from sepdist.training import world as world_module
@@ -190,10 +191,10 @@ def test_compiled_models_are_kept_below_the_cache_unless_the_user_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    world_module.keep_compiled(str(tmp_path))
+    compiling.keep_compiled(str(tmp_path))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    world_module.keep_compiled(str(tmp_path))
+    compiling.keep_compiled(str(tmp_path))
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == tmp_path / "inductor"
 
 

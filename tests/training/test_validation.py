@@ -25,6 +25,7 @@ from sepdist.training.meter import Meter
 from sepdist.training.validation import validate
 from sepdist.training.world import World
 from tests.support.exports import oracle_si_snr
+from tests.support.shard_sets import write_shard
 
 RATE = 1000
 LATE = (0, 2500, 0, 4000, 1500)  # sample at which the second speaker of each mixture begins
@@ -50,7 +51,7 @@ def data(url: Path, late: tuple[int, ...] = LATE) -> Dataset:
     records = [
         Mixture(f"m{n}", ("a", "b"), RATE, partial(members, n, late)) for n in range(len(late))
     ]
-    info = shards.write_shard(records, url, shards.shard_name("toy", "dev", 0))
+    info = write_shard(records, url, shards.shard_name("toy", "dev", 0))
     shards.write_manifest(url, "toy", "dev", RATE, [info])
     return Dataset(str(url))
 

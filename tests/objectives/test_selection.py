@@ -2,7 +2,7 @@
 
 import torch
 
-from sepdist.metrics.selection import speakers_of
+from sepdist.objectives.contract import speakers_of
 
 
 def waves(*energies: float) -> torch.Tensor:
