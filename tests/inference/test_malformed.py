@@ -170,7 +170,8 @@ def test_recordings_of_one_name_have_outputs_in_their_folders(separate, tmp_path
     assert (status, said) == (0, "4 separated, 0 failed\n")
     assert found == [f"{stem}_s{i}.wav" for stem in stems for i in (1, 2)]
     # A folder stands for the recordings below it.
-    assert separate(str(tmp_path / "y"), str(tmp_path / "x"))[0] == 0
+    folders = [str(tmp_path / name) for name in "yx"]
+    assert separate(*folders, options=("--overwrite",))[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -224,9 +225,14 @@ def test_outputs_of_which_one_cannot_be_put_are_removed_again(
 
     monkeypatch.setattr(storage, "put_file", put_file)
     monkeypatch.setattr(storage, "remove", stored.remove)
+    monkeypatch.setattr(storage, "exists", lambda url: url in stored)
     with pytest.raises(KeyboardInterrupt):
         separator.file(tmp_path / "a.wav", "s3://b/out")
     assert stored == set()
+    stored.add("s3://b/out/a_s1.wav")  # of an earlier run, and overwritten by now
+    with pytest.raises(KeyboardInterrupt):
+        separator.file(tmp_path / "a.wav", "s3://b/out")
+    assert stored == {"s3://b/out/a_s1.wav"}
     # On a disk: the place of the second output is taken by a folder, which stays.
     (tmp_path / "out" / "a_s2.wav" / "x").mkdir(parents=True)
     monkeypatch.setattr(storage, "remove", lambda url: Path(url).unlink())
