@@ -26,9 +26,9 @@ READABLE = re.compile(
     r"\.(wave?|bwf|flac|aif[cf]?|aiff|au|caf|mp[123]|nist|og[ag]|opus|rf64|snd|sph|voc|w64)"
 )
 UNREADABLE = re.compile(  # by libsndfile; most of these by PyAV
-    r"\.(3g[2p]|aac|ac3|amr|ape|avi|ds[df]|dff|flv|m4[abv]|mk[av]|mov|mp4|mpe?g|pcm|raw|shn|tta"
-    r"|webm|wm[av]|wv[12]?)"
+    r"\.(3g[2p]|aac|ac3|amr|ape|avi|flv|m4[abv]|mk[av]|mov|mp4|mpe?g|shn|tta|webm|wm[av]|wv[12]?)"
 )
+NEVER_READ = re.compile(r"\.(dff|dsf|pcm|raw)")  # without a header or a decoder
 # The beginnings of what PyAV reads, whatever its name; of FFmpeg's readers those that never open
 # another file or an address, as playlists make them do.
 _CONTAINER = re.compile(
@@ -340,7 +340,7 @@ def find_files(folder: str | Path, *, containers: bool = False) -> list[Path]:
     for path in sorted(_walk(folder)):
         suffix = path.suffix.lower()
         unreadable = bool(UNREADABLE.fullmatch(suffix))
-        if unreadable and not containers:
+        if (unreadable and not containers) or NEVER_READ.fullmatch(suffix):
             left_out[f"{suffix} (cannot be decoded here)"] += 1
         elif unreadable or READABLE.fullmatch(suffix):
             beside = {path.with_suffix(".wav"), path.with_suffix(".flac")}

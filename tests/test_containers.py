@@ -178,7 +178,7 @@ def test_without_pyav_the_error_names_the_extra(tmp_path: Path, monkeypatch) -> 
 
 
 def test_a_folder_to_separate_holds_containers_too(tmp_path: Path) -> None:
-    names = ["a.wav", "b.m4a", "c.webm", "d.MOV", "e.txt"]
+    names = ["a.wav", "b.m4a", "c.webm", "d.MOV", "e.txt", "f.raw"]
     for name in names:
         put(tmp_path / name, b"")
     found = audio.find_files(tmp_path, containers=True)
