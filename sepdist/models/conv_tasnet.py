@@ -11,23 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepdist.models import frames
 from sepdist.models.causal import CausalConvBlock, Past, Streamer, cumulative_norm
 from sepdist.models.conv_block import ConvBlock, compiled_if, init_uniform
 from sepdist.models.dual_path import global_norm
-from sepdist.models.frames import (
-    MASKS,
-    check_counts,
-    check_sizes,
-    check_variant,
-    decode,
-    encode,
-    init_filterbank,
-)
 
 
 def apply_masks(masks_BNSF: Tensor, encoded_BNF: Tensor, activation: str = "relu") -> Tensor:
     """The masks of every speaker times the encoded frames, [B, N, S, F]."""
-    return MASKS[activation](masks_BNSF) * encoded_BNF.unsqueeze(2)
+    return frames.MASKS[activation](masks_BNSF) * encoded_BNF.unsqueeze(2)
 
 
 class NormLinear(nn.Module):
@@ -86,9 +78,9 @@ class ConvTasNet(nn.Module):
         mask_activation: str = "relu",
     ) -> None:
         super().__init__()
-        check_counts(locals())
-        check_sizes(kernel_size, stride)
-        check_variant(padding, mask_activation)
+        frames.check_counts(locals())
+        frames.check_sizes(kernel_size, stride)
+        frames.check_variant(padding, mask_activation)
         self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.num_filters, self.num_skip = num_speakers, num_filters, num_skip
         self.num_features = num_speakers * num_filters
@@ -106,17 +98,17 @@ class ConvTasNet(nn.Module):
         self.prelu = nn.PReLU()
         self.mask_conv = nn.Linear(num_skip, self.num_features)
         self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
-        init_filterbank(self.encoder, self.decoder)
+        frames.init_filterbank(self.encoder, self.decoder)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        encoded_BNF = encode(mixture_BT, self.encoder, self.stride, self.padding)
+        encoded_BNF = frames.encode(mixture_BT, self.encoder, self.stride, self.padding)
         masked_BNSF, length = self.masked(encoded_BNF, Past()), mixture_BT.shape[1]
-        return decode(masked_BNSF, self.decoder, self.stride, length, self.padding)
+        return frames.decode(masked_BNSF, self.decoder, self.stride, length, self.padding)
 
     def features(self, mixture_BT: Tensor) -> Tensor:
         """The network's output [B, N, num_features], before it is applied as masks."""
-        encoded_BNF = encode(mixture_BT, self.encoder, self.stride, self.padding)
+        encoded_BNF = frames.encode(mixture_BT, self.encoder, self.stride, self.padding)
         return F.relu(self._output(encoded_BNF, Past()))
 
     def streamer(self) -> Streamer:

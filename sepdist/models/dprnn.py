@@ -10,17 +10,9 @@ Shapes: B batch, S speakers, T samples, N frames, C chunks, K frames of a chunk,
 
 from torch import Tensor, nn
 
+from sepdist.models import frames
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, split, swapped
-from sepdist.models.frames import (
-    MASKS,
-    check_counts,
-    check_sizes,
-    check_variant,
-    decode,
-    encode,
-    init_filterbank,
-)
 
 
 class PathRNN(nn.Module):
@@ -64,9 +56,9 @@ class DPRNN(nn.Module):
         mask_activation: str = "relu",
     ) -> None:
         super().__init__()
-        check_counts(locals())
-        check_sizes(kernel_size, stride, chunk_size)
-        check_variant(padding, mask_activation)
+        frames.check_counts(locals())
+        frames.check_sizes(kernel_size, stride, chunk_size)
+        frames.check_variant(padding, mask_activation)
         self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
         self.min_length, self.stride = kernel_size, stride
@@ -81,16 +73,18 @@ class DPRNN(nn.Module):
         self.gate = Gate(num_bottleneck)
         self.mask = nn.Linear(num_bottleneck, num_filters, bias=False)
         self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
-        init_filterbank(self.encoder, self.decoder)
+        frames.init_filterbank(self.encoder, self.decoder)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        encoded_BNF = encode(mixture_BT, self.encoder, self.stride, self.padding)
+        encoded_BNF = frames.encode(mixture_BT, self.encoder, self.stride, self.padding)
         x = segment(self.bottleneck(self.norm(encoded_BNF)), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(inter(swapped(intra(x))))
         merged = merge(self.prelu(x), encoded_BNF.shape[1])
         y_BNSF = split(merged, self.mask_conv, self.num_speakers)
-        masks_BNSF = MASKS[self.mask_activation](self.mask(self.gate(y_BNSF)))
+        masks_BNSF = frames.MASKS[self.mask_activation](self.mask(self.gate(y_BNSF)))
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
-        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1], self.padding)
+        return frames.decode(
+            masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1], self.padding
+        )

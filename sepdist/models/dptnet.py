@@ -13,18 +13,10 @@ L places, F features.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepdist.models import frames
 from sepdist.models.attention import Attention
 from sepdist.models.compiling import compiled_on_gpu
 from sepdist.models.dual_path import Gate, GlobalNorm, merge, run_lstm, segment, swapped
-from sepdist.models.frames import (
-    MASKS,
-    check_counts,
-    check_sizes,
-    check_variant,
-    decode,
-    encode,
-    init_filterbank,
-)
 
 
 class PathTransformer(nn.Module):
@@ -75,9 +67,9 @@ class DPTNet(nn.Module):
         mask_activation: str = "relu",
     ) -> None:
         super().__init__()
-        check_counts(locals())
-        check_sizes(kernel_size, stride, chunk_size)
-        check_variant(padding, mask_activation)
+        frames.check_counts(locals())
+        frames.check_sizes(kernel_size, stride, chunk_size)
+        frames.check_variant(padding, mask_activation)
         self.padding, self.mask_activation = padding, mask_activation
         self.num_speakers, self.chunk_size = num_speakers, chunk_size
         self.min_length, self.stride = kernel_size, stride
@@ -90,11 +82,11 @@ class DPTNet(nn.Module):
         self.mask_conv = nn.Linear(num_filters, num_speakers * num_filters)
         self.gate = Gate(num_filters)
         self.decoder = nn.Linear(num_filters, kernel_size, bias=False)
-        init_filterbank(self.encoder, self.decoder)
+        frames.init_filterbank(self.encoder, self.decoder)
 
     def forward(self, mixture_BT: Tensor) -> Tensor:
         """Estimates [B, S, T] of the speakers, in no particular order."""
-        encoded_BNF = F.relu(encode(mixture_BT, self.encoder, self.stride, self.padding))
+        encoded_BNF = F.relu(frames.encode(mixture_BT, self.encoder, self.stride, self.padding))
         x = segment(self.norm(encoded_BNF), self.chunk_size)
         for intra, inter in zip(self.intra, self.inter, strict=True):
             x = swapped(intra(x.flatten(0, 1)).view_as(x))
@@ -102,8 +94,10 @@ class DPTNet(nn.Module):
         # The 1x1 convolution is linear, so it may follow the overlap-add, which is a mean here, and
         # work on half as many frames.
         y = self.mask_conv(merge(self.prelu(x), encoded_BNF.shape[1]) / 2)
-        masks_BNSF = MASKS[self.mask_activation](
+        masks_BNSF = frames.MASKS[self.mask_activation](
             self.gate(y.unflatten(-1, (self.num_speakers, -1)))
         )
         masked_BNSF = masks_BNSF * encoded_BNF.unsqueeze(2)
-        return decode(masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1], self.padding)
+        return frames.decode(
+            masked_BNSF, self.decoder, self.stride, mixture_BT.shape[1], self.padding
+        )
