@@ -51,12 +51,15 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
     logging.basicConfig(level=logging.WARNING)
     try:
         yield console
-    except KeyboardInterrupt as error:
-        console.print(f"stopped; {stopped}" if stopped else "stopped")
-        sys.exit(128 + getattr(error, "number", signal.SIGINT))  # as a shell reports it
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError, also) as error:
+    except (KeyboardInterrupt, Exception) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__  # Python 3.11 wraps all that is raised in a `__set_name__`
+        if cause is not None:
+            console.print(f"stopped; {stopped}" if stopped else "stopped")
+            sys.exit(128 + getattr(cause, "number", signal.SIGINT))  # as a shell reports it
+        if isinstance(error, BrokenPipeError) or not isinstance(error, (OSError, ValueError, also)):
+            raise
         console.print(f"error: {printable(str(error))}")
         sys.exit(1)
 

@@ -64,7 +64,7 @@ MAX_FUNCTION_LINES = 60
 MAX_LOOP_LINES = 150  # for the function that is the training loop
 LOOP = "training/loop.py"
 MAX_PRODUCT_LINES = 19_660
-MAX_YAML_FILES = 87
+MAX_YAML_FILES = 88
 
 
 def product_files() -> list[Path]:

@@ -18,7 +18,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -191,8 +191,7 @@ def with_folders(change: str, earlier: dict[str, Stage]) -> str:
 def merged(base: Any, overrides: Sequence[str]) -> Any:
     """Apply key=value changes to a dataclass."""
     changed = OmegaConf.merge(OmegaConf.structured(base), OmegaConf.from_dotlist(list(overrides)))
-    assert isinstance(changed, DictConfig)
-    return config.typed(changed, type(base))
+    return config.typed(cast(DictConfig, changed), type(base))
 
 
 def composed(name: str, overrides: Sequence[str], fixed: dict[str, Any], schema: type[_T]) -> _T:
@@ -209,8 +208,7 @@ def data_sets(stage: Stage) -> list[str]:
         data = stage.config.data
         return [data.train, data.validation, *(one.url for one in data.extra)]
     if stage.kind == "shards":
-        corpus = stage.config.corpus or {}
-        return [corpus["data"]] if "data" in corpus else []
+        return [corpus["data"]] if "data" in (corpus := stage.config.corpus or {}) else []
     return [stage.config.data] if isinstance(stage.config, EvaluateConfig) else []
 
 

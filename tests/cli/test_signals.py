@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sepdist.cli import VERBS
+from sepdist.console import Stopped, user_console
 from tests.support.runs import ROOT
 
 START = "import sepdist.cli as c; print('started', flush=True); c.main()"
@@ -66,6 +67,19 @@ def test_a_signal_while_a_verb_imports_ends_it_with_one_line(
     verb: str, number: int, tmp_path: Path
 ) -> None:
     assert_one_line(*interrupted(verb, number, 0.15, tmp_path), number)
+
+
+def test_a_signal_amid_the_making_of_a_class_is_a_stop_and_no_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Field:
+        def __set_name__(self, owner: type, name: str) -> None:  # Python 3.11 wraps what it raises
+            raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended, user_console(stopped="the same command goes on"):
+        type("JobConf", (), {"env_copy": Field()})
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
 
 
 @pytest.mark.slow
