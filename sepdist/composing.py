@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sepdist.config import ConfigError, allowed, config_dir, one_line
 
-# Of the user: folders laid out like configs/, or Hydra's file:// and pkg://. They come before it.
+# Of the user, as file://: folders laid out like configs/. They come before it.
 user_folders: list[str] = []
 
 

@@ -93,8 +93,8 @@ class ScheduleConfig:
 
     warmup_steps: int = 0  # in which the learning rate rises linearly
     hold_steps: int = 0  # first ones, with the warm-up, in which nothing lowers the rate
-    # Then: plateau (below), cosine or linear (to 0 at max_steps) or constant.
     shape: str = field(default=SHAPES[0], metadata={"choices": SHAPES})
+    # then: plateau (by the next two keys), cosine or linear (to 0 at max_steps) or constant
     factor: float = number(0.5, 0, 1)  # of the learning rate at a plateau
     patience: int = 5  # validations without improvement; one more multiplies the rate by `factor`
     min_lr: float = 1e-6  # no rate is lower

@@ -42,9 +42,7 @@ def local(url: str, files: Sequence[str] = OURS) -> str:
         return str(folder / name)
     if not is_hub(url):
         return url
-    return _call(
-        url, lambda hub, **where: hub.snapshot_download(**where, allow_patterns=list(files))
-    )
+    return _call(url, lambda hub, **at: hub.snapshot_download(**at, allow_patterns=[*files]))
 
 
 def upload(folder: Path, url: str, private: bool, update: bool) -> str:
@@ -84,5 +82,6 @@ def _call(url: str, use: Callable[..., str]) -> str:
     except HubError:
         raise
     except Exception as error:  # of several libraries of HTTP, which depend on its version
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        text = re.sub(r"//[^/\s]*@", "//", str(error))  # HF_ENDPOINT may hold user:password
+        reason = " ".join(text.split())[:300] or type(error).__name__
         raise HubError(f"{url}: {reason}") from error

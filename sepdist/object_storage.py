@@ -16,7 +16,8 @@ from typing import Any
 MIN_UPLOAD_BYTES_PER_SECOND = 2**16  # a slower upload times out
 MAX_CLOCK_MINUTES = 5  # that services tolerate at least; more explains a refused signature
 # Codes of transient faults whose status is not 5xx, and codes of a bucket in another region.
-_TRANSIENT = ("SlowDown", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict")
+_TRANSIENT: tuple[str, ...] = ("RequestTimeout", "OperationAborted", "ConditionalRequestConflict")
+_TRANSIENT += ("SlowDown", "InternalError", "ServiceUnavailable")  # also of one key of a batch
 _ELSEWHERE = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 RIGHTS = "what this key may do in this bucket"
@@ -92,6 +93,7 @@ def _connect(pid: int, timeout_seconds: float, variables: int, generation: int) 
     filesystem = s3fs.S3FileSystem(
         skip_instance_cache=True,
         use_listings_cache=False,  # others write too
+        client_kwargs={"region_name": os.environ.get("AWS_REGION") or None},  # not read by botocore
         # `storage` is the one place that tries again.
         config_kwargs={**timeouts, "retries": {"total_max_attempts": 1}},
     )
@@ -123,6 +125,7 @@ def request(method: str, most: int = 2**62, **arguments: Any) -> Any:
 
 
 async def _send(filesystem: Any, method: str, most: int, arguments: dict[str, Any]) -> Any:
+    from botocore.exceptions import ClientError
     from botocore.parsers import ResponseParserError
 
     # s3fs bounds the wait for an answer, but not the time to send a body.
@@ -134,6 +137,8 @@ async def _send(filesystem: Any, method: str, most: int, arguments: dict[str, An
             # The answer to a HEAD cannot say why.
             (await filesystem._call_s3("get_object", **arguments))["Body"].close()
         raise
+    for one in answer.get("Errors", ()):
+        raise ClientError({"Error": one, "ResponseMetadata": {"HTTPStatusCode": 400}}, method)
     headers = answer["ResponseMetadata"].get("HTTPHeaders", {})
     if "etag" not in headers and headers.get("content-type", "").startswith("text/html"):
         raise ResponseParserError("the web page of a proxy or of another server")
@@ -174,14 +179,13 @@ def is_transient(error: BaseException) -> bool:
 
     code, status, _ = _answer(error)
     if status:
-        return status >= 500 or status == 429 or code in _TRANSIENT
+        return (status >= 500 and status != 501) or status == 429 or code in _TRANSIENT
     no_answer = (boto.HTTPClientError, boto.ConnectionError, ConnectionError, TimeoutError)
     broken_answer = (boto.IncompleteReadError, aiohttp.ClientError, ResponseParserError)
     # An unknown certificate, or a port without TLS.
     lasting = re.search("(?i)certificate|wrong_version", str(error))
-    if isinstance(error, boto.SSLError) and lasting:
-        return False
-    return isinstance(error, no_answer + broken_answer)
+    wrong_tls = isinstance(error, boto.SSLError) and lasting
+    return isinstance(error, no_answer + broken_answer) and not wrong_tls
 
 
 def explain(url: str, action: str, error: BaseException, tried: str) -> Exception:
@@ -204,8 +208,8 @@ def explain(url: str, action: str, error: BaseException, tried: str) -> Exceptio
     elif status in (401, 403, 407) or code in _TOKEN:
         what = _refusal(code, status, headers)
     elif status:
-        busy = is_transient(error)
-        todo = "the service is busy or failing, try again later" if busy else "check the url"
+        busy = "the service is busy or failing, try again later"
+        todo = busy if is_transient(error) else f"check the url, and {RIGHTS}"
         what = f"answered {status} {code}{tried}; {todo}"
     else:
         text = next(v for k, v in _WITHOUT_ANSWER.items() if re.search(k, type(error).__name__))

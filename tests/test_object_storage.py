@@ -432,6 +432,13 @@ def test_a_certificate_that_nobody_signed_is_an_error_at_once(
 # Requests.
 
 
+def test_aws_region_is_the_region_that_signs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    store.key = time.strftime("old/%Y%m%d/eu-west-1", time.gmtime())  # Credential=KEY/DATE/REGION
+    assert storage.read_bytes(URL) == b"content"
+
+
 def test_a_file_is_read_with_one_request_and_a_large_one_with_one_for_each_part(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,3 +465,30 @@ def test_a_large_object_that_is_replaced_while_it_is_read_is_not_mixed_with_the_
     with pytest.raises(StorageError, match="replaced while it was read; read it again"):
         list(blocks)
     assert storage.read_bytes(URL) == b"1" * 95
+
+
+@pytest.mark.parametrize("code", ["SlowDown", "InternalError"])
+def test_keys_of_a_batch_that_a_busy_service_did_not_delete_are_deleted_later(
+    code: str, store: Store
+) -> None:
+    kept = f"<DeleteResult><Error><Key>x</Key><Code>{code}</Code></Error></DeleteResult>"
+    store.key, store.data = "old", kept.encode()
+    with storage.patient(60, waiting=lambda: setattr(store, "data", b"<DeleteResult/>")):
+        storage.remove(URL)
+    assert store.data == b"<DeleteResult/>"  # it was waited for
+
+
+def test_a_key_of_a_batch_that_may_not_be_deleted_is_an_error_at_once(store: Store) -> None:
+    store.key, store.data = (
+        "old",
+        (b"<DeleteResult><Error><Key>x</Key><Code>AccessDenied</Code></Error></DeleteResult>"),
+    )
+    with storage.patient(60), pytest.raises(StorageError, match=r"AccessDenied.*this key may do"):
+        storage.remove(URL)
+
+
+def test_what_a_service_does_not_implement_is_not_waited_for(store: Store) -> None:
+    store.status, store.code = 501, "NotImplemented"
+    with storage.patient(0.2), pytest.raises(StorageError, match="501 NotImplemented; check"):
+        storage.put_bytes(URL, b"", create_only=True)
+    assert len(store.requests) == 1

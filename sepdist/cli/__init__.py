@@ -48,8 +48,10 @@ def main() -> None:
         try:
             status = run(sys.argv[1] if len(sys.argv) > 1 else "")
         finally:
-            sys.stdout.flush()  # here a closed pipe can still be caught
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+            print(end="", flush=True)  # here a closed pipe or a full disk can still be caught
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         status = 1
     except KeyboardInterrupt as error:  # before the verb's own console
@@ -96,11 +98,10 @@ def run(verb: str) -> int | None:
         return program.main()
     width = max(map(len, VERBS))
     wanted = verb in ("-h", "--help")
-    lines = ["usage: sepdist VERB ..."]
+    lines = [f"error: no verb {verb!r}", ""] if verb and not wanted else []
+    lines += ["usage: sepdist VERB ..."]
     for purpose, verbs in PURPOSES.items():
         lines += ["", f"{purpose}:", *(f"  {name:{width}}  {verbs[name]}" for name in verbs)]
-    if verb and not wanted:
-        print(f"error: no verb {verb!r}\n", file=sys.stderr)
     lines += ["", "sepdist VERB --help explains one."]
     print("\n".join(lines), file=sys.stdout if wanted else sys.stderr)
     return 0 if wanted else 2

@@ -54,6 +54,8 @@ def read_config(
     words = check(name, schema, doc, words)
     asked = any(re.match(r"hydra([/.]sweeper|\.mode=M)", word) for word in words)
     if sweep and (asked or given.multirun):
+        if given.cfg:
+            raise ConfigError("--cfg shows one run: leave out -m, and give each key one value")
         sys.exit(sweep(words))
     composed = composing.compose(name, words, schema)
     if given.cfg:
@@ -109,12 +111,10 @@ def use_folders(folders: Sequence[str], words: list[str]) -> None:
         found += [part.strip(" '\"") for part in word.partition("=")[2].strip("[]").split(",")]
     composing.user_folders.clear()
     for url in found:
-        if not url.startswith("pkg://"):
-            folder = Path(os.path.expanduser(url.removeprefix("file://"))).absolute()
-            if not folder.is_dir():
-                raise ConfigError(f"{url}: there is no such folder of configs")
-            url = f"file://{folder}"
-        composing.user_folders.append(url)
+        folder = Path(os.path.expanduser(url.removeprefix("file://"))).absolute()
+        if not folder.is_dir():
+            raise ConfigError(f"{url}: there is no such folder of configs")
+        composing.user_folders.append(f"file://{folder}")
 
 
 def check(name: str, schema: type[Any], doc: str | None, words: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from rich.table import Table
 from sepdist import storage
 from sepdist.cli.compose import read_config
 from sepdist.config import ShardConfig
-from sepdist.console import user_console
+from sepdist.console import printable, user_console
 
 if TYPE_CHECKING:  # it imports torch
     from sepdist.data.shards import Manifest
@@ -71,7 +71,7 @@ def verify(cfg: ShardConfig, console: Console) -> None:
     manifest = shards.read_manifest(cfg.output)
     problems = shards.verify(cfg.output)
     for problem in problems:
-        _OUT.print(problem)
+        _OUT.print(printable(problem))
     if problems:
         todo = "remove it and write it again"
         raise DataError(f"{cfg.output}: {len(problems)} problem(s); {todo}")
@@ -107,5 +107,5 @@ def describe(manifest: "Manifest", output: str, more: dict[str, str]) -> None:
     if skipped := num_skipped(output):
         rows["records left out"] = f"{skipped} (listed in {SKIPPED})"
     for name, value in (rows | more).items():
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     _OUT.print(table)

@@ -3,7 +3,7 @@
     sepdist train experiment=demo/finetune cluster.num_workers=2
     sepdist train experiment=demo/finetune run_dir=s3://bucket/runs/a engine.zero_stage=1
     sepdist train -m experiment=demo/finetune optim.lr=1e-3,1e-4 seed=0,1
-    ray job submit --working-dir . -- sepdist train experiment=demo/finetune
+    ray job submit --working-dir . -- python -m sepdist train run_dir=s3://bucket/runs/a ...
 
 The same command again resumes from the newest checkpoint of its run_dir. In a sweep every run has a
 folder of its own in run_dir, named after its values, such as optim.lr=0.001,seed=0; a table of the

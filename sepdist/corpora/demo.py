@@ -127,6 +127,8 @@ class DemoCorpus:
                 return wave
             too_long = duration > self.max_seconds
             wanted = 0.94 * self.max_seconds if too_long else 1.06 * self.min_seconds
+            if not self.min_seconds <= wanted <= self.max_seconds:  # narrower than 6 %
+                wanted = (self.min_seconds + self.max_seconds) / 2
             rate = round(min(max(rate * duration / wanted, 80), 400))
         bounds = f"{self.min_seconds} to {self.max_seconds} s"
         raise ValueError(f"voice {voice.name} took {duration:.2f} s, not {bounds}, to say {text!r}")

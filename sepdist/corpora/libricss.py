@@ -39,7 +39,7 @@ def read_transcripts(path: Path) -> dict[str, str]:
         origin = "LibriCSS's segment_libricss.py writes it with the audio"
         raise AudioError(f"{path}: no such transcript; {origin}")
     texts: dict[str, str] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).rstrip().split("\n"), start=1):
         key, _, text = line.partition("\t")
         if not text.strip():
             raise AudioError(f"{path}, line {number}: {line!r} is not <utterance>TAB<text>")

@@ -36,7 +36,7 @@ def transcripts(folder: Path) -> dict[str, str]:
     """Read utterance id -> text of a chapter's folder; empty if it has no transcript file."""
     texts: dict[str, str] = {}
     for path in sorted(folder.glob("[!.]*.trans.txt")):
-        for line in read_text(path).splitlines():
+        for line in read_text(path).split("\n"):
             utterance, _, text = line.strip().partition(" ")
             texts[utterance] = text.strip()
     return texts

@@ -82,9 +82,14 @@ def folder_rows(base: Path, members: Mapping[str, str]) -> list[Row]:
     return rows
 
 
-def read_lists(folder: Path) -> list[dict[str, str]]:
-    """Read Kaldi's lists <name> <path>, and Asteroid's in JSON, as lines of one table."""
+def read_lists(folder: Path, given: Mapping[str, str] | None) -> list[dict[str, str]]:
+    """Read Kaldi's lists <name> <path>, and Asteroid's in JSON, as lines of one table.
+
+    Its names are those in lists of members: Kaldi's cmvn.scp has speakers, ESPnet's data.json more.
+    """
     lists = dict[str, dict[str, str]]()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; check corpus.table and the split")
     if (folder / "segments").exists():
         raise ValueError(f"{folder / 'segments'}: lists parts of files; cut them into files before")
     kinds = ("*.scp", "*.json", "utt2spk", "text", "text_spk*")
@@ -92,13 +97,14 @@ def read_lists(folder: Path) -> list[dict[str, str]]:
         text = files.read_text(path)
         try:
             entries = [str(one[0]) for one in json.loads(text)] if path.suffix == ".json" else []
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise ValueError(f"{path}: is no list of [path, length] ({error!r})") from error
         lines = [[Path(one).stem, one] for one in entries]
-        lines = lines or [one.split(maxsplit=1) for one in text.splitlines() if one.strip()]
+        lines = lines or [one.split(maxsplit=1) for one in text.split("\n") if one.strip()]
         files.require_unique((one[0] for one in lines), str(path))
         lists[path.name] = {name: " ".join(rest) for name, *rest in lines}
-    audio_lists = [of for name, of in lists.items() if name.endswith((".scp", ".json"))]
+    known = list((given or {}).values()) or ["wav.scp", *filter(MEMBER.fullmatch, lists)]
+    audio_lists = [of for name, of in lists.items() if name in known] or lists.values()
     names = dict.fromkeys(key for of in audio_lists for key in of)
     return [{"id": key} | {name: of.get(key, "") for name, of in lists.items()} for key in names]
 
@@ -141,7 +147,9 @@ def settle(rows: Sequence[Row]) -> tuple[Sequence[Row], str]:
             fits.append((not files.off_sum(mix, waves.values()), not files.off_sum(mix, clean)))
         if len(fits) == NUM_PROBED:
             break
-    whole, spoken = (all(one) for one in zip(*fits, strict=True)) if fits else (True, True)
+    if not fits:  # a mix that is listed and nowhere there is not taken for their sum
+        return rows, "own" if rows and "mix" in rows[0].paths else "sum"
+    whole, spoken = (all(one) for one in zip(*fits, strict=True))
     if whole or not spoken:
         return rows, "sum" if whole else "own"
     files.report_left_out(rows[0].paths["noise"].parent, len(rows), "noises, no part of the mix")
@@ -181,12 +189,13 @@ class Table:
         if self.layout == "folder":
             rows = self._folder_rows(where)
         elif self.layout == "scp":
-            rows = self._listed_rows(read_lists(where), where)
+            rows = self._listed_rows(read_lists(where, self.members), where)
         else:
             rows = self._listed_rows(files.read_rows(self.source), where := self.source)
         for row in rows if self.exactly else ():
             with contextlib.suppress(audio.AudioError):
-                self.sample_rate = files.read_members(row.paths)[1]
+                needed = list(row.paths.values())[-1]  # mix, the first, may be missing
+                self.sample_rate = audio.load_channel(needed, may_be_silent=True)[1]
                 break
         settled, mixture = settle(rows) if self.mixture == "auto" else (rows, self.mixture)
         if mixture == "own" and any("mix" not in row.paths for row in settled):

@@ -25,6 +25,7 @@ from sepdist.data.records import Mixture, Utterance
 
 _COMPRESSED = re.compile(r".*\.(tar\.\w+|t[bgx]z|tzst)", re.IGNORECASE)
 _RESERVED = re.compile(r"__[^/]*__($|/)")  # names of WebDataset itself
+_NO_TAR = (tarfile.TarError, MemoryError, OverflowError, RuntimeError, ValueError, OSError)
 _Sample = dict[str, tuple[int, int]]  # ending -> byte offset, size
 
 
@@ -71,6 +72,8 @@ class WebdatasetTars:
         ids = [files.sample_key(key.replace("/", "-")) for key in keys]
         files.require_unique(ids, str(self.tars))
         sources = split_members(list(members))[0]
+        if len(self.speakers) not in (0, len(sources)):
+            raise ValueError(f"corpus.speakers: {len(self.speakers)} for {len(sources)} sources")
         for id_, (tar, stamp, key, sample, values) in zip(ids, found, strict=True):
             places = {ours: sample.get(theirs) for ours, theirs in members.items()}
             load = partial(load_sample, tar, stamp, key, places, self.sample_rate)
@@ -111,13 +114,15 @@ def index_tar(tar: str, file: BinaryIO) -> dict[str, _Sample]:
     """
     from webdataset.tariterators import base_plus_ext
 
-    samples, unused, end = dict[str, _Sample](), 0, 0
+    samples, unused, start, end = dict[str, _Sample](), 0, 0, 0
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for one in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # else all stay in memory
-                end = one.offset_data + (one.size if one.isreg() else 0)
+                if one.offset < start:  # a size below 0 leads back, in a circle
+                    raise tarfile.ReadError(f"after {one.name} come the files before it")
+                start, end = one.offset + 1, one.offset_data + (one.size if one.isreg() else 0)
                 key, ending = base_plus_ext(one.name.removeprefix("./"))
                 if not one.isreg() or one.issparse() or not key or _RESERVED.match(one.name):
                     unused += not one.isdir()
@@ -125,10 +130,8 @@ def index_tar(tar: str, file: BinaryIO) -> dict[str, _Sample]:
                     raise DataError(f"{tar}: has two files {one.name}; WebDataset allows one")
                 else:
                     samples[key][ending.lower()] = one.offset_data, one.size
-    except DataError:
-        raise
-    except (tarfile.TarError, MemoryError, OverflowError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+    except _NO_TAR as error:
+        if isinstance(error, DataError) or getattr(error, "errno", errno.EINVAL) != errno.EINVAL:
             raise  # of the disk; an offset out of all bounds is of the tar
         todo = "unpack or fetch it again"
         raise DataError(f"{tar}: is no whole, uncompressed tar ({error!r}); {todo}") from error
@@ -144,7 +147,10 @@ def look_up(file: BinaryIO, key: str, sample: _Sample, where: str) -> str | None
     """Find a speaker or a transcript in a sample (see `WebdatasetTars`); None if it has none."""
     kind, _, rest = where.partition(":")
     if kind == "key":
-        match = re.search(rest, key)
+        try:
+            match = re.search(rest, key)
+        except re.error as error:
+            raise ValueError(f"corpus.speakers or texts, {where}: no pattern ({error})") from error
         return match and match[match.lastindex or 0]
     offset, size = sample.get(kind.lower(), (0, 0))
     try:

@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 def _parse(path: Path, expected: str, parse: Callable[[list[str]], _T]) -> list[_T]:
     """Parse each line of fields that is not empty; ValueError names the file and the line."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if fields := line.split():
             try:
                 rows.append(parse(fields))

@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import resource
+import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -83,8 +84,7 @@ class ShardCache:
         """
         with self._lock:
             before, self._wanted = self._wanted, dict.fromkeys(numbers)
-            fresh = [number for number in self._wanted if number not in before]
-            for number in fresh:
+            for number in [one for one in self._wanted if one not in before]:
                 if number not in self._open:
                     self._request(number)
                 elif self.remote:
@@ -197,8 +197,9 @@ class ShardCache:
         with self._lock:
             wanted = {self._copy_path(number) for number in {*self._wanted, *self._pending}}
         total, evicted = sum(size for _, size, _ in copies) + num_bytes, set[Path]()
+        most = min(self.max_bytes, total - num_bytes + shutil.disk_usage(self.folder).free)
         for _, size, path in sorted(copies):
-            if total > self.max_bytes and path not in wanted:
+            if total > most and path not in wanted:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".lock").unlink(missing_ok=True)
                 evicted.add(path)
@@ -206,9 +207,9 @@ class ShardCache:
         with self._lock:  # open files would go on occupying the disk
             for number in [n for n in self._open if self._copy_path(n) in evicted]:
                 del self._open[number]
-        if total > self.max_bytes:
+        if total > most:
             needed = f"{total / 1e9:.2f} GB of shards are needed at once"
-            allowed = f"the {self.max_bytes / 1e9:.2f} GB that cache_gigabytes allows"
+            allowed = f"the {most / 1e9:.2f} GB that cache_gigabytes allows or the disk has"
             logger.warning("%s: %s, more than %s", self.folder, needed, allowed)
 
 

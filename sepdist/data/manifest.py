@@ -87,8 +87,9 @@ def read_manifest(url: str | Path) -> Manifest:
 
 
 def dump(value: dict[str, Any]) -> bytes:
-    """Return JSON for people."""
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    """Return JSON for people; bytes of file names that are not UTF-8 are \\udcXX in it."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace")
 
 
 def canonical(value: Any) -> bytes:

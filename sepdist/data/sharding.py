@@ -25,9 +25,9 @@ from sepdist.cluster import run_tasks
 from sepdist.config import ConfigError, ShardConfig
 from sepdist.console import progress_bar
 from sepdist.data import inputs, shards
+from sepdist.data.manifest import MANIFEST, SHARD, Manifest
 from sepdist.data.members import DataError, misfits, split_members
 from sepdist.data.records import Mixture, Utterance
-from sepdist.data.shards import MANIFEST, Manifest, Outcome
 from sepdist.seeding import rng
 
 logger = logging.getLogger(__name__)
@@ -51,14 +51,14 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
     if cfg.corpus is None or not cfg.split:
         missing = "split" if cfg.corpus else "corpus"
         raise ConfigError(f"no value given for {missing} (write needs corpus=... split=...)")
-    if "/" in cfg.split or "\\" in cfg.split:
-        raise ConfigError(f"split={cfg.split}: shards are named after it, so it has no slash")
     if len(cfg.subset) != 2 or not 0 <= cfg.subset[0] < cfg.subset[1] <= 1:
         raise ConfigError(f"subset={cfg.subset}: give two numbers with 0 <= first < last <= 1")
     if cfg.on_error not in ("fail", "skip"):
         raise ConfigError(f"on_error={cfg.on_error}: give fail or skip")
     start = time.monotonic()
     corpus = slots.build("corpus", cfg.corpus)
+    if not SHARD.fullmatch(f"{(name := shards.shard_name(corpus.name, cfg.split, 0))} {'0' * 64}"):
+        raise ConfigError(f"{name!r} cannot name a shard: no slash, control character or first dot")
     check_source(cfg, claim=False)
     if storage.exists(storage.join(cfg.output, MANIFEST)):
         manifest = shards.read_manifest(cfg.output)
@@ -67,7 +67,7 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
     calls, bad = plan(cfg, corpus)
     require_none(bad, cfg.on_error == "skip" and bool(calls))
     check_source(cfg, claim=True)
-    outcomes: list[Outcome] = []
+    outcomes: list[shards.Outcome] = []
     title = f"{corpus.name} {cfg.split}"
     with progress_bar(console or Console(stderr=True), title, len(calls)) as advance:
         for outcome in run_tasks(write_job, calls, cfg.num_workers, cfg.gpus_per_worker):
@@ -80,7 +80,7 @@ def write_data_set(cfg: ShardConfig, console: Console | None = None) -> Written:
     place = storage.join(cfg.output, SKIPPED)
     if bad or storage.exists(place):
         text = "".join(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n" for line in bad)
-        storage.put_bytes(place, text.encode())
+        storage.put_bytes(place, text.encode(errors="backslashreplace"))  # as `shards.dump`
     manifest = shards.write_manifest(cfg.output, corpus.name, cfg.split, corpus.sample_rate, infos)
     return Written(manifest, sum(one.kept for one in outcomes), time.monotonic() - start)
 
@@ -198,6 +198,6 @@ def check_source(cfg: ShardConfig, *, claim: bool) -> None:
             )
 
 
-def write_job(*arguments: Any) -> Iterator[Outcome]:
+def write_job(*arguments: Any) -> Iterator[shards.Outcome]:
     """`shards.try_shard` as a generator, which `run_tasks` needs."""
     yield shards.try_shard(*arguments)

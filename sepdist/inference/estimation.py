@@ -21,6 +21,9 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
 
     slots.make_paths_absolute(cfg)
     export = load_export(cfg.model)
+    if not getattr(export.model, "estimates_si_snr", False):
+        kind = type(export.model).__name__
+        raise ConfigError(f"{cfg.model}: a {kind} is no SI-SNR estimator: give a run of one")
     manifest, ids = scoring.check_data(cfg, export)
     if "e1" not in manifest.members:
         raise ConfigError(
@@ -30,14 +33,10 @@ def evaluate_estimator(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
     rows, unscored = scoring.run_on_data_set(predictor, cfg, range(len(ids)), ids, console)
     true, predicted = np.split(np.array([[*one.values()] for one in rows.values()]), 2, axis=1)
     found = agreement(true.mean(1), predicted.mean(1))
+    data = {"url": cfg.data, "corpus": manifest.corpus, "split": manifest.split}
     results: dict[str, Any] = {
         "model": {"url": cfg.model, "lineage": export.lineage},
-        "data": {
-            "url": cfg.data,
-            "corpus": manifest.corpus,
-            "split": manifest.split,
-            "digest": manifest.digest(),
-        },
+        "data": data | {"digest": manifest.digest()},
         "num_mixtures": len(true),
         **found,
         "by_estimate": agreement(true.ravel(), predicted.ravel()),

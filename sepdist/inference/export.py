@@ -116,8 +116,9 @@ def load_separator(url: str) -> Export:
 
 
 def load_estimator(url: str) -> nn.Module:
-    """The model of `load_export`; its attribute `origin` holds its folder and lineage."""
+    """The model of `load_export`, with its `sample_rate` and as `origin` its folder and lineage."""
     export = load_export(url)
+    export.model.sample_rate = export.sample_rate  # type: ignore[assignment]
     export.model.origin = {"url": export.url} | export.lineage  # type: ignore[assignment]
     return export.model
 

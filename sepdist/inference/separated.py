@@ -17,13 +17,13 @@ from sepdist.data.members import split_members
 from sepdist.data.records import Mixture
 from sepdist.data.shards import read_manifest
 from sepdist.inference import scoring
-from sepdist.inference.export import load_export
+from sepdist.inference.export import load_separator
 from sepdist.metrics.permutation import best_permutation, reorder
 from sepdist.metrics.si_snr import pairwise_si_snr, si_snr
 from sepdist.training.handoff import find_export
 
 MAX_PEAK = 0.99  # of a stored estimate, where full scale is 1.0
-open_export = lru_cache(maxsize=2)(load_export)
+open_export = lru_cache(maxsize=2)(load_separator)
 
 
 class Separated:
@@ -75,8 +75,11 @@ def separate(record: Mixture, model: str, device: str) -> Mapping[str, np.ndarra
     waves = {name: members[name] for name in (*sources, *rest)}
     batch = collate([Item(record.id, record.speakers, waves)], range(1))
     assert batch.sources is not None
-    place = torch.device(device)
-    separator = open_export(model).model.to(place)
+    export, place = open_export(model), torch.device(device)
+    if export.sample_rate != record.sample_rate:
+        has = f"the data has {record.sample_rate} Hz"
+        raise ConfigError(f"corpus=separated: {model} works at {export.sample_rate} Hz, {has}")
+    separator = export.model.to(place)
     with scoring.single_threaded():
         estimates_BST = scoring.separate_batch(separator, batch, place)[None]
         if estimates_BST.shape != batch.sources.shape:

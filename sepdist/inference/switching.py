@@ -12,7 +12,7 @@ from rich.console import Console
 from sepdist import slots, storage
 from sepdist.config import ConfigError, EvaluateConfig
 from sepdist.inference import scoring
-from sepdist.inference.export import load_export
+from sepdist.inference.export import load_separator
 from sepdist.metrics.permutation import best_permutation, permutation_rank
 from sepdist.metrics.si_snr import pairwise_si_snr
 from sepdist.metrics.switching import SwitchTracker
@@ -37,7 +37,7 @@ def measure_switching(cfg: EvaluateConfig, console: Console) -> dict[str, Any]:
             f"{cfg.model} has {len(checkpoints)} checkpoint(s), a switch rate needs two: train with"
             " training.keep_every and training.checkpoint_every set to the steps of an epoch"
         )
-    _, ids = scoring.check_data(cfg, load_export(checkpoints[-1].url))
+    _, ids = scoring.check_data(cfg, load_separator(checkpoints[-1].url))
     items = [(one.url, number) for one in checkpoints for number in range(len(ids))]
     names = [{"step": one.step} | own for one in checkpoints for own in ids]
     ranked, unscored = scoring.run_on_data_set(

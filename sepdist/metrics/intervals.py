@@ -84,5 +84,5 @@ def sign_flip_p(
     effects_P = np.linalg.pinv(has_NP.T @ has_NP, hermitian=True) @ (has_NP.T @ differences_N)
     shares_P = has_NP.sum(0) * effects_P
     signs_RP = rng(0, "sign flips").choice([-1.0, 1.0], (replicates, len(shares_P)))
-    least = abs(differences_N.sum()) - 1e-9 * np.abs(differences_N).sum()
+    least = abs(shares_P.sum()) - 1e-9 * np.abs(shares_P).sum()
     return float((1 + (np.abs(signs_RP @ shares_P) >= least).sum()) / (1 + replicates))

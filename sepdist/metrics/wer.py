@@ -1,19 +1,21 @@
 """Word errors between a reference transcript and a recogniser's hypothesis.
 
-Both are normalised first: lower case; any character but letters, digits and apostrophes separates
-words; an apostrophe counts only inside a word, because at its edge it may be a quotation mark.
-Spellings are not unified: "25" differs from "twenty five", "colour" from "color".
+Both are normalised first: lower case, NFC; all but letters with their marks (accents, vowel signs),
+digits and apostrophes separates words; an apostrophe counts only inside a word, because at its edge
+it may be a quotation mark. Spellings are not unified: "25" differs from "twenty five".
 """
 
 import re
 from collections.abc import Sequence
+from unicodedata import category, normalize
 
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_WORD = re.compile(r"[^\W_][^\s']*(?:'[^\s']+)*")  # where all else is space, as `\w` has no marks
 
 
 def words(text: str) -> list[str]:
     """Split a text into its normalised words."""
-    return _WORD.findall(text.lower().replace("\u2019", "'"))
+    text = normalize("NFC", text.lower()).replace("\u2019", "'")
+    return _WORD.findall("".join(x if x == "'" or category(x)[0] in "LMN" else " " for x in text))
 
 
 def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:

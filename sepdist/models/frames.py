@@ -32,7 +32,9 @@ def cut_frames(signal_BT: Tensor, kernel_size: int, stride: int, padding: str = 
     """
     front = stride if padding == "both" else 0
     behind = 0 if padding == "none" else front + stride - 1  # unfold leaves out what is too much
-    return F.pad(signal_BT, (front, behind)).unfold(-1, kernel_size, stride).contiguous()
+    # A sample more, cut off again: else a tracer asks whether disjoint frames fill the signal.
+    padded = F.pad(signal_BT, (front, behind + 1))[..., :-1]
+    return padded.unfold(-1, kernel_size, stride).contiguous()
 
 
 def overlap_add(frames: Tensor, stride: int, num_samples: int, padding: str = "end") -> Tensor:

@@ -113,6 +113,7 @@ class TFGridNet(nn.Module):
         check_counts(locals())
         check_sizes(kernel_size, kernel_stride)
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
+        self.num_speakers, self.masking = num_speakers, False
         self.min_length, self.stride = self.spectra.least, stride
         sizes = (num_features, num_hidden, kernel_size, kernel_stride)
         bins = fft_size // 2 + 1

@@ -109,6 +109,7 @@ class TFLocoformer(nn.Module):
         check_counts(locals())
         check_sizes(kernel_size, kernel_stride)
         self.spectra = Spectra(num_speakers, num_features, fft_size, stride, padding)
+        self.num_speakers, self.masking = num_speakers, False
         self.min_length, self.stride = self.spectra.least, stride
         sizes = (num_features, num_heads, num_hidden, kernel_size, kernel_stride)
         self.blocks = nn.ModuleList(PathBlock(*sizes) for _ in range(2 * num_layers))

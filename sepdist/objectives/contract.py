@@ -97,7 +97,7 @@ def speakers_of(estimates_BMT: Tensor, num_extra_outputs: int = 0, num_loudest: 
     energy_BM = kept_BST.detach().double().square().sum(-1)
     ranked_BM = energy_BM.argsort(dim=1, descending=True, stable=True)
     chosen_BS = ranked_BM[:, :num_loudest].sort(dim=1).values
-    return torch.take_along_dim(kept_BST, chosen_BS.unsqueeze(-1), dim=1)
+    return kept_BST.gather(1, chosen_BS.unsqueeze(-1).expand(-1, -1, kept_BST.shape[2]))
 
 
 def sources_of(batch: Batch) -> Tensor:

@@ -207,7 +207,7 @@ def trained_and_tested(runs: Iterable[str], mini: bool) -> Stages:
         method, percent = run.split("_")
         data, rest = f"data.train=@labelled_{percent}", f"@unlabelled_{100 - int(percent)}"
         if method != "ctn":
-            data += f" data.extra=[{{name:unlabelled,url:{rest},weight:1.0}}]"
+            data += f" data.extra=[{{name:unlabelled,url:'{rest}',weight:1.0}}]"
         if method == "sslm":
             data += " objective.estimator.url=@ssqp_dr"
         stages[run] = train("ctn_subset" if method == "ctn" else method, mini, "", data)

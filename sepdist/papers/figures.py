@@ -63,12 +63,10 @@ def read_predictions(output: str) -> np.ndarray:
     """Read [2, mixtures], true and predicted SI-SNR, from an output of `sepdist estimate`."""
     text = storage.read_bytes(storage.join(output, "utterances.csv")).decode()
     rows = [row for row in csv.DictReader(io.StringIO(text)) if not row.get("reason")]
-
-    def means(side: str) -> list[float]:
-        names = [name for name in rows[0] if name.startswith(side)]
-        return [float(np.mean([float(row[name]) for name in names])) for row in rows]
-
-    return np.array([means("true_"), means("predicted_")])
+    if not rows or "true_1" not in rows[0]:
+        raise ConfigError(f"{output}: no predictions; give an output of `sepdist estimate`")
+    sides = [[name for name in rows[0] if name.startswith(one)] for one in ("true_", "predicted_")]
+    return np.array([[np.mean([float(row[k]) for k in side]) for row in rows] for side in sides])
 
 
 FIGURES: dict[str, tuple[Callable[[str], Any], Callable[[Mapping[str, Any], str], Figure]]] = {

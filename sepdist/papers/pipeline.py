@@ -185,7 +185,7 @@ def with_folders(change: str, earlier: dict[str, Stage]) -> str:
             raise ConfigError(f"{change}: {found[0]} is none of the earlier stages {[*earlier]}")
         return earlier[found[1]].folder
 
-    return re.sub(r"(?<!\w)@(\w+)", folder, change)
+    return re.sub(r"(?<![\w/])@(\w+)", folder, change)
 
 
 def merged(base: Any, overrides: Sequence[str]) -> Any:
@@ -237,7 +237,10 @@ def is_done(stage: Stage) -> bool:
         return False
     # Reading against the schema gives keys that are younger than the marker their defaults.
     try:
-        had = config.from_yaml(json.dumps(read_marker(stage)["config"]), type(stage.config))
+        text = json.dumps(
+            read_marker(stage)["config"], ensure_ascii=False
+        )  # YAML reads \ud83d apart
+        had = config.from_yaml(text, type(stage.config))
     except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(

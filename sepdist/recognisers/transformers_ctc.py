@@ -20,6 +20,7 @@ class TransformersCtc:
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
         try:
+            from safetensors import SafetensorError  # of a file cut short or a Git LFS pointer
             from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
@@ -30,8 +31,11 @@ class TransformersCtc:
             # One by one: a processor with a language model would need another package for it.
             self.extractor = AutoFeatureExtractor.from_pretrained(folder)
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.model = AutoModelForCTC.from_pretrained(folder).to(device).eval()
-        except (OSError, ValueError) as error:
+            model, report = AutoModelForCTC.from_pretrained(folder, output_loading_info=True)
+            if any("head." in name for name in report["missing_keys"]):  # they would be random
+                raise ValueError("its head has no weights, it was not trained to recognise")
+            self.model = model.to(device).eval()
+        except (OSError, ValueError, SafetensorError) as error:
             wrong = f"no CTC model here or on the hub ({' '.join(str(error).split())[:200]})"
             todo = "Where there is a network, save one with save_pretrained of its model and "
             todo += "processor, and pass that folder as recogniser.folder"

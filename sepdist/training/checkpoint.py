@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import threading
 import time
 import uuid
@@ -211,8 +212,7 @@ class Checkpointer:
                 storage.put_bytes(storage.join(url, name), data)
             if after:
                 after.result()
-            data = to_json(commit).encode()
-            storage.put_bytes(storage.join(url, COMMIT), data, create_only=True)
+            storage.put_bytes(storage.join(url, COMMIT), to_json(commit).encode(), create_only=True)
         except OSError:
             self._unfinished.append(url)
             if not storage.is_remote(url):  # at once, else a full disk would stay full
@@ -458,7 +458,7 @@ def collect_orphans(run_dir: str) -> list[str]:
     """
     _, unfinished, _ = _scan(storage.join(run_dir, "checkpoints"))
     collected = []
-    for url in unfinished:
+    for url in filter(re.compile(r"/step-\d{9,}-[0-9a-f]{8}$").search, unfinished):
         try:
             # It exists if an earlier collection was interrupted, or files are missing.
             with contextlib.suppress(FileExistsError):

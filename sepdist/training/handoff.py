@@ -29,8 +29,7 @@ def load_weights(
 ) -> list[str]:
     """Copy what `check_weights` accepts into `model`; returns the names below `reinit` prefixes."""
     kept = check_weights(model, weights, reinit, source)
-    names = model.state_dict().keys() - kept.keys()
-    model.load_state_dict({name: weights[name] for name in names} | kept)
+    model.load_state_dict({k: kept.get(k, weights.get(k)) for k in model.state_dict()})
     return sorted(kept)
 
 
@@ -61,8 +60,9 @@ def check_weights(
     if problems:
         shown, more = "; ".join(problems[:6]), len(problems) - 6
         shown += f"; and {more} more" if more > 0 else ""
-        outputs = list(getattr(model, "output_parameters", ()))
-        hint = f"; to start the output layer afresh set init.reinit={outputs}" if outputs else ""
+        others = [one for one in getattr(model, "output_parameters", ()) if one not in reinit]
+        hint = f"; to start the output layer afresh set init.reinit={[*reinit, *others]}"
+        hint = hint if others else ""
         raise CheckpointError(f"{source or 'these weights'} do not fit this {kind}: {shown}{hint}")
     return kept
 

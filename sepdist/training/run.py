@@ -74,6 +74,10 @@ def freeze(cfg: TrainConfig, console: Console) -> TrainConfig:
     objective = with_defaults(slots.build("objective", cfg.objective))
     model = slots.build("model", cfg.model)
     objective.check_model(model)
+    for name in getattr(objective, "parts", ()):
+        rate = getattr(getattr(objective, name, None), "sample_rate", cfg.sample_rate)
+        if rate != cfg.sample_rate:
+            raise ConfigError(f"objective.{name} works at {rate} Hz, sample_rate={cfg.sample_rate}")
     _check_lengths(cfg, getattr(model, "min_length", 1))
     feeds, validation_set = open_datasets(cfg)
     if absent := set(objective.data_sets) - feeds.keys():
@@ -134,7 +138,7 @@ def _write(cfg: TrainConfig, digests: dict[str, str]) -> None:
     storage.put_bytes(url, config.to_yaml(cfg).encode())
     environment: Any = versions("torch", "ray", "deepspeed", "webdataset", "numpy")
     environment |= {"platform": platform.platform(), "data": digests}
-    environment["command"] = shlex.join(["sepdist", *sys.argv[1:]])
+    environment["command"] = " ".join([sys.argv[0], *map(shlex.quote, sys.argv[1:])])
     storage.put_bytes(environment_url, to_json(environment, indent=1).encode())
 
 

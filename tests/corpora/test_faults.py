@@ -7,14 +7,16 @@ import pytest
 import soundfile
 
 from sepdist.audio import AudioError
-from sepdist.corpora.libricss import LibriCss
+from sepdist.corpora.libricss import LibriCss, read_transcripts
 from sepdist.corpora.librimix import LibriMix
 from sepdist.corpora.librispeech import LibriSpeech
 from sepdist.corpora.overlap import Overlap
+from sepdist.corpora.tables import Table
 from sepdist.corpora.wham import Wham
 from sepdist.corpora.wsj0_mix import Wsj0Mix
 from sepdist.data.dataset import Dataset
 from sepdist.data.members import DataError
+from sepdist.data.records import Utterance
 from sepdist.data.shards import verify, write_manifest
 from tests.corpora.conftest import signal, write
 from tests.support.libricss import meeting_name, write_meeting
@@ -127,6 +129,22 @@ def test_transcripts_are_read_with_a_byte_order_mark_and_without_those_of_macos(
     (folder / "26-7.trans.txt").write_bytes("26-7-0000 ÇA VA\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"26-7\.trans\.txt: is not text in UTF-8"):
         list(LibriSpeech(str(speech_root)).records(SPLIT))
+
+
+def test_a_line_of_a_transcript_ends_at_no_other_separator_of_unicode(tmp_path: Path) -> None:
+    said = "one\u2028two \x85 three\x1cfour"  # U+0085 is what becomes of the ellipsis of cp1252
+    write(tmp_path / "wav" / "test" / "1" / "2" / "1-2-3.wav", signal(1, 8000))
+    (tmp_path / "wav" / "test" / "1" / "2" / "1-2.trans.txt").write_text(f"1-2-3 {said}\n")
+    (tmp_path / "text").write_text(f"1-2-3 {said}\r\n", newline="")
+    (tmp_path / "wav.scp").write_text("1-2-3 wav/test/1/2/1-2-3.wav\n")
+    (tmp_path / "css.txt").write_text(f"utterance_0\t{said}\n")
+    spoken = next(LibriSpeech(str(tmp_path / "wav")).records("test"))
+    lists = Table(layout="scp", table=str(tmp_path), root=str(tmp_path))
+    listed = next(iter(lists.records("all")))
+    assert isinstance(listed, Utterance)
+    assert [spoken.text, listed.text, *read_transcripts(tmp_path / "css.txt").values()] == 3 * [
+        said
+    ]
 
 
 def test_speakers_behind_links_and_in_other_formats_are_read_and_hidden_files_said(

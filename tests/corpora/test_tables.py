@@ -84,6 +84,18 @@ def test_the_first_mixtures_decide_and_a_later_one_that_differs_is_named(tmp_pat
         read(folder(tmp_path, mixture="sum"))[6].load()
 
 
+def test_a_mix_that_is_named_and_nowhere_there_is_missed_unless_it_is_their_sum(
+    tmp_path: Path,
+) -> None:
+    mixtures(tmp_path, ["a", "b"], 2, False)
+    named = {"mix": "no-mix", "s1": "s1", "s2": "s2"}
+    for options in ({}, {"sample_rate": 8000}):
+        with pytest.raises(AudioError, match=r"no-mix/a\.wav: no such file \(2 of 6 are missing"):
+            read(folder(tmp_path, members=named, **options))
+    first, _ = read(folder(tmp_path, members=named, mixture="sum"))
+    assert first.sample_rate == 8000 and list(first.load()) == ["s1", "s2"]
+
+
 def test_noise_that_is_not_in_the_mix_is_left_out_with_a_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -349,6 +361,24 @@ def test_lists_of_espnet_and_kaldi_are_read(tmp_path: Path) -> None:
     assert [type(record) for record in records] == 2 * [Utterance]
     assert [record.speaker for record in records] == 2 * ["40n_01x"]
     np.testing.assert_array_equal(records[0].load() * 32768, written["mix/a"])
+
+
+def test_lists_of_features_and_speakers_beside_those_of_audio_are_not_read_as_audio(
+    tmp_path: Path,
+) -> None:
+    mixtures(tmp_path / "wav", ["a", "b"], 2)
+    data = tmp_path / "data" / "tr"
+    lists(data, tmp_path / "wav", ["a", "b"], {"wav.scp": "s1"})
+    (data / "feats.scp").write_text("40n_01x_a mfcc.ark:5\n40n_01x_b mfcc.ark:9\n")
+    (data / "cmvn.scp").write_text("40n cmvn.ark:4\n")  # by speaker, as Kaldi writes it
+    (data / "data.json").write_text('{"utts": {"40n_01x_a": {}}}')  # of ESPnet 1
+    corpus = Table(layout="scp", table=str(tmp_path / "data"))
+    assert [record.id for record in read(corpus, "tr")] == ["40n_01x_a", "40n_01x_b"]
+    with pytest.raises(ValueError, match=r"tr_mni: no such folder"):
+        read(corpus, "tr_mni")
+    (data / "data.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"data\.json: is no list"):
+        read(corpus, "tr")
 
 
 def test_lists_of_asteroid_are_read(tmp_path: Path) -> None:

@@ -277,17 +277,37 @@ def test_values_that_are_no_names_are_not_known(tmp_path: Path) -> None:
     assert [one.text for one in records] == ["", "", "Ann", "7"]
 
 
+def header(name: str, size: int) -> bytes:
+    """A member's header with any size, in base 256."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (size % 2**96 | 2**95).to_bytes(12)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block[:512])
+    return bytes(block)
+
+
 @pytest.mark.parametrize("size", [2**40, 2**62, -512])
 def test_a_tar_whose_header_is_impossible_is_named(size: int, tmp_path: Path) -> None:
-    info = tarfile.TarInfo("u0.flac")
-    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = (size % 2**96 | 2**95).to_bytes(12)  # base 256
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header[:512])
     path = tmp_path / "a.tar"
-    path.write_bytes(bytes(header) + bytes(10240))
+    path.write_bytes(header("u0.flac", size) + bytes(10240))
     with pytest.raises(DataError, match=r"a\.tar: is "):
         list(WebdatasetTars(str(path), {"s1": "flac"}).records("x"))
+
+
+def test_a_tar_whose_sizes_lead_back_is_not_read_in_a_circle(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(header("u0/", 0) + header("u1.txt", -512) + bytes(10240))
+    with pytest.raises(DataError, match=r"a\.tar: is no whole, uncompressed tar"):
+        list(WebdatasetTars(str(path), {"s1": "flac"}).records("x"))
+
+
+def test_patterns_and_names_of_speakers_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    tar = two_tars(tmp_path / "tars")
+    with pytest.raises(ValueError, match=r"key:\(: no pattern"):
+        list(WebdatasetTars(tar, {"s1": "spk1.wav"}, speakers=["key:("]).records("x"))
+    with pytest.raises(ValueError, match="speakers: 1 for 2 sources"):
+        members = {"s1": "spk1.wav", "s2": "spk2.wav"}
+        list(WebdatasetTars(tar, members, speakers=["key:x"]).records("x"))
 
 
 def test_tars_in_capitals_are_found_and_compressed_ones_are_counted(

@@ -216,6 +216,20 @@ def test_the_least_recently_used_copies_go_and_readers_keep_their_files(
     assert len(copies(tmp_path)) == 2 and len(list((tmp_path / "cache").glob("*.lock"))) == 2
 
 
+def test_a_disk_smaller_than_the_cache_may_be_holds_the_last_copies(
+    bucket: str, small_disk: Path
+) -> None:
+    url = f"s3://{bucket}/toy"
+    toy.write(url, (3,) * 15)  # of 20 KiB
+    cache = ShardCache(url, read_manifest(url), str(small_disk), 10**9)
+    try:
+        for number in range(15):
+            check_readable(cache, number)
+    finally:
+        cache.close()
+        cache._open.clear()  # else the disk is in use
+
+
 def test_a_copy_that_another_process_evicts_at_once_is_read_all_the_same(
     remote: str, cache_of: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:

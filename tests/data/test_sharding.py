@@ -398,3 +398,26 @@ def test_utterances_too_short_for_a_loudness_are_counted(speech: Path, tmp_path:
 def test_another_value_of_on_error_is_refused(speech: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="on_error=ignore: give fail or skip"):
         write(speech, tmp_path / "out", on_error="ignore")
+
+
+def test_files_whose_names_are_not_utf_8_are_stored_or_listed(tmp_path: Path) -> None:
+    good, bad = (tmp_path / "all" / os.fsdecode(one) for one in (b"good-\xff.wav", b"bad-\xff.wav"))
+    record(tmp_path / "all" / "x.wav", voice(1)).rename(good)
+    bad.write_bytes(b"RIFFjunk")
+    table = {"_target_": "sepdist.corpora.tables.Table", "layout": "folder", "root": str(tmp_path)}
+    output, settings = tmp_path / "out", {"corpus": table, "split": "all", "on_error": "skip"}
+    for num_kept in (0, 1):
+        assert write(tmp_path, output, **settings).num_kept == num_kept
+        assert shards.verify(output) == [] and num_skipped(str(output)) == 1
+        (output / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["../up", ".hidden", "back\\slash", "a/b"])
+def test_a_corpus_whose_name_cannot_be_that_of_a_shard_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path
+) -> None:
+    record(tmp_path / "all" / "a.wav", voice(1))
+    table = {"_target_": "sepdist.corpora.tables.Table", "layout": "folder", "root": str(tmp_path)}
+    with pytest.raises(ConfigError, match="cannot name a shard"):
+        write(tmp_path, tmp_path / "out", corpus=table | {"name": name}, split="all")
+    assert sorted(os.listdir(tmp_path)) == ["all"]

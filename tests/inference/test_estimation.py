@@ -18,12 +18,14 @@ from sepdist.inference.export import Export
 from sepdist.inference.scoring import EvaluationError
 from sepdist.metrics.si_snr import si_snr
 from sepdist.papers import figures
-from tests.support.exports import RATE, damage, oracle_si_snr, voices
+from tests.support.exports import RATE, damage, oracle_si_snr, voices, write_export
 from tests.support.shard_sets import write_shard
 
 
 class Halving(nn.Module):
     """An estimator that knows the truth and predicts half of it plus 1 dB."""
+
+    estimates_si_snr = True
 
     def __init__(self, truth: dict[float, Tensor]) -> None:
         super().__init__()
@@ -129,4 +131,11 @@ def test_what_cannot_be_scored_is_in_no_mean_and_named(
     np.testing.assert_allclose(found, [kept.mean(1), (0.5 * kept + 1.0).mean(1)], atol=2e-3)
     cfg.max_unscored = 2
     with pytest.raises(EvaluationError, match="3 have no score and are in no mean"):
+        estimation.evaluate_estimator(cfg, Console(quiet=True))
+
+
+def test_a_separator_is_refused_by_name(data, tmp_path: Path) -> None:
+    write_export(tmp_path / "separator")
+    cfg = EvaluateConfig(str(tmp_path / "separator"), data[0], str(tmp_path / "o"), num_workers=0)
+    with pytest.raises(ConfigError, match="separator: a ConvTasNet is no SI-SNR estimator"):
         estimation.evaluate_estimator(cfg, Console(quiet=True))

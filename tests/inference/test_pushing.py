@@ -211,6 +211,18 @@ def test_a_fault_of_the_hub_is_one_line(export: Path, monkeypatch: pytest.Monkey
         push(str(export), "hf://org/name", "mit", "", False, False)
 
 
+def test_a_fault_of_the_hub_shows_no_password_of_its_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(**_: object) -> str:
+        raise OSError("404 Not Found for url 'https://me:se@cret@mirror.example/api/models/a/b'")
+
+    monkeypatch.setattr(hf, "snapshot_download", fails)
+    with pytest.raises(HubError, match=r"https://mirror\.example/api") as caught:
+        hub.local("hf://org/name")
+    assert "cret" not in str(caught.value)
+
+
 def test_weights_pushed_in_half_precision_load_as_the_nearest_float16(
     export: Path, tmp_path: Path
 ) -> None:

@@ -157,3 +157,18 @@ def test_what_cannot_be_separated_is_refused_by_name(tiny_data, tmp_path: Path) 
         slots.build("corpus", separated(str(tmp_path / "mixtures"), "runs/none"))
     with pytest.raises(ConfigError, match=r"subset=\[0\.5, 0\.5\]"):
         write(tmp_path / "x", stored(tiny_data["dev"]), subset=[0.5, 0.5])
+
+
+def test_a_model_of_another_rate_and_one_that_separates_nothing_are_refused(
+    tiny_data, tmp_path: Path
+) -> None:
+    write_export(tmp_path / "wide", rate=16000)
+    with pytest.raises(ValueError, match="wide works at 16000 Hz, the data has 8000 Hz"):
+        write(tmp_path / "a", separated(tiny_data["dev"], tmp_path / "wide"))
+    write_export(tmp_path / "estimator")
+    node = {"_target_": "sepdist.models.sisnr_cnn.SISNREstimator"}
+    save_file(slots.build("model", node).state_dict(), tmp_path / "estimator/model.safetensors")
+    card = f"model: {node}\nsample_rate: 8000\n"
+    (tmp_path / "estimator/model.yaml").write_text(card)
+    with pytest.raises(ValueError, match="estimates SI-SNR and separates nothing"):
+        write(tmp_path / "b", separated(tiny_data["dev"], tmp_path / "estimator"))

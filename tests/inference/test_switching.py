@@ -147,3 +147,17 @@ def test_checkpoints_without_a_common_utterance_have_no_rate() -> None:
     found = switching.compare({1: {"a": 0}, 2: {}, 3: {"a": 1}}, [], {1: {}, 2: {}, 3: {"a": 1}})
     assert [row["rate"] for row in found["rates"]] == [None, None]
     assert found["agreement"]["equal_permutations"] == 1
+
+
+def test_a_run_of_an_estimator_is_refused(tiny_data, tmp_path: Path) -> None:
+    node = {"_target_": "sepdist.models.sisnr_cnn.SISNREstimator"}
+    sizes = {"lineage": {}, "keep_last": 2, "keep_best": False, "keep_every": 10}
+    writer = Checkpointer(str(tmp_path / "run"), model_node=node, sample_rate=8000, **sizes)
+    for step in (10, 20):
+        weights = slots.build("model", node).state_dict()
+        writer.save(Snapshot(step, weights, OptimizerState({}, {}), {}))
+    writer.close()
+    places = (str(tmp_path / "run"), tiny_data["dev"], str(tmp_path / "out"))
+    cfg = EvaluateConfig(*places, num_workers=0)
+    with pytest.raises(ValueError, match="estimates SI-SNR and separates nothing"):
+        switching.measure_switching(cfg, Console(quiet=True))

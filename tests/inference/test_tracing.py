@@ -16,6 +16,7 @@ from sepdist.models.sandglasset import Sandglasset
 from sepdist.models.sepformer import SepFormer
 from sepdist.models.tf_gridnet import TFGridNet
 from sepdist.models.tf_locoformer import TFLocoformer
+from sepdist.objectives.contract import speakers_of
 from tests.support.exports import write_export
 
 CODEC = {"num_filters": 16, "kernel_size": 8, "stride": 4}
@@ -109,3 +110,11 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(
     with pytest.raises(TraceError, match="ConvTasNet cannot be written as torch: "):
         write(str(tmp_path / "export"), str(tmp_path / "model.pt2"), "torch")
     assert not (tmp_path / "model.pt2").exists()
+
+
+@pytest.mark.parametrize("change", [{"stride": 8}, {"num_speakers": 4}])
+def test_frames_side_by_side_and_the_loudest_outputs_are_traced(change: dict[str, int]) -> None:
+    model = ConvTasNet(**(CODEC | TCN | change)).eval()
+    if "num_speakers" in change:
+        model.register_forward_hook(lambda _, __, waves: speakers_of(waves, num_loudest=2))
+    same(model, trace(model).module())

@@ -112,3 +112,9 @@ def test_the_same_system_twice_has_p_1_and_speakers_who_never_meet_others_count_
     assert sign_flip_p(np.zeros(4), ["a+b", "c+d", "e+f", "g+h"]) == 1
     # Four pairs are four clusters: 2 of 16 flips are as far from 0.
     assert sign_flip_p(np.ones(4), ["a+b", "c+d", "e+f", "g+h"]) == pytest.approx(1 / 8, abs=0.02)
+
+
+def test_a_mixture_of_one_speaker_among_pairs_does_not_make_every_difference_certain() -> None:
+    speakers = ["+".join(pair) for pair in itertools.combinations_with_replacement("abcde", 2)]
+    # Equal differences are equal effects: of the 32 flips only two do not lower the sum.
+    assert sign_flip_p(np.ones(15), speakers) == pytest.approx(2 / 32, abs=0.01)

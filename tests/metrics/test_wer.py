@@ -64,6 +64,14 @@ def test_words_are_lower_case_without_punctuation_and_keep_apostrophes_inside() 
     ]
 
 
+def test_accents_and_vowel_signs_belong_to_their_word_however_they_are_encoded() -> None:
+    hindi = "\u0939\u093f\u0928\u094d\u0926\u0940"  # six letters and signs, one word
+    assert words(f"{hindi}, {hindi}!") == [hindi, hindi]
+    assert word_errors(hindi, hindi.replace("\u0940", "\u093e")) == (1, 1)  # another vowel
+    assert word_errors("e\u0301te\u0301", "\u00e9t\u00e9") == (0, 1)
+    assert words("\u0301 a\ufe0f") == ["a\ufe0f"]  # a mark alone is no word
+
+
 def test_the_rate_of_a_condition_is_of_its_sums_and_not_the_mean_of_the_rates() -> None:
     assert error_rate([1, 0, 5], [2, 3, 5]) == pytest.approx(60.0)  # the mean would be 50
 

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sepdist.models.attention import rotate
 from sepdist.models.tf_gridnet import TFGridNet
 from sepdist.models.tf_locoformer import TFLocoformer
+from sepdist.objectives.masked import Masked
+from sepdist.objectives.mixit import MixIT
 from tests.support.espnet import ESPnet, formula_mixture, formula_weights
 from tests.support.model_checks import improvement_learnt, relative, shaken
 
@@ -174,3 +176,15 @@ def test_some_steps_on_one_batch_learn_it(kind: Any, rate: float) -> None:
     sizes = LOCOFORMER if kind is TFLocoformer else GRID
     first, last = improvement_learnt(kind(**(sizes | {"num_speakers": 2})), rate)
     assert last > first + 5 and last > 5
+
+
+@pytest.mark.parametrize("kind", [TFGridNet, TFLocoformer])
+def test_objectives_know_that_they_do_not_mask_and_how_many_outputs_they_have(kind: type) -> None:
+    sizes = {"fft_size": 16, "stride": 8, "num_layers": 1, "num_features": 12, "num_heads": 3}
+    model = kind(num_speakers=2, num_hidden=10, **sizes)
+    mixture = torch.randn(1, 400)
+    mixture[0, 100:180] = 0.0  # the spans of a masked objective, which these networks can fill
+    assert model(mixture)[0, 0, 120:160].abs().min() > 0
+    Masked(seed=0).check_model(model)
+    with pytest.raises(ValueError, match=r"more than 2 outputs: set model\.num_speakers=4"):
+        MixIT().check_model(model)

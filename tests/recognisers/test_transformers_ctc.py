@@ -1,6 +1,7 @@
 """A tiny random wav2vec 2.0, saved as users save theirs; greedy decoding against CTC's rules."""
 
 import itertools
+import shutil
 import sys
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def test_a_wave_of_another_rate_is_resampled_to_that_of_the_model(
     expected = np.sqrt(2) * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)  # of unit variance
     assert seen[0].shape == (1, 16000)
     np.testing.assert_allclose(seen[0][0, 500:-500].numpy(), expected[500:-500], atol=5e-3)
+
+
+def test_an_encoder_without_a_trained_head_and_damaged_weights_are_refused(
+    folder: str, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "base")
+    model = transformers.Wav2Vec2ForCTC.from_pretrained(folder)
+    model.wav2vec2.save_pretrained(tmp_path / "base")  # as facebook/wav2vec2-base is published
+    with pytest.raises(ConfigError, match="its head has no weights"):
+        TransformersCtc(str(tmp_path / "base"))
+    (tmp_path / "base" / "model.safetensors").write_text("version https://git-lfs.github.com/...")
+    with pytest.raises(ConfigError, match=r"recogniser\.folder=.*header too large"):
+        TransformersCtc(str(tmp_path / "base"))
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error_that_says_what_to_pass(

@@ -144,6 +144,17 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(
     assert steps_of(tmp_path) == [3]
 
 
+def test_folders_and_links_of_others_are_never_collected(tmp_path: Path) -> None:
+    save(tmp_path, snapshot(1))
+    for folder in ("archive", "checkpoints/step-1-onnx"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine").touch()
+    (tmp_path / "checkpoints" / "step-old").symlink_to(tmp_path / "archive")
+    assert checkpoint.collect_orphans(str(tmp_path)) == []
+    assert {path.name for path in tmp_path.glob("checkpoints/step-1-onnx/*")} == {"mine"}
+    assert {path.name for path in (tmp_path / "archive").iterdir()} == {"mine"}
+
+
 def test_what_is_no_checkpoint_is_never_collected(tmp_path: Path) -> None:
     save(tmp_path, snapshot(1))
     (tmp_path / "checkpoints" / "notes.txt").write_text("mine")

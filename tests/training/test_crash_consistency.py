@@ -170,7 +170,7 @@ def test_a_kill_at_any_operation_on_disk_never_costs_a_commit_nor_leaves_a_torn_
 ) -> None:
     save(tmp_path / "start", *[SNAPSHOTS[step] for step in earlier])
     if earlier:  # and what a worker left that was killed before them
-        orphan = tmp_path / "start" / "checkpoints" / "step-000000009-orphan"
+        orphan = tmp_path / "start" / "checkpoints" / "step-000000009-0000beef"
         shutil.copytree(find_committed(str(orphan.parent))[0].url, orphan)
         (orphan / "COMMIT").unlink()
     for number in itertools.count():

@@ -258,6 +258,12 @@ def test_a_relative_estimator_is_made_absolute_and_a_run_from_before_a_key_of_th
     with pytest.raises(ValueError, match=r"is a ConvTasNet, .*set objective\.estimator\.url"):
         freeze(cfg, Console(quiet=True))
     monkeypatch.setattr(ConvTasNet, "estimates_si_snr", True, raising=False)
+    card = {"model": node, "sample_rate": 16000}
+    (tmp_path / "estimator" / "model.yaml").write_text(yaml.safe_dump(card))
+    with pytest.raises(ConfigError, match="estimator works at 16000 Hz, sample_rate=8000"):
+        freeze(cfg, Console(quiet=True))
+    card["sample_rate"] = 8000
+    (tmp_path / "estimator" / "model.yaml").write_text(yaml.safe_dump(card))
     freeze(cfg, Console(quiet=True))
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert f"url: {tmp_path}/estimator\n" in text
