@@ -61,12 +61,9 @@ def report_left_out(where: Path | str, count: int, what: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read a text in UTF-8, with or without a byte-order mark; ValueError names another file.
-
-    Its lines end in "\\n" alone: `splitlines` would cut transcripts at U+2028, U+0085 and others.
-    """
+    """Read a text in UTF-8, with or without a byte-order mark; ValueError names another file."""
     try:
-        return path.read_text("utf-8-sig")
+        return path.read_text("utf-8-sig")  # lines end in \n; `splitlines` knows more, as U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not text in UTF-8 ({error}); save it as UTF-8") from error
 

@@ -9,6 +9,7 @@ meetings, whose keys are <meeting>_utterance_<i>.
 A meeting is named overlap_ratio_<percent>_sil<a>_<b>_session<n>_actual<x>; splits are conditions.
 """
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def read_transcripts(path: Path) -> dict[str, str]:
         origin = "LibriCSS's segment_libricss.py writes it with the audio"
         raise AudioError(f"{path}: no such transcript; {origin}")
     texts: dict[str, str] = {}
-    for number, line in enumerate(read_text(path).rstrip().split("\n"), start=1):
+    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
         key, _, text = line.partition("\t")
         if not text.strip():
             raise AudioError(f"{path}, line {number}: {line!r} is not <utterance>TAB<text>")

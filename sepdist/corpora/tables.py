@@ -83,10 +83,7 @@ def folder_rows(base: Path, members: Mapping[str, str]) -> list[Row]:
 
 
 def read_lists(folder: Path, given: Mapping[str, str] | None) -> list[dict[str, str]]:
-    """Read Kaldi's lists <name> <path>, and Asteroid's in JSON, as lines of one table.
-
-    Its names are those in lists of members: Kaldi's cmvn.scp has speakers, ESPnet's data.json more.
-    """
+    """Read Kaldi's lists <name> <path>, and Asteroid's in JSON, as lines of one table."""
     lists = dict[str, dict[str, str]]()
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; check corpus.table and the split")
@@ -103,9 +100,9 @@ def read_lists(folder: Path, given: Mapping[str, str] | None) -> list[dict[str, 
         lines = lines or [one.split(maxsplit=1) for one in text.split("\n") if one.strip()]
         files.require_unique((one[0] for one in lines), str(path))
         lists[path.name] = {name: " ".join(rest) for name, *rest in lines}
-    known = list((given or {}).values()) or ["wav.scp", *filter(MEMBER.fullmatch, lists)]
-    audio_lists = [of for name, of in lists.items() if name in known] or lists.values()
-    names = dict.fromkeys(key for of in audio_lists for key in of)
+    known = [one for one in lists if one == "wav.scp" or MEMBER.fullmatch(one)]
+    known = [*(given or {}).values()] or known or [*lists]  # not cmvn.scp, which lists speakers
+    names = dict.fromkeys(key for one in known for key in lists.get(one, ()))
     return [{"id": key} | {name: of.get(key, "") for name, of in lists.items()} for key in names]
 
 
@@ -192,10 +189,9 @@ class Table:
             rows = self._listed_rows(read_lists(where, self.members), where)
         else:
             rows = self._listed_rows(files.read_rows(self.source), where := self.source)
-        for row in rows if self.exactly else ():
+        for path in ([*row.paths.values()][-1] for row in rows if self.exactly):  # mix may lack
             with contextlib.suppress(audio.AudioError):
-                needed = list(row.paths.values())[-1]  # mix, the first, may be missing
-                self.sample_rate = audio.load_channel(needed, may_be_silent=True)[1]
+                self.sample_rate = audio.load_channel(path, may_be_silent=True)[1]
                 break
         settled, mixture = settle(rows) if self.mixture == "auto" else (rows, self.mixture)
         if mixture == "own" and any("mix" not in row.paths for row in settled):

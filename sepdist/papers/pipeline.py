@@ -18,9 +18,9 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -153,14 +153,14 @@ def resolve(cfg: PipelineConfig, seed: int, name: str, earlier: dict[str, Stage]
         resolved = composed("recognise", overrides, fixed, RecogniseConfig)
     elif stage.kind == "figure":
         runs = {cfg.stages[used.name].title or used.name: used.folder for used in uses}
-        picture = storage.join(folder, "figure.png")
-        resolved = merged(FigureConfig(runs, picture, stage.title), overrides)
+        fixed = {"runs": runs, "output": storage.join(folder, "figure.png")}
+        resolved = composed("plot", [f"title={stage.title}", *overrides], fixed, FigureConfig)
     else:
         data = uses[0].config.data
         scored = data.train if stage.kind == "labels" else cfg.test_data
-        base = EvaluateConfig(uses[0].folder, scored, folder, data.num_sources, data.noise)
-        base.plugins = cfg.plugins
-        resolved = merged(base, overrides)
+        fixed["model"] = uses[0].folder
+        words = [f"data={scored}", f"num_sources={data.num_sources}", f"noise={data.noise}"]
+        resolved = composed("evaluate", [*words, *overrides], fixed, EvaluateConfig)
     return Stage(seed, name, stage.kind, folder, resolved)
 
 
@@ -188,17 +188,11 @@ def with_folders(change: str, earlier: dict[str, Stage]) -> str:
     return re.sub(r"(?<![\w/])@(\w+)", folder, change)
 
 
-def merged(base: Any, overrides: Sequence[str]) -> Any:
-    """Apply key=value changes to a dataclass."""
-    changed = OmegaConf.merge(OmegaConf.structured(base), OmegaConf.from_dotlist(list(overrides)))
-    return config.typed(cast(DictConfig, changed), type(base))
-
-
 def composed(name: str, overrides: Sequence[str], fixed: dict[str, Any], schema: type[_T]) -> _T:
     """Compose a primary config with overrides, then set the fixed values."""
     result = composing.compose(name, overrides, schema)
     for key, value in fixed.items():
-        OmegaConf.update(result, key, value)
+        OmegaConf.update(result, key, value, force_add=True)
     return config.typed(result, schema)
 
 
@@ -209,7 +203,7 @@ def data_sets(stage: Stage) -> list[str]:
         return [data.train, data.validation, *(one.url for one in data.extra)]
     if stage.kind == "shards":
         return [corpus["data"]] if "data" in (corpus := stage.config.corpus or {}) else []
-    return [stage.config.data] if isinstance(stage.config, EvaluateConfig) else []
+    return config.listed(stage.config.data) if isinstance(stage.config, EvaluateConfig) else []
 
 
 def num_cpus(stage: Stage) -> int:
@@ -235,11 +229,10 @@ def is_done(stage: Stage) -> bool:
     place = storage.join(stage.folder, MARKER)
     if stage.kind == "figure" or not storage.exists(place):
         return False
-    # Reading against the schema gives keys that are younger than the marker their defaults.
+    # Reading against the schema gives keys that are younger than the marker their defaults. YAML
+    # does not join the escapes by which JSON writes an emoji.
     try:
-        text = json.dumps(
-            read_marker(stage)["config"], ensure_ascii=False
-        )  # YAML reads \ud83d apart
+        text = json.dumps(read_marker(stage)["config"], ensure_ascii=False)
         had = config.from_yaml(text, type(stage.config))
     except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]

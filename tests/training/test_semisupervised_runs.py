@@ -130,7 +130,8 @@ def test_labelled_and_unlabelled_batches_on_different_ranks_make_the_step_of_equ
         )
         assert found["metrics"][step]["unsupervised_weight"] == f
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(found["weights"][name], value, rtol=1e-4, atol=1e-6)
+        # Adam divides by the size of a gradient, so the rounding of a small one shows.
+        torch.testing.assert_close(found["weights"][name], value, rtol=1e-3, atol=1e-5)
 
 
 # Whole runs.
