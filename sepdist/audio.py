@@ -23,7 +23,7 @@ import soxr
 
 logger = logging.getLogger(__name__)
 READABLE = re.compile(
-    r"\.(wave?|bwf|flac|aif[cf]?|aiff|au|caf|mp[123]|nist|og[ag]|opus|rf64|snd|sph|voc|w64)"
+    r"\.(wave?|bwf|flac|aif[cf]?|au|caf|mp[123]|nist|og[ag]|opus|rf64|snd|sph|voc|w64)"
 )
 UNREADABLE = re.compile(  # by libsndfile; most of these by PyAV
     r"\.(3g[2p]|aac|ac3|amr|ape|avi|flv|m4[abv]|mk[av]|mov|mp4|mpe?g|shn|tta|webm|wm[av]|wv[12]?)"

@@ -88,7 +88,9 @@ def _explain(error: Exception, schema: type) -> str:
     if merging and error.__cause__ and (field := key_field(schema, bare(word))):
         return f"{word}: give {allowed(field)}"
     text = " ".join(one_line(one) for one in (error, error.__cause__) if one and str(one))
-    return re.sub(r"Error merging override |\w+ raised while composing config: ", "", text)
+    text = re.sub(r"Error merging override |\w+ raised while composing config: ", "", text)
+    no_header = re.match(r"In '(\w+)/.*': Key '\1' not in", text)
+    return text + ": begin the file with the line # @package _global_" * bool(no_header)
 
 
 @functools.cache

@@ -118,7 +118,7 @@ def exists(url: str | Path) -> bool:
         size(url)
         return True
     except FileNotFoundError:
-        return is_remote(url) and bool(_list_page(url, MaxKeys=1)[0])
+        return is_remote(url) and bool(_list_page(url, MaxKeys=2)[0])  # 2: a marker and one
 
 
 def size(url: str | Path) -> int:

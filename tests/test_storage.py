@@ -82,6 +82,16 @@ def test_of_many_create_only_puts_at_once_exactly_one_wins(root: str) -> None:
     assert [str(number).encode() for number in won] == [storage.read_bytes(url)]
 
 
+def test_a_folder_with_the_marker_of_a_console_is_there_once_something_is_in_it(
+    s3_env: S3Server, bucket: str
+) -> None:
+    client, url = s3_env.client(), f"s3://{bucket}/folder"
+    client.put_object(Bucket=bucket, Key="folder/")
+    assert not storage.exists(url)
+    storage.put_bytes(f"{url}/a", b"")
+    assert storage.exists(url)
+
+
 def test_missing_things_are_named(root: str, tmp_path: Path) -> None:
     url = storage.join(root, "nothing")
     for function in (

@@ -160,9 +160,8 @@ class Wsj0Mix:
         require_files(paths.values(), f"{list_path} needs it; {todo}")
         for clips in mixtures:
             files = tuple((str(paths[n]), levels[stems[n]], level) for n, level in clips)
-            speakers = tuple(PurePosixPath(name).parts[-2] for name, _ in clips)
-            read = partial(mix, files, self.sample_rate, self.mode)
-            yield Mixture(sample_key(mixture_name(clips)), speakers, self.sample_rate, read)
+            name, read = mixture_name(clips), partial(mix, files, self.sample_rate, self.mode)
+            yield Mixture(sample_key(name), speakers_in(name), self.sample_rate, read)
 
     def _generated_records(self, root: Path, split: str) -> Iterator[Utterance | Mixture]:
         rate = f"wav{self.sample_rate // 1000}k"

@@ -40,8 +40,8 @@ def recognise(cfg: RecogniseConfig, console: Console) -> dict[str, Any]:
     slots.make_paths_absolute(cfg)
     corpus = slots.build("corpus", cfg.corpus)
     export = load_separator(cfg.model) if cfg.model else None
-    check_fit(cfg, corpus, export)
     items = plan(cfg, corpus)
+    check_fit(cfg, corpus, export)  # a CSV file's rate is known after it has been read
     names = [{"condition": condition, "id": record.id} for condition, record in items]
     found, unscored = scoring.run_on_data_set(reader, cfg, items, names, console)
     results = summarise(cfg, export, list(found.values())) | unscored

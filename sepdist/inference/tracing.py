@@ -43,8 +43,10 @@ def write(url: str, output: str, kind: str) -> dict[str, Any]:
                 warnings.simplefilter("ignore")
                 save(trace(export.model), path, kind, facts)
         except Exception as error:  # of the compiler, which has many
-            reason = str(error).strip().partition("\n")[0]
-            name = type(export.model).__name__
+            name, deepest = type(export.model).__name__, error
+            while isinstance(deepest.__cause__, Exception):
+                deepest = deepest.__cause__
+            reason = str(deepest).strip().partition("\n")[0]
             raise TraceError(f"{name} cannot be written as {kind}: {reason}") from error
         storage.put_file(path, output)
     return facts

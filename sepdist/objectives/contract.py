@@ -95,8 +95,10 @@ def speakers_of(estimates_BMT: Tensor, num_extra_outputs: int = 0, num_loudest: 
     if not num_loudest:
         return kept_BST
     energy_BM = kept_BST.detach().double().square().sum(-1)
-    ranked_BM = energy_BM.argsort(dim=1, descending=True, stable=True)
-    chosen_BS = ranked_BM[:, :num_loudest].sort(dim=1).values
+    theirs_BMM, own_BMM = energy_BM[:, None], energy_BM[..., None]  # ONNX has no stable sort
+    equal_before_BMM = (theirs_BMM == own_BMM).tril(-1)
+    rank_BM = ((theirs_BMM > own_BMM) | equal_before_BMM).sum(-1)
+    chosen_BS = rank_BM.topk(num_loudest, largest=False).indices.sort(dim=1).values
     return kept_BST.gather(1, chosen_BS.unsqueeze(-1).expand(-1, -1, kept_BST.shape[2]))
 
 

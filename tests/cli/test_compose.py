@@ -155,6 +155,9 @@ def test_experiments_and_models_of_the_users_folder_are_found_by_name(read, mine
     assert cfg == read(TrainConfig, [f"hydra.searchpath=[{mine}]", "experiment=mine", "seed=8"])
     with pytest.raises(ConfigError, match=r"no model 'x': there are .*sepformer.*tiny"):
         read(TrainConfig, ["--config-dir", mine, "model=x"])
+    Path(mine, "experiment", "bare.yaml").write_text("training: {max_steps: 3}\n")
+    with pytest.raises(ConfigError, match=r"In 'experiment/bare': .* line # @package _global_$"):
+        read(TrainConfig, ["--config-dir", mine, "experiment=bare"])
     with pytest.raises(ConfigError, match="no experiment 'mine'"):  # without the folder
         read(TrainConfig, ["experiment=mine"])
 

@@ -122,6 +122,13 @@ def test_wsj0_is_read_from_its_cds_in_any_case_and_only_of_the_first_channel(
         list(Wsj0Mix(**{**arguments, "wsj0": str(cds)}).records("tr"))
 
 
+def test_a_list_of_names_without_folders_finds_utterances_and_speakers(arguments) -> None:
+    bare = "40na010x.wav 1.9857 01xo031a.wav -1.9857\n"
+    (Path(arguments["lists"]) / "mix_2_spk_cv.txt").write_text(bare)
+    [record] = list(Wsj0Mix(**arguments).records("cv"))
+    assert (record.id, record.speakers) == (KEY, ("40n", "01x"))
+
+
 def test_faults_of_the_lists_name_the_file_and_line(arguments: dict[str, Any]) -> None:
     lists, levels = Path(arguments["lists"]), Path(arguments["levels"])
     with pytest.raises(ValueError, match=r"mix_2_spk_dev\.txt: no such list"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import soundfile
 import torch
 import yaml
 from rich.console import Console
@@ -135,6 +136,21 @@ def test_rates_are_those_counted_by_hand(work: Path, console: Console) -> None:
     assert float(last["length_seconds"]) == pytest.approx(0.3)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "ToneReader" in shown and "25.0" in shown and "12.5" in shown and "separated" in shown
+
+
+def test_the_rate_of_a_table_of_files_is_that_of_the_files(work: Path, console: Console) -> None:
+    waves = speak("ONE TWO"), speak("RED BLUE", 0.05)
+    for name, rate in (("fits", 8000), ("not", RATE)):
+        for member, wave in zip(("s1", "s2"), waves, strict=True):
+            soundfile.write(work / f"{name}_{member}.wav", audio.resample(wave, RATE, rate), rate)
+        line = f"{name}_s1.wav,{name}_s2.wav,ONE TWO,RED BLUE"
+        (work / f"{name}.csv").write_text(f"s1,s2,s1_text,s2_text\n{line}\n")
+    table = {"_target_": "sepdist.corpora.tables.Table", "layout": "csv", "root": str(work)}
+    fits = options(work, corpus=table | {"table": str(work / "fits.csv")}, conditions=["all"])
+    assert recognition.recognise(fits, console)["counts"]["all"]["words"] == 2
+    other = options(work, corpus=table | {"table": str(work / "not.csv")}, conditions=["all"])
+    with pytest.raises(ConfigError, match=r"the corpus at 16000 Hz: pass corpus\.sample_rate=8000"):
+        recognition.recognise(other, console)
 
 
 def test_without_a_model_the_mixtures_alone_are_recognised_up_to_a_limit(

@@ -118,3 +118,25 @@ def test_frames_side_by_side_and_the_loudest_outputs_are_traced(change: dict[str
     if "num_speakers" in change:
         model.register_forward_hook(lambda _, __, waves: speakers_of(waves, num_loudest=2))
     same(model, trace(model).module())
+
+
+@pytest.mark.slow
+def test_the_loudest_outputs_are_chosen_in_onnx_too(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    model = ConvTasNet(**(CODEC | TCN | {"num_speakers": 4})).eval()
+    model.register_forward_hook(lambda _, __, waves: speakers_of(waves, num_loudest=2))
+    save(trace(model), str(tmp_path / "model.onnx"), "onnx", {"sample_rate": 8000})
+    same(model, reader(tmp_path / "model.onnx"))
+
+
+class Hidden(nn.Module):
+    def forward(self, mixture_BT: Tensor) -> Tensor:
+        return mixture_BT.sort(dim=-1, stable=True).values[:, None]
+
+
+def test_what_onnx_cannot_say_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    write_export(tmp_path / "export")
+    monkeypatch.setattr("sepdist.inference.tracing.trace", lambda model: trace(Hidden()))
+    with pytest.raises(TraceError, match=r"cannot be written as onnx: No ONNX.*aten\.sort"):
+        write(str(tmp_path / "export"), str(tmp_path / "model.onnx"), "onnx")
