@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.findings import (
@@ -14,6 +15,7 @@ from benchmarks.findings import (
     test_scores,
     words,
 )
+from benchmarks.silence import silent_share
 from sepdist.plotting import Curves
 
 test_scores.__test__ = False  # type: ignore[attr-defined]
@@ -101,3 +103,9 @@ def test_words_count_the_better_output_and_weigh_utterances_by_their_words(
     shorter = recognised(tmp_path / "shorter", both[1:])  # its rows have other names
     assert words([one, shorter])["OV10"]["utterances"] == 1
     assert "left out, not recognised in all folders: 2" in capsys.readouterr().err
+
+
+def test_frames_far_below_the_loudest_of_their_output_are_silent() -> None:
+    """Frames of two samples: one of four is silent, then two; the ninth sample is cut."""
+    outputs = np.array([[1, -1, 0.1, 0.1, 0.02, 0, 0.005, 0, 0], [8, 8, 0, 0, 0.07, 0.07, 1, 1, 0]])
+    assert silent_share(outputs, 2) == 3 / 8
