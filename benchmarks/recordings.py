@@ -9,7 +9,8 @@ around pauses and without the removal of DC and hum, `after` with both. `si_snr`
 recordings and speakers of the whole recording, with one order of the outputs; `exchanges` is how
 many stretches have another best order than the one before; `told` counts the times
 in warnings; `forwards` is how many inputs the model got. Of `levels` the recording is 60 dB
-quieter, as floats, and the outputs are files of 16 bits or of those that are the default.
+quieter, as floats, and the outputs are files of 16 bits or of those that are the default. Of
+`rates` it is resampled to another rate before it is separated, and the outputs back.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import soundfile
 import torch
 
 import sepdist
+from sepdist import audio
 from sepdist.corpora.stored import Stored
 from sepdist.inference import separator as module
 from sepdist.inference.separator import Separator
@@ -154,6 +156,17 @@ def quiet(separator: Separator, recordings: list[Any]) -> dict[str, float]:
     return {name or "default": round(float(np.mean(one)), 2) for name, one in means.items()}
 
 
+def at_rate(separator: Separator, recordings: list[Any], rate: int) -> float:
+    """SI-SNR of recordings that come at another rate."""
+    scores = []
+    for sources, mixture, stretches in recordings:
+        estimates = separator(audio.resample(mixture, RATE, rate), rate)
+        back = np.stack([audio.resample(np.asarray(one), rate, RATE) for one in estimates])
+        back = back[:, : mixture.size] + 1e-12
+        scores.append(score(back, sources[:, : back.shape[1]], stretches)[0])
+    return round(float(np.mean(scores)), 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -190,6 +203,9 @@ def main() -> None:
             for when in ("before", "after")
         }
     report["levels"] = quiet(separator, recordings)
+    report["rates"] = {
+        rate: at_rate(separator, recordings, rate) for rate in (8000, 16000, 44100, 48000)
+    }
     print(json.dumps(report))
 
 
