@@ -240,7 +240,7 @@ class Checkpointer:
         more = {SWITCHES: dict(snapshot.tables), RAW: snapshot.average and snapshot.weights}
         return {
             "model.safetensors": weights,
-            "optimizer.safetensors": safetensors.torch.save(snapshot.optimizer.tensors),
+            "optimizer.safetensors": _save(snapshot.optimizer.tensors),
             "state.json": to_json(state, lambda number: {_MARK: str(number)}).encode(),
             "model.yaml": yaml.safe_dump(card, sort_keys=False).encode(),
             "lineage.json": to_json(lineage, indent=1).encode(),

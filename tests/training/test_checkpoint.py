@@ -29,6 +29,18 @@ def test_a_snapshot_comes_back_to_the_last_bit_from_s3(bucket: str) -> None:
     assert_equal(load_newest(f"s3://{bucket}/run"), snapshot(4))
 
 
+def test_tensors_whose_dimensions_lie_in_another_order_are_saved(tmp_path: Path) -> None:
+    """As of a parameter made by `nn.Parameter(weight.permute(...))`: its moments are like it."""
+    given = snapshot(3)
+    for tensors in (given.weights, given.optimizer.tensors):
+        for name, value in tensors.items():
+            order = range(value.dim() - 1, -1, -1)
+            tensors[name] = value.permute(*order).contiguous().permute(*order)
+    assert not all(one.is_contiguous() for one in given.optimizer.tensors.values())
+    save(tmp_path, given)
+    assert_equal(load_newest(str(tmp_path)), snapshot(3))
+
+
 def test_an_empty_run_dir_has_no_checkpoint(tmp_path: Path) -> None:
     assert load_newest(str(tmp_path / "nothing")) is None
 
