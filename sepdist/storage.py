@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -90,6 +91,8 @@ def failing() -> bool:
 def is_remote(url: str | Path) -> bool:
     """Whether `url` is in object storage; ValueError unless it is s3:// or a plain path."""
     scheme, separator, _ = str(url).partition("://")
+    if lost := re.match(r"(s3|hf|pretrained):/(?!/)", str(url)):  # as in pathlib.Path("s3://b")
+        raise ValueError(f"{url}: write {lost[1]}:// with two slashes, as text and not as a Path")
     if separator and scheme != "s3":
         given = f"{url}: {scheme}:// is not supported"
         raise ValueError(f"{given}; give a local path or s3://bucket/prefix")

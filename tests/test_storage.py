@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sepdist
 from sepdist import storage
 from sepdist.storage import StorageError
 from tests.support.s3server import ADMIN, READ_ONLY, FaultyProxy, S3Server, free_ports
@@ -198,6 +199,14 @@ def test_join_builds_urls_of_both_kinds() -> None:
 def test_other_schemes_are_refused_instead_of_becoming_folders(url: str) -> None:
     with pytest.raises(ValueError, match="not supported; give a local path or s3://bucket/prefix"):
         storage.put_bytes(url, b"")
+
+
+@pytest.mark.parametrize("url", [Path("s3://bucket/x"), "s3:/bucket/x"])
+def test_an_address_that_has_lost_a_slash_is_no_local_folder(url: Path | str) -> None:
+    with pytest.raises(ValueError, match=r"s3:/bucket/x: write s3:// .* not as a Path"):
+        storage.put_bytes(url, b"")
+    with pytest.raises(ValueError, match=r"pretrained:/x: write pretrained:// "):
+        sepdist.load(Path("pretrained://x"))
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3://bucket", "s3://bucket/", "s3:///key"])
