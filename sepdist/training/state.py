@@ -9,7 +9,7 @@ from torch import nn
 
 from sepdist import seeding, slots
 from sepdist.allocator import keep_freed_memory
-from sepdist.config import NEWEST_ORDER, TrainConfig, differences
+from sepdist.config import NEWEST_ORDER, InitConfig, TrainConfig, differences
 from sepdist.metrics.switching import SwitchTracker
 from sepdist.objectives.contract import OUTPUT_RULES, Objective, with_defaults
 from sepdist.training import checkpoint
@@ -98,7 +98,7 @@ class RunState:
             load_weights(model, saved.weights, source=source)
             fresh, parent = saved.lineage["reinitialised"], saved.lineage["parent"]
         elif cfg.init.weights:
-            fresh, parent = inherit(model, cfg.init)
+            fresh, parent = inherit_for_all(model, cfg.init, self._world)
             names = ", ".join(fresh) or "none"
             logger.info("weights from %s; re-initialised: %s", parent["url"], names)
         return {"run": cfg.name, "run_dir": cfg.run_dir, "parent": parent, "reinitialised": fresh}
@@ -149,6 +149,20 @@ class RunState:
             patience_seconds=training.storage_patience_seconds,
             previous=self.segment,
         )
+
+
+def inherit_for_all(model: nn.Module, init: InitConfig, world: World) -> tuple[list[str], Any]:
+    """`inherit`, where the main rank alone reads: by turns, ranks could find other weights."""
+    found = error = None
+    try:
+        found = inherit(model, init) if world.is_main else None
+    except (ValueError, OSError, RuntimeError) as its_error:
+        error = its_error
+    found, error = broadcast_object((found, error), world)
+    if error:
+        raise error
+    model.load_state_dict(broadcast_tensors(model.state_dict(), world))
+    return found
 
 
 def load_for_all(run_dir: str, world: World) -> checkpoint.Snapshot | None:
