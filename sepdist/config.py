@@ -24,7 +24,6 @@ from sepdist import storage
 _T = TypeVar("_T")
 SHAPES = ("plateau", "cosine", "linear", "constant")  # of the learning rate after its warm-up
 NEWEST_ORDER = 2  # version of the data order (sepdist/data/order.py)
-RETIRED = (("training", "max_failed_checkpoints"),)  # keys of older frozen configs, by section
 MOST = 2**31 - 1  # of a number, where its field names no other range
 SEEDS = (0, 2**63 - 1)
 MANY = 65_536  # workers, threads, samples of a batch
@@ -201,9 +200,8 @@ class EvaluateConfig:
     num_sources: int = number(2, 1, 16)  # of a mixture, s1, s2, ...
     noise: bool = False  # whether the mixture includes each sample's noise
     estimates: str | None = None  # evaluate: folder of another system's audio, not a model's
-    metrics: list[str] = field(
-        default_factory=lambda: ["si_snri", "sdri"]
-    )  # evaluate: of sdri, sir, sar, stoi, estoi, pesq; SI-SNR always
+    metrics: list[str] = field(default_factory="si_snri sdri".split)
+    # evaluate: of sdri, sir, sar, stoi, estoi, pesq; SI-SNR always
     num_mixtures: int = 0  # score only the first mixtures; 0 = all
     max_seconds: float = 0.0  # longer mixtures are cut to this; 0 = never
     num_listening: int = 3  # mixtures to save as audio and spectrograms
@@ -411,9 +409,6 @@ def from_yaml(text: str, schema: type[_T]) -> _T:
     given = parse_plain(text)
     if not isinstance(given, dict) or "${" in str(given):
         raise ConfigError("a frozen config is a mapping of values, without any ${reference}")
-    for section, key in RETIRED:
-        if isinstance(given.get(section), dict):
-            given[section].pop(key, None)
     if schema is TrainConfig and isinstance(given.get("data"), dict):
         given["data"].setdefault("order", 1)  # a run from before there was another
     merged = OmegaConf.merge(OmegaConf.structured(schema), given)

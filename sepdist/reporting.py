@@ -79,11 +79,7 @@ class Reporter:
             storage.put_bytes(storage.join(self._run_dir, "metrics.jsonl"), text)
         if remote:
             self._metrics.write_bytes(text)
-        there = storage.list_names(storage.join(self._run_dir, "tensorboard"))
-        old = any("tfevents" in one for one in there)  # before runs had names and SHOWN_AS
-        self._shown_as = {} if old else SHOWN_AS
-        folder = "" if old else name.replace("/", "-").strip(".")
-        self._board = self._folder / "tensorboard" / folder
+        self._board = self._folder / "tensorboard" / name.replace("/", "-").strip(".")
         self._board.mkdir(parents=True, exist_ok=True)
         self._events: Path | None = None  # the event file that grows
         self._purge_step = resume_step + 1
@@ -105,7 +101,7 @@ class Reporter:
         seconds = round(self._seconds_before + time.monotonic() - self._began, 3)
         row = {"step": int(step), "seconds": seconds} | values
         self._add(self._metrics, (to_json(row) + "\n").encode())
-        shown = {self._shown_as.get(name, name): value for name, value in values.items()}
+        shown = {SHOWN_AS.get(name, name): value for name, value in values.items()}
         self._add_events(step, [summary.scalar(*one) for one in shown.items()])
         self._write()
         if self._pool and time.monotonic() - self._last_upload > UPLOAD_SECONDS:

@@ -175,19 +175,6 @@ def test_loss_improvement_and_label_switches_are_the_first_group(tmp_path: Path)
     assert hparams.plugin_name == "hparams" and b"optim.lr" in hparams.content
 
 
-def test_a_run_that_was_begun_under_other_names_keeps_its_place_and_its_cards(
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "tensorboard"
-    storage.put_bytes(folder / "events.out.tfevents.1000000000.host.old", b"")
-    storage.put_bytes(tmp_path / "metrics.jsonl", b'{"step": 1, "seconds": 1.0}\n')
-    reporter = Reporter(str(tmp_path), "named", resume_step=1)
-    reporter.log(2, {"loss/total": 2.0})
-    reporter.close()
-    assert not (folder / "named").exists()
-    assert scalars(folder, "loss/total") == [(2, 2.0)]
-
-
 def test_panels_stand_in_columns_by_kind_on_one_colour_scale() -> None:
     names = ["mixture", "source 1", "source 2", "estimate 1", "estimate 2"]
     figure = plotting.spectrogram_figure({name: tone(500) for name in names}, RATE)
