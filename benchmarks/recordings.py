@@ -1,6 +1,7 @@
 """Measure what pauses, DC, hum and low levels of a recording do to its separation.
 
     python -m benchmarks.recordings --model demo/runs/finetune --data demo/data/test [--num 16]
+        [--parts pauses,disturbances,levels,rates]
 
 Prints one JSON line. A recording is 4 stretches of 3.6 to 8.4 s in which two speakers of `data`
 talk at once, and pauses between them of 3, 6 or 12 s (within 10 %), over white noise. It is
@@ -167,6 +168,30 @@ def at_rate(separator: Separator, recordings: list[Any], rate: int) -> float:
     return round(float(np.mean(scores)), 2)
 
 
+DISTURBANCES: dict[str, Callable[[np.ndarray], Any]] = {
+    "none": lambda time: 0 * time,
+    "DC of 0.1": lambda time: 0.1 + 0 * time,
+    "DC of 0.02": lambda time: 0.02 + 0 * time,
+    "drift of 0.1 in 20 s": lambda time: 0.1 * np.sin(0.1 * np.pi * time),
+    "hum of 50.03 Hz at -3 dB": hum(50.03, LEVEL),
+    "hum of 60 Hz at -13 dB": hum(60, 0.3 * LEVEL),
+    "hum of 50 Hz at -23 dB": hum(50, 0.1 * LEVEL),
+}
+
+
+def pauses(separator: Separator, voices: Any, num: int) -> dict[str, Any]:
+    """Recordings with pauses of several lengths over noise of several levels."""
+    found = {}
+    for pause, floor_db in ((3, -80), (6, -300), (6, -80), (12, -80), (12, -45)):
+        rng = np.random.default_rng(7)
+        recordings = [make(voices, pause, floor_db, rng) for _ in range(num)]
+        found[f"{pause} s, {floor_db} dB"] = {
+            when: measure(separator, recordings, DISTURBANCES["none"], old=when == "before")
+            for when in ("before", "after")
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -174,39 +199,27 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--num", type=int, default=16)
+    parser.add_argument("--parts", default="pauses,disturbances,levels,rates")
     given = parser.parse_args()
     torch.set_num_threads(1)
     separator, voices = sepdist.load(given.model, device="cpu"), voices_of(given.data)
-    report: dict[str, Any] = {"name": "recordings", "num": given.num, "pauses": {}}
-    for pause, floor_db in ((3, -80), (6, -300), (6, -80), (12, -80), (12, -45)):
-        rng = np.random.default_rng(7)
-        recordings = [make(voices, pause, floor_db, rng) for _ in range(given.num)]
-        both = [
-            measure(separator, recordings, lambda time: 0 * time, old=old) for old in (True, False)
-        ]
-        report["pauses"][f"{pause} s, {floor_db} dB"] = dict(
-            zip(("before", "after"), both, strict=True)
-        )
     recordings = [make(voices, 1, -80, np.random.default_rng(seed)) for seed in range(given.num)]
-    disturbances = {
-        "none": lambda time: 0 * time,
-        "DC of 0.1": lambda time: 0.1 + 0 * time,
-        "DC of 0.02": lambda time: 0.02 + 0 * time,
-        "drift of 0.1 in 20 s": lambda time: 0.1 * np.sin(0.1 * np.pi * time),
-        "hum of 50.03 Hz at -3 dB": hum(50.03, LEVEL),
-        "hum of 60 Hz at -13 dB": hum(60, 0.3 * LEVEL),
-        "hum of 50 Hz at -23 dB": hum(50, 0.1 * LEVEL),
+    parts: dict[str, Callable[[], Any]] = {
+        "pauses": lambda: pauses(separator, voices, given.num),
+        "disturbances": lambda: {
+            name: {
+                when: measure(separator, recordings, add, old=when == "before")["si_snr"]
+                for when in ("before", "after")
+            }
+            for name, add in DISTURBANCES.items()
+        },
+        "levels": lambda: quiet(separator, recordings),
+        "rates": lambda: {
+            rate: at_rate(separator, recordings, rate) for rate in (8000, 16000, 44100, 48000)
+        },
     }
-    for name, add in disturbances.items():
-        report.setdefault("disturbances", {})[name] = {
-            when: measure(separator, recordings, add, old=when == "before")["si_snr"]
-            for when in ("before", "after")
-        }
-    report["levels"] = quiet(separator, recordings)
-    report["rates"] = {
-        rate: at_rate(separator, recordings, rate) for rate in (8000, 16000, 44100, 48000)
-    }
-    print(json.dumps(report))
+    report = {name: parts[name]() for name in given.parts.split(",")}
+    print(json.dumps({"name": "recordings", "num": given.num} | report))
 
 
 if __name__ == "__main__":
