@@ -19,15 +19,11 @@ import numpy as np
 import torch
 
 import sepdist
+from benchmarks.recordings import mean_si_snr
 from sepdist.corpora.stored import Stored
 from sepdist.inference.separator import Separator
 
 FRAMES_PER_SECOND, FLOOR_DB = 100, -40
-
-
-def si_snr(estimate: np.ndarray, source: np.ndarray) -> float:
-    r = np.corrcoef(estimate, source)[0, 1]
-    return float(10 * np.log10(r**2 / (1 - r**2 + 1e-12)))
 
 
 def silent_share(outputs: np.ndarray, size: int) -> float:
@@ -43,8 +39,7 @@ def measure(separator: Separator, data: str, num: int) -> dict[str, Any]:
         members = record.load()
         sources = np.stack([members[name] for name in ("s1", "s2")]).astype(np.float32)
         outputs = np.asarray(separator(sources.sum(0), record.sample_rate))
-        orders = [outputs, outputs[::-1]]
-        scores = [np.mean([*map(si_snr, order, sources)]) for order in orders]
+        scores = [mean_si_snr(outputs, sources, exchanged) for exchanged in (False, True)]
         share = silent_share(outputs, record.sample_rate // FRAMES_PER_SECOND)
         rows.append((max(scores), np.corrcoef(*outputs)[0, 1], share))
     names = ("si_snr", "correlation", "silent")
