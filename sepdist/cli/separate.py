@@ -51,8 +51,7 @@ def main() -> int:
     given = _parser().parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
-    failed: list[str] = []
-    sections = []  # of the page
+    failed, sections = list[str](), list[Any]()  # those of the page
     with user_console(stopped="nothing is left of the unfinished recording") as console:
         sizes = {name: getattr(given, name) for name in WINDOW_OPTIONS}
         Windows(**sizes)  # raises for those that do not fit each other

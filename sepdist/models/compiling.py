@@ -40,30 +40,33 @@ def keep_compiled(cache_dir: str) -> None:
 
 
 @functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
     # Inductor's cache on disk does not tell instruction sets apart: kernels made for one crash, or
     # compute garbage, in a process that uses another (ATEN_CPU_CAPABILITY, a shared folder). The
     # width of its vectors, set here to what it would choose itself, is part of the cache's key.
     width = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
     # On GPUs, small kernels that need not wait for each other are launched as one; those with many
     # arguments are not small, and need block sizes of their own.
-    options: dict[str, Any] = {"combo_kernels": True, "combo_kernel_max_num_args": 16}
-    options["cpp.simdlen"] = width
-    return torch.compile(function, dynamic=True, options=options)
+    options: Any = {"combo_kernels": True, "combo_kernel_max_num_args": 16, "cpp.simdlen": width}
+    return torch.compile(function, dynamic=dynamic, options=options)
 
 
-def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_if(wanted: bool, function: Callable[..., Any], dynamic: bool = True) -> Any:
     """The function, under `torch.compile` if that is wanted and possible."""
     if not wanted or torch.compiler.is_compiling() or not has_compiler():
         return function
-    return _compile(function)
+    return _compile(function, dynamic)
 
 
-def compiled_on_gpu(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled_on_gpu(method: Callable[..., Tensor], dynamic: bool = True) -> Callable[..., Tensor]:
     """Compile a method on GPUs while gradients are recorded; all modules of the class share it."""
 
     @functools.wraps(method)
-    def run(module: nn.Module, x: Tensor, *others: Tensor) -> Tensor:
-        return compiled_if(on_gpu(x) and torch.is_grad_enabled(), method)(module, x, *others)
+    def run(module: nn.Module, x: Tensor, *rest: Tensor) -> Tensor:
+        return compiled_if(on_gpu(x) and torch.is_grad_enabled(), method, dynamic)(module, x, *rest)
 
     return run
+
+
+# For the first eight shapes, one by one, where Inductor fails on lengths that change.
+compiled_by_shape = functools.partial(compiled_on_gpu, dynamic=False)

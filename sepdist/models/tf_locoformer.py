@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from sepdist.models.attention import Attention
-from sepdist.models.compiling import compiled_on_gpu
+from sepdist.models.compiling import compiled_by_shape
 from sepdist.models.dual_path import swapped
 from sepdist.models.frames import check_counts, check_sizes, widen
 from sepdist.models.spectra import NORM_EPS, Spectra, init_xavier
@@ -31,7 +31,6 @@ class RMSGroupNorm(nn.Module):
             raise ValueError(f"num_features={num_features}: choose a multiple of {NUM_GROUPS}")
         self.gain = nn.Parameter(torch.ones(num_features))
 
-    @compiled_on_gpu
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., F]."""
         groups = widen(x).unflatten(-1, (NUM_GROUPS, -1))
@@ -64,10 +63,7 @@ class ConvSwiGLU(nn.Module):
 
 
 class PathBlock(nn.Module):
-    """`ConvSwiGLU`, attention and `ConvSwiGLU` along L; [B, R, L, F] -> the same.
-
-    Each has a norm before it and a residual around it.
-    """
+    """Feed-forward, attention, feed-forward along L of [B, R, L, F]: pre-norm, residual."""
 
     def __init__(self, num_features: int, num_heads: int, *sizes: int) -> None:
         super().__init__()
@@ -76,6 +72,7 @@ class PathBlock(nn.Module):
         self.attention = Attention(num_features, num_heads, rotary=True)
         self.after = ConvSwiGLU(num_features, *sizes)
 
+    @compiled_by_shape
     def forward(self, x_BRLF: Tensor) -> Tensor:
         """Transform each sequence by itself."""
         before, between, after = self.norms

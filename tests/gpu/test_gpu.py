@@ -152,6 +152,17 @@ def test_five_steps_with_the_options_of_a_cluster_of_gpus(
     assert [*losses] == [1, 2, 3, 4, 5] and np.isfinite([*losses.values()]).all()
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_partitioned_optimizer_has_the_losses_of_a_whole_one(
+    stage: int, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    for name, zero in (("whole", 0), ("parts", stage)):
+        options = ["cluster=gpu", "cluster.num_workers=1", "engine.cuda_graphs=false"]
+        options += ["engine.precision=fp32", "engine.tf32=false", f"engine.zero_stage={zero}"]
+        run(frozen(tiny_data, tmp_path / name, *options, "training.max_steps=3"))
+    assert history(tmp_path / "parts") == pytest.approx(history(tmp_path / "whole"), abs=0.01)
+
+
 def test_two_canonical_runs_with_determinism_end_with_the_same_bits(
     tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
