@@ -1,4 +1,4 @@
-"""Measure training steps on a GPU: five models in three precisions, their peers, both reductions.
+"""Measure training steps on a GPU: six models in three precisions, their peers, both reductions.
 
     python -m benchmarks.gpu [--device cuda] [--quick] [--limit 300]
 
@@ -55,6 +55,7 @@ BATCHES = {  # items and seconds
     "dptnet": (24, 3.0),
     "sandglasset": (24, 3.0),
     "sepformer": (8, 4.0),
+    "tf_locoformer": (4, 3.0),
 }
 CALCULATED_MS = {"conv_tasnet": 12.7, "sepformer": 35.0}  # in bf16 on an H100, fused
 PRECISIONS = ("bf16", "tf32", "fp32")
@@ -321,7 +322,7 @@ def call(command: list[str], seconds: float, **environment: str) -> tuple[int, s
 def in_a_process(part: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """What a process of its own reports of a part, and the `error` if it failed."""
     if part == "tests":
-        command = ["-m", "pytest", "-m", "gpu", "-q", "-n", "8", "--durations=0", "tests/gpu"]
+        command = ["-m", "pytest", "-m", "gpu", "-v", "-n", "8", "--durations=0", "tests/gpu"]
         status, said, _ = call(command, seconds)
         summary = said.strip().splitlines()[-1:]
         return {"summary": summary} | ({"error": said[-3000:]} if status else {})
