@@ -39,16 +39,13 @@ class RMSGroupNorm(nn.Module):
 
 
 class ConvSwiGLU(nn.Module):
-    """Convolution, SwiGLU, transposed convolution along L: [B, R, L, F] -> the same (section 2.3).
-
-    As convolutions in two dimensions they take channels-last memory without a copy.
-    """
+    """Convolution, SwiGLU, transposed convolution along L of [B, R, L, F] (section 2.3)."""
 
     def __init__(self, num_features: int, num_hidden: int, kernel_size: int, stride: int) -> None:
         super().__init__()
         self.kernel_size, self.stride = kernel_size, stride
         sizes = (1, kernel_size), (1, stride), (0, kernel_size - stride)
-        self.up = nn.Conv2d(num_features, 2 * num_hidden, *sizes)
+        self.up = nn.Conv2d(num_features, 2 * num_hidden, *sizes)  # 2-D: no copy of channels-last
         self.down = nn.ConvTranspose2d(num_hidden, num_features, *sizes)
 
     def forward(self, x_BRLF: Tensor) -> Tensor:

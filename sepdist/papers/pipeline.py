@@ -179,6 +179,8 @@ def used_stages(stage: StageConfig, earlier: dict[str, Stage]) -> list[Stage]:
 
 def with_folders(change: str, earlier: dict[str, Stage]) -> str:
     """Replace each @stage in a key=value by the folder of that earlier stage."""
+    if not isinstance(change, str):
+        raise ConfigError(f"{change}: give KEY=VALUE, a text")
 
     def folder(found: re.Match[str]) -> str:
         if found[1] not in earlier:

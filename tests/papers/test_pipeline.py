@@ -205,6 +205,7 @@ def test_each_seed_trains_with_its_own(tiny_data, tmp_path: Path) -> None:
             StageConfig(experiment="demo/pretrain", overrides=["optim.momentun=1"]),
             "stage a: .*momentun",
         ),
+        ("a", StageConfig(overrides=[["a=1"]]), r"stage a: \['a=1'\]: give KEY=VALUE"),  # type: ignore[list-item]
         ("a", StageConfig(), "stage a: .*training.max_steps"),
     ],
 )
