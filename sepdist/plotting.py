@@ -82,19 +82,22 @@ class Curves:
 
 
 def figure2(runs: Mapping[str, Curves], title: str = "") -> Figure:
-    """Draw lines of SI-SNR above bars of label switches, one colour for each run."""
+    """Draw lines of SI-SNR above bars of label switches, if any, one colour for each run."""
     figure, upper, lower = two_axes()
     width = 0.8 / len(runs)
     for number, (name, curves) in enumerate(runs.items()):
         colour = COLOURS[number % len(COLOURS)]
         style = "-o" if len(curves.si_snr) <= 30 else "-"
-        points = zip(*curves.si_snr, strict=True)
-        upper.plot(*points, style, color=colour, markersize=4, label=name)
-        shift = (number - (len(runs) - 1) / 2) * width
-        places = [epoch + shift for epoch, _ in curves.switches]
+        upper.plot(*zip(*curves.si_snr, strict=True), style, color=colour, ms=4, label=name)
+        places = [epoch + (number - (len(runs) - 1) / 2) * width for epoch, _ in curves.switches]
         lower.bar(places, [rate for _, rate in curves.switches], width, color=colour, label=name)
     upper.set(ylabel="validation SI-SNR in dB", title=title)
     lower.set(xlabel="epoch", ylabel="label switches in %", ylim=(0, None))
+    if not any(curves.switches for curves in runs.values()):  # mixed anew, nothing comes twice
+        lower.remove()
+        upper.set_subplotspec(figure.add_gridspec()[0])
+        upper.set_xlabel("epoch")
+        upper.tick_params(labelbottom=True)
     upper.legend(loc="lower right")
     return figure
 
@@ -104,8 +107,7 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
     figure, upper, lower = two_axes()
     for number, (name, curves) in enumerate(runs.items()):
         if not curves.predicted:
-            lacks = "no validation/predicted_si_snr in its log"
-            raise ConfigError(f"{name}: {lacks}: not a semi-supervised run")
+            raise ConfigError(f"{name}: no validation/predicted_si_snr in its log: not guided")
         colour = COLOURS[number % len(COLOURS)]
         true, predicted = (zip(*curve, strict=True) for curve in (curves.si_snr, curves.predicted))
         upper.plot(*true, "-", color=colour, label=f"{name}, true")

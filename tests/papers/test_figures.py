@@ -85,6 +85,13 @@ def test_each_run_is_a_line_of_si_snr_and_bars_of_switches_over_epochs(
     ] == [3, 3]
 
 
+def test_without_label_switches_there_is_one_panel_with_its_epochs() -> None:
+    curves = plotting.Curves([(1.0, 2.0), (2.0, 3.0)], [])
+    (only,) = plotting.figure2({"mixed anew": curves}).axes
+    assert only.get_xlabel() == "epoch" and only.xaxis.get_tick_params()["labelbottom"]
+    assert only.get_subplotspec().get_gridspec().nrows == 1
+
+
 def plotted(*words: str) -> None:
     """Run `sepdist plot`."""
     with patch.object(sys, "argv", ["sepdist plot", *words]):
