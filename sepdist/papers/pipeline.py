@@ -171,7 +171,7 @@ def used_stages(stage: StageConfig, earlier: dict[str, Stage]) -> list[Stage]:
     least, most = NUM_USED.get(stage.kind, (1, 1))
     kinds = KINDS_USED.get(stage.kind, ("train",))
     fitting = [name for name, one in earlier.items() if one.kind in kinds]
-    if not set(stage.uses) <= set(fitting) or not least <= len(stage.uses) <= most:
+    if any(one not in fitting for one in stage.uses) or not least <= len(stage.uses) <= most:
         takes = f"a stage of kind {stage.kind} uses {least} to {most} of {fitting}"
         raise ConfigError(f"uses={stage.uses}: {takes} ({', '.join(kinds)})")
     return [earlier[used] for used in stage.uses]

@@ -198,6 +198,7 @@ def test_each_seed_trains_with_its_own(tiny_data, tmp_path: Path) -> None:
     [
         ("a", StageConfig("trane"), "stage a: kind='trane'.*train, shards, evaluate"),
         ("a", StageConfig("evaluate", uses=["later"]), r"stage a: uses=\['later'\]"),
+        ("a", StageConfig("evaluate", uses=[["b"]]), r"stage a: uses=\[\['b'\]\]"),  # type: ignore[list-item]
         ("a", StageConfig("evaluate"), r"stage a: uses=\[\]"),
         ("a", StageConfig(experiment="demo/none"), "stage a: .*demo/none"),
         (
