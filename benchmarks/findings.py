@@ -2,6 +2,7 @@
 
     python -m benchmarks.findings --paper1 runs/real-paper1 --figure docs/figures/real_paper1.png
     python -m benchmarks.findings --paper2 runs/real-paper2
+    python -m benchmarks.findings --estimates runs/real-paper2-gates/seed-0/ssqp_on_ctn
     python -m benchmarks.findings --words measured/ctn measured/sslm
 
 Prints one JSON object. For each hypothesis: the difference by seed on the side that the paper
@@ -10,7 +11,9 @@ over seeds and speakers; `outcome` is supported, contradicted or not decided, as
 it. Seeds that lack an evaluation are named and left out. The figure shows the curves of paper 1
 (its figure 2): mean over seeds, from the least to the greatest. Words are those of outputs of
 `sepdist recognise` on the same utterances: word error rates by overlap, and differences with the
-interval of a bootstrap over utterances.
+interval of a bootstrap over utterances. Estimates are outputs of `sepdist estimate`, means of the
+outputs of each mixture: correlation, mean absolute and mean error with intervals of a bootstrap
+over speakers, beside the spread of the true SI-SNR and the absolute error of its mean as a guess.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from rich.console import Console
 
 from sepdist.config import CompareConfig
 from sepdist.inference.comparison import compare
-from sepdist.metrics.intervals import t_interval
+from sepdist.metrics.intervals import speakers_in, t_interval
 from sepdist.papers.figures import read_curves
 from sepdist.plotting import Curves, to_png
 from sepdist.reporting import to_json
@@ -206,11 +209,50 @@ def best_output(row: Mapping[str, str]) -> int:
     return min(int(value) for key, value in row.items() if re.fullmatch(r"output_\d+_errors", key))
 
 
+def estimates(folder: Path) -> dict[str, Any]:
+    """How well SI-SNR was estimated, with intervals over the speakers, whom the ids name."""
+    lines = (folder / "utterances.csv").read_text().splitlines()
+    rows = [row for row in csv.DictReader(lines) if not row["reason"]]
+    true_N, predicted_N = (
+        np.array([np.mean([float(row[f"{kind}_{i}"]) for i in (1, 2)]) for row in rows])
+        for kind in ("true", "predicted")
+    )
+    names = ["+".join(one.split("-")[0] for one in row["id"].split("_")) for row in rows]
+    has_NP = speakers_in(names)
+    num = has_NP.shape[1]
+    counts_RP = rng(0, "bootstrap over speakers").multinomial(num, np.full(num, 1 / num), 2000)
+    weights_RN = np.prod(counts_RP[:, None] ** has_NP, axis=2)
+    weights_RN = weights_RN[np.count_nonzero(weights_RN, axis=1) > 2]
+    draws = [agreement(true_N, predicted_N, weights_N) for weights_N in weights_RN]
+    return {"mixtures": len(rows), "speakers": num, "true_sd": float(true_N.std())} | {
+        name: {
+            "value": value,
+            "interval": np.quantile([one[name] for one in draws], ENDS).tolist(),
+        }
+        for name, value in agreement(true_N, predicted_N, np.ones(len(rows))).items()
+    }
+
+
+def agreement(
+    true_N: np.ndarray, predicted_N: np.ndarray, weights_N: np.ndarray
+) -> dict[str, float]:
+    """Pearson's correlation, mean absolute and mean error; the absolute error of the true mean."""
+    covariance = np.cov(true_N, predicted_N, aweights=weights_N, ddof=0)
+    mean = np.average(true_N, weights=weights_N)
+    return {
+        "lcc": float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])),
+        "mae": float(np.average(np.abs(predicted_N - true_N), weights=weights_N)),
+        "bias": float(np.average(predicted_N - true_N, weights=weights_N)),
+        "mae_of_true_mean": float(np.average(np.abs(mean - true_N), weights=weights_N)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paper1", type=Path, help="output of experiment=real/paper1")
     parser.add_argument("--paper2", type=Path, help="output of experiment=real/paper2")
     parser.add_argument("--figure", type=Path, help="PNG file for the curves of paper 1")
+    parser.add_argument("--estimates", type=Path, nargs="+", help="outputs of sepdist estimate")
     parser.add_argument("--words", type=Path, nargs="+", help="outputs of sepdist recognise")
     given = parser.parse_args()
     results: dict[str, Any] = {}
@@ -219,6 +261,8 @@ def main() -> None:
     if given.paper2:
         arms = sorted({arm for pair in COMPARED["paper2"].values() for arm in pair})
         results["paper2"] = test_scores(seeds_of(given.paper2, arms), COMPARED["paper2"])
+    if given.estimates:
+        results["estimates"] = {str(one): estimates(one) for one in given.estimates}
     if given.words:
         results["words"] = words(given.words)
     print(to_json(results, indent=1))

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.findings import (
     COMPARED,
     epoch_of,
+    estimates,
     mean_switches,
     of_seeds,
     outcome,
@@ -103,6 +104,41 @@ def test_words_count_the_better_output_and_weigh_utterances_by_their_words(
     shorter = recognised(tmp_path / "shorter", both[1:])  # its rows have other names
     assert words([one, shorter])["OV10"]["utterances"] == 1
     assert "left out, not recognised in all folders: 2" in capsys.readouterr().err
+
+
+def estimated(folder: Path, rows: list[tuple[str, float, float, float, float]]) -> Path:
+    folder.mkdir()
+    lines = [",".join([*map(str, row), ""]) for row in rows] + ["9-1-1_8-1-1,,,,,silent"]
+    names = "id,true_1,true_2,predicted_1,predicted_2,reason"
+    (folder / "utterances.csv").write_text("\n".join([names, *lines]))
+    return folder
+
+
+def test_an_estimator_is_judged_by_means_of_outputs_and_beside_a_constant(tmp_path: Path) -> None:
+    """True 0, 2, 4, predicted 1, 1, 4: covariance 2, variances 8/3 and 2."""
+    rows = [
+        ("1-5-1_2-5-1", -1.0, 1.0, 2.0, 0.0),
+        ("3-5-1_4-5-1", 2.0, 2.0, 0.0, 2.0),
+        ("1-5-2_4-5-2", 3.0, 5.0, 4.0, 4.0),
+    ]
+    found = estimates(estimated(tmp_path / "a", rows))
+    assert (found["mixtures"], found["speakers"]) == (3, 4)
+    assert found["true_sd"] == pytest.approx((8 / 3) ** 0.5)
+    assert found["lcc"]["value"] == pytest.approx(2 / (8 / 3 * 2) ** 0.5)
+    values = {name: found[name]["value"] for name in ("mae", "bias", "mae_of_true_mean")}
+    assert values == pytest.approx({"mae": 2 / 3, "bias": 0, "mae_of_true_mean": 4 / 3})
+
+
+def test_the_interval_of_an_estimator_holds_what_drawn_speakers_give(tmp_path: Path) -> None:
+    speakers = [(a, b) for a in range(8) for b in range(a)]
+    rows = [(f"{a}-1-1_{b}-1-1", a + b, a + b, a + b + 0.5, a + b + 0.5) for a, b in speakers]
+    found = estimates(estimated(tmp_path / "exact", rows))  # half a dB too much, all of it
+    assert found["lcc"]["interval"] == pytest.approx([1, 1])
+    assert found["bias"]["interval"] == found["mae"]["interval"] == [0.5, 0.5]
+    rows = [(one, true, true, true + 2 * (one[0] == "7"), true) for one, true, *_ in rows]
+    low, high = estimates(estimated(tmp_path / "one", rows))["bias"]["interval"]
+    # 7 of 28 mixtures have speaker 7: 1 dB each. Drawn 0 to 4 times, they weigh 0 to over a half.
+    assert low == 0 and 0.45 < high < 0.75
 
 
 def test_frames_far_below_the_loudest_of_their_output_are_silent() -> None:
