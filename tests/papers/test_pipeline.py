@@ -285,6 +285,24 @@ def test_at_a_stages_name_stands_its_folder(tiny_data, tmp_path: Path) -> None:
         pipeline.plan(later)
 
 
+def test_a_stage_scores_several_data_sets_of_other_stages_and_of_elsewhere(
+    tiny_data, tmp_path: Path, trained
+) -> None:
+    cfg = estimating(tiny_data, tmp_path)
+    both = StageConfig("evaluate", ["separator"], overrides=[f"data=[@tenth,{tiny_data['dev']}]"])
+    cfg.stages["both"] = both
+    *_, stage = pipeline.plan(cfg)
+    assert pipeline.data_sets(stage) == [str(tmp_path / "seed-0/tenth"), tiny_data["dev"]]
+    found = {"seed-0-tenth": {"metrics_db": {"si_snri": {"mean": 2.5}}}}
+    Path(stage.folder).mkdir(parents=True)
+    (Path(stage.folder) / "results.json").write_text(json.dumps({"data_sets": found}))
+    assert number_of(stage, "data_sets.seed-0-tenth.metrics_db.si_snri.mean") == 2.5
+    both.overrides[0] = f"data=[@tenth,{tmp_path}/nowhere]"
+    with pytest.raises(DataError, match=r"no manifest\.json in .*nowhere"):
+        pipeline.run(cfg, Console(quiet=True))
+    assert trained == []
+
+
 def test_a_table_shows_what_its_cells_name_beside_the_paper(
     tiny_data, tmp_path: Path, monkeypatch
 ) -> None:
