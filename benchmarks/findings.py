@@ -31,7 +31,7 @@ from rich.console import Console
 from sepdist.config import CompareConfig
 from sepdist.inference.comparison import compare
 from sepdist.metrics.intervals import speakers_in, t_interval
-from sepdist.papers.figures import read_curves
+from sepdist.papers.figures import read_curves, read_predictions
 from sepdist.plotting import Curves, to_png
 from sepdist.reporting import to_json
 from sepdist.seeding import rng
@@ -211,25 +211,22 @@ def best_output(row: Mapping[str, str]) -> int:
 
 def estimates(folder: Path) -> dict[str, Any]:
     """How well SI-SNR was estimated, with intervals over the speakers, whom the ids name."""
-    lines = (folder / "utterances.csv").read_text().splitlines()
-    rows = [row for row in csv.DictReader(lines) if not row["reason"]]
-    true_N, predicted_N = (
-        np.array([np.mean([float(row[f"{kind}_{i}"]) for i in (1, 2)]) for row in rows])
-        for kind in ("true", "predicted")
-    )
-    names = ["+".join(one.split("-")[0] for one in row["id"].split("_")) for row in rows]
+    true_N, predicted_N = read_predictions(str(folder))
+    rows = csv.DictReader((folder / "utterances.csv").read_text().splitlines())
+    ids = [row["id"] for row in rows if not row["reason"]]
+    names = ["+".join(one.split("-")[0] for one in each.split("_")) for each in ids]
     has_NP = speakers_in(names)
     num = has_NP.shape[1]
     counts_RP = rng(0, "bootstrap over speakers").multinomial(num, np.full(num, 1 / num), 2000)
     weights_RN = np.prod(counts_RP[:, None] ** has_NP, axis=2)
     weights_RN = weights_RN[np.count_nonzero(weights_RN, axis=1) > 2]
     draws = [agreement(true_N, predicted_N, weights_N) for weights_N in weights_RN]
-    return {"mixtures": len(rows), "speakers": num, "true_sd": float(true_N.std())} | {
+    return {"mixtures": len(ids), "speakers": num, "true_sd": float(true_N.std())} | {
         name: {
             "value": value,
             "interval": np.quantile([one[name] for one in draws], ENDS).tolist(),
         }
-        for name, value in agreement(true_N, predicted_N, np.ones(len(rows))).items()
+        for name, value in agreement(true_N, predicted_N, np.ones(len(ids))).items()
     }
 
 

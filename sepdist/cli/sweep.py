@@ -82,5 +82,4 @@ def to_table(runs: Sequence[tuple[str, float, str]]) -> str:
         shown = f"{score:.3f}" if math.isfinite(score) else "-"
         lines.append((values, shown, run_dir, "<- best" if score == best else ""))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    return "\n".join(padded)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

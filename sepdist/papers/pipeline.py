@@ -5,9 +5,10 @@
     output/seed-0/<stage>/stage.json   the stage's whole config, written when it has finished
     output/table.md, table.json        results beside the paper's numbers; results=NAME renames them
 
-A finished stage is not run again; an interrupted training stage resumes from its checkpoint. In
-overrides, @stage means the folder of an earlier stage: `data.train=@separated`. All stages are
-composed before the first one runs, so that a mistake in the last one is found at once.
+A finished stage is not run again, nor where the output was moved or copied as a whole; an
+interrupted training stage resumes from its checkpoint. In overrides, @stage means the folder of an
+earlier stage: `data.train=@separated`. All stages are composed before the first one runs, so that a
+mistake in the last one is found at once.
 """
 
 import contextlib
@@ -181,13 +182,10 @@ def with_folders(change: str, earlier: dict[str, Stage]) -> str:
     """Replace each @stage in a key=value by the folder of that earlier stage."""
     if not isinstance(change, str):
         raise ConfigError(f"{change}: give KEY=VALUE, a text")
-
-    def folder(found: re.Match[str]) -> str:
-        if found[1] not in earlier:
-            raise ConfigError(f"{change}: {found[0]} is none of the earlier stages {[*earlier]}")
-        return earlier[found[1]].folder
-
-    return re.sub(r"(?<![\w/])@(\w+)", folder, change)
+    name = r"(?<![\w/])@(\w+)"
+    if unknown := [one for one in re.findall(name, change) if one not in earlier]:
+        raise ConfigError(f"{change}: @{unknown[0]} is none of the earlier stages {[*earlier]}")
+    return re.sub(name, lambda found: earlier[found[1]].folder, change)
 
 
 def composed(name: str, overrides: Sequence[str], fixed: dict[str, Any], schema: type[_T]) -> _T:
@@ -234,7 +232,11 @@ def is_done(stage: Stage) -> bool:
     # Reading against the schema gives keys that are younger than the marker their defaults. YAML
     # does not join the escapes by which JSON writes an emoji.
     try:
-        text = json.dumps(read_marker(stage)["config"], ensure_ascii=False)
+        known = read_marker(stage)["config"]
+        # The output may have been moved, and in it the stages that this one names.
+        places = (known["run_dir" if stage.kind == "train" else "output"], stage.folder)
+        old, new = (str(one).rpartition("/")[0] + "/" for one in places)
+        text = json.dumps(known, ensure_ascii=False).replace(old, new)
         had = config.from_yaml(text, type(stage.config))
     except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]

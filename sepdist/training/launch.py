@@ -438,10 +438,9 @@ def ask_coordinator(method: str, requester: str, **more: Any) -> None:
 
 def read_lines(url: str) -> list[str]:
     """Return the lines of a text file in storage; none if there is no file."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return storage.read_bytes(url).decode().splitlines()
-    except FileNotFoundError:
-        return []
+    return []
 
 
 def root_cause(error: BaseException) -> str:

@@ -140,6 +140,13 @@ def test_stages_run_in_order_hand_on_their_weights_and_are_not_run_again(
     pipeline.run(changed, console)
     assert trained == []
 
+    moved = Path(tmp_path.name + "-moved")
+    tmp_path.rename(tmp_path.parent / moved)
+    pipeline.run(tiny(tiny_data, moved), console)
+    pipeline.run(tiny(tiny_data, moved.absolute()), console)
+    assert trained == []  # ptft has the weights of se, which was moved along
+    (tmp_path.parent / moved).rename(tmp_path)
+
     marker = json.loads((seed / "ptft" / "stage.json").read_text())
     for key in ("interleave", "order"):  # a stage from before there were these keys
         del marker["config"]["data"][key]
