@@ -115,7 +115,7 @@ def gap(runs: Mapping[str, Curves], title: str = "") -> Figure:
         lower.plot(*zip(*curves.weight, strict=True), color=colour)
     upper.set(ylabel="validation SI-SNR in dB", title=title)
     lower.set(xlabel="epoch", ylabel="weight of the unsupervised loss", ylim=(0, None))
-    upper.legend(loc="best")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
