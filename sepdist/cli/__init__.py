@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 PURPOSES = {
-    "make data": {
-        "shard": "cut a corpus into shards (write), check them (verify) or describe them (info)",
-    },
+    "make data": {"shard": "cut a corpus into shards (write), verify or describe (info) them"},
     "train": {
         "train": "train one stage in Ray Train workers, or a sweep of runs",
         "pipeline": "run the stages of an experiment in order and write its tables",
@@ -54,9 +52,11 @@ def main() -> None:
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         status = 1
-    except KeyboardInterrupt as error:  # before the verb's own console
+    except (KeyboardInterrupt, RuntimeError) as error:  # before the verb's own console
+        if not isinstance(stop := error.__cause__ or error, KeyboardInterrupt):
+            raise  # Python 3.11 wraps what is raised in a `__set_name__`
         print("stopped", file=sys.stderr)
-        status = 128 + getattr(error, "number", signal.SIGINT)
+        status = 128 + getattr(stop, "number", signal.SIGINT)
     _signals_to(signal.SIG_DFL)  # else a callback at exit would show a traceback
     sys.exit(status)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sepdist import cli
 from sepdist.cli import VERBS
 from sepdist.console import Stopped, user_console
 from tests.support.runs import ROOT
@@ -80,6 +81,27 @@ def test_a_signal_amid_the_making_of_a_class_is_a_stop_and_no_error(
         type("JobConf", (), {"env_copy": Field()})
     assert ended.value.code == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
+def test_the_same_in_a_verb_without_a_console_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted_in_a_class(verb: str) -> int:
+        if verb == "broken":
+            raise RuntimeError("no signal")
+        raise RuntimeError("Error calling __set_name__") from Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "run", interrupted_in_a_class)
+    monkeypatch.setattr(cli, "_signals_to", lambda handler: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(sys, "argv", ["sepdist", "audit"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped\n"
+    monkeypatch.setattr(sys, "argv", ["sepdist", "broken"])
+    with pytest.raises(RuntimeError, match="no signal"):
+        cli.main()
 
 
 @pytest.mark.slow
