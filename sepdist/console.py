@@ -54,7 +54,7 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
     except (KeyboardInterrupt, Exception) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__cause__  # Python 3.11 wraps all that is raised in a `__set_name__`
+            cause = cause.__cause__ or cause.__context__  # wrapped, or a clean-up after it failed
         if cause is not None:
             console.print(f"stopped; {stopped}" if stopped else "stopped")
             sys.exit(128 + getattr(cause, "number", signal.SIGINT))  # as a shell reports it

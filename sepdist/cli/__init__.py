@@ -52,9 +52,12 @@ def main() -> None:
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         status = 1
-    except (KeyboardInterrupt, RuntimeError) as error:  # before the verb's own console
-        if not isinstance(stop := error.__cause__ or error, KeyboardInterrupt):
-            raise  # Python 3.11 wraps what is raised in a `__set_name__`
+    except (KeyboardInterrupt, Exception) as error:  # before the verb's own console
+        stop: BaseException | None = error
+        while stop and not isinstance(stop, KeyboardInterrupt):
+            stop = stop.__cause__ or stop.__context__  # wrapped, or a clean-up after it failed
+        if stop is None:
+            raise
         print("stopped", file=sys.stderr)
         status = 128 + getattr(stop, "number", signal.SIGINT)
     _signals_to(signal.SIG_DFL)  # else a callback at exit would show a traceback
@@ -82,9 +85,7 @@ def _send_again(unraisable: Any) -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    stopped = KeyboardInterrupt()  # console.Stopped cannot be imported amid another import
-    stopped.number = number  # type: ignore[attr-defined]
-    raise stopped
+    raise type("Stopped", (KeyboardInterrupt,), {"number": number})  # console's may not be imported
 
 
 def run(verb: str) -> int | None:
@@ -96,8 +97,7 @@ def run(verb: str) -> int | None:
         program = importlib.import_module(f"sepdist.cli.{verb}")
         _signals_to(_stop)
         return program.main()
-    width = max(map(len, VERBS))
-    wanted = verb in ("-h", "--help")
+    width, wanted = max(map(len, VERBS)), verb in ("-h", "--help")
     lines = [f"error: no verb {verb!r}", ""] if verb and not wanted else []
     lines += ["usage: sepdist VERB ..."]
     for purpose, verbs in PURPOSES.items():
