@@ -40,6 +40,13 @@ def signals_to(handler: Callable[[int], object], *more: signal.Signals) -> Itera
             signal.signal(number, before[number])
 
 
+def stop_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The signal that an error came of: Python 3.11 wrapped it, or a clean-up after it failed."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 @contextmanager
 def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator[Console]:
     """Print OSError, ValueError and `also` as one line and exit 1.
@@ -52,12 +59,9 @@ def user_console(also: type[Exception] = OSError, stopped: str = "") -> Iterator
     try:
         yield console
     except (KeyboardInterrupt, Exception) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__cause__ or cause.__context__  # wrapped, or a clean-up after it failed
-        if cause is not None:
+        if (stop := stop_behind(error)) is not None:
             console.print(f"stopped; {stopped}" if stopped else "stopped")
-            sys.exit(128 + getattr(cause, "number", signal.SIGINT))  # as a shell reports it
+            sys.exit(128 + getattr(stop, "number", signal.SIGINT))  # as a shell reports it
         if isinstance(error, BrokenPipeError) or not isinstance(error, (OSError, ValueError, also)):
             raise
         console.print(f"error: {printable(str(error))}")

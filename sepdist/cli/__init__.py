@@ -53,10 +53,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         status = 1
     except (KeyboardInterrupt, Exception) as error:  # before the verb's own console
-        stop: BaseException | None = error
-        while stop and not isinstance(stop, KeyboardInterrupt):
-            stop = stop.__cause__ or stop.__context__  # wrapped, or a clean-up after it failed
-        if stop is None:
+        from sepdist.console import stop_behind  # late: rich would make TAB slow
+
+        if (stop := stop_behind(error)) is None:
             raise
         print("stopped", file=sys.stderr)
         status = 128 + getattr(stop, "number", signal.SIGINT)

@@ -202,11 +202,8 @@ def stop_request(flag: Any) -> Callable[[], bool]:
 
 def worker_environment(cfg: TrainConfig) -> dict[str, str]:
     """Return the environment of the workers, without credentials: their machines have those."""
-    environment = {
-        "OMP_NUM_THREADS": str(cfg.cluster.threads_per_worker),
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "PYTHONWARNINGS": "ignore",
-    }
+    environment = {"OMP_NUM_THREADS": str(cfg.cluster.threads_per_worker)}
+    environment |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "PYTHONWARNINGS": "ignore"}
     return environment if cfg.cluster.use_gpu else environment | {"DS_ACCELERATOR": "cpu"}
 
 

@@ -86,19 +86,25 @@ def test_a_signal_amid_the_making_of_a_class_is_a_stop_and_no_error(
 def test_the_same_in_a_verb_without_a_console_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted_in_a_class(verb: str) -> int:
+    def interrupted_verb(verb: str) -> int:
         if verb == "broken":
             raise RuntimeError("no signal")
-        raise RuntimeError("Error calling __set_name__") from Stopped(signal.SIGTERM)
+        if verb == "wrapped":
+            raise RuntimeError("Error calling __set_name__") from Stopped(signal.SIGTERM)
+        try:
+            raise Stopped(signal.SIGTERM)
+        finally:
+            raise AttributeError("'NoneType' object has no attribute '_invalidate_flags_cache'")
 
-    monkeypatch.setattr(cli, "run", interrupted_in_a_class)
+    monkeypatch.setattr(cli, "run", interrupted_verb)
     monkeypatch.setattr(cli, "_signals_to", lambda handler: None)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(sys, "argv", ["sepdist", "audit"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert capsys.readouterr().err == "stopped\n"
+    for verb in ("wrapped", "cleaned up"):
+        monkeypatch.setattr(sys, "argv", ["sepdist", verb])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert capsys.readouterr().err == "stopped\n"
     monkeypatch.setattr(sys, "argv", ["sepdist", "broken"])
     with pytest.raises(RuntimeError, match="no signal"):
         cli.main()
