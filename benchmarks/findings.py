@@ -52,6 +52,10 @@ COMPARED = {  # hypothesis: a, b; the claim is that b has the higher score
         "H4 PT-FT over multi-task": ("multitask", "ptft"),
         "multi-task over scratch": ("scratch", "multitask"),
     },
+    "mama": {
+        "PT-FT (MAMA) over scratch": ("scratch", "ptft_mama"),
+        "PT-FT (SE) over PT-FT (MAMA)": ("ptft_mama", "ptft"),
+    },
     "paper2": {
         "H5 SSLM-SS over CTN": ("ctn", "sslm"),
         "H6 SSLM-SS over f = 0": ("no_guidance", "sslm"),
@@ -90,13 +94,18 @@ def epoch_of(curves: Curves, score: float) -> float:
 def seeds_of(root: Path, arms: Sequence[str]) -> list[Path]:
     """The folders of the seeds in which every arm has been tested."""
     found = sorted(root.glob("seed-*"), key=lambda one: int(one.name.removeprefix("seed-")))
-    done = [one for one in found if all((one / f"{arm}_test/stage.json").exists() for arm in arms)]
+    done = [one for one in found if is_tested(one, arms)]
     if len(done) < len(found):
         left = ", ".join(one.name for one in found if one not in done)
         Console(stderr=True).print(f"left out, not all arms are tested: {left}")
     if not done:
         raise SystemExit(f"{root}: no seed in which all of {', '.join(arms)} are tested")
     return done
+
+
+def is_tested(seed: Path, arms: Sequence[str]) -> bool:
+    """Whether every one of these arms has been tested with this seed."""
+    return all((seed / f"{arm}_test/stage.json").exists() for arm in arms)
 
 
 def test_scores(seeds: Sequence[Path], pairs: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def test_scores(seeds: Sequence[Path], pairs: Mapping[str, tuple[str, str]]) -> 
 
 
 def paper1(root: Path, figure: Path | None) -> dict[str, Any]:
-    """H1 to H4."""
+    """H1 to H4, and MAMA where it was run."""
     seeds = seeds_of(root, list(ARMS))
     curves = {arm: [read_curves(str(one / arm)) for one in seeds] for arm in ARMS}
     last = [one.si_snr[-1][1] for one in curves["scratch"]]
@@ -138,7 +147,20 @@ def paper1(root: Path, figure: Path | None) -> dict[str, Any]:
         "fewer switches, multi-task": less(switches, "multitask"),
         "H2 epochs earlier, PT-FT": less(reached, "ptft"),
         **test_scores(seeds, COMPARED["paper1"]),
+        **mama([one for one in seeds if is_tested(one, ["ptft_mama"])]),
     }
+
+
+def mama(seeds: Sequence[Path]) -> dict[str, Any]:
+    """PT-FT (MAMA) beside scratch and PT-FT (SE) in the seeds that have it."""
+    if not seeds:
+        return {}
+    before, after = (
+        [mean_switches(read_curves(str(one / arm))) for one in seeds]
+        for arm in ("scratch", "ptft_mama")
+    )
+    fewer = of_seeds([a - b for a, b in zip(before, after, strict=True)])
+    return {"fewer switches, PT-FT (MAMA)": fewer, **test_scores(seeds, COMPARED["mama"])}
 
 
 def draw(curves: Mapping[str, Sequence[Curves]]) -> Figure:

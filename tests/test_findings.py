@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import findings
 from benchmarks.findings import (
     COMPARED,
     epoch_of,
@@ -75,6 +76,30 @@ def test_the_better_arm_in_all_seeds_and_speakers_is_supported(tmp_path: Path) -
     assert found["H5 SSLM-SS over CTN, sdri"]["outcome"] == "supported"
     assert found["H6 SSLM-SS over f = 0, si_snri"]["outcome"] == "not decided"
     assert found["H7 SSLM-SS over MixIT, si_snri"]["outcome"] == "contradicted"
+
+
+def test_mama_is_compared_in_the_seeds_that_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switches = {"scratch": 6.0, "ptft": 4.0, "multitask": 6.0, "longer": 6.0, "ptft_mama": 9.0}
+
+    def curves(run_dir: str) -> Curves:
+        return Curves([(1.0, 2.0)], [(2.0, switches[Path(run_dir).name])])
+
+    monkeypatch.setattr(findings, "read_curves", curves)
+    for number in range(3):
+        for level, arm in enumerate(switches):
+            if arm != "ptft_mama":
+                evaluation(tmp_path / f"seed-{number}/{arm}_test", [1.0 * level] * 8)
+    found = findings.paper1(tmp_path, None)
+    assert not any("MAMA" in name for name in found)
+    for number in range(2):
+        evaluation(tmp_path / f"seed-{number}/ptft_mama_test", [0.5] * 8)
+    found = findings.paper1(tmp_path, None)
+    assert len(found["seeds"]) == 3
+    assert found["fewer switches, PT-FT (MAMA)"]["seeds"] == [-3.0, -3.0]
+    assert found["PT-FT (MAMA) over scratch, si_snri"]["mean"] == 0.5
+    assert found["PT-FT (SE) over PT-FT (MAMA), sdri"]["mean"] == 0.5
 
 
 def recognised(folder: Path, rows: list[tuple[str, int, int, int, int]]) -> Path:

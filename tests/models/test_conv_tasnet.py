@@ -20,6 +20,8 @@ from sepdist.models.conv_tasnet import ConvTasNet, NormLinear
 from sepdist.models.frames import cut_frames, overlap_add
 from tests.support.model_checks import depend_on_speakers, gradients, moved_differ, relative
 
+pytestmark = pytest.mark.xdist_group("compiled")  # one process compiles what all use
+
 
 @pytest.fixture(scope="module", autouse=True)
 def no_compilations_of_other_tests() -> None:
