@@ -75,7 +75,7 @@ def results(preset: str, device: torch.device, bf16: bool = False) -> tuple[floa
     loss.backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     score = mean_of(next(iter(metrics.values())))[0]
-    return float(loss), score.cpu(), torch.cat(grads).double().cpu()
+    return loss.item(), score.cpu(), torch.cat(grads).double().cpu()
 
 
 @pytest.mark.parametrize("preset", [*SEPARATORS, *ESTIMATORS])
@@ -98,7 +98,7 @@ def loss_on(case: Case, device: torch.device) -> float:
     model = case.model().to(device)
     loss, _ = case.objective()(model, case.batch.to(device))
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 @pytest.mark.parametrize("case", OBJECTIVES, ids=lambda case: f"{case.kind} {case.label}")

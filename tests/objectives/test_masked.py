@@ -61,7 +61,7 @@ def test_the_loss_is_the_mean_error_on_zeroed_spans_of_ten_milliseconds() -> Non
     clean = batch.sources[:, 0].double().numpy()
     per_item = [np.abs(estimates[i] - clean[i])[counts[i].numpy()].mean() for i in range(3)]
     assert metrics["l1"].numpy() == pytest.approx(per_item, rel=1e-6)
-    assert float(loss) == pytest.approx(np.mean(per_item), rel=1e-6)
+    assert loss.item() == pytest.approx(np.mean(per_item), rel=1e-6)
     energies = [
         (np.square(x)[counts[1].numpy()]).sum() for x in (clean[1], estimates[1] - clean[1])
     ]
