@@ -251,7 +251,10 @@ class Slurm:
     def submit(self, run_dir: Path, steps: int, *options: str) -> str:
         """Submit a run; returns the number of the job."""
         settings = [*TINY, "training.checkpoint_every=5", "validation.every_steps=1000"]
-        settings += ["cluster.use_gpu=false", "cluster.cpus_per_worker=1"]  # there are no real ones
+        # There are no real ones, so none of what cluster=gpu of the script gives up bits for.
+        settings += ["cluster.use_gpu=false", "cluster.cpus_per_worker=1", "optim.fused=null"]
+        settings += ["engine.reduction=canonical", "engine.merge_shards=1", "engine.precision=fp32"]
+        settings += ["engine.tf32=false", "engine.cuda_graphs=false"]
         words = train_arguments("demo/finetune", self.data, run_dir, *FRESH, settings=settings)[3:]
         words.append(f"training.max_steps={steps}")
         log = f"--output={self.folder}/job-%j.log"
